@@ -1,0 +1,108 @@
+/*
+ * hooks.h: the boundary between the preloaded library (librailyard.so, libc only) and the engine
+ * (librailyard-engine.so, everything else).
+ *
+ * Owns: the structures that cross it, and their version. Both sides are always installed together, but an LD_PRELOAD path
+ * may outlive an upgrade: the engine refuses a host of another version, and the job then runs on plain NCCL with one
+ * warning. Types of NCCL appear here as plain integers and pointers, so that neither side depends on the header of the
+ * NCCL it meets at run time.
+ *
+ * Who calls: the preload calls hooks from whatever thread the job calls NCCL on, several at once for different
+ * communicators. Pointers passed in are valid during the call only.
+ */
+#ifndef RY_HOOKS_H
+#define RY_HOOKS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define RY_HOOKS_VERSION 1u
+#define RY_ENGINE_ENTRY "railyard_engine_open"
+#define RY_NCCL_ID_BYTES 128
+
+/* NCCL calls other than p2p that are noted as counts. Order is recorded by name only (see record/), so it may grow. */
+enum ry_call {
+    RY_CALL_SEND,
+    RY_CALL_RECV,
+    RY_CALL_ALLTOALL,
+    RY_CALL_ALLGATHER,
+    RY_CALL_ALLREDUCE,
+    RY_CALL_BROADCAST,
+    RY_CALL_REDUCE,
+    RY_CALL_REDUCESCATTER,
+    RY_CALL_GATHER,
+    RY_CALL_SCATTER,
+    RY_CALL_ONESIDED, /* ncclPutSignal, ncclSignal, ncclWaitSignal */
+    RY_CALLS
+};
+
+/* How a communicator came to be. */
+enum ry_birth { RY_BIRTH_INIT, RY_BIRTH_INIT_ALL, RY_BIRTH_SPLIT, RY_BIRTH_SHRINK, RY_BIRTH_GROW };
+/* How it ended. */
+enum ry_death { RY_DEATH_DESTROY, RY_DEATH_ABORT, RY_DEATH_REVOKE, RY_DEATH_EXIT };
+
+struct ry_comm_info {
+    void *nccl; /* ncclComm_t */
+    enum ry_birth birth;
+    int nranks, rank;
+    int device;      /* CUDA ordinal, -1 unknown */
+    bool blocking;   /* false: made with ncclConfig_t.blocking = 0 */
+    const char *name; /* ncclConfig_t.commName where the job set one, else NULL */
+    const uint8_t *unique_id; /* RY_NCCL_ID_BYTES; INIT and GROW: the (first) id that all ranks were given; else NULL */
+    void *parent;    /* engine's handle of the parent (SPLIT, SHRINK, GROW); NULL if it is not known */
+    uint32_t ordinal; /* which of the parent's children this is, counted alike by all ranks; INIT_ALL: in this process */
+    int color;       /* SPLIT */
+};
+
+/* One side of an exchange: element r of each array concerns peer r. */
+struct ry_exchange {
+    int nranks, rank;
+    int type;            /* ncclDataType_t; ncclUint8 where the group mixed types (counts are bytes then) */
+    uint32_t type_bytes; /* bytes per element */
+    bool one_call;       /* ncclAlltoAll rather than a group */
+    const uint64_t *send_count, *recv_count; /* elements */
+    const void *const *send_buf;             /* NULL entries where the count is 0 are allowed */
+    void *const *recv_buf;
+    void *stream; /* cudaStream_t */
+};
+
+/* What the preload counts by itself on each communicator, handed over when it ends. */
+struct ry_comm_counts {
+    uint64_t calls[RY_CALLS];
+    uint64_t bytes[RY_CALLS]; /* count × type size as passed in; send side only for all-to-all */
+    uint64_t exchanges;       /* recognized */
+    uint64_t plain_groups;    /* outermost groups with p2p that were no exchange */
+};
+
+/* What the preload offers the engine. */
+struct ry_host {
+    uint32_t version;
+    uint32_t size;               /* of this structure */
+    void *(*find)(const char *); /* symbol of the real NCCL, or NULL */
+    const char *nccl_path;       /* where the real NCCL was found */
+    int nccl_version;            /* ncclGetVersion's number, 0 unknown */
+};
+
+/* What the engine offers the preload. Every member may be NULL: nothing to call then. */
+struct ry_hooks {
+    uint32_t version;
+    uint32_t size;
+    /** A unique id that the real NCCL just made; the engine may write where NCCL left zeros. */
+    void (*unique_id)(uint8_t id[RY_NCCL_ID_BYTES]);
+    /** A communicator is ready. Returns the engine's handle, NULL to be left alone about it. */
+    void *(*comm_created)(const struct ry_comm_info *info);
+    void (*comm_ended)(void *comm, enum ry_death how, const struct ry_comm_counts *counts);
+    /** An exchange, before and after the real call. The cookie that `begin` returns is given to `end`. */
+    void *(*exchange_begin)(void *comm, const struct ry_exchange *x);
+    void (*exchange_end)(void *comm, const struct ry_exchange *x, void *cookie, int result);
+    /** An all-gather of 64-bit integers, `count` per rank: the shape in which frameworks swap expert counts. */
+    void (*int64_allgather)(void *comm, uint64_t count);
+    /** The process is about to exit: `counts(handle, out)` reads the counts of a communicator still alive. */
+    void (*closing)(void (*counts)(void *nccl, struct ry_comm_counts *out));
+};
+
+/** The engine's one export. Returns 0 and fills `hooks`, or -1 with a one-line reason in `why`. */
+typedef int (*ry_engine_open_fn)(const struct ry_host *host, struct ry_hooks *hooks, char *why, size_t why_size);
+
+#endif

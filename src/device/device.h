@@ -1,0 +1,71 @@
+/*
+ * device.h: the small interface through which Railyard touches a device: memory, copies, streams, events, identity.
+ *
+ * Owns: the two backends. CUDA goes through the driver API, opened at run time (libcuda.so.1), so that nothing of CUDA
+ * is needed to load us. Host memory is the other: the "device" of the emulated cluster, whose NCCL finishes every call
+ * before it returns, so its streams are always idle and its events are time stamps.
+ * Not: kernels (none yet), NCCL.
+ *
+ * All functions return 0, or -1 with `err` filled (which names the failing driver call). Streams are the caller's
+ * cudaStream_t / CUstream, NULL being the legacy default stream. Thread-safety: all functions may be called from any
+ * thread; `use` acts on the calling thread only.
+ */
+#ifndef RY_DEVICE_DEVICE_H
+#define RY_DEVICE_DEVICE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/error.h"
+
+/* Who a device is, as far as topology wants to know; "" or zeros where the backend cannot say. */
+struct ry_device_id {
+    char name[64];
+    char pci[16];  /* "0000:19:00.0", lower case; "" on host memory */
+    char uuid[48]; /* "GPU-xxxxxxxx-…" as nvidia-smi prints it; "" on host memory */
+};
+
+struct ry_event; /* owned by whoever created it */
+
+struct ry_device {
+    const char *name; /* "cuda" or "host" */
+
+    /** Number of devices that this process sees. */
+    int (*count)(int *n, struct ry_err *err);
+    /** Identity of device `ordinal` (CUDA's numbering in this process, after CUDA_VISIBLE_DEVICES). */
+    int (*identify)(int ordinal, struct ry_device_id *out, struct ry_err *err);
+    /** Make `ordinal` the calling thread's device (its primary context becomes current). */
+    int (*use)(int ordinal, struct ry_err *err);
+
+    int (*alloc)(void **out, size_t bytes, struct ry_err *err); /* on the thread's device; bytes 0 gives NULL */
+    int (*release)(void *p, struct ry_err *err);
+    /** Copy between any of host and device memory, in stream order; host memory must stay until the stream is there. */
+    int (*copy)(void *dst, const void *src, size_t bytes, void *stream, struct ry_err *err);
+    int (*fill)(void *dst, unsigned char value, size_t bytes, void *stream, struct ry_err *err);
+
+    int (*stream_create)(void **stream, struct ry_err *err);
+    int (*stream_destroy)(void *stream, struct ry_err *err);
+    int (*stream_sync)(void *stream, struct ry_err *err);
+    /** *capturing: the stream is being captured into a graph, or might be (then keep your hands off it). */
+    int (*stream_capturing)(void *stream, bool *capturing, struct ry_err *err);
+
+    int (*event_create)(struct ry_event **ev, struct ry_err *err); /* on the thread's device, with timing */
+    int (*event_record)(struct ry_event *ev, void *stream, struct ry_err *err);
+    /** *done: everything before the event has finished. Never blocks. */
+    int (*event_done)(struct ry_event *ev, bool *done, struct ry_err *err);
+    /** Microseconds from `a` to `b`, both done. */
+    int (*event_elapsed)(struct ry_event *a, struct ry_event *b, double *us, struct ry_err *err);
+    void (*event_destroy)(struct ry_event *ev);
+
+    /** Allow the calling thread's driver calls while another thread captures a graph (a watcher thread calls it once). */
+    void (*relax_thread)(void);
+};
+
+/** The host-memory backend: one device, ordinal 0 (any ordinal is taken); never fails. */
+const struct ry_device *ry_device_host(void);
+
+/** The CUDA backend, or NULL with `err` saying why (no libcuda.so.1, no device, a driver call missing). Opened once. */
+const struct ry_device *ry_device_cuda(struct ry_err *err);
+
+#endif

@@ -1,0 +1,56 @@
+/*
+ * main.c: the `railyard` tool: picks the subcommand. Owns the list of commands and their one-line help, nothing else.
+ */
+#include <argp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "command.h"
+
+static const struct command {
+    const char *name, *help;
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    {"env", "print every setting, its default and the value in force", cmd_env},
+};
+
+int command_fail(const char *argv0, const char *fmt, ...)
+{
+    fprintf(stderr, "%s: ", argv0);
+    va_list ap;
+    va_start(ap, fmt);
+    vfprintf(stderr, fmt, ap);
+    va_end(ap);
+    fputc('\n', stderr);
+    return 1;
+}
+
+static void usage(FILE *f)
+{
+    fprintf(f, "Usage: railyard COMMAND [OPTION...]\n\nSee every all-to-all of an NCCL job, and what the machine is made of.\n\n");
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fprintf(f, "  %-8s %s\n", commands[i].name, commands[i].help);
+    fprintf(f, "\n'railyard COMMAND --help' tells more. The library itself is used by LD_PRELOAD: see the README.\n");
+}
+
+int main(int argc, char **argv)
+{
+    argp_err_exit_status = 2;
+    if (argc < 2)
+        return usage(stderr), 2;
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help"))
+        return usage(stdout), 0;
+    if (!strcmp(argv[1], "--version"))
+        return puts("railyard " RAILYARD_VERSION), 0;
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        if (strcmp(argv[1], commands[i].name))
+            continue;
+        char name[64];
+        snprintf(name, sizeof name, "railyard %s", argv[1]);
+        argv[1] = name;
+        return commands[i].run(argc - 1, argv + 1);
+    }
+    fprintf(stderr, "railyard: no command '%s'\n\n", argv[1]);
+    return usage(stderr), 2;
+}
