@@ -45,7 +45,8 @@ int ry_topo_add_matrix(hwloc_topology_t hw, const char *name, unsigned long kind
     return rc;
 }
 
-/* --- what an object is --------------------------------------------------------------------------------------------- */
+/* --- what an object is ---------------------------------------------------------------------------------------------
+ */
 
 static bool has_subtype(hwloc_obj_t obj, const char *subtype)
 {
@@ -66,8 +67,9 @@ bool ry_topo_is_gpu(hwloc_obj_t obj)
 
 bool ry_topo_is_nvswitch(hwloc_obj_t obj)
 {
-    return has_subtype(obj, "NVSwitch") || (obj->type == HWLOC_OBJ_PCI_DEVICE &&
-                                            obj->attr->pcidev.vendor_id == 0x10de && obj->attr->pcidev.class_id == 0x0680);
+    return has_subtype(obj, "NVSwitch") ||
+           (obj->type == HWLOC_OBJ_PCI_DEVICE && obj->attr->pcidev.vendor_id == 0x10de &&
+            obj->attr->pcidev.class_id == 0x0680);
 }
 
 /* hwloc 3 made the type of OS devices a bit mask. */
@@ -83,7 +85,8 @@ bool ry_topo_is_verbs(hwloc_obj_t obj)
 bool ry_topo_is_net(hwloc_obj_t obj)
 {
 #if HWLOC_API_VERSION >= 0x00030000
-    return obj->type == HWLOC_OBJ_OS_DEVICE && (obj->attr->osdev.types & HWLOC_OBJ_OSDEV_NETWORK) && !ry_topo_is_verbs(obj);
+    return obj->type == HWLOC_OBJ_OS_DEVICE && (obj->attr->osdev.types & HWLOC_OBJ_OSDEV_NETWORK) &&
+           !ry_topo_is_verbs(obj);
 #else
     return obj->type == HWLOC_OBJ_OS_DEVICE && obj->attr->osdev.type == HWLOC_OBJ_OSDEV_NETWORK;
 #endif
@@ -182,7 +185,8 @@ static enum ry_path tree_path(hwloc_topology_t hw, hwloc_obj_t x, hwloc_obj_t y,
     return RY_PATH_SYS;
 }
 
-/* --- matrices ------------------------------------------------------------------------------------------------------ */
+/* --- matrices ------------------------------------------------------------------------------------------------------
+ */
 
 static struct hwloc_distances_s *get_matrix(hwloc_topology_t hw, const char *name)
 {
@@ -258,7 +262,8 @@ static void join_switched(struct ry_topo *t)
         }
 }
 
-/* --- the lists ----------------------------------------------------------------------------------------------------- */
+/* --- the lists -----------------------------------------------------------------------------------------------------
+ */
 
 struct list {
     hwloc_obj_t *obj;
@@ -406,7 +411,8 @@ static bool is_down(const struct ry_topo *t, int nic)
     return state && !strcmp(state, "down");
 }
 
-/* --- nearest NIC --------------------------------------------------------------------------------------------------- */
+/* --- nearest NIC ---------------------------------------------------------------------------------------------------
+ */
 
 /* <0: nic x is better for the GPU than y. 0: as good. */
 static int compare_nics(const struct ry_topo *t, int gpu, const unsigned *depth, int x, int y)
@@ -428,8 +434,8 @@ static int compare_nics(const struct ry_topo *t, int gpu, const unsigned *depth,
 }
 
 /*
- * GPUs to which several NICs are equally near share them out: the k-th GPU with the same choice takes the k-th NIC, which
- * is how such machines are wired and used.
+ * GPUs to which several NICs are equally near share them out: the k-th GPU with the same choice takes the k-th NIC,
+ * which is how such machines are wired and used.
  */
 static int choose_nics(struct ry_topo *t)
 {
@@ -462,7 +468,8 @@ static int choose_nics(struct ry_topo *t)
     return rc;
 }
 
-/* --- all together -------------------------------------------------------------------------------------------------- */
+/* --- all together --------------------------------------------------------------------------------------------------
+ */
 
 /* PCI classes of all pairs, from the tree; where the tree cannot say, from a matrix that came with the topology. */
 static int fill_paths(struct ry_topo *t)
@@ -586,7 +593,8 @@ void ry_topo_close(struct ry_topo *t)
     free(t);
 }
 
-/* --- reading it ---------------------------------------------------------------------------------------------------- */
+/* --- reading it ----------------------------------------------------------------------------------------------------
+ */
 
 const char *ry_topo_source(const struct ry_topo *t)
 {

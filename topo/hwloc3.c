@@ -1,8 +1,9 @@
 /*
  * hwloc3.c: lets hwloc 2 load the XML that hwloc 3 writes, which it refuses by the version number alone.
  *
- * Owns: the differences between the two formats, as far as they lie in what Railyard reads: the type of OS devices (a bit
- * mask in version 3, one number in version 2), infos of the whole topology, and elements that version 2 does not know.
+ * Owns: the differences between the two formats, as far as they lie in what Railyard reads: the type of OS devices (a
+ * bit mask in version 3, one number in version 2), infos of the whole topology, and elements that version 2 does not
+ * know.
  */
 #include "xml.h"
 

@@ -2,8 +2,9 @@
  * nccl_xml.c: NCCL's topology XML (NCCL_TOPO_FILE, NCCL_TOPO_DUMP_FILE) as hwloc XML.
  *
  * Owns: what NCCL's elements mean. <cpu> becomes a package with one NUMA node and the processors of its affinity mask,
- * <pci> of a bridge class a bridge that stands for a whole switch, other <pci> a PCI device, <net> an OS device, and the
- * <nvlink>s together the matrix NVLinkBandwidth. Not: loading the result (open_file.c) or what follows from it (devices.c).
+ * <pci> of a bridge class a bridge that stands for a whole switch, other <pci> a PCI device, <net> an OS device, and
+ * the <nvlink>s together the matrix NVLinkBandwidth. Not: loading the result (open_file.c) or what follows from it
+ * (devices.c).
  *
  * A file for NCCL_TOPO_FILE may leave out what NCCL can complete on the machine itself (classes above all); what is
  * left out stays unknown here.
@@ -36,13 +37,14 @@ struct build {
         char busid[24];
         unsigned gp, home;
         xmlNode *node;
-    } *pci;
+    } * pci;
     int npci, pci_room;
     int ngpu;          /* <gpu> elements */
     const char *wrong; /* out of memory and the like: ends the conversion */
 };
 
-/* --- attributes ---------------------------------------------------------------------------------------------------- */
+/* --- attributes ----------------------------------------------------------------------------------------------------
+ */
 
 static bool attr(const xmlNode *n, const char *name, char *out, size_t size)
 {
@@ -75,10 +77,12 @@ static bool parse_busid(const char *t, unsigned out[4])
     char end;
     out[3] = 0;
     int n = sscanf(t, "%x:%x:%x.%x%c", &out[0], &out[1], &out[2], &out[3], &end);
-    return (n == 4 || (n == 3 && !strchr(t, '.'))) && out[0] <= 0xffff && out[1] <= 0xff && out[2] <= 0x1f && out[3] <= 7;
+    return (n == 4 || (n == 3 && !strchr(t, '.'))) && out[0] <= 0xffff && out[1] <= 0xff && out[2] <= 0x1f &&
+           out[3] <= 7;
 }
 
-/* --- building hwloc objects ---------------------------------------------------------------------------------------- */
+/* --- building hwloc objects ----------------------------------------------------------------------------------------
+ */
 
 __attribute__((format(printf, 3, 4))) static void set(xmlNode *n, const char *name, const char *fmt, ...)
 {
@@ -144,7 +148,8 @@ static uint64_t link_mbs(int sm)
     return sm >= 60 ? 20000 : 1;
 }
 
-/* --- the PCI tree -------------------------------------------------------------------------------------------------- */
+/* --- the PCI tree --------------------------------------------------------------------------------------------------
+ */
 
 static void remember_pci(struct build *b, const unsigned id[4], xmlNode *node, unsigned home)
 {
@@ -219,7 +224,8 @@ static void add_nets(struct build *b, const xmlNode *nic, xmlNode *parent)
     }
 }
 
-/* Devices and bridges of `from` under `parent`; `home` is the gp_index of the package. Widens *lo…*hi to their buses. */
+/* Devices and bridges of `from` under `parent`; `home` is the gp_index of the package. Widens *lo…*hi to their buses.
+ */
 static void add_pci(struct build *b, const xmlNode *from, xmlNode *parent, unsigned home, int depth, unsigned *domain,
                     unsigned *lo, unsigned *hi)
 {
@@ -284,7 +290,8 @@ static void add_pci(struct build *b, const xmlNode *from, xmlNode *parent, unsig
     }
 }
 
-/* --- processors ---------------------------------------------------------------------------------------------------- */
+/* --- processors ----------------------------------------------------------------------------------------------------
+ */
 
 /* Each cpu's processors: its affinity mask where all of them make sense together, else one processor each. */
 static hwloc_bitmap_t *processors(const xmlNode *system, int n, bool *known)
@@ -328,8 +335,10 @@ static void add_cpu(struct build *b, const xmlNode *cpu, int numa, hwloc_bitmap_
     }
     set(package, "os_index", "%d", numa);
     sets(package, cpu_text, node_text, false);
-    static const char *const names[][2] = {
-        {"vendor", "CPUVendor"}, {"familyid", "CPUFamilyNumber"}, {"modelid", "CPUModelNumber"}, {"arch", "Architecture"}};
+    static const char *const names[][2] = {{"vendor", "CPUVendor"},
+                                           {"familyid", "CPUFamilyNumber"},
+                                           {"modelid", "CPUModelNumber"},
+                                           {"arch", "Architecture"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (attr(cpu, names[i][0], value, sizeof value))
             info(package, names[i][1], value);
@@ -339,19 +348,18 @@ static void add_cpu(struct build *b, const xmlNode *cpu, int numa, hwloc_bitmap_
         sets(mem, cpu_text, node_text, false);
     }
     int pu;
-    hwloc_bitmap_foreach_begin(pu, cpus)
-        xmlNode *n = b->wrong ? NULL : object(b, package, "PU");
-        if (n) {
-            char one[32 + MAX_CPUS / 32 * 11];
-            hwloc_bitmap_t only = hwloc_bitmap_alloc();
-            if (only) {
-                hwloc_bitmap_only(only, (unsigned)pu);
-                hwloc_bitmap_snprintf(one, sizeof one, only);
-                set(n, "os_index", "%d", pu);
-                sets(n, one, node_text, false);
-            }
-            hwloc_bitmap_free(only);
+    hwloc_bitmap_foreach_begin(pu, cpus) xmlNode *n = b->wrong ? NULL : object(b, package, "PU");
+    if (n) {
+        char one[32 + MAX_CPUS / 32 * 11];
+        hwloc_bitmap_t only = hwloc_bitmap_alloc();
+        if (only) {
+            hwloc_bitmap_only(only, (unsigned)pu);
+            hwloc_bitmap_snprintf(one, sizeof one, only);
+            set(n, "os_index", "%d", pu);
+            sets(n, one, node_text, false);
         }
+        hwloc_bitmap_free(only);
+    }
     hwloc_bitmap_foreach_end();
 
     /* NCCL does not know host bridges; one for each processor says all there is to say. */
@@ -377,7 +385,8 @@ out:
     hwloc_bitmap_free(node);
 }
 
-/* --- NVLinks ------------------------------------------------------------------------------------------------------- */
+/* --- NVLinks -------------------------------------------------------------------------------------------------------
+ */
 
 struct end {
     unsigned gp;
@@ -518,7 +527,8 @@ out:
     xmlBufferFree(text);
 }
 
-/* --- the document -------------------------------------------------------------------------------------------------- */
+/* --- the document --------------------------------------------------------------------------------------------------
+ */
 
 static int count_cpus(const xmlNode *system)
 {
@@ -553,7 +563,8 @@ xmlDoc *ry_topo_nccl_to_hwloc(const xmlDoc *nccl, struct ry_err *err)
     struct build b = {.wrong = check_numa(system, ncpus)};
     if (b.wrong)
         return ry_fail(err, "%s", b.wrong), NULL;
-    hwloc_bitmap_t *cpus = processors(system, ncpus, &affinity), all = hwloc_bitmap_alloc(), nodes = hwloc_bitmap_alloc();
+    hwloc_bitmap_t *cpus = processors(system, ncpus, &affinity), all = hwloc_bitmap_alloc(),
+                   nodes = hwloc_bitmap_alloc();
     xmlDoc *doc = xmlNewDoc(BAD_CAST "1.0");
     xmlNode *top = xmlNewNode(NULL, BAD_CAST "topology");
     char *cpu_text = NULL, *node_text = NULL;
@@ -586,7 +597,8 @@ xmlDoc *ry_topo_nccl_to_hwloc(const xmlDoc *nccl, struct ry_err *err)
     sets(b.machine, cpu_text, node_text, true);
     char note[160] = "";
     if (!b.ngpu)
-        snprintf(note, sizeof note, "The file is for NCCL to complete on the machine itself: NVLinks are not in it%s", affinity ? "" : ". ");
+        snprintf(note, sizeof note, "The file is for NCCL to complete on the machine itself: NVLinks are not in it%s",
+                 affinity ? "" : ". ");
     if (!affinity)
         strcat(note, "It tells no affinity: one thread stands for each processor.");
     if (*note) {

@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- NVML ---------------------------------------------------------------------------------------------------------- */
+/* --- NVML ----------------------------------------------------------------------------------------------------------
+ */
 
 typedef struct nvml_device *nvml_device;
 
@@ -80,9 +81,11 @@ static bool nvml_open(struct nvml *m)
  */
 static unsigned link_mbs(const struct nvml *m, nvml_device dev, unsigned link)
 {
-    static const unsigned published[] = {0, 20000, 25000, 25000, 25000, 25000, 25000, 50000}; /* by NVML's version number */
+    static const unsigned published[] = {0,     20000, 25000, 25000,
+                                         25000, 25000, 25000, 50000}; /* by NVML's version number */
     unsigned version = 0, by_version = 0, told = 0;
-    if (m->link_version && m->link_version(dev, link, &version) == NVML_OK && version < sizeof published / sizeof *published)
+    if (m->link_version && m->link_version(dev, link, &version) == NVML_OK &&
+        version < sizeof published / sizeof *published)
         by_version = published[version];
     struct nvml_field f = {.id = NVML_FIELD_LINK_SPEED, .scope = link};
     if (m->fields && m->fields(dev, 1, &f) == NVML_OK && f.rc == NVML_OK)
@@ -182,7 +185,8 @@ static void read_nvml(struct ry_nv *out)
     m.shutdown(); /* counted: the job's own use of NVML goes on */
 }
 
-/* --- CUDA driver --------------------------------------------------------------------------------------------------- */
+/* --- CUDA driver ---------------------------------------------------------------------------------------------------
+ */
 
 static void read_cuda(struct ry_nv *out)
 {
@@ -209,8 +213,9 @@ static void read_cuda(struct ry_nv *out)
         if (name(g->name, sizeof g->name, dev))
             g->name[0] = 0;
         if (uuid && !uuid(u, dev))
-            snprintf(g->uuid, sizeof g->uuid, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
-                     u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+            snprintf(g->uuid, sizeof g->uuid,
+                     "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2], u[3],
+                     u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
         out->n++;
     }
 }

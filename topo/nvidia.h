@@ -2,8 +2,8 @@
  * nvidia.h: what NVIDIA's driver says about the GPUs of this machine, without linking it or touching a GPU.
  *
  * Owns: NVML and the CUDA driver, both opened at run time: NVML tells names, UUIDs, NVLinks and PCIe neighbourhood of
- * all GPUs, whatever CUDA_VISIBLE_DEVICES says; the CUDA driver only names and UUIDs of those it sees, and is asked only
- * where there is no NVML. No CUDA context is created. Not: where GPUs sit in the machine (hwloc).
+ * all GPUs, whatever CUDA_VISIBLE_DEVICES says; the CUDA driver only names and UUIDs of those it sees, and is asked
+ * only where there is no NVML. No CUDA context is created. Not: where GPUs sit in the machine (hwloc).
  */
 #ifndef RY_TOPO_NVIDIA_H
 #define RY_TOPO_NVIDIA_H

@@ -159,8 +159,8 @@ static int check_object(const xmlNode *obj, bool io, struct ry_err *err)
         hwloc_bitmap_free(set);
         xmlFree(v);
         if (is_io ? there : !good)
-            return ry_fail(err, is_io ? "has a %s with a %s (line %ld)" : "has a %s without a good %s (line %ld)", type, sets[i],
-                           xmlGetLineNo(obj));
+            return ry_fail(err, is_io ? "has a %s with a %s (line %ld)" : "has a %s without a good %s (line %ld)", type,
+                           sets[i], xmlGetLineNo(obj));
     }
     for (const xmlNode *c = obj->children; c; c = c->next)
         if (ry_xml_is(c, "object") && check_object(c, is_io, err))
@@ -205,8 +205,10 @@ static xmlDoc *as_hwloc(xmlDoc *doc, const char *path, struct ry_err *err)
     if (major == 0 || major == 1)
         return ry_fail(err, "%s is XML of hwloc 1: convert it with 'lstopo -i FILE --if xml NEW.xml'", path), NULL;
     if (major < 0 || major > 3)
-        return ry_fail(err, "%s is hwloc XML of a version that Railyard does not know: write it again with "
-                            "'lstopo --export-xml-flags v2 FILE.xml'", path),
+        return ry_fail(err,
+                       "%s is hwloc XML of a version that Railyard does not know: write it again with "
+                       "'lstopo --export-xml-flags v2 FILE.xml'",
+                       path),
                NULL;
     if (check_hwloc(root, &why))
         return ry_fail(err, "%s, an hwloc topology, %s", path, why.msg), NULL;
@@ -230,7 +232,8 @@ static hwloc_topology_t load(xmlDoc *doc, const char *path, struct ry_err *err)
     if (hw && (hwloc_topology_set_xmlbuffer(hw, (const char *)text, len + 1) || hwloc_topology_load(hw))) {
         hwloc_topology_destroy(hw);
         hw = NULL;
-        ry_fail(err, "hwloc cannot load %s: the machine it describes does not add up (see it with 'lstopo -i FILE')", path);
+        ry_fail(err, "hwloc cannot load %s: the machine it describes does not add up (see it with 'lstopo -i FILE')",
+                path);
     }
     xmlFree(text);
     return hw;

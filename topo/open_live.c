@@ -1,8 +1,8 @@
 /*
  * open_live.c: opens the topology of this machine.
  *
- * Owns: how hwloc is run inside somebody's job, joining in what the NVIDIA driver tells (nvidia.h), and the link speed of
- * NICs, which hwloc leaves out. Not: what it all means (devices.c).
+ * Owns: how hwloc is run inside somebody's job, joining in what the NVIDIA driver tells (nvidia.h), and the link speed
+ * of NICs, which hwloc leaves out. Not: what it all means (devices.c).
  *
  * In a job: no thread is rebound, no CUDA context, display or OpenCL platform is opened, and the whole machine is seen
  * even where the job may use only some of its processors and GPUs.
@@ -10,12 +10,14 @@
 #include "topo_internal.h"
 
 #include <dirent.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "nvidia.h"
 
-/* --- NIC speed ----------------------------------------------------------------------------------------------------- */
+/* --- NIC speed -----------------------------------------------------------------------------------------------------
+ */
 
 /* First line of /sys/class/…; false if it cannot be read. */
 static bool sys_line(char *out, size_t size, const char *fmt, const char *name, const char *rest)
@@ -97,7 +99,8 @@ static void nic_speeds(hwloc_topology_t hw)
     }
 }
 
-/* --- GPUs ---------------------------------------------------------------------------------------------------------- */
+/* --- GPUs ----------------------------------------------------------------------------------------------------------
+ */
 
 static hwloc_obj_t pci_obj(hwloc_topology_t hw, struct ry_pci p)
 {
@@ -248,7 +251,10 @@ static void join_nvidia(hwloc_topology_t hw)
 
 struct ry_topo *ry_topo_open_live(struct ry_err *err)
 {
-    /* hwloc's own parts for accelerators would open contexts, displays and platforms; the NVIDIA part is ours */
+    /*
+     * hwloc's own parts for accelerators would open contexts, displays and platforms; the NVIDIA part is ours. Its
+     * "pci" part is libpciaccess, which has global state and leaks; the Linux part reads the same from /sys.
+     */
     static const char *const not_wanted[] = {"cuda", "nvml", "opencl", "gl", "rsmi", "levelzero", "pci"};
     hwloc_topology_t hw = ry_topo_hwloc_new(true, err);
     if (!hw)
@@ -256,7 +262,12 @@ struct ry_topo *ry_topo_open_live(struct ry_err *err)
     for (size_t i = 0; i < sizeof not_wanted / sizeof *not_wanted; i++)
         hwloc_topology_set_components(hw, HWLOC_TOPOLOGY_COMPONENTS_FLAG_BLACKLIST, not_wanted[i]);
     hwloc_topology_set_flags(hw, HWLOC_TOPOLOGY_FLAG_INCLUDE_DISALLOWED | HWLOC_TOPOLOGY_FLAG_DONT_CHANGE_BINDING);
-    if (hwloc_topology_load(hw)) {
+    /* One at a time: libudev, of which hwloc asks the disks' names, sets itself up without a lock. */
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&lock);
+    int rc = hwloc_topology_load(hw);
+    pthread_mutex_unlock(&lock);
+    if (rc) {
         hwloc_topology_destroy(hw);
         return ry_fail(err, "hwloc cannot read this machine's topology: is /sys mounted?"), NULL;
     }

@@ -2,8 +2,8 @@
  * topo_internal.h: what the files of topo/ share: the opened topology, and the one road from any source to it.
  *
  * Every source (this machine, hwloc XML of any version, NCCL XML) first becomes a loaded hwloc topology whose links are
- * hwloc distance matrices; ry_topo_from_hwloc() then derives GPUs, NICs and paths from that alone. So what is written as
- * XML and read again gives the same answers.
+ * hwloc distance matrices; ry_topo_from_hwloc() then derives GPUs, NICs and paths from that alone. So what is written
+ * as XML and read again gives the same answers.
  *
  * How things are marked in the hwloc tree, beyond what hwloc itself says:
  *   matrix "NVLinkBandwidth"  MB/s in one direction between GPUs, NVSwitches and packages (as hwloc's own NVML part).

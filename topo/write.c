@@ -1,4 +1,5 @@
-/* write.c: the formats by name, and hwloc's XML. The others have a file each: write_text.c, write_json.c, write_svg.c. */
+/* write.c: the formats by name, and hwloc's XML. The others have a file each: write_text.c, write_json.c, write_svg.c.
+ */
 #include "topo_internal.h"
 
 #include <errno.h>
@@ -28,11 +29,11 @@ static int write_xml(const struct ry_topo *t, FILE *f, struct ry_err *err)
 
 int ry_topo_write(const struct ry_topo *t, enum ry_topo_format format, FILE *f, struct ry_err *err)
 {
-    static int (*const writers[])(const struct ry_topo *, FILE *, struct ry_err *) = {
-        [RY_TOPO_TEXT] = ry_topo_write_text,
-        [RY_TOPO_JSON] = ry_topo_write_json,
-        [RY_TOPO_XML] = write_xml,
-        [RY_TOPO_SVG] = ry_topo_write_svg};
+    static int (*const writers[])(const struct ry_topo *, FILE *,
+                                  struct ry_err *) = {[RY_TOPO_TEXT] = ry_topo_write_text,
+                                                      [RY_TOPO_JSON] = ry_topo_write_json,
+                                                      [RY_TOPO_XML] = write_xml,
+                                                      [RY_TOPO_SVG] = ry_topo_write_svg};
     if (writers[format](t, f, err))
         return -1;
     errno = 0;

@@ -45,8 +45,8 @@ static json_t *gpus(const struct ry_topo *t)
     for (int i = 0; i < t->ngpus; i++) {
         const struct ry_topo_gpu *g = &t->gpus[i];
         json_array_append_new(
-            list, json_pack("{s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "index", i, "name", text_or_null(g->name), "pci",
-                            text_or_null(g->pci), "uuid", text_or_null(g->uuid), "numa", index_or_null(g->numa),
+            list, json_pack("{s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "index", i, "name", text_or_null(g->name),
+                            "pci", text_or_null(g->pci), "uuid", text_or_null(g->uuid), "numa", index_or_null(g->numa),
                             "nvlink_gbs", number_or_null(g->nvlink_gbs), "nearest_nic", index_or_null(g->nearest_nic),
                             "nic_path", g->nearest_nic >= 0 ? json_string(ry_path_name(g->nic_path)) : json_null()));
     }
@@ -58,9 +58,9 @@ static json_t *nics(const struct ry_topo *t)
     json_t *list = json_array();
     for (int i = 0; i < t->nnics; i++) {
         const struct ry_topo_nic *n = &t->nics[i];
-        json_array_append_new(list, json_pack("{s:i, s:o, s:o, s:s, s:o, s:o}", "index", i, "name", text_or_null(n->name),
-                                              "pci", text_or_null(n->pci), "kind", n->kind, "numa", index_or_null(n->numa),
-                                              "gbs", number_or_null(n->gbs)));
+        json_array_append_new(list, json_pack("{s:i, s:o, s:o, s:s, s:o, s:o}", "index", i, "name",
+                                              text_or_null(n->name), "pci", text_or_null(n->pci), "kind", n->kind,
+                                              "numa", index_or_null(n->numa), "gbs", number_or_null(n->gbs)));
     }
     return list;
 }
@@ -95,14 +95,15 @@ int ry_topo_write_json(const struct ry_topo *t, FILE *f, struct ry_err *err)
     const char *product = hwloc_obj_get_info_by_name(root, "DMIProductName");
     if (!product)
         product = hwloc_obj_get_info_by_name(root, "PlatformModel");
-    json_t *j = json_pack("{s:s, s:i, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}", "schema",
-                          "railyard-topology", "version", SCHEMA_VERSION, "source", text_or_null(t->source), "host",
-                          text_or_null(hwloc_obj_get_info_by_name(root, "HostName")), "product", text_or_null(product),
-                          "note", text_or_null(ry_topo_note(t)), "packages", hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PACKAGE), "threads",
-                          hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PU), "numa", numa_nodes(t), "nvswitches", t->nswitches,
-                          "unknown_pci_devices", t->nunknown, "gpus", gpus(t), "nics", nics(t), "gpu_paths",
-                          path_matrix(t->gpu_path, t->ngpus, t->ngpus), "gpu_gbs", gbs_matrix(t), "nic_paths",
-                          path_matrix(t->nic_path, t->ngpus, t->nnics));
+    json_t *j =
+        json_pack("{s:s, s:i, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}", "schema",
+                  "railyard-topology", "version", SCHEMA_VERSION, "source", text_or_null(t->source), "host",
+                  text_or_null(hwloc_obj_get_info_by_name(root, "HostName")), "product", text_or_null(product), "note",
+                  text_or_null(ry_topo_note(t)), "packages", hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PACKAGE),
+                  "threads", hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PU), "numa", numa_nodes(t), "nvswitches",
+                  t->nswitches, "unknown_pci_devices", t->nunknown, "gpus", gpus(t), "nics", nics(t), "gpu_paths",
+                  path_matrix(t->gpu_path, t->ngpus, t->ngpus), "gpu_gbs", gbs_matrix(t), "nic_paths",
+                  path_matrix(t->nic_path, t->ngpus, t->nnics));
     if (!j)
         return ry_fail(err, "topology of %s: no memory for JSON", t->source);
     int rc = json_dumpf(j, f, JSON_INDENT(1) | JSON_REAL_PRECISION(9));

@@ -1,8 +1,8 @@
 /*
  * write_svg.c: a topology as a picture.
  *
- * Owns: the drawing. One box per package, below it the PCIe tree with a bar for each host bridge and switch, GPUs and NICs
- * in one row, and under them the NVLinks: an NVSwitch bar, or arcs between GPUs. Then the matrix of path classes.
+ * Owns: the drawing. One box per package, below it the PCIe tree with a bar for each host bridge and switch, GPUs and
+ * NICs in one row, and under them the NVLinks: an NVSwitch bar, or arcs between GPUs. Then the matrix of path classes.
  * Bridges that only pass through (root ports, switch ports) are left out: a bar stands for a place where paths part.
  */
 #include "topo_internal.h"
@@ -47,7 +47,8 @@ struct picture {
 #define PACKAGE_HEAD 40
 #define NUMA_HEAD 26
 
-/* --- text ---------------------------------------------------------------------------------------------------------- */
+/* --- text ----------------------------------------------------------------------------------------------------------
+ */
 
 /* Text content: escaped, and "?" in place of what XML cannot hold. */
 static void put(FILE *f, const char *s)
@@ -77,7 +78,8 @@ __attribute__((format(printf, 5, 6))) static void label(struct picture *p, doubl
 
 static void rect(struct picture *p, double x, double y, double w, double h, const char *class)
 {
-    fprintf(p->f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" rx=\"5\" class=\"%s\"/>\n", x, y, w, h, class);
+    fprintf(p->f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" rx=\"5\" class=\"%s\"/>\n", x, y, w, h,
+            class);
 }
 
 static void line(struct picture *p, double x1, double y1, double x2, double y2, const char *class)
@@ -98,7 +100,8 @@ static void shorten(const char *s, int chars, char *out, size_t size)
         snprintf(out, size, "%.*s…", chars - 1, s);
 }
 
-/* --- the tree of boxes --------------------------------------------------------------------------------------------- */
+/* --- the tree of boxes ---------------------------------------------------------------------------------------------
+ */
 
 static struct box *new_box(struct picture *p, enum kind kind, hwloc_obj_t obj, int index)
 {
@@ -176,11 +179,13 @@ static struct box *io_box(struct picture *p, hwloc_obj_t obj)
 static struct box *cpu_box(struct picture *p, hwloc_obj_t home)
 {
     struct box *package = NULL;
-    hwloc_obj_t po = home->type == HWLOC_OBJ_PACKAGE ? home : hwloc_get_ancestor_obj_by_type(p->t->hw, HWLOC_OBJ_PACKAGE, home);
+    hwloc_obj_t po =
+        home->type == HWLOC_OBJ_PACKAGE ? home : hwloc_get_ancestor_obj_by_type(p->t->hw, HWLOC_OBJ_PACKAGE, home);
     for (struct box *b = p->root.child; b; b = b->next)
         if (b->obj == po || !p->root.child->next)
             package = b;
-    if (!package && home->nodeset && hwloc_bitmap_weight(home->nodeset) == 1) /* tied to a NUMA node above the package */
+    if (!package && home->nodeset &&
+        hwloc_bitmap_weight(home->nodeset) == 1) /* tied to a NUMA node above the package */
         for (struct box *b = p->root.child; b; b = b->next)
             if (b->obj && hwloc_bitmap_isequal(b->obj->nodeset, home->nodeset))
                 package = b;
@@ -232,7 +237,8 @@ static void add_devices(struct picture *p, hwloc_obj_t obj)
         add_devices(p, c);
 }
 
-/* --- layout -------------------------------------------------------------------------------------------------------- */
+/* --- layout --------------------------------------------------------------------------------------------------------
+ */
 
 static bool is_cpu(const struct box *b)
 {
@@ -296,7 +302,8 @@ static double middle(const struct box *b)
     return b->x + b->w / 2;
 }
 
-/* --- drawing ------------------------------------------------------------------------------------------------------- */
+/* --- drawing -------------------------------------------------------------------------------------------------------
+ */
 
 /* GB/s as a person writes them: "25", "12.5" */
 static void number(double gbs, char out[24])
@@ -439,7 +446,8 @@ static void draw_cpus(struct picture *p, const struct box *b)
         draw_cpus(p, c);
 }
 
-/* --- NVLinks ------------------------------------------------------------------------------------------------------- */
+/* --- NVLinks -------------------------------------------------------------------------------------------------------
+ */
 
 /* NVLinks from a GPU to its processor (POWER): up along the left edge of the GPU, behind the bars. */
 static void draw_cpu_links(struct picture *p, const struct box *b)
@@ -485,7 +493,8 @@ static double switch_bar(struct picture *p, double y)
         }
     }
     rect(p, lo, top, hi - lo, 28, "nvswitch");
-    label(p, (lo + hi) / 2, top + 19, "nvswitchtext", p->t->nswitches > 1 ? "NVSwitch × %d" : "NVSwitch", p->t->nswitches);
+    label(p, (lo + hi) / 2, top + 19, "nvswitchtext", p->t->nswitches > 1 ? "NVSwitch × %d" : "NVSwitch",
+          p->t->nswitches);
     return top + 28;
 }
 
@@ -529,7 +538,8 @@ static const char *arc_class(const double *speeds, int n, double gbs)
     return "arc1";
 }
 
-/* Direct NVLinks as arcs below the GPUs: the farther apart, the deeper. While they are few, each has its bandwidth on it. */
+/* Direct NVLinks as arcs below the GPUs: the farther apart, the deeper. While they are few, each has its bandwidth on
+ * it. */
 static double arcs(struct picture *p, double y)
 {
     const struct ry_topo *t = p->t;
@@ -551,8 +561,8 @@ static double arcs(struct picture *p, double y)
                 x1 = x2 + 16, x2 = x - 16;
             }
             double depth = (y - top) + 26 + (x2 - x1) * 0.14, low = top + depth * 0.75;
-            fprintf(p->f, "<path d=\"M%.1f %.1fC%.1f %.1f %.1f %.1f %.1f %.1f\" class=\"%s\"/>\n", x1, top, x1, top + depth, x2,
-                    top + depth, x2, top, arc_class(speeds, nspeeds, gbs));
+            fprintf(p->f, "<path d=\"M%.1f %.1fC%.1f %.1f %.1f %.1f %.1f %.1f\" class=\"%s\"/>\n", x1, top, x1,
+                    top + depth, x2, top + depth, x2, top, arc_class(speeds, nspeeds, gbs));
             if (gbs > 0 && edges <= 10) {
                 char bw[24];
                 number(gbs, bw);
@@ -564,7 +574,8 @@ static double arcs(struct picture *p, double y)
     return deepest;
 }
 
-/* --- legend and matrix --------------------------------------------------------------------------------------------- */
+/* --- legend and matrix ---------------------------------------------------------------------------------------------
+ */
 
 static bool have(const struct box *b, enum kind kind)
 {
@@ -627,10 +638,12 @@ static const char *const path_class[] = {"pLOC", "pNVL", "pPIX", "pPXB", "pPHB",
 
 static double matrix(struct picture *p, double y)
 {
-    static const char *const meaning[] = {
-        [RY_PATH_NVL] = "NVLink, direct or through NVSwitch", [RY_PATH_PIX] = "one PCIe switch",
-        [RY_PATH_PXB] = "several PCIe switches",              [RY_PATH_PHB] = "the processor's PCIe host bridge",
-        [RY_PATH_SYS] = "from processor to processor",        [RY_PATH_UNKNOWN] = "not known"};
+    static const char *const meaning[] = {[RY_PATH_NVL] = "NVLink, direct or through NVSwitch",
+                                          [RY_PATH_PIX] = "one PCIe switch",
+                                          [RY_PATH_PXB] = "several PCIe switches",
+                                          [RY_PATH_PHB] = "the processor's PCIe host bridge",
+                                          [RY_PATH_SYS] = "from processor to processor",
+                                          [RY_PATH_UNKNOWN] = "not known"};
     const struct ry_topo *t = p->t;
     const double cw = 34, ch = 20, x0 = EDGE + 50;
     int columns = t->ngpus + t->nnics;
@@ -646,18 +659,18 @@ static double matrix(struct picture *p, double y)
         for (int j = 0; j < columns; j++) {
             enum ry_path c = j < t->ngpus ? t->gpu_path[i * t->ngpus + j] : t->nic_path[i * t->nnics + j - t->ngpus];
             used[c] = true;
-            fprintf(p->f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" class=\"%s\"/>\n", x0 + j * cw + 1,
-                    y + i * ch + 1, cw - 2, ch - 2, path_class[c]);
+            fprintf(p->f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" class=\"%s\"/>\n",
+                    x0 + j * cw + 1, y + i * ch + 1, cw - 2, ch - 2, path_class[c]);
             if (c != RY_PATH_LOC)
-                label(p, x0 + (j + 0.5) * cw, y + i * ch + 14, c == RY_PATH_NVL || c == RY_PATH_SYS ? "cellw" : "cell", "%s",
-                      ry_path_name(c));
+                label(p, x0 + (j + 0.5) * cw, y + i * ch + 14, c == RY_PATH_NVL || c == RY_PATH_SYS ? "cellw" : "cell",
+                      "%s", ry_path_name(c));
         }
     }
     double kx = x0 + columns * cw + 34, ky = y + 14;
     for (int c = RY_PATH_NVL; c <= RY_PATH_UNKNOWN; c++)
         if (used[c]) {
-            fprintf(p->f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" class=\"%s\"/>\n", kx, ky - 13, cw - 2,
-                    ch - 2, path_class[c]);
+            fprintf(p->f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" class=\"%s\"/>\n", kx, ky - 13,
+                    cw - 2, ch - 2, path_class[c]);
             label(p, kx + cw / 2 - 1, ky, c == RY_PATH_NVL || c == RY_PATH_SYS ? "cellw" : "cell", "%s",
                   ry_path_name((enum ry_path)c));
             label(p, kx + cw + 6, ky, "t2l", "%s", meaning[c]);
@@ -669,7 +682,8 @@ static double matrix(struct picture *p, double y)
     return bottom > ky ? bottom : ky;
 }
 
-/* --- the whole ----------------------------------------------------------------------------------------------------- */
+/* --- the whole -----------------------------------------------------------------------------------------------------
+ */
 
 static const char style[] =
     "text{font-family:Helvetica,Arial,sans-serif;fill:#222}\n"

@@ -13,11 +13,11 @@ static void summary(const struct ry_topo *t, FILE *f)
     const char *product = hwloc_obj_get_info_by_name(hwloc_get_root_obj(t->hw), "DMIProductName");
     if (!product)
         product = hwloc_obj_get_info_by_name(hwloc_get_root_obj(t->hw), "PlatformModel");
-    int packages = hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PACKAGE), numa = hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_NUMANODE),
-        pus = hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PU);
+    int packages = hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PACKAGE),
+        numa = hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_NUMANODE), pus = hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PU);
     fprintf(f, "%s%s%s%s\n", t->source, product ? " (" : "", product ? product : "", product ? ")" : "");
-    fprintf(f, "%d package%s, %d NUMA node%s, %d hardware thread%s, %d GPU%s", packages, plural(packages), numa, plural(numa),
-            pus, plural(pus), t->ngpus, plural(t->ngpus));
+    fprintf(f, "%d package%s, %d NUMA node%s, %d hardware thread%s, %d GPU%s", packages, plural(packages), numa,
+            plural(numa), pus, plural(pus), t->ngpus, plural(t->ngpus));
     if (t->nswitches)
         fprintf(f, ", %d NVSwitch%s", t->nswitches, t->nswitches == 1 ? "" : "es");
     fprintf(f, ", %d NIC%s\n", t->nnics, plural(t->nnics));
@@ -60,7 +60,8 @@ static void numa_table(const struct ry_topo *t, FILE *f)
             snprintf(memory, sizeof memory, "%.0f GiB", (double)n->attr->numanode.local_memory / (1 << 30));
         if (p)
             snprintf(package, sizeof package, "%u", p->logical_index);
-        fprintf(f, "%4u  %7s  %7d  %9s  %-8s  %s\n", n->os_index, package, hwloc_bitmap_weight(n->cpuset), memory, gpus, nics);
+        fprintf(f, "%4u  %7s  %7d  %9s  %-8s  %s\n", n->os_index, package, hwloc_bitmap_weight(n->cpuset), memory, gpus,
+                nics);
     }
 }
 
@@ -113,10 +114,12 @@ static void device_tables(const struct ry_topo *t, FILE *f)
 
 static void path_matrix(const struct ry_topo *t, FILE *f)
 {
-    static const char *const meaning[] = {
-        [RY_PATH_NVL] = "NVLink, direct or through NVSwitch",     [RY_PATH_PIX] = "one PCIe switch",
-        [RY_PATH_PXB] = "several PCIe switches",                  [RY_PATH_PHB] = "the processor's PCIe host bridge",
-        [RY_PATH_SYS] = "from processor to processor",            [RY_PATH_UNKNOWN] = "not known"};
+    static const char *const meaning[] = {[RY_PATH_NVL] = "NVLink, direct or through NVSwitch",
+                                          [RY_PATH_PIX] = "one PCIe switch",
+                                          [RY_PATH_PXB] = "several PCIe switches",
+                                          [RY_PATH_PHB] = "the processor's PCIe host bridge",
+                                          [RY_PATH_SYS] = "from processor to processor",
+                                          [RY_PATH_UNKNOWN] = "not known"};
     bool used[RY_PATH_UNKNOWN + 1] = {false};
     if (!t->ngpus || t->ngpus + t->nnics < 2)
         return;

@@ -1,7 +1,8 @@
 /*
  * fake_nvml.c: a libnvidia-ml.so.1 for machines without GPUs: test_topo loads it first, so that discovery finds it.
  * RY_FAKE_NVML picks the machine. "switch": 4 GPUs on hidden NVSwitches. "mesh": 3 GPUs in a chain of NVLinks, the last
- * with links of an unknown generation. "lost": as mesh, but GPU 1 does not answer. Anything else: the driver is not there.
+ * with links of an unknown generation. "lost": as mesh, but GPU 1 does not answer. Anything else: the driver is not
+ * there.
  */
 #include <stdlib.h>
 #include <stdio.h>

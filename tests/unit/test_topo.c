@@ -22,7 +22,8 @@
 static unsigned seed;
 static const char *data, *shared;
 
-/* --- helpers ------------------------------------------------------------------------------------------------------- */
+/* --- helpers -------------------------------------------------------------------------------------------------------
+ */
 
 static const char *in(const char *dir, const char *name)
 {
@@ -185,7 +186,8 @@ static int64_t unknown_devices(const struct ry_topo *t)
     return n;
 }
 
-/* --- real machines ------------------------------------------------------------------------------------------------- */
+/* --- real machines -------------------------------------------------------------------------------------------------
+ */
 
 START_TEST(dgx2)
 {
@@ -233,11 +235,16 @@ static void check_p4d(const char *file)
         ck_assert_int_eq(g->numa, i / 4);
         ck_assert_double_eq(g->nvlink_gbs, 0);
         for (int j = 0; j < 8; j++) {
-            enum ry_path want = i == j ? RY_PATH_LOC : i / 2 == j / 2 ? RY_PATH_PIX : i / 4 == j / 4 ? RY_PATH_PHB : RY_PATH_SYS;
+            enum ry_path want = i == j           ? RY_PATH_LOC
+                                : i / 2 == j / 2 ? RY_PATH_PIX
+                                : i / 4 == j / 4 ? RY_PATH_PHB
+                                                 : RY_PATH_SYS;
             ck_assert_int_eq(ry_topo_gpu_path(t, i, j), want);
         }
         for (int j = 0; j < 4; j++)
-            ck_assert_int_eq(ry_topo_nic_path(t, i, j), i / 2 == j ? RY_PATH_PIX : i / 4 == j / 2 ? RY_PATH_PHB : RY_PATH_SYS);
+            ck_assert_int_eq(ry_topo_nic_path(t, i, j), i / 2 == j       ? RY_PATH_PIX
+                                                        : i / 4 == j / 2 ? RY_PATH_PHB
+                                                                         : RY_PATH_SYS);
     }
     ck_assert_int_eq(hwloc_get_nbobjs_by_type(ry_topo_hwloc(t), HWLOC_OBJ_PU), 96); /* by the affinity masks */
     ck_assert_str_eq(ry_topo_nic(t, 0)->pci, "0000:10:1b.0");
@@ -300,7 +307,8 @@ START_TEST(gb10)
 }
 END_TEST
 
-/* --- machines of our own making ------------------------------------------------------------------------------------ */
+/* --- machines of our own making ------------------------------------------------------------------------------------
+ */
 
 START_TEST(rail8)
 {
@@ -376,13 +384,15 @@ START_TEST(nccl_oddities)
 {
     static const char text[] =
         "<system version=\"1\"><cpu numaid=\"-1\" arch=\"x86_64\">"
-        "<pci busid=\"0001:00:00.0\"><gpu dev=\"0\" rank=\"0\"><nvlink target=\"0002:00:00\" count=\"2\" tclass=\"0x030200\"/>"
+        "<pci busid=\"0001:00:00.0\"><gpu dev=\"0\" rank=\"0\"><nvlink target=\"0002:00:00\" count=\"2\" "
+        "tclass=\"0x030200\"/>"
         "<nvlink target=\"0009:00:00.0\" count=\"2\" tclass=\"0x030200\"/></gpu></pci>"
         "<pci busid=\"0002:00:00.0\" class=\"0x030200\" vendor=\"0x10de\"><gpu dev=\"1\" rank=\"1\">"
         "<nvlink target=\"0001:00:00.0\" count=\"2\" tclass=\"0x030200\"/></gpu></pci>"
         "<nic><net name=\"eth0\" speed=\"10000\"/></nic></cpu></system>";
     struct ry_topo *t = open_ok(temp_file(text, strlen(text)));
-    ck_assert_int_eq(ry_topo_ngpus(t), 1); /* the first has neither class nor vendor: "gpu" says what it is, not whose */
+    ck_assert_int_eq(ry_topo_ngpus(t),
+                     1); /* the first has neither class nor vendor: "gpu" says what it is, not whose */
     ry_topo_close(t);
     char *fixed = strdup(text), *at = strstr(fixed, "0001:00:00.0\">");
     ck_assert_ptr_nonnull(at);
@@ -402,7 +412,8 @@ START_TEST(nccl_oddities)
 }
 END_TEST
 
-/* --- this machine -------------------------------------------------------------------------------------------------- */
+/* --- this machine --------------------------------------------------------------------------------------------------
+ */
 
 START_TEST(live)
 {
@@ -410,7 +421,8 @@ START_TEST(live)
     uint64_t start = ry_now_ns();
     struct ry_topo *t = ry_topo_open_live(&err);
     ck_assert_msg(t != NULL, "%s", err.msg);
-    printf("live topology: %.1f ms, %d GPUs, %d NICs\n", (double)(ry_now_ns() - start) / 1e6, ry_topo_ngpus(t), ry_topo_nnics(t));
+    printf("live topology: %.1f ms, %d GPUs, %d NICs\n", (double)(ry_now_ns() - start) / 1e6, ry_topo_ngpus(t),
+           ry_topo_nnics(t));
     ck_assert_str_eq(ry_topo_source(t), "live");
     ck_assert_int_gt(hwloc_get_nbobjs_by_type(ry_topo_hwloc(t), HWLOC_OBJ_PU), 0);
     check_and_close(t);
@@ -491,7 +503,7 @@ START_TEST(fake_mesh)
     ck_assert_int_eq(ry_topo_ngpus(t), 3);
     ck_assert_double_eq(ry_topo_gpu_gbs(t, 0, 1), 50); /* two links */
     ck_assert_int_eq(ry_topo_gpu_path(t, 1, 2), RY_PATH_NVL);
-    ck_assert_double_eq(ry_topo_gpu_gbs(t, 1, 2), 0);          /* of unknown speed */
+    ck_assert_double_eq(ry_topo_gpu_gbs(t, 1, 2), 0);         /* of unknown speed */
     ck_assert_int_eq(ry_topo_gpu_path(t, 0, 2), RY_PATH_SYS); /* by the driver's word: the tree does not hold them */
     check_and_close(t);
 }
@@ -515,7 +527,8 @@ START_TEST(fake_lost)
 }
 END_TEST
 
-/* --- broken files -------------------------------------------------------------------------------------------------- */
+/* --- broken files --------------------------------------------------------------------------------------------------
+ */
 
 static void refused(const char *path, const char *word)
 {
@@ -626,7 +639,8 @@ START_TEST(every_truncation)
 }
 END_TEST
 
-/* hwloc leaks what it had read of a file when it refuses the rest; that is not ours to report. Sanitizer builds have these. */
+/* hwloc leaks what it had read of a file when it refuses the rest; that is not ours to report. Sanitizer builds have
+ * these. */
 void __lsan_disable(void) __attribute__((weak));
 
 START_TEST(random_damage)

@@ -37,7 +37,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-/* A file appears under its name only when it is complete. What is no regular file (a pipe, /dev/stdout) is written to as it is. */
+/* A file appears under its name only when it is complete. What is no regular file (a pipe, /dev/stdout) is written to
+ * as it is. */
 static int write_file(const char *argv0, const struct ry_topo *t, const struct options *o)
 {
     struct ry_err err = {""};
@@ -69,15 +70,21 @@ static int write_file(const char *argv0, const struct ry_topo *t, const struct o
 int cmd_topo(int argc, char **argv)
 {
     static const struct argp_option options[] = {
-        {"input", 'i', "FILE", 0, "Read a saved topology instead of this machine: hwloc XML (of version 2 or 3) or NCCL topology XML", 0},
-        {"format", 'f', "FORMAT", 0, "text (the default), json, xml (hwloc's own: lstopo opens it) or svg (a picture)", 0},
+        {"input", 'i', "FILE", 0,
+         "Read a saved topology instead of this machine: hwloc XML (of version 2 or 3) or NCCL topology XML", 0},
+        {"format", 'f', "FORMAT", 0, "text (the default), json, xml (hwloc's own: lstopo opens it) or svg (a picture)",
+         0},
         {"output", 'o', "FILE", 0, "Write to FILE instead of standard output", 0},
         {0}};
     static const struct argp argp = {
-        options, parse, 0,
+        options,
+        parse,
+        0,
         "Show what a node is made of: NUMA nodes, GPUs, NVLinks, NICs, and how far they are from each other.\v"
-        "Path classes, fastest first: NVL is NVLink, direct or through NVSwitch; PIX is one PCIe switch; PXB several; PHB "
-        "the processor's PCIe host bridge; SYS from one processor to another. Bandwidths are GB/s in one direction; what "
+        "Path classes, fastest first: NVL is NVLink, direct or through NVSwitch; PIX is one PCIe switch; PXB several; "
+        "PHB "
+        "the processor's PCIe host bridge; SYS from one processor to another. Bandwidths are GB/s in one direction; "
+        "what "
         "is not known is shown as '-' (null in JSON).\n\n"
         "A saved topology is what 'lstopo FILE.xml' writes, or a file for NCCL_TOPO_FILE or from NCCL_TOPO_DUMP_FILE. "
         "Nothing is written to FILE unless all went well.\n\n"
@@ -85,7 +92,9 @@ int cmd_topo(int argc, char **argv)
         "  railyard topo\n"
         "  railyard topo --format svg --output node.svg\n"
         "  railyard topo --input p4d-24xl-nccl-topo.xml --format xml | lstopo -i - --if xml",
-        0, 0, 0};
+        0,
+        0,
+        0};
     struct options o = {NULL, NULL, RY_TOPO_TEXT};
     struct ry_err err = {""};
     if (argp_parse(&argp, argc, argv, 0, 0, &o))
