@@ -24,7 +24,6 @@ hwloc_topology_t ry_topo_hwloc_new(bool live, struct ry_err *err)
     /* Everything of a file is kept; of this machine, every PCI device, since NVSwitches have no class of their own. */
     hwloc_topology_set_io_types_filter(hw, live ? HWLOC_TYPE_FILTER_KEEP_IMPORTANT : HWLOC_TYPE_FILTER_KEEP_ALL);
     hwloc_topology_set_type_filter(hw, HWLOC_OBJ_PCI_DEVICE, HWLOC_TYPE_FILTER_KEEP_ALL);
-    hwloc_topology_set_type_filter(hw, HWLOC_OBJ_OS_DEVICE, HWLOC_TYPE_FILTER_KEEP_ALL);
     hwloc_topology_set_type_filter(hw, HWLOC_OBJ_MISC, HWLOC_TYPE_FILTER_KEEP_ALL);
     return hw;
 }
@@ -45,8 +44,7 @@ int ry_topo_add_matrix(hwloc_topology_t hw, const char *name, unsigned long kind
     return rc;
 }
 
-/* --- what an object is ---------------------------------------------------------------------------------------------
- */
+/* --- what an object is --- */
 
 static bool has_subtype(hwloc_obj_t obj, const char *subtype)
 {
@@ -120,7 +118,7 @@ static void pci_text(hwloc_obj_t obj, char out[16])
         snprintf(out, 16, "%s", said ? said : "");
 }
 
-/* --- path classes ------------------------------------------------------------------------------------------------- */
+/* --- path classes --- */
 
 /* The PCI object that a device is or hangs from, NULL if there is none (a soft NIC, a GPU outside the tree). */
 static hwloc_obj_t pci_of(hwloc_obj_t obj)
@@ -185,8 +183,7 @@ static enum ry_path tree_path(hwloc_topology_t hw, hwloc_obj_t x, hwloc_obj_t y,
     return RY_PATH_SYS;
 }
 
-/* --- matrices ------------------------------------------------------------------------------------------------------
- */
+/* --- matrices --- */
 
 static struct hwloc_distances_s *get_matrix(hwloc_topology_t hw, const char *name)
 {
@@ -262,8 +259,7 @@ static void join_switched(struct ry_topo *t)
         }
 }
 
-/* --- the lists -----------------------------------------------------------------------------------------------------
- */
+/* --- the lists --- */
 
 struct list {
     hwloc_obj_t *obj;
@@ -313,6 +309,12 @@ static hwloc_obj_t nic_osdev(hwloc_obj_t pci)
     return best;
 }
 
+/* What names a NIC: itself, or the OS device of a PCI one. NULL if there is none. */
+static hwloc_obj_t named_nic(hwloc_obj_t obj)
+{
+    return obj->type == HWLOC_OBJ_PCI_DEVICE ? nic_osdev(obj) : obj;
+}
+
 static int collect(hwloc_obj_t obj, void *arg)
 {
     struct found *f = arg;
@@ -329,7 +331,7 @@ static int collect(hwloc_obj_t obj, void *arg)
             f->nunknown++;
         return 0;
     }
-    if (is_nic_osdev(obj) && !pci_of(obj) && (!obj->name || strcmp(obj->name, "lo")))
+    if ((is_nic_osdev(obj) && !pci_of(obj)) || (obj->type == HWLOC_OBJ_MISC && has_subtype(obj, "NIC")))
         return append(&f->soft_nics, obj);
     return 0;
 }
@@ -385,7 +387,7 @@ static void fill_gpu(struct ry_topo *t, int i)
 
 static void fill_nic(struct ry_topo *t, int i)
 {
-    hwloc_obj_t obj = t->nic_obj[i], os = obj->type == HWLOC_OBJ_OS_DEVICE ? obj : nic_osdev(obj);
+    hwloc_obj_t obj = t->nic_obj[i], os = named_nic(obj);
     struct ry_topo_nic *n = &t->nics[i];
     n->index = i;
     /* A name without any device behind it is the PCI address: more use to a reader than four equal device ids. */
@@ -404,20 +406,21 @@ static void fill_nic(struct ry_topo *t, int i)
     n->gbs = mbps > 0 && mbps < 1e9 ? mbps / 8000 : 0;
 }
 
-static bool is_down(const struct ry_topo *t, int nic)
+/* 0: as good as can be told; 1: without an operating system's device (another namespace's, or a file that names none);
+ * 2: its link is down. */
+static int unfitness(const struct ry_topo *t, int nic)
 {
-    hwloc_obj_t obj = t->nic_obj[nic], os = obj->type == HWLOC_OBJ_OS_DEVICE ? obj : nic_osdev(obj);
+    hwloc_obj_t obj = t->nic_obj[nic], os = named_nic(obj);
     const char *state = os ? hwloc_obj_get_info_by_name(os, "LinkState") : NULL;
-    return state && !strcmp(state, "down");
+    return !os ? 1 : state && !strcmp(state, "down") ? 2 : 0;
 }
 
-/* --- nearest NIC ---------------------------------------------------------------------------------------------------
- */
+/* --- nearest NIC --- */
 
 /* <0: nic x is better for the GPU than y. 0: as good. */
 static int compare_nics(const struct ry_topo *t, int gpu, const unsigned *depth, int x, int y)
 {
-    int dx = is_down(t, x), dy = is_down(t, y);
+    int dx = unfitness(t, x), dy = unfitness(t, y);
     if (dx != dy)
         return dx - dy;
     enum ry_path px = t->nic_path[gpu * t->nnics + x], py = t->nic_path[gpu * t->nnics + y];
@@ -468,8 +471,7 @@ static int choose_nics(struct ry_topo *t)
     return rc;
 }
 
-/* --- all together --------------------------------------------------------------------------------------------------
- */
+/* --- all together --- */
 
 /* PCI classes of all pairs, from the tree; where the tree cannot say, from a matrix that came with the topology. */
 static int fill_paths(struct ry_topo *t)
@@ -524,11 +526,13 @@ struct ry_topo *ry_topo_from_hwloc(hwloc_topology_t hw, const char *source, stru
         hwloc_topology_destroy(hw);
     if (!t || !(t->source = strdup(source)) || visit(hwloc_get_root_obj(hw), collect, &f))
         goto no_memory;
-    if (!f.nics.n) { /* veth and the like count only where nothing else exists */
-        free(f.nics.obj);
-        f.nics = f.soft_nics;
-        f.soft_nics = (struct list){0};
-    }
+    /* veth and the like count only where there is nothing better: no PCI device that this system drives */
+    bool driven = false;
+    for (int i = 0; i < f.nics.n; i++)
+        driven |= nic_osdev(f.nics.obj[i]) != NULL;
+    for (int i = 0; !driven && i < f.soft_nics.n; i++)
+        if (append(&f.nics, f.soft_nics.obj[i]))
+            goto no_memory;
     t->ngpus = f.gpus.n;
     t->nnics = f.nics.n;
     t->nswitches = f.nswitches;
@@ -593,8 +597,7 @@ void ry_topo_close(struct ry_topo *t)
     free(t);
 }
 
-/* --- reading it ----------------------------------------------------------------------------------------------------
- */
+/* --- reading it --- */
 
 const char *ry_topo_source(const struct ry_topo *t)
 {

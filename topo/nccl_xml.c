@@ -43,8 +43,7 @@ struct build {
     const char *wrong; /* out of memory and the like: ends the conversion */
 };
 
-/* --- attributes ----------------------------------------------------------------------------------------------------
- */
+/* --- attributes --- */
 
 static bool attr(const xmlNode *n, const char *name, char *out, size_t size)
 {
@@ -81,8 +80,7 @@ static bool parse_busid(const char *t, unsigned out[4])
            out[3] <= 7;
 }
 
-/* --- building hwloc objects ----------------------------------------------------------------------------------------
- */
+/* --- building hwloc objects --- */
 
 __attribute__((format(printf, 3, 4))) static void set(xmlNode *n, const char *name, const char *fmt, ...)
 {
@@ -148,8 +146,7 @@ static uint64_t link_mbs(int sm)
     return sm >= 60 ? 20000 : 1;
 }
 
-/* --- the PCI tree --------------------------------------------------------------------------------------------------
- */
+/* --- the PCI tree --- */
 
 static void remember_pci(struct build *b, const unsigned id[4], xmlNode *node, unsigned home)
 {
@@ -290,8 +287,7 @@ static void add_pci(struct build *b, const xmlNode *from, xmlNode *parent, unsig
     }
 }
 
-/* --- processors ----------------------------------------------------------------------------------------------------
- */
+/* --- processors --- */
 
 /* Each cpu's processors: its affinity mask where all of them make sense together, else one processor each. */
 static hwloc_bitmap_t *processors(const xmlNode *system, int n, bool *known)
@@ -385,8 +381,7 @@ out:
     hwloc_bitmap_free(node);
 }
 
-/* --- NVLinks -------------------------------------------------------------------------------------------------------
- */
+/* --- NVLinks --- */
 
 struct end {
     unsigned gp;
@@ -527,8 +522,7 @@ out:
     xmlBufferFree(text);
 }
 
-/* --- the document --------------------------------------------------------------------------------------------------
- */
+/* --- the document --- */
 
 static int count_cpus(const xmlNode *system)
 {

@@ -6,8 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- NVML ----------------------------------------------------------------------------------------------------------
- */
+/* --- NVML --- */
 
 typedef struct nvml_device *nvml_device;
 
@@ -185,8 +184,7 @@ static void read_nvml(struct ry_nv *out)
     m.shutdown(); /* counted: the job's own use of NVML goes on */
 }
 
-/* --- CUDA driver ---------------------------------------------------------------------------------------------------
- */
+/* --- CUDA driver --- */
 
 static void read_cuda(struct ry_nv *out)
 {

@@ -16,8 +16,7 @@
 
 #include "nvidia.h"
 
-/* --- NIC speed -----------------------------------------------------------------------------------------------------
- */
+/* --- NIC speed --- */
 
 /* First line of /sys/class/…; false if it cannot be read. */
 static bool sys_line(char *out, size_t size, const char *fmt, const char *name, const char *rest)
@@ -87,26 +86,6 @@ static void net_speed(hwloc_obj_t obj)
     note_speed(obj, mbps, down);
 }
 
-static void nic_speeds(hwloc_topology_t hw)
-{
-    for (hwloc_obj_t o = NULL; (o = hwloc_get_next_osdev(hw, o));) {
-        if (!o->name)
-            continue;
-        if (ry_topo_is_verbs(o))
-            verbs_speed(o);
-        else if (ry_topo_is_net(o))
-            net_speed(o);
-    }
-}
-
-/* --- GPUs ----------------------------------------------------------------------------------------------------------
- */
-
-static hwloc_obj_t pci_obj(hwloc_topology_t hw, struct ry_pci p)
-{
-    return hwloc_get_pcidev_by_busid(hw, p.domain, p.bus, p.device, 0);
-}
-
 static void set_subtype(hwloc_topology_t hw, hwloc_obj_t obj, const char *subtype)
 {
 #if HWLOC_API_VERSION >= 0x00020a00
@@ -115,6 +94,46 @@ static void set_subtype(hwloc_topology_t hw, hwloc_obj_t obj, const char *subtyp
     if (!obj->subtype)
         obj->subtype = strdup(subtype); /* freed by hwloc, with free() */
 #endif
+}
+
+/* hwloc leaves out interfaces without hardware. In a container one of them (veth) may be all there is. */
+static void add_soft_nics(hwloc_topology_t hw)
+{
+    DIR *d = opendir("/sys/class/net");
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (e->d_name[0] == '.' || !strcmp(e->d_name, "lo"))
+            continue;
+        hwloc_obj_t obj = hwloc_topology_insert_misc_object(hw, hwloc_get_root_obj(hw), e->d_name);
+        if (!obj)
+            continue;
+        set_subtype(hw, obj, "NIC");
+        net_speed(obj);
+    }
+    if (d)
+        closedir(d);
+}
+
+static void nic_speeds(hwloc_topology_t hw)
+{
+    bool any = false;
+    for (hwloc_obj_t o = NULL; (o = hwloc_get_next_osdev(hw, o));) {
+        if (!o->name)
+            continue;
+        any |= ry_topo_is_verbs(o) || ry_topo_is_net(o);
+        if (ry_topo_is_verbs(o))
+            verbs_speed(o);
+        else if (ry_topo_is_net(o))
+            net_speed(o);
+    }
+    if (!any)
+        add_soft_nics(hw);
+}
+
+/* --- GPUs --- */
+
+static hwloc_obj_t pci_obj(hwloc_topology_t hw, struct ry_pci p)
+{
+    return hwloc_get_pcidev_by_busid(hw, p.domain, p.bus, p.device, 0);
 }
 
 /* The object of a GPU: on PCI, or, where a container hides the PCI tree, one of our own. NULL: no memory. */

@@ -12,6 +12,7 @@
  *   subtype "NVSwitch"        on a PCI device, or on a Misc object where the switch cannot be seen on PCI
  *   subtype "PCISwitch"       on a bridge that stands for one whole PCIe switch (NCCL's way), not for one of its ports
  *   subtype "GPU"             on a Misc object: a GPU that is not in the PCI tree; infos as on a PCI GPU, and PCIBusID
+ *   subtype "NIC"             on a Misc object: a network interface that is on no bus (veth)
  *   info RailyardNote on the machine: what a reader should know about the source
  *   infos GPUModel, NVIDIAUUID on a GPU; LinkSpeedMbps on a NIC's OS device, the speed of its link; LinkState "down"
  */

@@ -47,8 +47,7 @@ struct picture {
 #define PACKAGE_HEAD 40
 #define NUMA_HEAD 26
 
-/* --- text ----------------------------------------------------------------------------------------------------------
- */
+/* --- text --- */
 
 /* Text content: escaped, and "?" in place of what XML cannot hold. */
 static void put(FILE *f, const char *s)
@@ -100,8 +99,7 @@ static void shorten(const char *s, int chars, char *out, size_t size)
         snprintf(out, size, "%.*s…", chars - 1, s);
 }
 
-/* --- the tree of boxes ---------------------------------------------------------------------------------------------
- */
+/* --- the tree of boxes --- */
 
 static struct box *new_box(struct picture *p, enum kind kind, hwloc_obj_t obj, int index)
 {
@@ -237,8 +235,7 @@ static void add_devices(struct picture *p, hwloc_obj_t obj)
         add_devices(p, c);
 }
 
-/* --- layout --------------------------------------------------------------------------------------------------------
- */
+/* --- layout --- */
 
 static bool is_cpu(const struct box *b)
 {
@@ -302,13 +299,12 @@ static double middle(const struct box *b)
     return b->x + b->w / 2;
 }
 
-/* --- drawing -------------------------------------------------------------------------------------------------------
- */
+/* --- drawing --- */
 
 /* GB/s as a person writes them: "25", "12.5" */
 static void number(double gbs, char out[24])
 {
-    snprintf(out, 24, gbs < 100 && fabs(gbs - round(gbs)) > 0.05 ? "%.1f" : "%.0f", gbs);
+    snprintf(out, 24, gbs < 99.95 ? "%.3g" : "%.0f", gbs);
 }
 
 static void nic_name(const struct ry_topo *t, int i, char out[64])
@@ -446,8 +442,7 @@ static void draw_cpus(struct picture *p, const struct box *b)
         draw_cpus(p, c);
 }
 
-/* --- NVLinks -------------------------------------------------------------------------------------------------------
- */
+/* --- NVLinks --- */
 
 /* NVLinks from a GPU to its processor (POWER): up along the left edge of the GPU, behind the bars. */
 static void draw_cpu_links(struct picture *p, const struct box *b)
@@ -574,8 +569,7 @@ static double arcs(struct picture *p, double y)
     return deepest;
 }
 
-/* --- legend and matrix ---------------------------------------------------------------------------------------------
- */
+/* --- legend and matrix --- */
 
 static bool have(const struct box *b, enum kind kind)
 {
@@ -682,8 +676,7 @@ static double matrix(struct picture *p, double y)
     return bottom > ky ? bottom : ky;
 }
 
-/* --- the whole -----------------------------------------------------------------------------------------------------
- */
+/* --- the whole --- */
 
 static const char style[] =
     "text{font-family:Helvetica,Arial,sans-serif;fill:#222}\n"

@@ -68,7 +68,7 @@ static void numa_table(const struct ry_topo *t, FILE *f)
 static void bandwidth(double gbs, char out[24])
 {
     if (gbs > 0)
-        snprintf(out, 24, "%.3g GB/s", gbs);
+        snprintf(out, 24, gbs < 99.95 ? "%.3g GB/s" : "%.0f GB/s", gbs);
     else
         snprintf(out, 24, "-");
 }

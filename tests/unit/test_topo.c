@@ -22,8 +22,7 @@
 static unsigned seed;
 static const char *data, *shared;
 
-/* --- helpers -------------------------------------------------------------------------------------------------------
- */
+/* --- helpers --- */
 
 static const char *in(const char *dir, const char *name)
 {
@@ -186,8 +185,7 @@ static int64_t unknown_devices(const struct ry_topo *t)
     return n;
 }
 
-/* --- real machines -------------------------------------------------------------------------------------------------
- */
+/* --- real machines --- */
 
 START_TEST(dgx2)
 {
@@ -307,8 +305,7 @@ START_TEST(gb10)
 }
 END_TEST
 
-/* --- machines of our own making ------------------------------------------------------------------------------------
- */
+/* --- machines of our own making --- */
 
 START_TEST(rail8)
 {
@@ -412,8 +409,7 @@ START_TEST(nccl_oddities)
 }
 END_TEST
 
-/* --- this machine --------------------------------------------------------------------------------------------------
- */
+/* --- this machine --- */
 
 START_TEST(live)
 {
@@ -527,8 +523,7 @@ START_TEST(fake_lost)
 }
 END_TEST
 
-/* --- broken files --------------------------------------------------------------------------------------------------
- */
+/* --- broken files --- */
 
 static void refused(const char *path, const char *word)
 {
