@@ -486,7 +486,7 @@ static int fill_paths(struct ry_topo *t)
         free(v);
         return -1;
     }
-    if (t->ngpus)
+    if (t->ngpus) /* memcpy takes no NULL, not even for nothing */
         memcpy(objs, t->gpu_obj, (size_t)t->ngpus * sizeof *objs);
     if (t->nnics)
         memcpy(objs + t->ngpus, t->nic_obj, (size_t)t->nnics * sizeof *objs);
