@@ -13,6 +13,7 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"env", "print every setting, its default and the value in force", cmd_env},
+    {"topo", "show this node's topology, or a saved one: text, JSON, hwloc XML or a picture", cmd_topo},
 };
 
 int command_fail(const char *argv0, const char *fmt, ...)
