@@ -14,6 +14,7 @@
 #include "random.h"
 
 #define MAX_EXPERTS 65535
+#define MAX_TOP_K 64
 /* After so many draws that hit an expert already chosen, the rest of the weights is walked instead. */
 #define PATIENCE 8
 
@@ -85,7 +86,7 @@ static void choose_uniform(const struct ry_routing *r, struct ry_random *random,
     for (int j = 0; j < r->config.top_k; j++) {
         /* the v-th of those not chosen: pass over the chosen ones at or below it, smallest first */
         uint64_t v = ry_random_below(random, (uint64_t)(r->config.experts - j));
-        uint16_t sorted[j + 1];
+        uint16_t sorted[MAX_TOP_K];
         memcpy(sorted, choice, (size_t)j * sizeof *sorted);
         for (int a = 1; a < j; a++)
             for (int b = a; b > 0 && sorted[b] < sorted[b - 1]; b--) {
@@ -100,10 +101,11 @@ static void choose_uniform(const struct ry_routing *r, struct ry_random *random,
 }
 
 /* Draw by the counts of the token's sample. Experts without any count are taken only when all others are chosen. */
-static void choose_by_counts(const struct ry_routing *r, struct ry_random *random, size_t row, uint16_t *choice)
+static void choose_by_counts(const struct ry_routing *r, struct ry_random *random, size_t row, uint64_t *weight,
+                             uint16_t *choice)
 {
     int experts = r->config.experts;
-    uint64_t weight[experts], left = 0;
+    uint64_t left = 0;
     for (int e = 0; e < experts; e++)
         left += weight[e] = ry_npy_get(&r->counts, row * (size_t)experts + (size_t)e);
     for (int j = 0; j < r->config.top_k; j++) {
@@ -116,7 +118,7 @@ static void choose_by_counts(const struct ry_routing *r, struct ry_random *rando
 }
 
 static void choose_traced(const struct ry_routing *r, uint64_t key, uint64_t iteration, int layer, int rank, int token,
-                          uint16_t *choice)
+                          uint64_t *scratch, uint16_t *choice)
 {
     const struct ry_routing_config *c = &r->config;
     size_t layers = r->counts.shape[1];
@@ -129,7 +131,7 @@ static void choose_traced(const struct ry_routing *r, uint64_t key, uint64_t ite
         return;
     }
     struct ry_random random = {.key = ry_random_at(key, (uint64_t)token)};
-    choose_by_counts(r, &random, row, choice);
+    choose_by_counts(r, &random, row, scratch, choice);
 }
 
 void ry_routing_choose(const struct ry_routing *r, uint64_t iteration, int layer, int rank, uint16_t *choice)
@@ -142,7 +144,7 @@ void ry_routing_choose(const struct ry_routing *r, uint64_t iteration, int layer
         else if (r->how == ZIPF)
             choose_zipf(r, &random, layer, choice);
         else
-            choose_traced(r, key, iteration, layer, rank, t, choice);
+            choose_traced(r, key, iteration, layer, rank, t, r->how == TRACE ? r->scratch : NULL, choice);
     }
 }
 
