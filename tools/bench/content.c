@@ -8,8 +8,8 @@
 
 const char *ry_flow_name(enum ry_flow flow)
 {
-    static const char *const names[] = {"dispatch", "probs", "combine", "combine-gradient", "probs-gradient",
-                                        "dispatch-gradient"};
+    static const char *const names[] = {"dispatch",         "probs",          "combine",
+                                        "combine-gradient", "probs-gradient", "dispatch-gradient"};
     return names[flow];
 }
 
@@ -59,7 +59,8 @@ size_t ry_rows_list(struct ry_row *rows, uint64_t *count, const uint16_t *choice
 static bool row_key(const struct ry_content *c, const struct ry_row *row, uint64_t *key)
 {
     bool copies = c->flow == RY_FLOW_DISPATCH || c->flow == RY_FLOW_COMBINE_GRAD;
-    uint64_t owner = (uint64_t)row->owner, token = (uint64_t)row->token, expert = copies ? 0 : (uint64_t)row->expert + 1;
+    uint64_t owner = (uint64_t)row->owner, token = (uint64_t)row->token,
+             expert = copies ? 0 : (uint64_t)row->expert + 1;
     if (row->token == RY_PADDING) {
         if (c->flow != RY_FLOW_COMBINE)
             return false;

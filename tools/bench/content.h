@@ -2,8 +2,8 @@
  * content.h: what every row holds, and whether it does.
  *
  * Owns: the rows that one rank has for another (which tokens, in which order), and their bytes as a pure function of
- * (seed, iteration, layer, flow, source rank, token, expert, element), so that a receiver recomputes exactly what must be
- * there. Not: how rows travel.
+ * (seed, iteration, layer, flow, source rank, token, expert, element), so that a receiver recomputes exactly what must
+ * be there. Not: how rows travel.
  */
 #ifndef RY_BENCH_CONTENT_H
 #define RY_BENCH_CONTENT_H
@@ -36,8 +36,8 @@ struct ry_row {
 
 /**
  * List the rows of `owner`'s tokens for the experts [first, last): expert by expert, tokens in increasing order.
- * `choice` is [tokens][top_k]. `capacity` > 0: exactly so many rows per expert, the tokens beyond it left out and the rest
- * padding. Returns the number of rows; count[e - first] (may be NULL) is that of each expert. `rows` has room for
+ * `choice` is [tokens][top_k]. `capacity` > 0: exactly so many rows per expert, the tokens beyond it left out and the
+ * rest padding. Returns the number of rows; count[e - first] (may be NULL) is that of each expert. `rows` has room for
  * tokens * top_k, or capacity * (last - first).
  */
 size_t ry_rows_list(struct ry_row *rows, uint64_t *count, const uint16_t *choice, int tokens, int top_k, int owner,

@@ -118,7 +118,7 @@ static void choose_by_counts(const struct ry_routing *r, struct ry_random *rando
 }
 
 static void choose_traced(const struct ry_routing *r, uint64_t key, uint64_t iteration, int layer, int rank, int token,
-                          uint64_t *scratch, uint16_t *choice)
+                          uint64_t *weight, uint16_t *choice)
 {
     const struct ry_routing_config *c = &r->config;
     size_t layers = r->counts.shape[1];
@@ -131,12 +131,15 @@ static void choose_traced(const struct ry_routing *r, uint64_t key, uint64_t ite
         return;
     }
     struct ry_random random = {.key = ry_random_at(key, (uint64_t)token)};
-    choose_by_counts(r, &random, row, scratch, choice);
+    choose_by_counts(r, &random, row, weight, choice);
 }
 
 void ry_routing_choose(const struct ry_routing *r, uint64_t iteration, int layer, int rank, uint16_t *choice)
 {
     uint64_t key = ry_key(r->config.seed, 'r', iteration, (uint64_t)layer, (uint64_t)rank);
+    uint64_t *weight = NULL;
+    if (r->how == TRACE && !(weight = calloc((size_t)r->config.experts, sizeof *weight)))
+        abort(); /* a few kilobytes */
     for (int t = 0; t < r->config.tokens; t++, choice += r->config.top_k) {
         struct ry_random random = {.key = ry_random_at(key, (uint64_t)t)};
         if (r->how == UNIFORM)
@@ -144,8 +147,9 @@ void ry_routing_choose(const struct ry_routing *r, uint64_t iteration, int layer
         else if (r->how == ZIPF)
             choose_zipf(r, &random, layer, choice);
         else
-            choose_traced(r, key, iteration, layer, rank, t, r->how == TRACE ? r->scratch : NULL, choice);
+            choose_traced(r, key, iteration, layer, rank, t, weight, choice);
     }
+    free(weight);
 }
 
 static int open_zipf(struct ry_routing *r, double s, struct ry_err *err)
@@ -195,11 +199,12 @@ static int check_shape(const struct ry_npy *a, const char *file, int ndim, const
         return 0;
     char want[128] = "", got[128] = "";
     for (int d = 0, n = 0; d < ndim; d++)
-        n += d ? snprintf(want + n, sizeof want - (size_t)n, ", %zu", shape[d]) : snprintf(want, sizeof want, "samples");
+        n +=
+            d ? snprintf(want + n, sizeof want - (size_t)n, ", %zu", shape[d]) : snprintf(want, sizeof want, "samples");
     for (int d = 0, n = 0; d < a->ndim; d++)
         n += snprintf(got + n, sizeof got - (size_t)n, "%s%zu", d ? ", " : "", a->shape[d]);
-    return ry_fail(err, "%s: holds %s (%s), but meta.json calls for whole numbers (%s)", file, ry_npy_type_name(a->type), got,
-                   want);
+    return ry_fail(err, "%s: holds %s (%s), but meta.json calls for whole numbers (%s)", file,
+                   ry_npy_type_name(a->type), got, want);
 }
 
 static int agree(int *option, int trace, const char *name, const char *dir, struct ry_err *err)
@@ -226,7 +231,7 @@ static int open_trace(struct ry_routing *r, const char *dir, struct ry_err *err)
     json_decref(meta);
     if (rc)
         return -1;
-    if (experts > MAX_EXPERTS || top_k > experts)
+    if (experts > MAX_EXPERTS || top_k > experts || top_k > MAX_TOP_K)
         return ry_fail(err, "%s: top-%d of %d experts cannot be", path, top_k, experts);
     if (agree(&c->experts, experts, "experts", dir, err) || agree(&c->top_k, top_k, "top-k", dir, err))
         return -1;
@@ -296,12 +301,13 @@ struct ry_routing *ry_routing_open(struct ry_routing_config *config, struct ry_e
     if (!c->layers)
         c->layers = 2;
     if (c->experts > MAX_EXPERTS || c->experts % c->ranks) {
-        ry_fail(err, "%d experts cannot be shared evenly by %d ranks: choose --experts as a multiple of the ranks, up to %d",
+        ry_fail(err,
+                "%d experts cannot be shared evenly by %d ranks: choose --experts as a multiple of the ranks, up to %d",
                 c->experts, c->ranks, MAX_EXPERTS);
         goto fail;
     }
-    if (c->top_k > c->experts) {
-        ry_fail(err, "--top-k=%d, but there are only %d experts", c->top_k, c->experts);
+    if (c->top_k > c->experts || c->top_k > MAX_TOP_K) {
+        ry_fail(err, "--top-k=%d, but there are %d experts, and %d is the most", c->top_k, c->experts, MAX_TOP_K);
         goto fail;
     }
     if (r->how == ZIPF && open_zipf(r, s, err))

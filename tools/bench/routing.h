@@ -33,10 +33,10 @@ struct ry_routing *ry_routing_open(struct ry_routing_config *config, struct ry_e
 void ry_routing_close(struct ry_routing *routing);
 
 /**
- * choice[t * top_k + j]: the experts (all different) of token t of `rank`. Uniform and Zipf draw them one after the other
- * without putting back; with Zipf the order of popularity is a shuffle of its own for each layer. A trace is dealt out in
- * order: token t of rank r in iteration i is token (i * ranks + r) * tokens + t of the recorded samples, from the start
- * again at their end; samples with counts but no recorded choices are drawn with the counts as weights.
+ * choice[t * top_k + j]: the experts (all different) of token t of `rank`. Uniform and Zipf draw them one after the
+ * other without putting back; with Zipf the order of popularity is a shuffle of its own for each layer. A trace is
+ * dealt out in order: token t of rank r in iteration i is token (i * ranks + r) * tokens + t of the recorded samples,
+ * from the start again at their end; samples with counts but no recorded choices are drawn with the counts as weights.
  */
 void ry_routing_choose(const struct ry_routing *routing, uint64_t iteration, int layer, int rank, uint16_t *choice);
 
