@@ -15,7 +15,9 @@
 
 #include "base/clock.h"
 #include "bench.h"
-#include "emu/rendezvous.h"
+#include "rendezvous.h"
+
+#define RENDEZVOUS_SECONDS 120
 
 _Noreturn void ry_bench_die(const struct ry_bench *b, const char *fmt, ...)
 {
@@ -47,10 +49,24 @@ static void open_device(struct ry_bench *b)
                      err.msg);
     int devices = 0;
     RY_DEVICE(b, count, &devices);
-    RY_DEVICE(b, use, b->options.local_rank % devices);
+    RY_DEVICE(b, use, b->options.ranks.local_rank % devices);
     RY_DEVICE(b, stream_create, &b->stream);
     RY_DEVICE(b, event_create, &b->before);
     RY_DEVICE(b, event_create, &b->after);
+}
+
+/*
+ * Where torchrun itself listens on MASTER_PORT (its workers are meant to use its store), the next port is taken, by all
+ * ranks alike.
+ */
+static void avoid_torchrun(void)
+{
+    const char *agent = getenv("TORCHELASTIC_USE_AGENT_STORE"), *port = getenv("MASTER_PORT");
+    char next[16];
+    if (!agent || strcmp(agent, "True") || !port)
+        return;
+    snprintf(next, sizeof next, "%d", atoi(port) % 65535 + 1);
+    setenv("MASTER_PORT", next, 1);
 }
 
 static void open_communicator(struct ry_bench *b)
@@ -61,7 +77,8 @@ static void open_communicator(struct ry_bench *b)
     RY_NCCL(b, ncclGetVersion, &b->nccl_version);
     if (b->rank == 0)
         RY_NCCL(b, ncclGetUniqueId, &id);
-    if (ry_rendezvous(o->address, o->port, b->rank, b->ranks, &id, sizeof id, &err))
+    avoid_torchrun();
+    if (ry_rendezvous(&o->ranks, &id, sizeof id, RENDEZVOUS_SECONDS, &err))
         ry_bench_die(b, "%s", err.msg);
     RY_NCCL(b, ncclCommInitRank, &b->comm, b->ranks, id, b->rank);
 }
@@ -202,8 +219,8 @@ int main(int argc, char **argv)
     int status;
     if (ry_bench_options(argc, argv, o, &status))
         return status;
-    b.rank = o->rank;
-    b.ranks = o->ranks;
+    b.rank = o->ranks.rank;
+    b.ranks = o->ranks.world;
     if (!(b.routing = ry_routing_open(&o->routing, &err))) {
         if (b.rank == 0)
             fprintf(stderr, "%s: %s\n", argv[0], err.msg);

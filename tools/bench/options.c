@@ -201,19 +201,6 @@ static const struct argp argp = {
     0,
     0};
 
-static int from_environment(const char *name, int low, int high, int *out, struct ry_err *err)
-{
-    const char *text = getenv(name);
-    char *end;
-    errno = 0;
-    long v = text ? strtol(text, &end, 10) : 0;
-    if (!text || errno || end == text || *end || v < low || v > high)
-        return ry_fail(err, "environment variable %s is %s%s%s, but must be a whole number from %d to %d", name,
-                       text ? "'" : "not set", text ? text : "", text ? "'" : "", low, high);
-    *out = (int)v;
-    return 0;
-}
-
 int ry_bench_options(int argc, char **argv, struct ry_bench_options *out, int *status)
 {
     *out = (struct ry_bench_options){
@@ -225,8 +212,8 @@ int ry_bench_options(int argc, char **argv, struct ry_bench_options *out, int *s
         .probs_type = &types[2],
     };
     struct ry_err err = {""};
-    int job = from_environment("RANK", 0, INT_MAX, &out->rank, &err);
-    bool quiet = !job && out->rank > 0;
+    int job = ry_ranks_from_env(&out->ranks, &err);
+    bool quiet = !job && out->ranks.rank > 0;
     argp_err_exit_status = 2;
     if (quiet) {
         /* One voice is enough: rank 0 prints the same help or complaint. */
@@ -247,18 +234,10 @@ int ry_bench_options(int argc, char **argv, struct ry_bench_options *out, int *s
                 argv[0]);
         return 1;
     }
-    if (job || from_environment("WORLD_SIZE", 1, 1 << 20, &out->ranks, &err) ||
-        from_environment("RANK", 0, out->ranks - 1, &out->rank, &err) ||
-        from_environment("LOCAL_RANK", 0, INT_MAX, &out->local_rank, &err) ||
-        from_environment("MASTER_PORT", 1, 65535, &out->port, &err)) {
+    if (job) {
         fprintf(stderr, "%s: %s\n", argv[0], err.msg);
         return 1;
     }
-    out->address = getenv("MASTER_ADDR");
-    if (!out->address || !*out->address) {
-        fprintf(stderr, "%s: environment variable MASTER_ADDR is not set\n", argv[0]);
-        return 1;
-    }
-    out->routing.ranks = out->ranks;
+    out->routing.ranks = out->ranks.world;
     return *status = 0, 0;
 }

@@ -12,6 +12,7 @@
 
 #include <nccl.h>
 
+#include "rendezvous.h"
 #include "routing.h"
 
 struct ry_bench_type {
@@ -33,9 +34,7 @@ struct ry_bench_options {
     bool digest, barrier;
     const char *json, *matrix; /* files, or NULL */
     uint64_t corrupt;          /* 1 + number of the exchange after which a received byte is flipped; 0: none */
-    /* of the job */
-    int rank, ranks, local_rank, port;
-    const char *address;
+    struct ry_ranks ranks;     /* of the job */
 };
 
 /**

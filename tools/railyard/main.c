@@ -12,6 +12,7 @@ static const struct command {
     const char *name, *help;
     int (*run)(int argc, char **argv);
 } commands[] = {
+    {"bench", "exchange as mixture-of-experts layers do, check every byte, time it", cmd_bench},
     {"env", "print every setting, its default and the value in force", cmd_env},
 };
 
