@@ -12,6 +12,7 @@ static const struct command {
     const char *name, *help;
     int (*run)(int argc, char **argv);
 } commands[] = {
+    {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
 };
 
