@@ -9,6 +9,7 @@
 #define RY_TOOLS_COMMAND_H
 
 int cmd_bench(int argc, char **argv);
+int cmd_emu(int argc, char **argv);
 int cmd_env(int argc, char **argv);
 
 /* Print "railyard NAME: text" on stderr; returns 1, to be returned on. */

@@ -13,6 +13,7 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"bench", "exchange as mixture-of-experts layers do, check every byte, time it", cmd_bench},
+    {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
 };
 
