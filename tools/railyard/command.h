@@ -8,6 +8,8 @@
 #ifndef RY_TOOLS_COMMAND_H
 #define RY_TOOLS_COMMAND_H
 
+int cmd_bench(int argc, char **argv);
+int cmd_emu(int argc, char **argv);
 int cmd_env(int argc, char **argv);
 int cmd_topo(int argc, char **argv);
 
