@@ -9,6 +9,7 @@
 #define RY_TOOLS_COMMAND_H
 
 int cmd_env(int argc, char **argv);
+int cmd_report(int argc, char **argv);
 
 /* Print "railyard NAME: text" on stderr; returns 1, to be returned on. */
 int command_fail(const char *argv0, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

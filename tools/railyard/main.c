@@ -13,6 +13,7 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"env", "print every setting, its default and the value in force", cmd_env},
+    {"report", "report what a job recorded: who sent how much to whom", cmd_report},
 };
 
 int command_fail(const char *argv0, const char *fmt, ...)
