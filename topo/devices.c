@@ -477,7 +477,8 @@ static int fill_paths(struct ry_topo *t)
         free(v);
         return -1;
     }
-    memcpy(objs, t->gpu_obj, (size_t)t->ngpus * sizeof *objs);
+    if (t->ngpus) /* memcpy takes no NULL, not even for nothing */
+        memcpy(objs, t->gpu_obj, (size_t)t->ngpus * sizeof *objs);
     if (t->nnics)
         memcpy(objs + t->ngpus, t->nic_obj, (size_t)t->nnics * sizeof *objs);
     struct hwloc_distances_s *had = get_matrix(t->hw, "PCIePath");

@@ -540,6 +540,7 @@ static void process(void)
             e[i]->end = "destroy";
         }
     }
+    usleep(300000); /* the ranks' seats are swapped in the background: do not exit before */
 }
 
 int main(int argc, char **argv)
