@@ -593,6 +593,11 @@ const char *ry_topo_source(const struct ry_topo *t)
     return t->source;
 }
 
+const char *ry_topo_note(const struct ry_topo *t)
+{
+    return hwloc_obj_get_info_by_name(hwloc_get_root_obj(t->hw), "RailyardNote");
+}
+
 hwloc_topology_t ry_topo_hwloc(const struct ry_topo *t)
 {
     return t->hw;

@@ -36,6 +36,7 @@ struct build {
         xmlNode *node;
     } *pci;
     int npci, pci_room;
+    int ngpu;          /* <gpu> elements */
     const char *wrong; /* out of memory and the like: ends the conversion */
 };
 
@@ -268,8 +269,10 @@ static void add_pci(struct build *b, const xmlNode *from, xmlNode *parent, unsig
         } else if (class >> 8 == 0x0680 && attr_hex(c, "vendor") == 0x10de) {
             set(o, "subtype", "NVSwitch");
         }
-        if (gpu)
+        if (gpu) {
+            b->ngpu++;
             add_links(b, gpu, gp);
+        }
         if (nic)
             add_nets(b, nic, o);
     }
@@ -569,6 +572,12 @@ xmlDoc *ry_topo_nccl_to_hwloc(const xmlDoc *nccl, struct ry_err *err)
     }
     set(b.machine, "os_index", "0");
     sets(b.machine, cpu_text, node_text, true);
+    if (!b.ngpu) {
+        info(b.machine, "RailyardNote", "The file is for NCCL to complete on the machine itself: NVLinks are not in it");
+        xmlNode *note = b.machine->last;
+        xmlUnlinkNode(note);
+        xmlAddPrevSibling(b.machine->children, note); /* infos come before child objects */
+    }
     add_matrix(&b, top);
 out:
     for (i = 0; cpus && i < ncpus; i++)

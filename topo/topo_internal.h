@@ -12,6 +12,7 @@
  *   subtype "NVSwitch"        on a PCI device, or on a Misc object where the switch cannot be seen on PCI
  *   subtype "PCISwitch"       on a bridge that stands for one whole PCIe switch (NCCL's way), not for one of its ports
  *   subtype "GPU"             on a Misc object: a GPU that is not in the PCI tree; infos as on a PCI GPU, and PCIBusID
+ *   info RailyardNote on the machine: what a reader should know about the source
  *   infos GPUModel, NVIDIAUUID on a GPU; LinkSpeedMbps on a NIC's OS device, the speed of its link; LinkState "down"
  */
 #ifndef RY_TOPO_INTERNAL_H
@@ -52,6 +53,9 @@ hwloc_topology_t ry_topo_hwloc_new(bool live, struct ry_err *err);
 /** Add one distance matrix to `hw`. Values are copied. 0, or -1 when hwloc refuses it. */
 int ry_topo_add_matrix(hwloc_topology_t hw, const char *name, unsigned long kind, unsigned n, hwloc_obj_t *objs,
                        const uint64_t *values);
+
+/** What a reader should know about the source, or NULL: the info RailyardNote of the machine. */
+const char *ry_topo_note(const struct ry_topo *topo);
 
 /** "Package", "NUMANode" or "Machine" object that a device hangs from. */
 hwloc_obj_t ry_topo_home(hwloc_obj_t obj);

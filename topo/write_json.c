@@ -95,10 +95,10 @@ int ry_topo_write_json(const struct ry_topo *t, FILE *f, struct ry_err *err)
     const char *product = hwloc_obj_get_info_by_name(root, "DMIProductName");
     if (!product)
         product = hwloc_obj_get_info_by_name(root, "PlatformModel");
-    json_t *j = json_pack("{s:s, s:i, s:o, s:o, s:o, s:i, s:i, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}", "schema",
+    json_t *j = json_pack("{s:s, s:i, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}", "schema",
                           "railyard-topology", "version", SCHEMA_VERSION, "source", text_or_null(t->source), "host",
                           text_or_null(hwloc_obj_get_info_by_name(root, "HostName")), "product", text_or_null(product),
-                          "packages", hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PACKAGE), "threads",
+                          "note", text_or_null(ry_topo_note(t)), "packages", hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PACKAGE), "threads",
                           hwloc_get_nbobjs_by_type(t->hw, HWLOC_OBJ_PU), "numa", numa_nodes(t), "nvswitches", t->nswitches,
                           "unknown_pci_devices", t->nunknown, "gpus", gpus(t), "nics", nics(t), "gpu_paths",
                           path_matrix(t->gpu_path, t->ngpus, t->ngpus), "gpu_gbs", gbs_matrix(t), "nic_paths",

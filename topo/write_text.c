@@ -22,8 +22,9 @@ static void summary(const struct ry_topo *t, FILE *f)
         fprintf(f, ", %d NVSwitch%s", t->nswitches, t->nswitches == 1 ? "" : "es");
     fprintf(f, ", %d NIC%s\n", t->nnics, plural(t->nnics));
     if (t->nunknown)
-        fprintf(f, "%d PCI device%s without a class: the file leaves to NCCL to find out, on the machine itself, what they are\n",
-                t->nunknown, plural(t->nunknown));
+        fprintf(f, "%d PCI device%s of unknown kind: the source gives no class\n", t->nunknown, plural(t->nunknown));
+    if (ry_topo_note(t))
+        fprintf(f, "%s\n", ry_topo_note(t));
 }
 
 /* "0-3,6" of the devices on a NUMA node, or "-" */
@@ -66,7 +67,7 @@ static void numa_table(const struct ry_topo *t, FILE *f)
 static void bandwidth(double gbs, char out[24])
 {
     if (gbs > 0)
-        snprintf(out, 24, gbs < 10 ? "%.2g GB/s" : "%.0f GB/s", gbs);
+        snprintf(out, 24, "%.3g GB/s", gbs);
     else
         snprintf(out, 24, "-");
 }
