@@ -306,7 +306,7 @@ static int make_event(struct ry_event *ev, CUcontext ctx, struct ry_err *err)
     if (IN_CONTEXT(err, ctx, event_create, &event, CU_EVENT_DEFAULT))
         return -1;
     if (ev->event)
-        cu.event_destroy(ev->event);
+        IN_CONTEXT(NULL, ev->ctx, event_destroy, ev->event);
     ev->event = event;
     ev->ctx = ctx;
     return 0;

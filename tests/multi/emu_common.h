@@ -66,10 +66,12 @@ static inline ncclComm_t world_comm(void)
     return comm;
 }
 
-static inline void barrier(ncclComm_t comm)
+#define barrier(comm) barrier_at(comm, __LINE__)
+static inline void barrier_at(ncclComm_t comm, int line)
 {
     float one = 1;
-    NCCL(ncclAllReduce(&one, &one, 1, ncclFloat, ncclSum, comm, NULL));
+    ncclResult_t r = ncclAllReduce(&one, &one, 1, ncclFloat, ncclSum, comm, NULL);
+    CHECK(r == ncclSuccess, "the barrier of line %d gave %d: %s", line, (int)r, ncclGetLastError(comm));
 }
 
 static inline double seconds_since(uint64_t t)

@@ -1,6 +1,7 @@
 /* test_device.c: the device interface, run on every backend that this machine has; CUDA's cases skip visibly without a
  * GPU. */
 #include <check.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -175,6 +176,97 @@ START_TEST(event_moves_between_devices)
 }
 END_TEST
 
+/* ---- only with the fake driver, which can be asked what it saw ---- */
+
+static int (*fake_depth)(void), (*fake_device)(void), (*fake_mode)(void);
+static void (*fake_capture)(void *stream, int result, int status);
+
+static bool is_fake(void)
+{
+    void *lib = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (!lib)
+        return false;
+    *(void **)&fake_depth = dlsym(lib, "fake_cuda_depth");
+    *(void **)&fake_device = dlsym(lib, "fake_cuda_device");
+    *(void **)&fake_mode = dlsym(lib, "fake_cuda_mode");
+    *(void **)&fake_capture = dlsym(lib, "fake_cuda_capture");
+    dlclose(lib);
+    return fake_depth;
+}
+
+/* A stream's capture, an error that says that somebody captures, and any other error. */
+START_TEST(capture)
+{
+    void *stream;
+    bool capturing;
+    if (!is_fake())
+        return;
+    ok(device->use(0, &err));
+    ok(device->stream_create(&stream, &err));
+    static const struct {
+        int result, status, rc;
+        bool capturing;
+    } cases[] = {
+        {0, 0, 0, false},                      /* none */
+        {0, 1, 0, true},                       /* active */
+        {0, 2, 0, true},                       /* invalidated */
+        {906, 0, 0, true},                     /* CUDA_ERROR_STREAM_CAPTURE_IMPLICIT */
+        {900, 0, 0, true}, {719, 0, -1, true}, /* a launch failed earlier: not known, so hands off */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fake_capture(stream, cases[i].result, cases[i].status);
+        capturing = !cases[i].capturing;
+        ck_assert_msg(device->stream_capturing(stream, &capturing, &err) == cases[i].rc, "case %zu", i);
+        ck_assert_msg(capturing == cases[i].capturing, "case %zu", i);
+    }
+    ck_assert_ptr_nonnull(strstr(err.msg, "cuStreamIsCapturing: CUDA_ERROR_FAKE (719)"));
+    ok(device->stream_destroy(stream, &err));
+}
+END_TEST
+
+/* Whatever is called, the thread's current context is afterwards what it was, also after failures. */
+START_TEST(contexts_are_left_alone)
+{
+    void *stream, *p = NULL;
+    struct ry_event *ev;
+    bool flag;
+    if (!is_fake())
+        return;
+    ck_assert_int_eq(fake_depth(), 0);
+    ok(device->alloc(&p, 64, &err)); /* no context: device 0 */
+    ck_assert_int_eq(fake_depth(), 0);
+    ok(device->release(p, &err));
+    ok(device->use(1, &err));
+    ok(device->stream_create(&stream, &err));
+    ok(device->use(0, &err));
+    ok(device->alloc(&p, 64, &err));
+    ck_assert_int_eq(device->alloc(&(void *){NULL}, SIZE_MAX - 4096, &err), -1);
+    ck_assert_msg(strstr(err.msg, "cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY (2)"), "%s", err.msg);
+    ok(device->fill(p, 1, 64, stream, &err));
+    ok(device->event_create(&ev, &err));
+    ok(device->event_record(ev, stream, &err)); /* moves to device 1 */
+    ok(device->event_done(ev, &flag, &err));
+    ok(device->event_record(ev, NULL, &err)); /* and back to 0 */
+    ok(device->stream_capturing(stream, &flag, &err));
+    fake_capture(stream, 719, 0);
+    ck_assert_int_eq(device->stream_capturing(stream, &flag, &err), -1);
+    device->event_destroy(ev);
+    ok(device->use(1, &err));
+    ok(device->release(p, &err)); /* of device 0 */
+    ck_assert_int_eq(fake_device(), 1);
+    ok(device->use(0, &err));
+    ok(device->stream_destroy(stream, &err)); /* of device 1 */
+    ck_assert_int_eq(fake_device(), 0);
+    ck_assert_int_eq(fake_depth(), 1);
+    ck_assert_int_eq(device->use(2, &err), -1);
+    ck_assert_ptr_nonnull(strstr(err.msg, "cuDeviceGet"));
+    ck_assert_int_eq(device->use(-1, &err), -1);
+    ck_assert_int_eq(device->stream_destroy(NULL, &err), -1);
+    device->relax_thread();
+    ck_assert_int_eq(fake_mode(), 2);
+}
+END_TEST
+
 /* Without a driver the CUDA backend is absent, says why, and says the same again. */
 START_TEST(cuda_or_a_reason)
 {
@@ -212,6 +304,10 @@ static int run(bool cuda)
     tcase_add_test(t, from_another_thread);
     tcase_add_test(t, event_moves_between_devices);
     tcase_add_test(t, cuda_or_a_reason);
+    if (cuda) {
+        tcase_add_test(t, capture);
+        tcase_add_test(t, contexts_are_left_alone);
+    }
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
     srunner_run_all(r, CK_NORMAL);
@@ -245,6 +341,8 @@ int main(void)
     int failed = run(false);
     if (cuda_works(&why))
         failed += run(true);
+    else if (getenv("RY_FAKE_CUDA"))
+        failed += printf("the fake driver does not work: %s\n", why.msg);
     else
         printf("SKIP cuda: %s\n", why.msg);
     return failed ? 1 : 0;

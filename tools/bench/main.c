@@ -224,6 +224,8 @@ int main(int argc, char **argv)
     if (!(b.routing = ry_routing_open(&o->routing, &err))) {
         if (b.rank == 0)
             fprintf(stderr, "%s: %s\n", argv[0], err.msg);
+        else
+            ry_bench_let_rank_0_speak();
         return 2;
     }
     b.per_rank = o->routing.experts / b.ranks;

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 const char *const ry_bench_check_names[] = {"every", "first", "none", NULL};
 
@@ -201,6 +202,11 @@ static const struct argp argp = {
     0,
     0};
 
+void ry_bench_let_rank_0_speak(void)
+{
+    sleep(2);
+}
+
 int ry_bench_options(int argc, char **argv, struct ry_bench_options *out, int *status)
 {
     *out = (struct ry_bench_options){
@@ -220,8 +226,10 @@ int ry_bench_options(int argc, char **argv, struct ry_bench_options *out, int *s
         for (int i = 1; i < argc; i++)
             if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "--usage") || !strcmp(argv[i], "-?"))
                 return *status = 0, 1;
-        if (argp_parse(&argp, argc, argv, ARGP_NO_ERRS | ARGP_NO_EXIT, 0, out))
+        if (argp_parse(&argp, argc, argv, ARGP_NO_ERRS | ARGP_NO_EXIT, 0, out)) {
+            ry_bench_let_rank_0_speak();
             return *status = 2, 1;
+        }
     } else if (argp_parse(&argp, argc, argv, 0, 0, out)) {
         return *status = 2, 1;
     }

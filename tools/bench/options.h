@@ -43,4 +43,10 @@ struct ry_bench_options {
  */
 int ry_bench_options(int argc, char **argv, struct ry_bench_options *out, int *status);
 
+/**
+ * Called by other ranks before they exit with the same complaint as rank 0: a launcher ends all ranks when the first
+ * one fails, and that must be the one with something to say.
+ */
+void ry_bench_let_rank_0_speak(void);
+
 #endif

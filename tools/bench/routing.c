@@ -222,9 +222,13 @@ static int open_trace(struct ry_routing *r, const char *dir, struct ry_err *err)
     int layers, experts, top_k, sample_tokens;
     json_error_t why;
     snprintf(path, sizeof path, "%s/meta.json", dir);
-    json_t *meta = json_load_file(path, 0, &why);
+    FILE *f = fopen(path, "r");
+    if (!f)
+        return ry_fail(err, "cannot read %s: %s: is %s a folder of recorded routing?", path, strerror(errno), dir);
+    json_t *meta = json_loadf(f, 0, &why);
+    fclose(f);
     if (!meta)
-        return ry_fail(err, "%s: %s%s", path, why.text, why.line > 0 ? "" : " (is this a folder of recorded routing?)");
+        return ry_fail(err, "%s, line %d: %s", path, why.line, why.text);
     int rc = meta_number(meta, path, "layers", &layers, err) || meta_number(meta, path, "experts", &experts, err) ||
              meta_number(meta, path, "topk", &top_k, err) ||
              meta_number(meta, path, "tokens_per_sample", &sample_tokens, err);

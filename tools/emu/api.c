@@ -290,9 +290,8 @@ API(ncclResult_t, ncclCommDestroy, ncclComm_t comm)
     if (!comm)
         return ncclSuccess;
     TRY(check_comm(comm, "ncclCommDestroy"));
-    if (!comm->finalized)
-        ry_emu_wire_flush();
     ry_emu_comm_end(comm, false);
+    ry_emu_wire_flush();
     return ncclSuccess;
 }
 

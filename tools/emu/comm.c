@@ -34,6 +34,11 @@ struct ncclComm *ry_emu_comm_find(uint64_t uid, int rank)
     return NULL;
 }
 
+struct ncclComm *ry_emu_comm_first(void)
+{
+    return all;
+}
+
 void ry_emu_comm_fail(struct ncclComm *comm, ncclResult_t result, const char *fmt, ...)
 {
     if (comm->state == ncclSuccess || comm->state == ncclInProgress) {
@@ -50,7 +55,7 @@ void ry_emu_proc_lost(struct ry_emu_proc *proc, const char *why)
 {
     for (struct ncclComm *c = all; c; c = c->next)
         for (int r = 0; r < c->nranks; r++)
-            if (c->peers[r].proc == proc) {
+            if (c->peers[r].proc == proc && !c->peers[r].departed) {
                 ry_emu_comm_fail(c, ncclRemoteError, "rank %d (process %d on node %s) is gone: %s", r, c->peers[r].pid,
                                  c->peers[r].node, why);
                 break;
@@ -124,13 +129,13 @@ static ncclResult_t settle(struct ncclComm *comm, struct ry_emu_peer *peers, ncc
         comm->state = ncclSuccess;
         comm->next = all;
         all = comm;
+        ry_emu_replay(comm);
         for (int r = 0; r < comm->nranks; r++) {
             const char *dead = ry_emu_proc_dead(peers[r].proc);
-            if (dead)
+            if (dead && !peers[r].departed)
                 ry_emu_comm_fail(comm, ncclRemoteError, "rank %d (process %d on node %s) is gone: %s", r, peers[r].pid,
                                  peers[r].node, dead);
         }
-        ry_emu_replay(comm);
         ry_emu_wire_drive();
     } else {
         comm->state = result;
@@ -229,6 +234,7 @@ static struct ry_emu_peer *inherit(struct ncclComm *child, const struct ncclComm
         return NULL;
     for (int i = 0; i < n; i++) {
         peers[i] = parent->peers[members[i]];
+        peers[i].met = peers[i].departed = false;
         memset(peers[i].lane, 0, sizeof peers[i].lane);
         if (members[i] == parent->rank)
             child->rank = i;
@@ -331,6 +337,10 @@ void ry_emu_comm_end(struct ncclComm *comm, bool abort)
         ry_emu_wake_all();
     }
     ry_emu_wait_users(comm);
+    if (comm->peers) {
+        ry_emu_say_goodbye(comm);
+        ry_emu_wire_drive();
+    }
     for (struct ncclComm **p = &all; *p; p = &(*p)->next)
         if (*p == comm) {
             *p = comm->next;

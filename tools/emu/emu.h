@@ -51,6 +51,8 @@ struct ry_emu_peer {
     struct ry_emu_link *nic, *gpu; /* NULL: unshaped */
     int pid, device;
     char node[64];
+    bool met;      /* something went to or came from it on this communicator */
+    bool departed; /* it has ended the communicator: its process may go */
     struct ry_emu_lane lane[RY_EMU_CHANNELS];
 };
 
@@ -155,6 +157,8 @@ void ry_emu_post(struct ry_emu_req *req);
 void ry_emu_cancel(struct ry_emu_req *req);
 /** [lock] Messages that came before the communicator was known here. */
 void ry_emu_replay(struct ncclComm *comm);
+/** [lock] Tell the peers that this rank ends the communicator, so that its process going away is no failure to them. */
+void ry_emu_say_goodbye(struct ncclComm *comm);
 /** [lock] Forget what peers said about a communicator that ends. */
 void ry_emu_forget(struct ncclComm *comm);
 /** [lock] wire.c calls these. */
@@ -219,6 +223,8 @@ void ry_emu_op_free(struct ry_emu_op *op);
 ncclResult_t ry_emu_run(struct ry_emu_op *ops, int nops);
 /** [lock] One request of `op` is done. */
 void ry_emu_op_progress(struct ry_emu_op *op);
+/** [lock] Is anybody here still waiting for something from `peer`? */
+bool ry_emu_waits_for(const struct ncclComm *comm, int peer);
 /** [lock] A communicator failed: whoever waits shall look. */
 void ry_emu_wake_all(void);
 /** [lock] A job or batch leaves `comm`; and the wait until all have. */
@@ -256,6 +262,7 @@ void ry_emu_comm_fail(struct ncclComm *comm, ncclResult_t result, const char *fm
 /** [lock] All communicators that reach into `proc` fail. */
 void ry_emu_proc_lost(struct ry_emu_proc *proc, const char *why);
 struct ncclComm *ry_emu_comm_find(uint64_t uid, int rank); /* [lock] */
+struct ncclComm *ry_emu_comm_first(void);                  /* [lock] head of the list of the ready ones */
 /** A communicator that is not ready yet. NULL: no memory. */
 struct ncclComm *ry_emu_comm_new(int rank, int nranks, int device, bool blocking, const char *name);
 /** Jobs that make them. */

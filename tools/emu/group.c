@@ -47,6 +47,21 @@ void ry_emu_wake_all(void)
     }
 }
 
+bool ry_emu_waits_for(const struct ncclComm *comm, int peer)
+{
+    for (struct ry_emu_batch *b = running; b; b = b->next)
+        for (int i = 0; i < b->nops; i++) {
+            const struct ry_emu_op *op = &b->ops[i];
+            for (int k = 0; op->comm == comm && op->pending && k < op->nreqs; k++) {
+                const struct ry_emu_req *r = &op->reqs[k];
+                bool settled = r->is_send ? r->matched && r->offset == r->bytes : r->touched && r->offset == r->bytes;
+                if (r->peer == peer && !r->done && !r->cancelled && !settled)
+                    return true;
+            }
+        }
+    return false;
+}
+
 void ry_emu_wait_users(struct ncclComm *comm)
 {
     while (comm->users)

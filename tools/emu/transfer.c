@@ -26,6 +26,7 @@ struct cts_header {
     uint64_t comm, seq, id, bytes;
     int32_t to, from, channel, spare;
 };
+#define GOODBYE (-1) /* as the channel: no more will come from this rank */
 
 struct data_header {
     uint64_t id, offset, hold;
@@ -269,10 +270,23 @@ static void meet(struct ry_emu_req *req, const struct cts_header *h)
     pump(req);
 }
 
+static void depart(struct ncclComm *comm, int peer)
+{
+    comm->peers[peer].departed = true;
+    if (ry_emu_waits_for(comm, peer))
+        ry_emu_comm_fail(comm, ncclRemoteError, "rank %d has left the communicator, and rank %d still waits for it", peer,
+                         comm->rank);
+}
+
 static void offer(struct ncclComm *comm, const struct cts_header *h)
 {
-    if (h->from < 0 || h->from >= comm->nranks || h->channel < 0 || h->channel >= RY_EMU_CHANNELS)
+    if (h->from < 0 || h->from >= comm->nranks || h->channel < GOODBYE || h->channel >= RY_EMU_CHANNELS)
         return;
+    comm->peers[h->from].met = true;
+    if (h->channel == GOODBYE) {
+        depart(comm, h->from);
+        return;
+    }
     struct ry_emu_lane *lane = &comm->peers[h->from].lane[h->channel];
     for (struct ry_emu_req **p = &lane->waiting; *p; p = &(*p)->next) {
         struct ry_emu_req *req = *p;
@@ -320,7 +334,7 @@ void ry_emu_replay(struct ncclComm *comm)
             continue;
         }
         *p = c->next;
-        c->next = mine;
+        c->next = mine; /* turns the order round once more: as they came, goodbyes last */
         mine = c;
     }
     while (mine) {
@@ -328,6 +342,20 @@ void ry_emu_replay(struct ncclComm *comm)
         mine = c->next;
         offer(comm, &c->h);
         free(c);
+    }
+}
+
+void ry_emu_say_goodbye(struct ncclComm *comm)
+{
+    for (int r = 0; r < comm->nranks; r++) {
+        struct ry_emu_peer *p = &comm->peers[r];
+        struct cts_header h = {.comm = comm->uid, .to = r, .from = comm->rank, .channel = GOODBYE};
+        if (r == comm->rank || !p->met || p->departed)
+            continue; /* a peer that was never met has no connection whose end it could see */
+        if (ry_emu_proc_is_self(p->proc))
+            ry_emu_on_cts(&h, sizeof h);
+        else
+            ry_emu_wire_send(p->proc, RY_EMU_AM_CTS, &h, sizeof h, NULL, 0, NULL, NULL);
     }
 }
 
@@ -344,6 +372,9 @@ void ry_emu_forget(struct ncclComm *comm)
 void ry_emu_post(struct ry_emu_req *req)
 {
     struct ry_emu_lane *lane = lane_of(req);
+    if (peer_of(req)->departed)
+        ry_emu_comm_fail(req->op->comm, ncclRemoteError, "rank %d has left the communicator", req->peer);
+    peer_of(req)->met = true;
     req->timer.fire = req->is_send ? send_fire : recv_fire;
     if (!req->is_send) {
         struct ncclComm *comm = req->op->comm;

@@ -41,6 +41,7 @@ static struct {
     struct ry_emu_address address;
     ncclResult_t result;
     bool driving, close_some;
+    bool over; /* the process is exiting: UCX is gone or about to go */
 } wire;
 
 /* ---- timers: a binary heap, and one timerfd set to its first ---- */
@@ -132,7 +133,7 @@ static void close_dead(void);
 
 void ry_emu_wire_drive(void)
 {
-    if (wire.driving) /* called from a callback: the outer one goes on */
+    if (wire.driving || wire.over) /* called from a callback: the outer one goes on */
         return;
     wire.driving = true;
     ucs_status_t armed;
@@ -382,7 +383,7 @@ static struct pending *pending_new(void (*done)(void *arg, bool ok), void *arg)
 void ry_emu_wire_send(struct ry_emu_proc *to, enum ry_emu_am id, const void *header, size_t header_bytes,
                       const void *payload, size_t bytes, void (*done)(void *arg, bool ok), void *arg)
 {
-    if (to->dead || !to->ep) {
+    if (to->dead || !to->ep || wire.over) {
         if (done)
             done(arg, false);
         return;
@@ -438,6 +439,11 @@ void ry_emu_wire_flush(void)
     uint64_t deadline = ry_now_ns() + 2000000000u;
     struct timespec at = {(time_t)(deadline / 1000000000u), (long)(deadline % 1000000000u)};
     pthread_mutex_lock(&ry_emu_lock);
+    if (wire.over) {
+        pthread_mutex_unlock(&ry_emu_lock);
+        free(f);
+        return;
+    }
     ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
                                  .cb.send = on_flushed,
                                  .user_data = f};
@@ -452,8 +458,20 @@ void ry_emu_wire_flush(void)
         free(f);
 }
 
-/* A program may exit right after its last send, without ending its communicators: let the bytes out first. */
+/*
+ * A program may exit without ending its communicators, even right after its last send: let the bytes out and say
+ * goodbye. Then keep the thread away from UCX, whose own clean-up comes next.
+ */
 __attribute__((destructor)) static void at_exit(void)
 {
+    if (!wire.pid || wire.pid != getpid() || wire.result != ncclSuccess)
+        return;
+    pthread_mutex_lock(&ry_emu_lock);
+    for (struct ncclComm *c = ry_emu_comm_first(); c; c = c->next)
+        ry_emu_say_goodbye(c);
+    pthread_mutex_unlock(&ry_emu_lock);
     ry_emu_wire_flush();
+    pthread_mutex_lock(&ry_emu_lock);
+    wire.over = true;
+    pthread_mutex_unlock(&ry_emu_lock);
 }

@@ -184,6 +184,9 @@ static int common_environment(struct ry_err *err)
     if (ry_where(RY_WHERE_EMU_DIR, path, err))
         return -1;
     prepend("LD_LIBRARY_PATH", path);
+    if (ry_where(RY_WHERE_TOOL_DIR, path, err))
+        return -1;
+    prepend("PATH", path); /* so that the ranks' `railyard` is this one, in a build folder too */
     if (opt.preload) {
         if (ry_where(RY_WHERE_PRELOAD, path, err))
             return -1;

@@ -1,6 +1,6 @@
 /*
  * preload_cases.c: an NCCL program that does, on purpose, everything that the preload must tell apart, and writes down what it
- * did: tests/multi/preload_check.py compares that with what was recorded. One case per run, named by the argument:
+ * did: preload_check.py compares that with what was recorded. One case per run, named by the argument:
  *
  *   groups   which groups are exchanges and which only look like one
  *   lives    every way in which communicators begin and end
