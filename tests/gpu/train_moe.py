@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 import struct
 import sys
 import sysconfig
@@ -305,11 +306,38 @@ def save_npy(path, rows):
             f.write(struct.pack("<%dq" % len(row), *row))
 
 
+class Turns:
+    """Taking turns with another job on the same GPUs: somebody at a socket says when, and for how many steps.
+
+    A rank says "ready"; the answer is "go N" (train N steps, then be ready again) or "end" (finish: closing the connection
+    says when that is done). All ranks wait on the host, so that nothing of a waiting job runs on a GPU.
+    """
+
+    def __init__(self, path, rank):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(path)  # a path, so that it works across network namespaces
+        self.lines = self.socket.makefile("rw")
+        self.say("rank %d" % rank)
+
+    def say(self, text):
+        self.lines.write(text + "\n")
+        self.lines.flush()
+
+    def next(self):
+        """How many steps to train now; 0 at the end."""
+        self.say("ready")
+        answer = self.lines.readline().split()
+        if not answer:
+            raise SystemExit("train_moe: whoever gives the turns is gone")
+        return int(answer[1]) if answer[0] == "go" else 0
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo",
                    help="gloo: on the CPU")
     p.add_argument("--steps", type=int, default=40)
+    p.add_argument("--turns", metavar="SOCKET", help="train only when told so there, and as many steps (tests/gpu/foundation)")
     p.add_argument("--warmup", type=int, default=5, help="steps left out of the median")
     p.add_argument("--eval-batches", type=int, default=2, help="held-out batches after the training")
     p.add_argument("--layers", type=int, default=4)
@@ -368,11 +396,13 @@ def main():
     shared = [p for p in model.parameters() if id(p) not in ids]
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(a.seed * 1000003 + rank)
-    losses, ends = [], []
+    losses, times = [], []
     dist.barrier()
     wait()
-    ready = ends_before = time.monotonic()
-    for step in range(a.steps):
+    ready = time.monotonic()
+
+    def step():
+        began = time.monotonic()
         tokens = text.batch(generator, a.batch, a.seq, device)
         loss = F.cross_entropy(model(tokens[:, :-1]).view(-1, VOCAB), tokens[:, 1:].reshape(-1))
         optimizer.zero_grad(set_to_none=True)
@@ -381,7 +411,16 @@ def main():
         optimizer.step()
         losses.append(loss.detach())
         wait()
-        ends.append(time.monotonic())
+        times.append(time.monotonic() - began)
+
+    turns, blocks = Turns(a.turns, rank) if a.turns else None, []
+    while True:
+        steps = turns.next() if turns else a.steps * (not blocks)
+        if not steps:
+            break
+        for _ in range(steps):
+            step()
+        blocks.append(steps)
     trained = time.monotonic()
     # Forward only: dispatches without their mirror, so that sent and received bytes of a pair of ranks differ in the matrix.
     held_out = torch.zeros(1, device=device)
@@ -395,9 +434,9 @@ def main():
     if a.out:
         os.makedirs(a.out, exist_ok=True)
         save_npy(os.path.join(a.out, "matrix-rank-%d.npy" % rank), [tally.bytes])
-    times = [e - b for b, e in zip([ends_before] + ends, ends)]
-    losses = [struct.unpack("<%df" % (a.steps + 1), b) for b in gather_bytes(memory(torch.stack(losses)), device)]
-    times = [struct.unpack("<%dd" % a.steps, b) for b in gather_bytes(struct.pack("<%dd" % a.steps, *times), device)]
+    steps = len(times)
+    losses = [struct.unpack("<%df" % (steps + 1), b) for b in gather_bytes(memory(torch.stack(losses)), device)]
+    times = [struct.unpack("<%dd" % steps, b) for b in gather_bytes(struct.pack("<%dd" % steps, *times), device)]
     matrix = [struct.unpack("<%dq" % world, b) for b in gather_bytes(struct.pack("<%dq" % world, *tally.bytes), device)]
     weights = hashlib.sha256()
     for p in model.parameters():
@@ -407,9 +446,9 @@ def main():
         digest = hashlib.sha256()
         for mine, w in zip(losses, weights):
             digest.update(struct.pack("<%df" % len(mine), *mine) + w)
-        *mean, held_out = [math.fsum(r[s] for r in losses) / world for s in range(a.steps + 1)]
-        slowest = [max(r[s] for r in times) for s in range(a.steps)]
-        warm = sorted(slowest[min(a.warmup, a.steps - 1):])
+        *mean, held_out = [math.fsum(r[s] for r in losses) / world for s in range(steps + 1)]
+        slowest = [max(r[s] for r in times) for s in range(steps)]
+        warm = sorted(slowest[min(a.warmup, steps - 1):])
         median = (warm[(len(warm) - 1) // 2] + warm[len(warm) // 2]) / 2
         result = {
             "options": vars(a), "world": world, "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
@@ -419,14 +458,14 @@ def main():
             "rank_losses": [[v.hex() for v in r] for r in losses], "weights_sha256": [w.hex() for w in weights],
             "exchanges": tally.exchanges, "bytes": sum(map(sum, matrix)), "matrix": matrix,
             "step_ms": [t * 1e3 for t in slowest], "step_ms_median": median * 1e3,
-            "start_s": ready - began, "train_s": trained - ready,
+            "blocks": blocks, "start_s": ready - began, "train_s": trained - ready,
         }
         if a.out:
             save_npy(os.path.join(a.out, "matrix.npy"), matrix)
             with open(os.path.join(a.out, "train.json"), "w") as f:
                 json.dump(result, f, indent=1)
         print("train_moe: %d ranks, %s, %d steps: loss %.4f -> %.4f (%s), held out %.4f, step %.2f ms, %d exchanges of %.2f MB, digest %s" % (
-            world, result["device"], a.steps, mean[0], mean[-1], mean[-1].hex(), held_out, median * 1e3, tally.exchanges,
+            world, result["device"], steps, mean[0], mean[-1], mean[-1].hex(), held_out, median * 1e3, tally.exchanges,
             result["bytes"] / max(1, tally.exchanges) / 1e6, result["digest"][:16]), flush=True)
     dist.destroy_process_group()
 
