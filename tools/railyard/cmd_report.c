@@ -56,6 +56,17 @@ static double percent(uint64_t part, uint64_t of)
     return of ? 100.0 * (double)part / (double)of : 0;
 }
 
+static const char *us_text(double us, char out[16])
+{
+    if (us < 999.5)
+        snprintf(out, 16, "%.*f us", us < 9.995 ? 2 : us < 99.95 ? 1 : 0, us);
+    else if (us < 999.5e3)
+        snprintf(out, 16, "%.*f ms", us < 9.995e3 ? 2 : us < 99.95e3 ? 1 : 0, us / 1e3);
+    else
+        snprintf(out, 16, "%.2f s", us / 1e6);
+    return out;
+}
+
 int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
 {
     const struct ry_trace_comm *c = s->comm;
@@ -71,11 +82,11 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
     uint64_t moved = s->in_node + s->cross_node + s->unknown;
     if (c->nnodes > 1 && s->cross_node)
         HINT("%.0f %% of the bytes cross nodes%s", percent(s->cross_node, s->bytes),
-             s->cross_node > moved / 2 ? ", over the slow links: what is not sent there is saved most" : "");
+             s->cross_node > moved / 2 ? ": most of what is sent takes the slow links" : "");
     else if (c->nnodes == 1 && !s->unknown)
         HINT("all ranks are on one node: no byte crosses nodes");
     if (s->peak_received.over_mean >= 1.2 && s->peak_received.over_mean >= s->peak_sent.over_mean)
-        HINT("rank %d receives %.2f times the mean: its experts are the popular ones", s->peak_received.who, s->peak_received.over_mean);
+        HINT("rank %d receives %.2f times the mean: likely its experts are popular ones", s->peak_received.who, s->peak_received.over_mean);
     else if (s->peak_sent.over_mean >= 1.2)
         HINT("rank %d sends %.2f times the mean", s->peak_sent.who, s->peak_sent.over_mean);
     const struct ry_peak *node = s->node_in.over_mean > s->node_out.over_mean ? &s->node_in : &s->node_out;
@@ -83,23 +94,12 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
         HINT("node %d %s %.2f times the mean of the nodes: its links decide how long an exchange takes", node->who,
              node == &s->node_in ? "receives" : "sends", node->over_mean);
     if (s->timed_ranks > 1 && s->median_longest > 1.2 * s->median_shortest)
-        HINT("rank %d spends %.1f times as long in an exchange as rank %d: the last to arrive waits least, so the others wait for rank %d",
-             s->longest, s->median_longest / s->median_shortest, s->shortest, s->shortest);
+        HINT("rank %d arrives last, as it waits least: half of its exchanges take under %s, on rank %d (the longest) under %s", s->shortest,
+             us_text(s->median_shortest, a), s->longest, us_text(s->median_longest, b));
     if (!s->same_exchanges)
         HINT("the ranks counted different numbers of exchanges: some were killed early, or took part in groups that were no exchange");
     return n;
 #undef HINT
-}
-
-static const char *us_text(double us, char out[16])
-{
-    if (us < 999.5)
-        snprintf(out, 16, "%.*f us", us < 9.995 ? 2 : us < 99.95 ? 1 : 0, us);
-    else if (us < 999.5e3)
-        snprintf(out, 16, "%.*f ms", us < 9.995e3 ? 2 : us < 99.95e3 ? 1 : 0, us / 1e3);
-    else
-        snprintf(out, 16, "%.2f s", us / 1e6);
-    return out;
 }
 
 static void print_table(const char *title, const char *of, int n, uint64_t (*cell)(const struct ry_summary *, int, int),
@@ -244,6 +244,21 @@ static int write_json(const char *argv0, const struct ry_trace *t, const struct 
     return bad ? command_fail(argv0, "%s: cannot be written: %s", args.json, strerror(report ? saved : ENOMEM)) : 0;
 }
 
+static int write_svg(const char *argv0, const struct ry_summary *s, int n)
+{
+    if (!n)
+        return command_fail(argv0, "%s: holds no communicator to draw", args.dir);
+    FILE *f = fopen(args.svg, "we");
+    if (f)
+        ry_report_svg(&s[0], f);
+    int bad = !f || fflush(f) || ferror(f), saved = errno;
+    if (f && fclose(f) && !bad) {
+        bad = 1;
+        saved = errno;
+    }
+    return bad ? command_fail(argv0, "%s: cannot be written: %s", args.svg, strerror(saved)) : 0;
+}
+
 static int report(const char *argv0, struct ry_trace *t)
 {
     struct ry_err err;
@@ -266,6 +281,8 @@ static int report(const char *argv0, struct ry_trace *t)
         print_report(t, s, n);
     if (!rc && args.json)
         rc = write_json(argv0, t, s, n);
+    if (!rc && args.svg)
+        rc = write_svg(argv0, s, n);
     for (int i = 0; i < n; i++)
         ry_summary_free(&s[i]);
     free(s);
