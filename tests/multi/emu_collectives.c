@@ -64,25 +64,25 @@ static double get(ncclDataType_t t, const void *p, size_t i)
     }
 }
 
-/* The value of `bits` nearest to x among all of a small type's; an even pattern wins a tie. */
+/* The finite value nearest to x among all of a small type's; an even pattern wins a tie. They grow with their pattern. */
 static unsigned nearest(double x, int exp, int man, bool inf)
 {
-    unsigned best = 0, limit = 1u << (exp + man);
-    double off = INFINITY;
-    for (unsigned v = 0; v < limit; v++) {
-        double d = fabs(small_value(v, exp, man, inf) - fabs(x));
-        if (d < off || (d == off && !(v & 1))) {
-            off = d;
-            best = v;
-        }
+    unsigned low = 0, sign = 1u << (exp + man), high = sign - 2 - (inf ? (1u << man) - 1 : 0);
+    while (low < high) { /* the last one that is not above |x| */
+        unsigned mid = (low + high + 1) / 2;
+        if (small_value(mid, exp, man, inf) <= fabs(x))
+            low = mid;
+        else
+            high = mid - 1;
     }
-    return best | (signbit(x) ? limit : 0);
+    double below = fabs(x) - small_value(low, exp, man, inf), above = small_value(low + 1, exp, man, inf) - fabs(x);
+    if (above < below || (above == below && low & 1))
+        low++;
+    return low | (signbit(x) ? sign : 0);
 }
 
 static void put(ncclDataType_t t, void *p, size_t i, double x)
 {
-    static uint16_t half[2048], bf[2048]; /* of the whole numbers that occur, -1024 to 1023, found once */
-    static bool known_half[2048], known_bf[2048];
     switch (t) {
     case ncclInt8:
         ((int8_t *)p)[i] = (int8_t)(int64_t)x;
@@ -109,21 +109,11 @@ static void put(ncclDataType_t t, void *p, size_t i, double x)
         ((double *)p)[i] = x;
         return;
     case ncclFloat16:
-    case ncclBfloat16: {
-        bool h = t == ncclFloat16;
-        if (x == floor(x) && fabs(x) < 1024) {
-            int k = (int)x + 1024;
-            uint16_t *table = h ? half : bf;
-            bool *known = h ? known_half : known_bf;
-            if (!known[k])
-                table[k] = (uint16_t)(h ? nearest(x, 5, 10, true) : nearest(x, 8, 7, true));
-            known[k] = true;
-            ((uint16_t *)p)[i] = table[k];
-        } else {
-            ((uint16_t *)p)[i] = (uint16_t)(h ? nearest(x, 5, 10, true) : nearest(x, 8, 7, true));
-        }
+        ((uint16_t *)p)[i] = (uint16_t)nearest(x, 5, 10, true);
         return;
-    }
+    case ncclBfloat16:
+        ((uint16_t *)p)[i] = (uint16_t)nearest(x, 8, 7, true);
+        return;
     case ncclFloat8e4m3:
         ((uint8_t *)p)[i] = (uint8_t)nearest(x, 4, 3, false);
         return;
