@@ -17,9 +17,12 @@ railyard = sys.argv[2]
 scratch = tempfile.TemporaryDirectory(prefix="railyard-bench-")
 
 
-def bench(nodes, gpus, *options, status=0, env=None):
-    command = [railyard, "emu", "-n", str(nodes), "-g", str(gpus), "--", "railyard", "bench", *options]  # found by PATH
-    done = subprocess.run(command, capture_output=True, text=True, timeout=80, env={**os.environ, **(env or {})})
+def bench(nodes, gpus, *options, status=0, nccl=None):
+    command = [railyard, "emu", "-n", str(nodes), "-g", str(gpus), "--"]
+    if nccl:
+        command += ["env", f"LD_LIBRARY_PATH={nccl}"]
+    command += ["railyard", "bench", *options]  # found by PATH
+    done = subprocess.run(command, capture_output=True, text=True, timeout=80)
     text = done.stdout + done.stderr
     assert done.returncode == status, f"{' '.join(command)}: status {done.returncode} instead of {status}\n{text}"
     return text
@@ -98,8 +101,10 @@ def padded():
     equal = {value for row in matrix for value in row}
     # ceil(1.25 * 100 * 2 / 8) = 32 rows for each of 2 experts; 5 steps of 2 layers of 4 exchanges
     assert equal == {5 * 2 * 4 * 2 * 32 * 512 * 2}, equal
-    again, _ = measured(2, 2, "--pad=1.25", "--experts=8", "--tokens=100", "--routing=zipf:0.8")
-    assert result["digest"] == again["digest"]
+    # an NCCL that has no ncclAlltoAll: groups instead, of the same bytes
+    old = os.path.join(os.path.dirname(railyard), "..", "emu", "old")
+    text = bench(2, 2, "--pad=1.25", "--experts=8", "--tokens=100", "--routing=zipf:0.8", "--digest", nccl=old)
+    assert "NCCL 2.18" in text and f"digest {result['digest']}" in text, text
 
 
 def types():
@@ -158,5 +163,31 @@ def errors():
     assert done.returncode == 2 and "RANK" in done.stderr, done
 
 
-cases = {f.__name__: f for f in (uniform, zipf, padded, types, trace, errors)}
+def overhead():
+    program = os.path.join(os.path.dirname(railyard), "..", "bench", "railyard-overhead")
+    out = os.path.join(scratch.name, "overhead.json")
+
+    def run(*options, status=0):
+        done = subprocess.run([program, *options], capture_output=True, text=True, timeout=80)
+        assert done.returncode == status, (options, done)
+        return done.stdout + done.stderr
+
+    run("--rounds=30", f"--json={out}")
+    with open(out) as f:
+        result = json.load(f)
+    assert not result["preloaded"] and set(result["cases"]) == {"group", "exchange", "plain", "collective"}
+    for case in result["cases"].values():
+        for way in ("public_ns", "direct_ns"):
+            assert 0 < case[way]["p10"] <= case[way]["median"] <= case[way]["p90"], case
+        difference = case["difference_ns"]
+        assert difference["low95"] <= difference["median"] <= difference["high95"], case
+        # both ways are the same code here: more than half of it in difference would be a broken method
+        assert abs(difference["median"]) < case["direct_ns"]["median"] / 2, case
+    assert run("--case=exchange", "--callgrind=100") == ""
+    assert "expected group, exchange, plain or collective" in run("--case=none", status=2)
+    assert "no usable number" in run("--rounds=1", status=2)
+    assert "cannot write: /nonexistent/x" in run("--rounds=3", "--case=group", "--json=/nonexistent/x", status=1)
+
+
+cases = {f.__name__: f for f in (uniform, zipf, padded, types, trace, errors, overhead)}
 cases[sys.argv[1]]()

@@ -84,7 +84,7 @@ static void barrier(struct ry_bench *b)
     RY_DEVICE(b, stream_sync, b->stream);
 }
 
-/* Split `width` elements per row: into a group as PyTorch does it, or one call if all splits are equal by design. */
+/* Hand the rows, `width` elements each, to NCCL: in one call if all splits are equal by design, else as a group. */
 static void issue(struct ry_bench *b, const uint64_t *send_rows, const uint64_t *recv_rows, size_t width,
                   const struct ry_bench_type *type)
 {

@@ -190,6 +190,7 @@ static const struct argp argp = {
     0,
     "Do the exchanges of mixture-of-experts layers through NCCL, check every byte that arrives, and time them.\v"
     "Start one process per rank, with the environment variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, "
+    "LOCAL_WORLD_SIZE, GROUP_RANK, "
     "MASTER_ADDR, MASTER_PORT):\n\n"
     "  railyard emu -n 2 -g 4 -- railyard bench          emulated cluster, no GPU\n"
     "  torchrun --nproc-per-node 8 --no-python railyard bench\n\n"

@@ -227,6 +227,12 @@ int ry_bench_summary(struct ry_bench *b, FILE *json)
             status = 1;
         }
     }
+    /* Rank 0's word for all, and only now: a launcher ends all ranks when one of them fails. */
+    unsigned char own = (unsigned char)status;
+    unsigned char *of_all = ry_bench_memory(b, ranks, 1);
+    ry_bench_gather(b, &own, 1, of_all);
+    status = of_all[0];
+    free(of_all);
     free(parts);
     free(matrix);
     return status;
