@@ -1,4 +1,5 @@
 /* real.c: see real.h. */
+#include "older.h"
 #include "real.h"
 
 #include <dlfcn.h>
@@ -126,6 +127,7 @@ bool ry_real_load(void)
         RY_NCCL_FUNCTIONS(F)
         F(ncclCommCount) F(ncclCommUserRank) F(ncclCommCuDevice) F(ncclGetVersion) F(ncclCommGetAsyncError)
 #undef F
+        ry_older_fill();
         Dl_info where;
         if (dladdr((void *)ry_real.ncclCommInitRank, &where) && where.dli_fname)
             snprintf(library_path, sizeof library_path, "%s", where.dli_fname);
