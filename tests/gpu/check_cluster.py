@@ -393,6 +393,8 @@ class FoundationTest(unittest.TestCase):
     """The proof's own logic, with gloo, where nothing of Railyard can be: a stand-in tool reports what it is told to."""
 
     def prove(self, off):
+        if not have_torch():
+            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
         with tempfile.TemporaryDirectory() as folder:
             tool, lib = os.path.join(folder, "railyard"), os.path.join(folder, "nothing.so")
             with open(tool, "w") as f:
@@ -420,10 +422,6 @@ class FoundationTest(unittest.TestCase):
             self.assertIn(r.returncode, (0, 1), r.stderr)
             with open(os.path.join(folder, "out.json")) as f:
                 return r, json.load(f)
-
-    def setUp(self):
-        if not have_torch():
-            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
 
     def test_equal(self):
         r, j = self.prove(0)
