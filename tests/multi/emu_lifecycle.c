@@ -1,8 +1,8 @@
 /*
  * emu_lifecycle.c: every way in which a communicator of the emulated NCCL comes to be and ends.
  */
-#include <errno.h>
 #include <netinet/in.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include "emu_common.h"
@@ -272,6 +272,25 @@ static void memory(void)
     EXPECT(ncclInvalidArgument, ncclCommFinalize(NULL));
 }
 
+/* A data worker: a forked child that lives and ends beside a rank at work, and is told no when it tries to join in. */
+static void forking(void)
+{
+    ncclComm_t comm = world_comm(), other;
+    ncclUniqueId id;
+    int st;
+    works(comm, who.world, NULL);
+    pid_t pid = fork();
+    if (!pid) {
+        EXPECT(ncclSuccess, ncclGetUniqueId(&id));
+        EXPECT(ncclInvalidUsage, ncclCommInitRank(&other, 1, id, 0));
+        exit(0); /* with exit handlers and destructors */
+    }
+    works(comm, who.world, NULL);
+    CHECK(waitpid(pid, &st, 0) == pid && WIFEXITED(st) && !WEXITSTATUS(st), "status %x", st);
+    works(comm, who.world, NULL);
+    NCCL(ncclCommDestroy(comm));
+}
+
 int main(void)
 {
     start_rank();
@@ -286,6 +305,7 @@ int main(void)
     shrink();
     revoking();
     memory();
+    forking();
     ncclComm_t left_open = world_comm(); /* a program may exit without ending it */
     works(left_open, who.world, NULL);
     return 0;

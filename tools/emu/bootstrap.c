@@ -27,8 +27,9 @@
 #include "base/clock.h"
 
 #define VERSION 1
-#define MAX_RECORD 65536u
+#define MAX_RECORD 8192u
 #define MAX_RANKS 65536u
+#define LINGER_NS 10000000000u
 
 struct handle {
     uint64_t magic;
@@ -246,6 +247,29 @@ static void watch(struct meeting *m, const struct root *root, uint64_t deadline)
     free(p);
 }
 
+/* After a failed meeting: who comes late is told why, for a while, rather than finding nobody. */
+static void turn_away(const struct root *root, const struct answer *a, const char *why)
+{
+    uint64_t until = ry_now_ns() + LINGER_NS, now;
+    while ((now = ry_now_ns()) < until) {
+        struct pollfd p = {.fd = root->fd, .events = POLLIN};
+        struct timeval patience = {1, 0};
+        struct hello h;
+        if (poll(&p, 1, (int)((until - now) / 1000000u) + 1) <= 0)
+            continue;
+        int fd = accept4(root->fd, NULL, NULL, SOCK_CLOEXEC);
+        if (fd < 0)
+            continue;
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+        char record[MAX_RECORD];
+        bool ours = read_all(fd, &h, sizeof h) && h.magic == root->magic && h.bytes <= sizeof record &&
+                    read_all(fd, record, h.bytes); /* unread bytes would reset the connection and lose the answer */
+        if (ours)
+            answer(fd, a, why);
+        close(fd);
+    }
+}
+
 static void *serve(void *arg)
 {
     struct root root = *(struct root *)arg;
@@ -279,6 +303,8 @@ static void *serve(void *arg)
     }
     free(m.guests);
     free(all);
+    if (a.failed)
+        turn_away(&root, &a, m.why);
     close(root.fd);
     return NULL;
 }
@@ -373,7 +399,7 @@ ncclResult_t ry_emu_bootstrap_swap(const ncclUniqueId *id, int rank, int nranks,
     *all = NULL;
     if (h.address.any.sa_family != AF_INET && h.address.any.sa_family != AF_INET6)
         return ry_emu_error(ncclInvalidArgument, "this is no unique id of ncclGetUniqueId");
-    int fd = reach(&h, ry_now_ns() + 5000000000u, aborted);
+    int fd = reach(&h, ry_now_ns() + 1000000000u, aborted);
     if (fd < 0)
         return ry_emu_error(ncclSystemError, "rank %d cannot reach the process that made the unique id: %m", rank);
     struct hello hello = {h.magic, VERSION, (uint32_t)nranks, (uint32_t)rank, bytes};

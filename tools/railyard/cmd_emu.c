@@ -39,11 +39,11 @@
 static struct {
     int nodes, gpus;
     double nic_gbit, nic_us, nvlink_gbit, nvlink_us;
-    bool preload;
+    bool preload, old;
     char **program;
 } opt;
 
-enum { OPT_NIC = 256, OPT_NIC_US, OPT_NVLINK, OPT_NVLINK_US, OPT_PRELOAD };
+enum { OPT_NIC = 256, OPT_NIC_US, OPT_NVLINK, OPT_NVLINK_US, OPT_PRELOAD, OPT_OLD };
 
 static const struct argp_option options[] = {
     {"nodes", 'n', "N", 0, "Virtual nodes (1)", 0},
@@ -53,6 +53,7 @@ static const struct argp_option options[] = {
     {"nvlink", OPT_NVLINK, "GBIT", 0, "Bandwidth of each rank inside its node, each way, in Gbit/s (not limited)", 0},
     {"nvlink-us", OPT_NVLINK_US, "US", 0, "Latency inside a node in microseconds (0)", 0},
     {"preload", OPT_PRELOAD, 0, 0, "Preload librailyard.so into the ranks", 0},
+    {"old", OPT_OLD, 0, 0, "Offer only what NCCL 2.18 did: no ncclAlltoAll, ncclCommShrink and the like", 0},
     {0}};
 
 static int number(struct argp_state *state, const char *arg, const char *what)
@@ -97,6 +98,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_PRELOAD:
         opt.preload = true;
+        return 0;
+    case OPT_OLD:
+        opt.old = true;
         return 0;
     case ARGP_KEY_ARGS:
         opt.program = state->argv + state->next;
@@ -183,6 +187,8 @@ static int common_environment(struct ry_err *err)
     set("GROUP_WORLD_SIZE", "%d", opt.nodes);
     if (ry_where(RY_WHERE_EMU_DIR, path, err))
         return -1;
+    if (opt.old)
+        strncat(path, "/old", sizeof path - strlen(path) - 1);
     prepend("LD_LIBRARY_PATH", path);
     if (ry_where(RY_WHERE_TOOL_DIR, path, err))
         return -1;
