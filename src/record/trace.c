@@ -593,6 +593,7 @@ static void read_file(struct ry_trace *t, const char *file, int pass, int proces
             cut &= !good; /* a last line that lacks only its newline is complete */
             continue;
         }
+        cut = false; /* a head is whole or it is none */
         if (pass == 2)
             continue;
         struct ry_trace_process p = {.file = strdup(file)}, *more;

@@ -230,12 +230,13 @@ static void draw_nodes(FILE *f, const struct map *m, const struct ry_trace_comm 
 {
     double side = cell * m->n;
     int from = 0;
+    bool crowded = side < 36.0 * c->nnodes; /* the lines must not hide the cells */
     for (int i = 1; i <= m->n; i++) {
         if (i < m->n && !m->border[i])
             continue;
         if (i < m->n)
-            fprintf(f, "<path d=\"M%.2f %.2fv%.1fM%.2f %.2fh%.1f\" stroke=\"" ACCENT "\" stroke-width=\"1.6\" fill=\"none\"/>\n", x + i * cell, y, side, x,
-                    y + i * cell, side);
+            fprintf(f, "<path d=\"M%.2f %.2fv%.1fM%.2f %.2fh%.1f\" stroke=\"" ACCENT "\" stroke-width=\"%s\" fill=\"none\"/>\n", x + i * cell, y, side, x,
+                    y + i * cell, side, crowded ? "0.7\" stroke-opacity=\"0.55" : "1.6");
         int node = c->node[m->first[from]];
         if ((i - from) * cell >= 12 && m->group == 1) {
             char text[96];
