@@ -162,9 +162,23 @@ static int64_t number_of(const json_t *o, const char *key, int64_t otherwise)
     return json_is_integer(v) ? json_integer_value(v) : otherwise;
 }
 
+/* Short texts are ASCII by nature; anything else in them is damage, and must not break a terminal or a JSON text later. */
 static void copy_text(char *to, size_t size, const char *from)
 {
-    snprintf(to, size, "%.*s", (int)size - 1, from);
+    size_t n = 0;
+    for (; from[n] && n + 1 < size; n++)
+        to[n] = from[n] < 32 || from[n] > 126 ? '?' : from[n];
+    to[n] = 0;
+}
+
+/* Free texts (names, hosts) are UTF-8, as jansson has checked; control characters are taken out. */
+static char *copy_name(const char *from)
+{
+    char *copy = strdup(from);
+    for (char *c = copy; c && *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127)
+            *c = '?';
+    return copy;
 }
 
 static struct ry_trace_comm *new_comm(struct ry_trace *t, const json_t *line, int nranks)
@@ -216,13 +230,13 @@ static bool read_comm(struct ry_trace *t, int process, const json_t *line)
     const json_t *seat = json_object_get(line, "seat");
     r->process = process;
     r->device = (int)number_of(line, "device", -1);
-    r->node = strdup(text_of(seat, "node"));
-    r->host = strdup(text_of(seat, "host"));
-    r->gpu = strdup(text_of(seat, "gpu"));
-    r->nic = strdup(text_of(seat, "nic"));
+    r->node = copy_name(text_of(seat, "node"));
+    r->host = copy_name(text_of(seat, "host"));
+    r->gpu = copy_name(text_of(seat, "gpu"));
+    r->nic = copy_name(text_of(seat, "nic"));
     r->nvlink_gbs = json_number_value(json_object_get(seat, "nvlink_gbs"));
     r->nic_gbs = json_number_value(json_object_get(seat, "nic_gbs"));
-    r->matrix = strdup(text_of(line, "matrix"));
+    r->matrix = copy_name(text_of(line, "matrix"));
     r->sent = calloc(4 * (size_t)nranks, sizeof *r->sent);
     if (!r->node || !r->host || !r->gpu || !r->nic || !r->matrix || !r->sent) {
         free_rank(r);
@@ -232,7 +246,7 @@ static bool read_comm(struct ry_trace *t, int process, const json_t *line)
     r->sends = r->received + nranks;
     r->receives = r->sends + nranks;
     if (!c->name && *text_of(line, "name"))
-        c->name = strdup(text_of(line, "name"));
+        c->name = copy_name(text_of(line, "name"));
     c->ranks[rank] = r;
     c->present++;
     return true;
@@ -266,7 +280,7 @@ static bool read_map(struct ry_trace *t, const json_t *line)
         c->node[i] = (int)json_integer_value(json_array_get(node, (size_t)i));
     for (int i = 0; i < c->nnodes; i++) {
         const char *s = json_string_value(json_array_get(hosts, (size_t)i));
-        char *copy = strdup(s ? s : "");
+        char *copy = copy_name(s ? s : "");
         if (copy) {
             free(c->hosts[i]);
             c->hosts[i] = copy;
@@ -520,7 +534,7 @@ static bool read_head(struct ry_trace *t, const char *file, const char *line, si
              file, (long long)version, RY_TRACE_VERSION, text_of(head, "railyard"));
         good = false;
     } else {
-        p->host = strdup(text_of(head, "host"));
+        p->host = copy_name(text_of(head, "host"));
         p->pid = (int)number_of(head, "pid", 0);
         p->nccl = (int)number_of(head, "nccl", 0);
         p->env_rank = (int)number_of(head, "env_rank", -1);

@@ -298,6 +298,7 @@ int cmd_report(int argc, char **argv)
         {0}};
     static const struct argp argp = {options, parse, "DIR", "Report what a job recorded: every communicator, its exchanges, and who "
                                      "talked to whom.\vDIR is the folder that RAILYARD_TRACE named; all ranks' files in it are merged.", 0, 0, 0};
+    memset(&args, 0, sizeof args);
     if (argp_parse(&argp, argc, argv, 0, 0, 0))
         return 2;
     struct ry_err err;

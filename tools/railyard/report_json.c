@@ -1,9 +1,15 @@
 /* report_json.c: the report as JSON; its schema is in docs/trace-format.md, and additions keep the version. */
+#include "record/lines.h"
 #include "report.h"
 
 static json_t *number(uint64_t v)
 {
     return json_integer(v > INT64_MAX ? INT64_MAX : (json_int_t)v);
+}
+
+static json_t *text(const char *s)
+{
+    return ry_json_text(s, SIZE_MAX);
 }
 
 static json_t *peak(const struct ry_peak *p)
@@ -108,7 +114,7 @@ static json_t *comm(const struct ry_trace *t, const struct ry_summary *s)
     int nhints = ry_report_hints(s, hints);
     json_t *look = json_array();
     for (int i = 0; i < nhints; i++)
-        json_array_append_new(look, json_string(hints[i]));
+        json_array_append_new(look, text(hints[i]));
     json_t *o = json_pack("{s:s,s:s?,s:s,s:s,s:{s:s,s:s},s:i,s:i,s:i,s:b,s:o,s:o}", "id", c->id, "name", c->name, "parent", c->parent, "birth",
                           c->birth, "kind", "inferred", s->kind, "from", s->why, "nranks", c->nranks, "ranks_read", c->present, "nnodes",
                           c->nnodes, "mapped", c->mapped, "hosts", hosts(c), "look_at", look);
@@ -149,9 +155,9 @@ json_t *ry_report_json(const struct ry_trace *t, const struct ry_summary *s, int
         }
     }
     for (int i = 0; i < t->nnotes; i++)
-        json_array_append_new(notes, json_string(t->notes[i]));
-    return json_pack("{s:s,s:i,s:s,s:s,s:i,s:i,s:i,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "schema", RY_REPORT_SCHEMA, "version", RY_REPORT_VERSION,
-                     "railyard", RAILYARD_VERSION, "dir", t->dir, "processes", t->nprocesses, "nodes", nodes, "ranks", widest, "exchanges",
+        json_array_append_new(notes, text(t->notes[i]));
+    return json_pack("{s:s,s:i,s:s,s:o,s:i,s:i,s:i,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "schema", RY_REPORT_SCHEMA, "version", RY_REPORT_VERSION,
+                     "railyard", RAILYARD_VERSION, "dir", text(t->dir), "processes", t->nprocesses, "nodes", nodes, "ranks", widest, "exchanges",
                      number(exchanges), "bytes_total", number(bytes), "bytes_cross_node", number(cross), "bytes_in_node", number(in_node),
                      "bytes_self", number(self), "communicators", comms, "notes", notes);
 }

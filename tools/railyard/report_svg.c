@@ -309,6 +309,12 @@ static void draw_head(FILE *f, const struct ry_summary *s, double width)
     if (c->nnodes)
         snprintf(nodes, sizeof nodes, " on %d node%s", c->nnodes, c->nnodes == 1 ? "" : "s");
     snprintf(text, sizeof text, "%.60s", c->name ? c->name : c->id);
+    if (c->name && strlen(c->name) > 60) { /* not in the middle of a character */
+        size_t n = 60;
+        while (n && (c->name[n] & 0xc0) == 0x80)
+            n--;
+        snprintf(text + n, sizeof text - n, "…");
+    }
     fprintf(f, "<g font-weight=\"bold\">");
     text_at(f, 24, 34, 18, "start", INK, text);
     fprintf(f, "</g>");
