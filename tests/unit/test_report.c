@@ -1,6 +1,6 @@
 /*
- * test_report.c: `railyard report` as a whole: the text, the JSON against the truth, the picture as XML, for 1 to 200 ranks, odd
- * names, missing ranks, and files that cannot be written.
+ * test_report.c: `railyard report` as a whole: the text, the JSON against the truth, the picture as XML, for 1 to 200
+ * ranks, odd names, missing ranks, and files that cannot be written.
  */
 #include <fcntl.h>
 #include <libxml/parser.h>
@@ -66,7 +66,12 @@ static void record_job(int nranks, int per_node, int exchanges, const char *name
             recv[j] = elements(j, r);
         }
         for (int x = 0; x < exchanges; x++) {
-            struct ry_record_exchange e = {.number = (uint64_t)x, .wall_ns = 1, .type = 9, .type_bytes = 2, .send_count = send, .recv_count = recv};
+            struct ry_record_exchange e = {.number = (uint64_t)x,
+                                           .wall_ns = 1,
+                                           .type = 9,
+                                           .type_bytes = 2,
+                                           .send_count = send,
+                                           .recv_count = recv};
             ry_record_exchange(rec, comm, &e);
             ry_record_duration(rec, comm, (uint64_t)x, r == 1 ? 50 : 100);
         }
@@ -135,7 +140,8 @@ START_TEST(numbers)
         most = received[j] > most ? received[j] : most;
         sum += received[j];
     }
-    ck_assert_double_eq_tol(json_number_value(json_object_get(peak, "over_mean")), (double)most * N / (double)sum, 1e-6);
+    ck_assert_double_eq_tol(json_number_value(json_object_get(peak, "over_mean")), (double)most * N / (double)sum,
+                            1e-6);
     ck_assert_int_eq(integer(json_object_get(time, "shortest"), "rank"), 1);
     ck_assert_double_eq_tol(json_number_value(json_object_get(time, "median_us")), 100, 1e-9);
     ck_assert_uint_eq(json_array_size(json_object_get(c, "ranks")), N);
@@ -159,7 +165,10 @@ START_TEST(pictures)
     } sizes[] = {{1, 1}, {2, 1}, {5, 2}, {16, 16}, {64, 8}, {130, 1}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         char file[128];
-        record_job(sizes[i].nranks, sizes[i].per_node, 1, "<&\"'>\x01 \xc3\xa9\xe2\x82\xac and a name that is longer than sixty byte\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9", i == 2 ? 3 : -1);
+        record_job(
+            sizes[i].nranks, sizes[i].per_node, 1,
+            "<&\"'>\x01 \xc3\xa9\xe2\x82\xac and a name that is longer than sixty byte\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9",
+            i == 2 ? 3 : -1);
         snprintf(file, sizeof file, "%s/picture.svg", dir);
         check_picture(file);
         teardown();

@@ -1,6 +1,6 @@
 /*
- * test_trace.c: reading traces back: random jobs give equal totals; files cut anywhere, damaged anywhere, missing, doubled or
- * of another version are survived and told; and how fast it is.
+ * test_trace.c: reading traces back: random jobs give equal totals; files cut anywhere, damaged anywhere, missing,
+ * doubled or of another version are survived and told; and how fast it is.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -33,7 +33,8 @@ static void record_job(const struct truth *comms, int ncomms, int skip_rank, con
                 continue;
             if (!rec && !(rec = ry_record_open(config, &err)))
                 ck_abort_msg("%s", err.msg);
-            struct ry_record_comm_info info = info_for(comms[k].id, comms[k].nranks, rank, k ? NULL : "first", comms[k].per_node);
+            struct ry_record_comm_info info =
+                info_for(comms[k].id, comms[k].nranks, rank, k ? NULL : "first", comms[k].per_node);
             comm[k] = ry_record_comm(rec, &info);
             most = comms[k].exchanges > most ? comms[k].exchanges : most;
         }
@@ -42,7 +43,12 @@ static void record_job(const struct truth *comms, int ncomms, int skip_rank, con
                 if (!comm[k] || x >= comms[k].exchanges)
                     continue;
                 fill(comms[k].salt, x, comms[k].nranks, rank, send, recv);
-                struct ry_record_exchange e = {.number = x, .wall_ns = 1000 + x, .type = 7, .type_bytes = 4, .send_count = send, .recv_count = recv};
+                struct ry_record_exchange e = {.number = x,
+                                               .wall_ns = 1000 + x,
+                                               .type = 7,
+                                               .type_bytes = 4,
+                                               .send_count = send,
+                                               .recv_count = recv};
                 ry_record_exchange(rec, comm[k], &e);
                 if (x % 2)
                     ry_record_duration(rec, comm[k], x, 10);
@@ -111,8 +117,10 @@ START_TEST(random_jobs)
         struct truth c[MAX_COMMS];
         int n = 1 + (int)(next(&s) % MAX_COMMS);
         for (int k = 0; k < n; k++) {
-            c[k] = (struct truth){.nranks = 2 + (int)(next(&s) % (MAX_RANKS - 1)), .per_node = 1 + (int)(next(&s) % 8),
-                                  .exchanges = 1 + next(&s) % 20, .salt = next(&s)};
+            c[k] = (struct truth){.nranks = 2 + (int)(next(&s) % (MAX_RANKS - 1)),
+                                  .per_node = 1 + (int)(next(&s) % 8),
+                                  .exchanges = 1 + next(&s) % 20,
+                                  .salt = next(&s)};
             snprintf(c[k].id, sizeof c[k].id, "%016llx", (unsigned long long)next(&s));
         }
         int missing = round % 3 ? -1 : 1;
@@ -159,8 +167,12 @@ static char *get(const char *name, size_t *n)
 }
 
 #define HEAD "{\"t\":\"head\",\"schema\":\"railyard-trace\",\"version\":1,\"host\":\"h\",\"pid\":7,\"wall_ns\":1}\n"
-#define COMM(r) "{\"t\":\"comm\",\"comm\":\"aa\",\"rank\":" r ",\"nranks\":3,\"birth\":\"init\",\"seat\":{\"node\":\"n\",\"host\":\"h\"}}\n"
-#define X(n) "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":" n ",\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,3],\"recv\":[4,5,6]}\n"
+#define COMM(r)                                                                                                        \
+    "{\"t\":\"comm\",\"comm\":\"aa\",\"rank\":" r                                                                      \
+    ",\"nranks\":3,\"birth\":\"init\",\"seat\":{\"node\":\"n\",\"host\":\"h\"}}\n"
+#define X(n)                                                                                                           \
+    "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":" n                                                                 \
+    ",\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,3],\"recv\":[4,5,6]}\n"
 
 static struct ry_trace *read_text(const char *text)
 {
@@ -173,14 +185,16 @@ static struct ry_trace *read_text(const char *text)
 START_TEST(other_spellings)
 {
     struct ry_trace *t = read_text(
-        HEAD COMM("0") X("0")
-        " { \"t\" : \"x\", \"rank\": 0, \"type_bytes\": 4, \"comm\": \"aa\", \"recv\": [4, 5, 6], \"n\": 1, \"send\": [1, 2, 3], \"later\": {} }\n"
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":2,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send_pairs\":[2,3,0,1,1,2],\"recv_pairs\":[],\"name\":\"a\\\"}\"}\n"
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":3,\"type_bytes\":4,\"send_pairs\":[1,2,0,1,2,3],\"recv\":[0,0,0]}\n"
-        "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":3,\"us\":2}\n"
-        "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":4,\"us\":2.000}\n" X("4")
-        "{\"t\":\"weather\",\"sun\":true}\n"
-        "{\"t\":\"end\"}");
+        HEAD COMM("0") X("0") " { \"t\" : \"x\", \"rank\": 0, \"type_bytes\": 4, \"comm\": \"aa\", \"recv\": [4, 5, "
+                              "6], \"n\": 1, \"send\": [1, 2, 3], \"later\": {} }\n"
+                              "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":2,\"wall_ns\":5,\"type\":\"float32\","
+                              "\"type_bytes\":4,\"send_pairs\":[2,3,0,1,1,2],\"recv_pairs\":[],\"name\":\"a\\\"}\"}\n"
+                              "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":3,\"type_bytes\":4,\"send_pairs\":[1,2,0,"
+                              "1,2,3],\"recv\":[0,0,0]}\n"
+                              "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":3,\"us\":2}\n"
+                              "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":4,\"us\":2.000}\n" X(
+                                  "4") "{\"t\":\"weather\",\"sun\":true}\n"
+                                       "{\"t\":\"end\"}");
     ck_assert_int_eq(t->nnotes, 1); /* two ranks are missing; a last line without newline but whole is no fault */
     const struct ry_trace_rank *r = t->comms[0]->ranks[0];
     ck_assert_uint_eq(r->lines, 5);
@@ -197,18 +211,36 @@ END_TEST
 START_TEST(damaged_lines)
 {
     static const char *const bad[] = {
-        "\n", "{\n", "garbage\n", "[1]\n", "{\"t\":\"x\"}\n", "{\"t\":\"us\"}\n", "\"x\"\n", "{}}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,3,4],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,-3],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,9223372036854775807],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":0,\"send\":[1,2,3],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send_pairs\":[3,1],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send_pairs\":[1],\"recv\":[4,5,6]}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,3],\"recv\":[4,5,6]}}\n",
-        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,3],\"recv\":[4,5,6\n",
-        "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":\"2\"}\n", "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":-2}\n",
-        "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":4,\"nranks\":3}\n", "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":0,\"nranks\":2000000000}\n",
+        "\n",
+        "{\n",
+        "garbage\n",
+        "[1]\n",
+        "{\"t\":\"x\"}\n",
+        "{\"t\":\"us\"}\n",
+        "\"x\"\n",
+        "{}}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
+        "1,2],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
+        "1,2,3,4],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
+        "1,2,-3],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
+        "1,2,9223372036854775807],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":0,\"send\":["
+        "1,2,3],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send_"
+        "pairs\":[3,1],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send_"
+        "pairs\":[1],\"recv\":[4,5,6]}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
+        "1,2,3],\"recv\":[4,5,6]}}\n",
+        "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
+        "1,2,3],\"recv\":[4,5,6\n",
+        "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":\"2\"}\n",
+        "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":-2}\n",
+        "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":4,\"nranks\":3}\n",
+        "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":0,\"nranks\":2000000000}\n",
         "{\"t\":\"comm\",\"comm\":\"12345678901234567\",\"rank\":0,\"nranks\":2}\n",
         "{\"t\":\"map\",\"comm\":\"aa\",\"rank\":0,\"nodes\":2,\"node\":[0,1,2],\"hosts\":[\"a\",\"b\"]}\n",
     };
@@ -216,7 +248,8 @@ START_TEST(damaged_lines)
         char text[4096];
         snprintf(text, sizeof text, "%s%s%s%s%s", HEAD, COMM("0"), X("0"), bad[i], X("1") "{\"t\":\"end\"}\n");
         struct ry_trace *t = read_text(text);
-        ck_assert_msg(t->processes[0].bad_lines == 1, "%llu bad lines for: %s", (unsigned long long)t->processes[0].bad_lines, bad[i]);
+        ck_assert_msg(t->processes[0].bad_lines == 1, "%llu bad lines for: %s",
+                      (unsigned long long)t->processes[0].bad_lines, bad[i]);
         ck_assert(noted(t, "1 damaged line skipped"));
         ck_assert_uint_eq(t->comms[0]->ranks[0]->lines, 2);
         ck_assert_int_eq(t->ncomms, 1);
@@ -256,18 +289,20 @@ END_TEST
 
 START_TEST(contradictions)
 {
-    const char *other = HEAD COMM("0") X("0") "{\"t\":\"end\"}\n", *wide =
-        HEAD "{\"t\":\"comm\",\"comm\":\"aa\",\"rank\":4,\"nranks\":5}\n{\"t\":\"end\"}\n";
+    const char *other = HEAD COMM("0") X("0") "{\"t\":\"end\"}\n",
+               *wide = HEAD "{\"t\":\"comm\",\"comm\":\"aa\",\"rank\":4,\"nranks\":5}\n{\"t\":\"end\"}\n";
     put("trace-h-8.jsonl", other, strlen(other));
     put("trace-h-9.jsonl", wide, strlen(wide));
-    struct ry_trace *t = read_text(HEAD COMM("0") X("0") COMM("1")
-                                   "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":1,\"n\":0,\"type_bytes\":4,\"send\":[5,0,0],\"recv\":[3,0,0]}\n{\"t\":\"end\"}\n");
+    struct ry_trace *t =
+        read_text(HEAD COMM("0") X("0") COMM("1") "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":1,\"n\":0,\"type_bytes\":4,"
+                                                  "\"send\":[5,0,0],\"recv\":[3,0,0]}\n{\"t\":\"end\"}\n");
     ck_assert(noted(t, "rank 0 of communicator aa is in trace-h-7.jsonl already"));
     ck_assert(noted(t, "says that communicator aa has 5 ranks, others say 3"));
     ck_assert_uint_eq(t->comms[0]->ranks[0]->lines, 1);
     struct ry_summary s;
     ck_assert_int_eq(ry_summary_make(&s, t, t->comms[0], &err), 0);
-    ck_assert_uint_eq(s.pairs_checked, 4); /* rank 0 to 0: sent 4 bytes, received 16; 0 to 1: sent 8, received 12; 1 to 0 agree */
+    ck_assert_uint_eq(s.pairs_checked,
+                      4); /* rank 0 to 0: sent 4 bytes, received 16; 0 to 1: sent 8, received 12; 1 to 0 agree */
     ck_assert_uint_eq(s.pairs_differ, 2);
     ck_assert_int_eq(s.differ_from, 0);
     ck_assert_int_eq(s.differ_to, 0);
@@ -293,7 +328,8 @@ static char *small_trace(size_t *n, char name[64])
     for (uint64_t x = 0; x < 3; x++) {
         uint64_t send[4], recv[4];
         fill(1, x, 4, 1, send, recv);
-        struct ry_record_exchange e = {.number = x, .wall_ns = 1000 + x, .type = 7, .type_bytes = 4, .send_count = send, .recv_count = recv};
+        struct ry_record_exchange e = {
+            .number = x, .wall_ns = 1000 + x, .type = 7, .type_bytes = 4, .send_count = send, .recv_count = recv};
         ry_record_exchange(rec, comm, &e);
         ry_record_duration(rec, comm, x, 12.5);
     }
@@ -428,13 +464,16 @@ START_TEST(quantiles)
     char text[1 << 16] = HEAD COMM("0");
     size_t n = strlen(text);
     for (int i = 1; i <= 1000; i++)
-        n += (size_t)snprintf(text + n, sizeof text - n, "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":%d,\"us\":%d.500}\n", i, (i * 7919) % 1000 * 100);
+        n += (size_t)snprintf(text + n, sizeof text - n,
+                              "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":%d,\"us\":%d.500}\n", i,
+                              (i * 7919) % 1000 * 100);
     struct ry_trace *t = read_text(text);
     const struct ry_trace_times *times = &t->comms[0]->ranks[0]->times;
     ck_assert_uint_eq(times->n, 1000);
     for (int q = 0; q <= 100; q += 5) {
         double exact = q * 999 / 100 * 100 + 0.5, got = ry_trace_quantile(times, q / 100.0);
-        ck_assert_msg(got >= exact * 0.984 - 1e-9 && got <= exact * 1.016 + 1e-9, "quantile %d: %f for %f", q, got, exact);
+        ck_assert_msg(got >= exact * 0.984 - 1e-9 && got <= exact * 1.016 + 1e-9, "quantile %d: %f for %f", q, got,
+                      exact);
     }
     ck_assert_double_eq(ry_trace_quantile(&(struct ry_trace_times){0}, 0.5), 0);
     ry_trace_close(t);
@@ -455,23 +494,27 @@ static const char *kind_of(const char *lines)
     return kind;
 }
 
-#define END(counters) "{\"t\":\"comm_end\",\"comm\":\"aa\",\"rank\":0,\"how\":\"destroy\",\"counters\":{" counters "}}\n"
+#define END(counters)                                                                                                  \
+    "{\"t\":\"comm_end\",\"comm\":\"aa\",\"rank\":0,\"how\":\"destroy\",\"counters\":{" counters "}}\n"
 
 START_TEST(kinds)
 {
     ck_assert_str_eq(kind_of(COMM("0") X("0")), "expert-parallel (all-to-all)");
     ck_assert_str_eq(kind_of(COMM("0") X("0") END("\"calls.allreduce\":5")), "mixed (all-to-all and reductions)");
     ck_assert_str_eq(kind_of(COMM("0") END("\"calls.allreduce\":5")), "data-parallel (all-reduce)");
-    ck_assert_str_eq(kind_of(COMM("0") END("\"calls.reducescatter\":5,\"calls.allgather\":5")), "sharded data-parallel (reduce-scatter)");
+    ck_assert_str_eq(kind_of(COMM("0") END("\"calls.reducescatter\":5,\"calls.allgather\":5")),
+                     "sharded data-parallel (reduce-scatter)");
     ck_assert_str_eq(kind_of(COMM("0") END("\"calls.send\":5,\"plain_groups\":5")), "pipeline (point-to-point)");
     ck_assert_str_eq(kind_of(COMM("0") END("\"calls.broadcast\":5")), "broadcast");
     ck_assert_str_eq(kind_of(COMM("0") END("\"calls.allreduce\":0")), "unused");
     ck_assert_str_eq(kind_of(COMM("0")), "unknown");
     ck_assert_str_eq(kind_of("{\"t\":\"comm\",\"comm\":\"aa\",\"rank\":0,\"nranks\":1}\n"), "single rank");
-    ck_assert_str_eq(kind_of(COMM("0") END("\"calls.allgather\":1")
-                             "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":0,\"nranks\":1}\n"
-                             "{\"t\":\"x\",\"comm\":\"bb\",\"rank\":0,\"n\":0,\"type_bytes\":4,\"send\":[1],\"recv\":[1],\"gather_comm\":\"aa\",\"gather_count\":64}\n"),
-                     "expert counts (int64 all-gather)");
+    ck_assert_str_eq(
+        kind_of(COMM("0") END(
+            "\"calls.allgather\":1") "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":0,\"nranks\":1}\n"
+                                     "{\"t\":\"x\",\"comm\":\"bb\",\"rank\":0,\"n\":0,\"type_bytes\":4,\"send\":[1],"
+                                     "\"recv\":[1],\"gather_comm\":\"aa\",\"gather_count\":64}\n"),
+        "expert counts (int64 all-gather)");
 }
 END_TEST
 
@@ -484,7 +527,10 @@ START_TEST(speed)
     enum { N = 100000, RANKS = 64 };
     fprintf(f, HEAD "{\"t\":\"comm\",\"comm\":\"aa\",\"rank\":0,\"nranks\":%d}\n", RANKS);
     for (int i = 0; i < N; i++) {
-        fprintf(f, "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":%d,\"wall_ns\":1795320165058508696,\"type\":\"bfloat16\",\"type_bytes\":2,\"send\":[", i);
+        fprintf(f,
+                "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":%d,\"wall_ns\":1795320165058508696,\"type\":"
+                "\"bfloat16\",\"type_bytes\":2,\"send\":[",
+                i);
         for (int r = 0; r < RANKS; r++)
             fprintf(f, "%s%d", r ? "," : "", (i * 31 + r * 17) % 900000);
         fprintf(f, "],\"recv\":[");
