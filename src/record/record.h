@@ -7,9 +7,9 @@
  *
  * Guarantees: functions marked [job] are called on the job's threads: they never block, never take a lock, never touch a
  * file, and allocate only on a thread's first call (its ring buffer of `buffer_bytes`). When a ring is full the record is
- * dropped and counted; matrices stay exact, because what is dropped is added to them by the thread that drops it. The writer flushes at least twice a
- * second, so a killed job loses less than the last second. A failed write (disk full, folder gone) stops recording with
- * one warning and the job goes on; what is on disk stays readable.
+ * dropped and counted; matrices stay exact, because what is dropped is added to them by the thread that drops it. The
+ * writer flushes at least twice a second, so a killed job loses less than the last second. A failed write (disk full,
+ * folder gone) stops recording with one warning and the job goes on; what is on disk stays readable.
  */
 #ifndef RY_RECORD_RECORD_H
 #define RY_RECORD_RECORD_H
