@@ -121,7 +121,8 @@ static int parse_dict(struct ry_npy *out, struct cursor c, const char *path, str
             goto bad;
         if (!strcmp(key, "descr")) {
             if (!read_string(&c, descr, sizeof descr))
-                return ry_fail(err, "%s: its elements are structures or of another type that Railyard does not read", path);
+                return ry_fail(err, "%s: its elements are structures or of another type that Railyard does not read",
+                               path);
             char order = *descr;
             const char *name = descr + (order && strchr("<>|=", order) ? 1 : 0);
             size_t t = 0;
@@ -189,7 +190,8 @@ static int parse(struct ry_npy *out, const char *path, struct ry_err *err)
     if (__builtin_mul_overflow(out->count, each, &need))
         return ry_fail(err, "%s: its header claims more elements than a machine can hold", path);
     if (need > size - start)
-        return ry_fail(err, "%s: is truncated: its header promises %zu bytes of elements, %zu are there", path, need, size - start);
+        return ry_fail(err, "%s: is truncated: its header promises %zu bytes of elements, %zu are there", path, need,
+                       size - start);
     if (start % each)
         return ry_fail(err, "%s: its elements are not aligned; load and save it with NumPy", path);
     out->data = b + start;
@@ -304,11 +306,13 @@ int ry_npy_save(int dirfd, const char *path, enum ry_npy_type type, int ndim, co
     char header[HEADER_BYTES], tmp[4096];
     if (ndim < 0 || ndim > RY_NPY_DIMS || snprintf(tmp, sizeof tmp, "%s.tmp", path) >= (int)sizeof tmp) {
         errno = EINVAL;
-        return ry_fail(err, "%s: cannot be written: %s", path, ndim > RY_NPY_DIMS ? "too many dimensions" : "the path is too long");
+        return ry_fail(err, "%s: cannot be written: %s", path,
+                       ndim > RY_NPY_DIMS ? "too many dimensions" : "the path is too long");
     }
     build_header(header, type, ndim, shape);
     int fd = openat(dirfd, tmp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    int bad = fd < 0 || write_all(fd, header, sizeof header) || write_all(fd, data, elements(ndim, shape) * types[type].bytes);
+    int bad = fd < 0 || write_all(fd, header, sizeof header) ||
+              write_all(fd, data, elements(ndim, shape) * types[type].bytes);
     int saved = bad ? errno : 0;
     if (fd >= 0 && close(fd) && !saved)
         saved = errno;

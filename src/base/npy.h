@@ -41,9 +41,9 @@ void ry_npy_close(struct ry_npy *npy);
 uint64_t ry_npy_get(const struct ry_npy *npy, size_t i);
 
 /**
- * Write an array to `path`, relative to the folder `dirfd` (AT_FDCWD: the working folder). Readers see the old or the new
- * file, never a part: it is written to PATH.tmp and renamed. On failure -1, `err` names the file, errno says what, and
- * neither a part nor the .tmp is left.
+ * Write an array to `path`, relative to the folder `dirfd` (AT_FDCWD: the working folder). Readers see the old or the
+ * new file, never a part: it is written to PATH.tmp and renamed. On failure -1, `err` names the file, errno says what,
+ * and neither a part nor the .tmp is left.
  */
 int ry_npy_save(int dirfd, const char *path, enum ry_npy_type type, int ndim, const size_t *shape, const void *data,
                 struct ry_err *err);

@@ -1,10 +1,12 @@
 /*
  * internal.h: what record.c (the job's threads) and writer.c (the one writer thread) share.
  *
- * Life times. A ry_record and its lanes are never freed, only emptied at the close: a thread of the job may look at them at
- * any time. A communicator is freed by the writer after its end, or at the close when no thread can be inside any more.
+ * Life times. A ry_record and its lanes are never freed, only emptied at the close: a thread of the job may look at
+ * them at any time. A communicator is freed by the writer after its end, or at the close when no thread can be inside
+ * any more.
  *
- * Who may touch what is said at each field: [job] the job's threads without a lock, [lock] under `lock`, [writer] the writer.
+ * Who may touch what is said at each field: [job] the job's threads without a lock, [lock] under `lock`, [writer] the
+ * writer.
  */
 #ifndef RY_RECORD_INTERNAL_H
 #define RY_RECORD_INTERNAL_H
@@ -40,12 +42,12 @@ struct ry_record_comm {
     struct ry_record_comm *next; /* [lock], and read by the writer, the only one to remove */
     char id[17];
     int nranks, rank;
-    char *name;             /* JSON text with quotes, or NULL */
-    char file[192];         /* of its matrix */
-    _Atomic uint64_t *lost; /* [job] [ROWS][nranks], what dropped records would have added */
+    char *name;                                      /* JSON text with quotes, or NULL */
+    char file[192];                                  /* of its matrix */
+    _Atomic uint64_t *lost;                          /* [job] [ROWS][nranks], what dropped records would have added */
     _Atomic uint64_t lost_exchanges, lost_durations; /* [job] */
-    struct ry_text birth, map; /* [lock] lines ready to be written, empty when there are none */
-    bool ended;                /* [lock], as are the next two */
+    struct ry_text birth, map;                       /* [lock] lines ready to be written, empty when there are none */
+    bool ended;                                      /* [lock], as are the next two */
     char how[16];
     json_t *counters;
     /* [writer] */
@@ -74,22 +76,22 @@ struct ry_record {
     struct ry_record *next_ever; /* all there were, so that none counts as leaked */
     unsigned forks;              /* how often this process had been forked off when it was opened */
     _Atomic int state;
-    _Atomic bool sleeping;       /* the writer waits until it is woken */
+    _Atomic bool sleeping; /* the writer waits until it is woken */
     _Atomic(struct lane *) lanes;
-    _Atomic uint64_t biggest;    /* bytes of the largest record of any communicator so far */
+    _Atomic uint64_t biggest; /* bytes of the largest record of any communicator so far */
     uint64_t buffer_bytes;
-    int wake; /* eventfd */
-    pthread_mutex_t lock; /* never taken by [job] functions */
+    int wake;                     /* eventfd */
+    pthread_mutex_t lock;         /* never taken by [job] functions */
     struct ry_record_comm *comms; /* [lock] */
     pthread_t writer;
-    bool closing; /* [lock] the last round is due */
+    bool closing;                         /* [lock] the last round is due */
     char dir[1024], stem[128], name[160]; /* the folder, HOST-PID, the .jsonl's name; for messages and file names */
     int dirfd, fd;
     /* [writer] */
     struct stat file;
     uint64_t max_bytes, line_bytes, matrix_bytes, matrix_ns, exchanges, dropped, not_written;
     struct ry_text text;
-    bool full; /* max_bytes reached: no more lines of exchanges, matrices go on */
+    bool full;         /* max_bytes reached: no more lines of exchanges, matrices go on */
     char stopped[512]; /* why, for the end line */
 };
 

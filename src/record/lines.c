@@ -10,7 +10,7 @@
 
 const char *ry_type_text(int type)
 {
-    static const char *const names[] = {"int8",    "uint8",   "int32",   "uint32",   "int64",       "uint64",
+    static const char *const names[] = {"int8",    "uint8",   "int32",   "uint32",   "int64",      "uint64",
                                         "float16", "float32", "float64", "bfloat16", "float8e4m3", "float8e5m2"};
     return type >= 0 && type < (int)(sizeof names / sizeof *names) ? names[type] : NULL;
 }
@@ -85,30 +85,33 @@ static json_t *env_number(const char *name)
 
 json_t *ry_line_head(const struct ry_record_config *config, const char *host, int pid)
 {
-    return json_pack("{s:s,s:s,s:i,s:o,s:i,s:I,s:I,s:s,s:i,s:o?,s:o,s:o}", "t", "head", "schema", RY_TRACE_SCHEMA, "version",
-                     RY_TRACE_VERSION, "host", ry_json_text(host, SIZE_MAX), "pid", pid, "wall_ns", (json_int_t)ry_wall_ns(),
-                     "mono_ns", (json_int_t)ry_now_ns(), "railyard", RAILYARD_VERSION, "nccl", config->nccl_version, "nccl_path",
-                     config->nccl_path ? ry_json_text(config->nccl_path, SIZE_MAX) : NULL, "env_rank", env_number("RANK"),
-                     "env_world_size", env_number("WORLD_SIZE"));
+    return json_pack("{s:s,s:s,s:i,s:o,s:i,s:I,s:I,s:s,s:i,s:o?,s:o,s:o}", "t", "head", "schema", RY_TRACE_SCHEMA,
+                     "version", RY_TRACE_VERSION, "host", ry_json_text(host, SIZE_MAX), "pid", pid, "wall_ns",
+                     (json_int_t)ry_wall_ns(), "mono_ns", (json_int_t)ry_now_ns(), "railyard", RAILYARD_VERSION, "nccl",
+                     config->nccl_version, "nccl_path",
+                     config->nccl_path ? ry_json_text(config->nccl_path, SIZE_MAX) : NULL, "env_rank",
+                     env_number("RANK"), "env_world_size", env_number("WORLD_SIZE"));
 }
 
 static json_t *seat_object(const struct ry_seat *s)
 {
 #define TEXT(field) ry_json_text(s->field, sizeof s->field)
-    return json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:f,s:f,s:o,s:I}", "node", TEXT(node), "host", TEXT(host), "gpu", TEXT(gpu_name),
-                     "gpu_pci", TEXT(gpu_pci), "gpu_uuid", TEXT(gpu_uuid), "nic", TEXT(nic), "nvlink_gbs",
-                     isfinite(s->nvlink_gbs) ? s->nvlink_gbs : 0.0, "nic_gbs", isfinite(s->nic_gbs) ? s->nic_gbs : 0.0, "railyard",
-                     TEXT(railyard), "settings_hash", (json_int_t)s->settings_hash);
+    return json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:f,s:f,s:o,s:I}", "node", TEXT(node), "host", TEXT(host), "gpu",
+                     TEXT(gpu_name), "gpu_pci", TEXT(gpu_pci), "gpu_uuid", TEXT(gpu_uuid), "nic", TEXT(nic),
+                     "nvlink_gbs", isfinite(s->nvlink_gbs) ? s->nvlink_gbs : 0.0, "nic_gbs",
+                     isfinite(s->nic_gbs) ? s->nic_gbs : 0.0, "railyard", TEXT(railyard), "settings_hash",
+                     (json_int_t)s->settings_hash);
 #undef TEXT
 }
 
 json_t *ry_line_comm(const struct ry_record_comm_info *info, const char *matrix_file)
 {
-    return json_pack("{s:s,s:o,s:i,s:i,s:o,s:o?,s:s,s:i,s:I,s:o,s:o}", "t", "comm", "comm", ry_json_text(info->id, sizeof info->id),
-                     "rank", info->rank, "nranks", info->nranks, "parent", ry_json_text(info->parent, sizeof info->parent), "name",
-                     info->name ? ry_json_text(info->name, SIZE_MAX) : NULL, "birth", info->birth ? info->birth : "init", "device",
-                     info->device, "wall_ns", (json_int_t)ry_wall_ns(), "matrix", ry_json_text(matrix_file, SIZE_MAX), "seat",
-                     seat_object(&info->seat));
+    return json_pack("{s:s,s:o,s:i,s:i,s:o,s:o?,s:s,s:i,s:I,s:o,s:o}", "t", "comm", "comm",
+                     ry_json_text(info->id, sizeof info->id), "rank", info->rank, "nranks", info->nranks, "parent",
+                     ry_json_text(info->parent, sizeof info->parent), "name",
+                     info->name ? ry_json_text(info->name, SIZE_MAX) : NULL, "birth",
+                     info->birth ? info->birth : "init", "device", info->device, "wall_ns", (json_int_t)ry_wall_ns(),
+                     "matrix", ry_json_text(matrix_file, SIZE_MAX), "seat", seat_object(&info->seat));
 }
 
 json_t *ry_line_map(const char *id, int rank, const struct ry_cluster *map, const char *why)
@@ -193,7 +196,8 @@ static char *put_start(char *p, const char *t, const char *id, int rank, uint64_
     return put_number(p, number);
 }
 
-void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks, const char *name, const struct ry_record_exchange *x)
+void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks, const char *name,
+                      const struct ry_record_exchange *x)
 {
     char *p = room(text, 512 + (name ? strlen(name) : 0) + 2 * 21 * (size_t)nranks);
     if (!p)
@@ -240,7 +244,8 @@ void ry_line_duration(struct ry_text *text, const char *id, int rank, uint64_t n
     if (!p)
         return;
     p = put_start(p, "us", id, rank, number);
-    uint64_t ns = us > 0 && us < 1e15 ? (uint64_t)(us * 1000 + 0.5) : 0; /* by hand: the job's locale may have a decimal comma */
+    uint64_t ns =
+        us > 0 && us < 1e15 ? (uint64_t)(us * 1000 + 0.5) : 0; /* by hand: the job's locale may have a decimal comma */
     p = PUT(p, ",\"us\":");
     p = put_number(p, ns / 1000);
     *p++ = '.';

@@ -28,7 +28,8 @@ void ry_text_add(struct ry_text *text, const char *s, size_t n);
 /** Append a JSON object as one line; releases it. NULL (a failed json_pack) counts as out of memory. */
 void ry_text_line(struct ry_text *text, json_t *object);
 
-/** A JSON string from any bytes: what is not UTF-8 becomes '?'. `max`: the size of the array it lies in, or SIZE_MAX. */
+/** A JSON string from any bytes: what is not UTF-8 becomes '?'. `max`: the size of the array it lies in, or SIZE_MAX.
+ */
 json_t *ry_json_text(const char *s, size_t max);
 
 json_t *ry_line_head(const struct ry_record_config *config, const char *host, int pid);
@@ -39,7 +40,8 @@ json_t *ry_line_map(const char *id, int rank, const struct ry_cluster *map, cons
  * The line of one exchange. `x`'s count arrays have `nranks` elements. `name` is NULL or JSON text with its quotes.
  * Counts are written in full or, where that is shorter, as pairs of peer and count, zeros left out.
  */
-void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks, const char *name, const struct ry_record_exchange *x);
+void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks, const char *name,
+                      const struct ry_record_exchange *x);
 void ry_line_duration(struct ry_text *text, const char *id, int rank, uint64_t number, double us);
 
 /** Name of an ncclDataType_t ("bfloat16"), or NULL where it is unknown. */

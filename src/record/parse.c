@@ -131,8 +131,8 @@ static bool eat_exchange(struct ry_parsed *x, const char **at, int nranks)
         wall = wall * 10 + (uint64_t)(*p - '0');
     x->wall_ns = wall;
     if (!EAT(p, ",\"type\":\"") || !eat_text(&p, x->type, sizeof x->type) || !EAT(p, ",\"type_bytes\":") ||
-        !eat_number(&p, &x->type_bytes) || !EAT(p, ",\"send") || !eat_counts(&p, x->send, nranks) || !EAT(p, ",\"recv") ||
-        !eat_counts(&p, x->recv, nranks))
+        !eat_number(&p, &x->type_bytes) || !EAT(p, ",\"send") || !eat_counts(&p, x->send, nranks) ||
+        !EAT(p, ",\"recv") || !eat_counts(&p, x->recv, nranks))
         return false;
     if (EAT(p, ",\"row\":") &&
         (!eat_number(&p, &x->row) || !EAT(p, ",\"row_by\":\"") || !eat_text(&p, x->row_by, sizeof x->row_by)))
@@ -173,8 +173,8 @@ static enum ry_parsed_kind scan(struct ry_parsed *x, const char *p, const char *
     char id[17];
     uint64_t rank;
     bool exchange = EAT(p, "{\"t\":\"x\"");
-    if ((!exchange && !EAT(p, "{\"t\":\"us\"")) || !EAT(p, ",\"comm\":\"") || !eat_text(&p, id, sizeof id) || !EAT(p, ",\"rank\":") ||
-        !eat_number(&p, &rank) || !EAT(p, ",\"n\":") || !eat_number(&p, &x->number))
+    if ((!exchange && !EAT(p, "{\"t\":\"us\"")) || !EAT(p, ",\"comm\":\"") || !eat_text(&p, id, sizeof id) ||
+        !EAT(p, ",\"rank\":") || !eat_number(&p, &rank) || !EAT(p, ",\"n\":") || !eat_number(&p, &x->number))
         return RY_PARSED_BAD;
     int nranks = pick(ctx, id, rank);
     if (!nranks)
@@ -213,7 +213,8 @@ static bool get_counts(const json_t *o, const char *key, uint64_t *counts, int n
     const json_t *pairs = json_object_get(o, pairs_key);
     size_t i;
     if (json_is_array(list) && json_array_size(list) == (size_t)nranks) {
-        json_array_foreach(list, i, v) {
+        json_array_foreach(list, i, v)
+        {
             if (!json_is_integer(v) || json_integer_value(v) < 0)
                 return false;
             counts[i] = (uint64_t)json_integer_value(v);
@@ -233,7 +234,8 @@ static bool get_counts(const json_t *o, const char *key, uint64_t *counts, int n
     return true;
 }
 
-static enum ry_parsed_kind load(struct ry_parsed *x, const json_t *o, int (*pick)(void *ctx, const char *id, uint64_t rank), void *ctx)
+static enum ry_parsed_kind load(struct ry_parsed *x, const json_t *o,
+                                int (*pick)(void *ctx, const char *id, uint64_t rank), void *ctx)
 {
     const char *t = json_string_value(json_object_get(o, "t")), *id = json_string_value(json_object_get(o, "comm"));
     uint64_t rank;
@@ -247,8 +249,9 @@ static enum ry_parsed_kind load(struct ry_parsed *x, const json_t *o, int (*pick
         x->us = json_number_value(us);
         return json_is_number(us) && x->us >= 0 && isfinite(x->us) ? RY_PARSED_DURATION : RY_PARSED_BAD;
     }
-    if (strcmp(t, "x") || !make_room(x, nranks) || !get(o, "wall_ns", false, &x->wall_ns) || !get(o, "type_bytes", true, &x->type_bytes) ||
-        !get_counts(o, "send", x->send, nranks) || !get_counts(o, "recv", x->recv, nranks) || !get(o, "row", false, &x->row) ||
+    if (strcmp(t, "x") || !make_room(x, nranks) || !get(o, "wall_ns", false, &x->wall_ns) ||
+        !get(o, "type_bytes", true, &x->type_bytes) || !get_counts(o, "send", x->send, nranks) ||
+        !get_counts(o, "recv", x->recv, nranks) || !get(o, "row", false, &x->row) ||
         !get(o, "gather_count", false, &x->gather_count) || !sane(x, nranks))
         return RY_PARSED_BAD;
     get_text(o, "type", x->type, sizeof x->type);

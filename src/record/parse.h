@@ -1,8 +1,8 @@
 /*
  * parse.h: the two kinds of line of which a trace holds millions: exchanges and durations.
  *
- * Owns: their parsing. A line spelled as lines.c does is scanned directly; any other order or spacing of the same JSON is
- * read by jansson, more slowly. Not: what is done with them (trace.c).
+ * Owns: their parsing. A line spelled as lines.c does is scanned directly; any other order or spacing of the same JSON
+ * is read by jansson, more slowly. Not: what is done with them (trace.c).
  */
 #ifndef RY_RECORD_PARSE_H
 #define RY_RECORD_PARSE_H
@@ -34,7 +34,8 @@ enum ry_parsed_kind {
 /** Is this line (without newline) an exchange or a duration? */
 bool ry_parse_is_frequent(const char *line, size_t n);
 
-/** Parse such a line. `pick` is told the communicator and rank and returns the number of ranks, 0 for an unknown one. */
+/** Parse such a line. `pick` is told the communicator and rank and returns the number of ranks, 0 for an unknown one.
+ */
 enum ry_parsed_kind ry_parse_frequent(struct ry_parsed *x, const char *line, size_t n,
                                       int (*pick)(void *ctx, const char *id, uint64_t rank), void *ctx);
 void ry_parsed_free(struct ry_parsed *x);

@@ -1,13 +1,14 @@
 /*
  * record.c: see record.h. The side of the job's threads: lanes, records, drops; opening and closing.
  *
- * A [job] function enters its thread's lane by setting `busy` and then looking at the state; the close sets the state and
- * then waits until no lane is busy. Both orders are sequentially consistent, so after that wait no thread of the job can
- * be at a ring or a communicator, and what they hold is freed. The same pairing of a store and a load wakes a sleeping
- * writer: the producer publishes, then looks at `sleeping`; the writer sets `sleeping`, then looks at the rings.
+ * A [job] function enters its thread's lane by setting `busy` and then looking at the state; the close sets the state
+ * and then waits until no lane is busy. Both orders are sequentially consistent, so after that wait no thread of the
+ * job can be at a ring or a communicator, and what they hold is freed. The same pairing of a store and a load wakes a
+ * sleeping writer: the producer publishes, then looks at `sleeping`; the writer sets `sleeping`, then looks at the
+ * rings.
  *
- * The sums of the matrices are made by the writer from the records; what is dropped is added to `lost` by the thread that
- * drops it. Their sum is exact, and a thread of the job pays only for a copy in the usual case.
+ * The sums of the matrices are made by the writer from the records; what is dropped is added to `lost` by the thread
+ * that drops it. Their sum is exact, and a thread of the job pays only for a copy in the usual case.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -125,11 +126,13 @@ static void drop_exchange(struct ry_record_comm *comm, const struct ry_record_ex
     size_t n = (size_t)comm->nranks;
     for (size_t r = 0; r < n; r++) {
         if (x->send_count[r]) {
-            atomic_fetch_add_explicit(&comm->lost[ROW_BYTES_SENT * n + r], x->send_count[r] * x->type_bytes, memory_order_relaxed);
+            atomic_fetch_add_explicit(&comm->lost[ROW_BYTES_SENT * n + r], x->send_count[r] * x->type_bytes,
+                                      memory_order_relaxed);
             atomic_fetch_add_explicit(&comm->lost[ROW_SENDS * n + r], 1, memory_order_relaxed);
         }
         if (x->recv_count[r]) {
-            atomic_fetch_add_explicit(&comm->lost[ROW_BYTES_RECEIVED * n + r], x->recv_count[r] * x->type_bytes, memory_order_relaxed);
+            atomic_fetch_add_explicit(&comm->lost[ROW_BYTES_RECEIVED * n + r], x->recv_count[r] * x->type_bytes,
+                                      memory_order_relaxed);
             atomic_fetch_add_explicit(&comm->lost[ROW_RECEIVES * n + r], 1, memory_order_relaxed);
         }
     }
@@ -208,7 +211,8 @@ struct ry_record_comm *ry_record_comm(struct ry_record *rec, const struct ry_rec
         ry_record_comm_free(comm);
         return NULL;
     }
-    uint64_t bytes = sizeof(struct record) + 2 * (uint64_t)info->nranks * sizeof(uint64_t), seen = atomic_load(&rec->biggest);
+    uint64_t bytes = sizeof(struct record) + 2 * (uint64_t)info->nranks * sizeof(uint64_t),
+             seen = atomic_load(&rec->biggest);
     while (bytes > seen && !atomic_compare_exchange_weak(&rec->biggest, &seen, bytes))
         ;
     pthread_mutex_lock(&rec->lock);
@@ -272,10 +276,12 @@ static void make_stem(char *out, size_t size, const char *host)
 static int open_file(struct ry_record *rec, const char *host, struct ry_err *err)
 {
     if (mkdir(rec->dir, 0777) && errno != EEXIST)
-        return ry_fail(err, "the trace folder %s cannot be made: %s; make it, or set RAILYARD_TRACE to another", rec->dir, strerror(errno));
+        return ry_fail(err, "the trace folder %s cannot be made: %s; make it, or set RAILYARD_TRACE to another",
+                       rec->dir, strerror(errno));
     rec->dirfd = open(rec->dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (rec->dirfd < 0)
-        return ry_fail(err, "the trace folder %s cannot be opened: %s; set RAILYARD_TRACE to a folder", rec->dir, strerror(errno));
+        return ry_fail(err, "the trace folder %s cannot be opened: %s; set RAILYARD_TRACE to a folder", rec->dir,
+                       strerror(errno));
     char stem[96];
     make_stem(stem, sizeof stem, host);
     for (int again = 1; again < 1000; again++) { /* pids come again, in other containers or after a restart */
@@ -289,8 +295,8 @@ static int open_file(struct ry_record *rec, const char *host, struct ry_err *err
             break;
     }
     if (rec->fd < 0 || fstat(rec->fd, &rec->file))
-        return ry_fail(err, "%s/%s cannot be made: %s; set RAILYARD_TRACE to a folder that can be written", rec->dir, rec->name,
-                       strerror(errno));
+        return ry_fail(err, "%s/%s cannot be made: %s; set RAILYARD_TRACE to a folder that can be written", rec->dir,
+                       rec->name, strerror(errno));
     return 0;
 }
 
@@ -318,7 +324,8 @@ struct ry_record *ry_record_open(const struct ry_record_config *config, struct r
     rec->forks = atomic_load(&forks);
     rec->max_bytes = config->max_bytes ? config->max_bytes : UINT64_MAX;
     rec->buffer_bytes = config->buffer_bytes;
-    rec->matrix_ns = config->matrix_seconds > 0 && config->matrix_seconds < 1e9 ? (uint64_t)(config->matrix_seconds * 1e9) : 0;
+    rec->matrix_ns =
+        config->matrix_seconds > 0 && config->matrix_seconds < 1e9 ? (uint64_t)(config->matrix_seconds * 1e9) : 0;
     pthread_mutex_init(&rec->lock, NULL);
     char host[256] = "unknown";
     gethostname(host, sizeof host - 1);
@@ -352,8 +359,8 @@ out:
     return NULL;
 }
 
-/* True when no thread is inside a [job] function any more. They never block, so this is short; but a thread may be stopped
- * by a debugger: after a second its buffer is rather left allocated than waited for. */
+/* True when no thread is inside a [job] function any more. They never block, so this is short; but a thread may be
+ * stopped by a debugger: after a second its buffer is rather left allocated than waited for. */
 static bool wait_for_threads(struct ry_record *rec)
 {
     for (int i = 0; i < 2000; i++) {

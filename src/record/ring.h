@@ -3,8 +3,9 @@
  *
  * Owns: the bytes and the two positions. Not: what a record holds, who is woken, or what happens when there is no room.
  *
- * Records lie contiguous, 8-byte aligned, each behind an 8-byte header; one that would cross the end of the buffer starts
- * at its beginning instead, so a record of up to half the ring always fits into an empty ring. Positions only grow.
+ * Records lie contiguous, 8-byte aligned, each behind an 8-byte header; one that would cross the end of the buffer
+ * starts at its beginning instead, so a record of up to half the ring always fits into an empty ring. Positions only
+ * grow.
  */
 #ifndef RY_RECORD_RING_H
 #define RY_RECORD_RING_H
@@ -58,7 +59,8 @@ static inline void *ry_ring_reserve(struct ry_ring *r, uint64_t bytes)
     return r->data + at + 8;
 }
 
-/** Producer: hand over what was reserved. Sequentially consistent, so that a consumer about to sleep is seen after it. */
+/** Producer: hand over what was reserved. Sequentially consistent, so that a consumer about to sleep is seen after it.
+ */
 static inline void ry_ring_commit(struct ry_ring *r)
 {
     atomic_store(&r->head, r->next);

@@ -165,33 +165,39 @@ static bool name_has(const struct ry_trace_comm *c, const char *word)
 
 static void infer(struct ry_summary *s, const struct ry_trace *t)
 {
-    const struct ry_trace_comm *c = s->comm, *other;
-    uint64_t reduce = counter(c, "calls.allreduce"), scatter = counter(c, "calls.reducescatter"), gather = counter(c, "calls.allgather"),
-             p2p = counter(c, "calls.send") + counter(c, "calls.recv"), bcast = counter(c, "calls.broadcast"),
+    const struct ry_trace_comm *c = s->comm, *other = NULL;
+    uint64_t reduce = counter(c, "calls.allreduce"), scatter = counter(c, "calls.reducescatter"),
+             gather = counter(c, "calls.allgather"), p2p = counter(c, "calls.send") + counter(c, "calls.recv"),
+             bcast = counter(c, "calls.broadcast"),
              root = counter(c, "calls.reduce") + counter(c, "calls.gather") + counter(c, "calls.scatter"),
              plain = counter(c, "plain_groups");
 #define SAY(k, ...) (snprintf(s->kind, sizeof s->kind, "%s", k), (void)snprintf(s->why, sizeof s->why, __VA_ARGS__))
     if (c->nranks == 1)
         SAY("single rank", "it has one rank");
-    else if (s->exchanges && (c->gathers || name_has(c, "expert") || name_has(c, "ep")))
-        SAY("expert-parallel (all-to-all)", "%s", c->gathers ? "all-to-all after int64 all-gathers, as expert counts travel"
-                                                            : "all-to-all, and its name");
+    else if (s->exchanges && (c->gathers || name_has(c, "expert")))
+        SAY("expert-parallel (all-to-all)", "%s",
+            c->gathers ? "all-to-all after int64 all-gathers, as expert counts travel" : "all-to-all, and its name");
     else if (s->exchanges && reduce + scatter > 0)
-        SAY("mixed (all-to-all and reductions)", "%llu reductions beside its all-to-all", (unsigned long long)(reduce + scatter));
+        SAY("mixed (all-to-all and reductions)", "%llu reductions beside its all-to-all",
+            (unsigned long long)(reduce + scatter));
     else if (s->exchanges)
         SAY("expert-parallel (all-to-all)", "all-to-all and no reductions");
-    else if ((other = counted_for(t, c)))
+    else if ((other = counted_for(t, c)) && reduce + scatter == 0)
         SAY("expert counts (int64 all-gather)", "its all-gathers come before the exchanges of %s", other->id);
     else if (!c->counted)
         SAY("unknown", "no rank wrote its counters: the job was killed or is still running");
     else if (scatter && scatter >= reduce)
-        SAY("sharded data-parallel (reduce-scatter)", "mostly reduce-scatter%s", gather ? " and all-gather" : "");
-    else if (reduce && reduce >= gather)
-        SAY(name_has(c, "tensor") || name_has(c, "tp") ? "tensor-parallel (all-reduce)" : "data-parallel (all-reduce)", "mostly all-reduce");
+        SAY(name_has(c, "tensor") ? "tensor-parallel (reduce-scatter)" : "sharded data-parallel (reduce-scatter)",
+            "mostly reduce-scatter%s%s", gather ? " and all-gather" : "",
+            other ? "; expert counts travel on it too" : "");
+    else if (reduce && (reduce >= gather || other))
+        SAY(name_has(c, "tensor") ? "tensor-parallel (all-reduce)" : "data-parallel (all-reduce)",
+            "mostly all-reduce%s", other ? "; expert counts travel on it too" : "");
     else if (gather)
         SAY("all-gather", "mostly all-gather");
     else if (p2p)
-        SAY("pipeline (point-to-point)", "sends and receives, %llu groups of them, none of all ranks", (unsigned long long)plain);
+        SAY("pipeline (point-to-point)", "sends and receives, %llu groups of them, none of all ranks",
+            (unsigned long long)plain);
     else if (bcast || root)
         SAY(bcast >= root ? "broadcast" : "rooted collectives", "nothing but those");
     else
@@ -199,7 +205,8 @@ static void infer(struct ry_summary *s, const struct ry_trace *t)
 #undef SAY
 }
 
-int ry_summary_make(struct ry_summary *s, const struct ry_trace *trace, const struct ry_trace_comm *c, struct ry_err *err)
+int ry_summary_make(struct ry_summary *s, const struct ry_trace *trace, const struct ry_trace_comm *c,
+                    struct ry_err *err)
 {
     *s = (struct ry_summary){.comm = c};
     size_t n = (size_t)c->nranks;

@@ -1,8 +1,8 @@
 /*
  * trace.c: see trace.h. The folder, the two passes over each file, and the merge. One line's text is parsed in parse.c.
  *
- * Pass 1 reads what there is few of (heads, communicators, maps, ends), pass 2 the exchanges and durations: by then it is
- * known which ranks share a node, whichever file said so.
+ * Pass 1 reads what there is few of (heads, communicators, maps, ends), pass 2 the exchanges and durations: by then it
+ * is known which ranks share a node, whichever file said so.
  */
 #include "trace.h"
 
@@ -40,7 +40,8 @@ static int class_of(double us)
 
 static double class_middle_us(int c)
 {
-    return ldexp(0.5 + ((c % CLASSES_PER_OCTAVE) + 0.5) / (2.0 * CLASSES_PER_OCTAVE), c / CLASSES_PER_OCTAVE + 1) / 1000;
+    return ldexp(0.5 + ((c % CLASSES_PER_OCTAVE) + 0.5) / (2.0 * CLASSES_PER_OCTAVE), c / CLASSES_PER_OCTAVE + 1) /
+           1000;
 }
 
 static void times_add(struct ry_trace_times *t, double us)
@@ -162,9 +163,24 @@ static int64_t number_of(const json_t *o, const char *key, int64_t otherwise)
     return json_is_integer(v) ? json_integer_value(v) : otherwise;
 }
 
+/* Short texts are ASCII by nature; anything else in them is damage, and must not break a terminal or a JSON text later.
+ */
 static void copy_text(char *to, size_t size, const char *from)
 {
-    snprintf(to, size, "%.*s", (int)size - 1, from);
+    size_t n = 0;
+    for (; from[n] && n + 1 < size; n++)
+        to[n] = from[n] < 32 || from[n] > 126 ? '?' : from[n];
+    to[n] = 0;
+}
+
+/* Free texts (names, hosts) are UTF-8, as jansson has checked; control characters are taken out. */
+static char *copy_name(const char *from)
+{
+    char *copy = strdup(from);
+    for (char *c = copy; c && *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127)
+            *c = '?';
+    return copy;
 }
 
 static struct ry_trace_comm *new_comm(struct ry_trace *t, const json_t *line, int nranks)
@@ -202,7 +218,8 @@ static bool read_comm(struct ry_trace *t, int process, const json_t *line)
     if (!c && !(c = new_comm(t, line, (int)nranks)))
         return false;
     if (c->nranks != nranks) {
-        note(t, "%s: says that communicator %s has %d ranks, others say %d: its part is left out", file, id, (int)nranks, c->nranks);
+        note(t, "%s: says that communicator %s has %d ranks, others say %d: its part is left out", file, id,
+             (int)nranks, c->nranks);
         return true;
     }
     if (c->ranks[rank]) {
@@ -216,13 +233,13 @@ static bool read_comm(struct ry_trace *t, int process, const json_t *line)
     const json_t *seat = json_object_get(line, "seat");
     r->process = process;
     r->device = (int)number_of(line, "device", -1);
-    r->node = strdup(text_of(seat, "node"));
-    r->host = strdup(text_of(seat, "host"));
-    r->gpu = strdup(text_of(seat, "gpu"));
-    r->nic = strdup(text_of(seat, "nic"));
+    r->node = copy_name(text_of(seat, "node"));
+    r->host = copy_name(text_of(seat, "host"));
+    r->gpu = copy_name(text_of(seat, "gpu"));
+    r->nic = copy_name(text_of(seat, "nic"));
     r->nvlink_gbs = json_number_value(json_object_get(seat, "nvlink_gbs"));
     r->nic_gbs = json_number_value(json_object_get(seat, "nic_gbs"));
-    r->matrix = strdup(text_of(line, "matrix"));
+    r->matrix = copy_name(text_of(line, "matrix"));
     r->sent = calloc(4 * (size_t)nranks, sizeof *r->sent);
     if (!r->node || !r->host || !r->gpu || !r->nic || !r->matrix || !r->sent) {
         free_rank(r);
@@ -232,7 +249,7 @@ static bool read_comm(struct ry_trace *t, int process, const json_t *line)
     r->sends = r->received + nranks;
     r->receives = r->sends + nranks;
     if (!c->name && *text_of(line, "name"))
-        c->name = strdup(text_of(line, "name"));
+        c->name = copy_name(text_of(line, "name"));
     c->ranks[rank] = r;
     c->present++;
     return true;
@@ -254,7 +271,8 @@ static bool read_map(struct ry_trace *t, const json_t *line)
     if (!c || c->mapped || json_object_get(line, "missing"))
         return c;
     int64_t nnodes = number_of(line, "nodes", -1);
-    if (nnodes < 1 || nnodes > c->nranks || json_array_size(node) != (size_t)c->nranks || json_array_size(hosts) != (size_t)nnodes)
+    if (nnodes < 1 || nnodes > c->nranks || json_array_size(node) != (size_t)c->nranks ||
+        json_array_size(hosts) != (size_t)nnodes)
         return false;
     for (int i = 0; i < c->nranks; i++) {
         const json_t *v = json_array_get(node, (size_t)i);
@@ -266,7 +284,7 @@ static bool read_map(struct ry_trace *t, const json_t *line)
         c->node[i] = (int)json_integer_value(json_array_get(node, (size_t)i));
     for (int i = 0; i < c->nnodes; i++) {
         const char *s = json_string_value(json_array_get(hosts, (size_t)i));
-        char *copy = strdup(s ? s : "");
+        char *copy = copy_name(s ? s : "");
         if (copy) {
             free(c->hosts[i]);
             c->hosts[i] = copy;
@@ -277,7 +295,8 @@ static bool read_map(struct ry_trace *t, const json_t *line)
 }
 
 /* The rank of a line, if it is this file's. */
-static struct ry_trace_rank *find_rank(const struct ry_trace *t, int process, const char *id, int64_t rank, struct ry_trace_comm **comm)
+static struct ry_trace_rank *find_rank(const struct ry_trace *t, int process, const char *id, int64_t rank,
+                                       struct ry_trace_comm **comm)
 {
     struct ry_trace_comm *c = find_comm(t, id);
     *comm = c;
@@ -299,7 +318,8 @@ static void read_comm_end(struct ry_trace_comm *c, struct ry_trace_rank *r, cons
         r->dropped_durations = (uint64_t)dropped;
     const char *key;
     json_t *value;
-    json_object_foreach(json_object_get(line, "counters"), key, value) {
+    json_object_foreach(json_object_get(line, "counters"), key, value)
+    {
         if (!json_is_integer(value) || json_integer_value(value) < 0)
             continue;
         json_int_t sum;
@@ -374,7 +394,7 @@ struct pass2 {
     struct slot {
         struct ry_trace_rank *rank;
         struct recent *recent;
-    } *slots;
+    } * slots;
     int nslots;
 };
 
@@ -462,7 +482,8 @@ static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
     uint64_t bytes = 0, cross = 0;
     int mine = c->node[s->rank_number];
     for (int i = 0; i < c->nranks; i++) {
-        uint64_t out = x->send[i] * x->type_bytes, in = x->recv[i] * x->type_bytes; /* the parser checked for overflow */
+        uint64_t out = x->send[i] * x->type_bytes,
+                 in = x->recv[i] * x->type_bytes; /* the parser checked for overflow */
         r->sent[i] = add(r->sent[i], out);
         r->received[i] = add(r->received[i], in);
         r->sends[i] += out != 0;
@@ -516,11 +537,13 @@ static bool read_head(struct ry_trace *t, const char *file, const char *line, si
     if (!good) {
         note(t, "%s: does not begin with the head line of a trace (empty, cut off or damaged): left out", file);
     } else if (version != RY_TRACE_VERSION) {
-        note(t, "%s: is of schema version %lld, this railyard reads version %d: left out; read it with the Railyard that wrote it (%s)",
+        note(t,
+             "%s: is of schema version %lld, this railyard reads version %d: left out; read it with the Railyard that "
+             "wrote it (%s)",
              file, (long long)version, RY_TRACE_VERSION, text_of(head, "railyard"));
         good = false;
     } else {
-        p->host = strdup(text_of(head, "host"));
+        p->host = copy_name(text_of(head, "host"));
         p->pid = (int)number_of(head, "pid", 0);
         p->nccl = (int)number_of(head, "nccl", 0);
         p->env_rank = (int)number_of(head, "env_rank", -1);
@@ -593,10 +616,12 @@ static void read_file(struct ry_trace *t, const char *file, int pass, int proces
             cut &= !good; /* a last line that lacks only its newline is complete */
             continue;
         }
+        cut = false; /* a head is whole or it is none */
         if (pass == 2)
             continue;
         struct ry_trace_process p = {.file = strdup(file)}, *more;
-        if (!p.file || !read_head(t, file, line, len, &p) || !(more = realloc(t->processes, (size_t)(t->nprocesses + 1) * sizeof *more))) {
+        if (!p.file || !read_head(t, file, line, len, &p) ||
+            !(more = realloc(t->processes, (size_t)(t->nprocesses + 1) * sizeof *more))) {
             free(p.file);
             free(p.host);
             goto out;
@@ -666,7 +691,8 @@ static void merge_matrix(struct ry_trace *t, struct ry_trace_comm *c, int rank)
     snprintf(path, sizeof path, "%s/%s", t->dir, r->matrix);
     if (ry_npy_open(&npy, path, &err)) {
         if (r->saved) /* else none was due yet */
-            note(t, "rank %d of communicator %s: the sums of its lines are used, for its matrix cannot be read: %s", rank, c->id, err.msg);
+            note(t, "rank %d of communicator %s: the sums of its lines are used, for its matrix cannot be read: %s",
+                 rank, c->id, err.msg);
         return;
     }
     size_t n = (size_t)c->nranks;
@@ -681,7 +707,10 @@ static void merge_matrix(struct ry_trace *t, struct ry_trace_comm *c, int rank)
                 r->sent[i] = m[i];
         }
         if (whole && !same)
-            note(t, "rank %d of communicator %s: its lines and its matrix differ although both are complete: one is damaged", rank, c->id);
+            note(t,
+                 "rank %d of communicator %s: its lines and its matrix differ although both are complete: one is "
+                 "damaged",
+                 rank, c->id);
     }
     ry_npy_close(&npy);
 }
@@ -707,13 +736,16 @@ static void note_processes(struct ry_trace *t)
     for (int i = 0; i < t->nprocesses; i++) {
         const struct ry_trace_process *p = &t->processes[i];
         if (p->bad_lines)
-            note(t, "%s: %llu damaged line%s skipped", p->file, (unsigned long long)p->bad_lines, p->bad_lines == 1 ? "" : "s");
+            note(t, "%s: %llu damaged line%s skipped", p->file, (unsigned long long)p->bad_lines,
+                 p->bad_lines == 1 ? "" : "s");
         if (p->orphan_lines)
-            note(t, "%s: %llu line%s of communicators whose first line is missing skipped", p->file, (unsigned long long)p->orphan_lines,
-                 p->orphan_lines == 1 ? "" : "s");
+            note(t, "%s: %llu line%s of communicators whose first line is missing skipped", p->file,
+                 (unsigned long long)p->orphan_lines, p->orphan_lines == 1 ? "" : "s");
         if (!strcmp(p->stopped, "limit"))
-            note(t, "%s: reached its size limit: %llu exchanges are only in the sums (raise RAILYARD_TRACE_MAX to keep more)", p->file,
-                 (unsigned long long)p->not_written);
+            note(t,
+                 "%s: reached its size limit: %llu exchanges are only in the sums (raise RAILYARD_TRACE_MAX to keep "
+                 "more)",
+                 p->file, (unsigned long long)p->not_written);
         else if (*p->stopped)
             note(t, "%s: recording stopped early: %s", p->file, p->stopped);
         if (!p->ended) {
@@ -721,14 +753,17 @@ static void note_processes(struct ry_trace *t)
             example = p->file;
         }
         for (int k = 0; k < i; k++)
-            if (p->env_rank >= 0 && p->env_rank == t->processes[k].env_rank && p->env_world == t->processes[k].env_world) {
-                note(t, "%s and %s are both of RANK %d: the folder holds more than one run", t->processes[k].file, p->file, p->env_rank);
+            if (p->env_rank >= 0 && p->env_rank == t->processes[k].env_rank &&
+                p->env_world == t->processes[k].env_world) {
+                note(t, "%s and %s are both of RANK %d: the folder holds more than one run", t->processes[k].file,
+                     p->file, p->env_rank);
                 i = t->nprocesses; /* said once; the rest would be the same */
                 break;
             }
     }
     if (open)
-        note(t, "%d of %d processes have no end line (killed, or still running), such as %s", open, t->nprocesses, example);
+        note(t, "%d of %d processes have no end line (killed, or still running), such as %s", open, t->nprocesses,
+             example);
 }
 
 static int is_trace(const struct dirent *d)
@@ -768,9 +803,13 @@ struct ry_trace *ry_trace_open(const char *dir, struct ry_err *err)
     if (t && t->nprocesses)
         return t;
     if (!n)
-        ry_fail(err, "%s: holds no trace (no trace-*.jsonl); was RAILYARD_TRACE set to this folder, and did the job use NCCL?", dir);
+        ry_fail(
+            err,
+            "%s: holds no trace (no trace-*.jsonl); was RAILYARD_TRACE set to this folder, and did the job use NCCL?",
+            dir);
     else
-        ry_fail(err, "%s: none of its %d traces can be read: %s", dir, n, t && t->nnotes ? t->notes[0] : "out of memory");
+        ry_fail(err, "%s: none of its %d traces can be read: %s", dir, n,
+                t && t->nnotes ? t->notes[0] : "out of memory");
     ry_trace_close(t);
     return NULL;
 }

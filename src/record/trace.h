@@ -1,11 +1,12 @@
 /*
  * trace.h: reading a folder of traces back: all ranks' files, merged by communicator.
  *
- * Owns: parsing docs/trace-format.md, the merge, and telling what was missing or unreadable (notes). Not: what the numbers
- * mean (summary.h), nor how they are shown (tools).
+ * Owns: parsing docs/trace-format.md, the merge, and telling what was missing or unreadable (notes). Not: what the
+ * numbers mean (summary.h), nor how they are shown (tools).
  *
- * Reading is a stream: memory holds matrices and statistics per communicator and rank, never the lines. A damaged line is
- * skipped, a damaged or missing file likewise, and each is noted; ry_trace_open() fails only when nothing can be read.
+ * Reading is a stream: memory holds matrices and statistics per communicator and rank, never the lines. A damaged line
+ * is skipped, a damaged or missing file likewise, and each is noted; ry_trace_open() fails only when nothing can be
+ * read.
  *
  * Threads: an opened trace is read-only.
  */
@@ -23,9 +24,9 @@
 struct ry_trace_times {
     uint64_t n;
     double sum_us, min_us, max_us;
-    uint32_t *classes;                   /* NULL while n is 0 */
-    uint64_t bytes, cross_bytes;         /* sent by this rank in those timed exchanges whose line was found */
-    double matched_us;                   /* the time they took */
+    uint32_t *classes;           /* NULL while n is 0 */
+    uint64_t bytes, cross_bytes; /* sent by this rank in those timed exchanges whose line was found */
+    double matched_us;           /* the time they took */
 };
 /** Quantile 0 ≤ q ≤ 1 in microseconds; 0 when there are no samples. */
 double ry_trace_quantile(const struct ry_trace_times *times, double q);
@@ -36,12 +37,12 @@ struct ry_trace_rank {
     int device;
     char *node, *host, *gpu, *nic; /* of its seat; "" unknown */
     double nvlink_gbs, nic_gbs;
-    char *matrix;                  /* file name */
-    uint64_t lines;                /* exchange lines that could be used */
-    uint64_t exchanges;            /* all it counted, dropped ones and those over the limit included */
-    uint64_t saved;                /* how many of them its matrix file holds, as its last matrix line says */
+    char *matrix;       /* file name */
+    uint64_t lines;     /* exchange lines that could be used */
+    uint64_t exchanges; /* all it counted, dropped ones and those over the limit included */
+    uint64_t saved;     /* how many of them its matrix file holds, as its last matrix line says */
     uint64_t dropped, dropped_durations;
-    char how[16];                  /* of its end: "destroy", …; "open" the process ended first; "" no end was seen */
+    char how[16]; /* of its end: "destroy", …; "open" the process ended first; "" no end was seen */
     /* [nranks] bytes to and from each peer, and how many transfers with a count above zero */
     uint64_t *sent, *received, *sends, *receives;
     struct ry_trace_times times;
@@ -56,14 +57,14 @@ struct ry_trace_row { /* a row width that was seen */
 
 struct ry_trace_comm {
     char id[17], parent[17], birth[16];
-    char *name; /* or NULL */
+    char *name;                   /* or NULL */
     int nranks, present;          /* ranks, and those that were read */
     struct ry_trace_rank **ranks; /* [nranks], NULL where missing */
     int nnodes, *node;            /* node of each rank; -1 where it is not known */
     char **hosts;                 /* [nnodes] */
-    bool mapped;                  /* the nodes come from a cluster map, not from the seats of the ranks that were read */
-    uint64_t first_ns, last_ns;   /* wall clock of the first and last exchange line; 0 none */
-    uint64_t one_call, captured;  /* exchange lines that were ncclAlltoAll; under graph capture (all ranks) */
+    bool mapped;                 /* the nodes come from a cluster map, not from the seats of the ranks that were read */
+    uint64_t first_ns, last_ns;  /* wall clock of the first and last exchange line; 0 none */
+    uint64_t one_call, captured; /* exchange lines that were ncclAlltoAll; under graph capture (all ranks) */
     struct ry_trace_row rows[RY_TRACE_ROWS]; /* by first appearance, all ranks */
     int nrows;
     struct {

@@ -1,11 +1,11 @@
 /*
  * writer.c: the one thread that writes the trace of this process.
  *
- * Owns: the order of lines (a communicator's birth before its exchanges, its end after all that were handed over before),
- * flushing, the periodic matrices, the size limit, and what happens when writing fails.
+ * Owns: the order of lines (a communicator's birth before its exchanges, its end after all that were handed over
+ * before), flushing, the periodic matrices, the size limit, and what happens when writing fails.
  *
- * It works in rounds: take what callers left under the lock, empty every ring, write. After a round with work it sleeps a
- * quarter of a second (a half-full ring or the close wakes it earlier); after one without, until it is woken.
+ * It works in rounds: take what callers left under the lock, empty every ring, write. After a round with work it sleeps
+ * a quarter of a second (a half-full ring or the close wakes it earlier); after one without, until it is woken.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -39,7 +39,8 @@ static void stop(struct ry_record *rec, const char *why)
     rec->full = false;
     int open = OPEN;
     atomic_compare_exchange_strong(&rec->state, &open, STOPPED);
-    ry_warn("recording has stopped: %s/%s: %s; the job goes on, and what was written before stays readable", rec->dir, rec->name, why);
+    ry_warn("recording has stopped: %s/%s: %s; the job goes on, and what was written before stays readable", rec->dir,
+            rec->name, why);
 }
 
 static bool failed(const struct ry_record *rec)
@@ -119,8 +120,10 @@ static void keep_exchange(struct ry_record *rec, size_t before)
             return;
         rec->full = true;
         snprintf(rec->stopped, sizeof rec->stopped, "limit");
-        ry_warn("%s/%s: the limit of %llu bytes is reached: exchanges are no longer written one by one, only summed; raise "
-                "RAILYARD_TRACE_MAX to keep more", rec->dir, rec->name, (unsigned long long)rec->max_bytes);
+        ry_warn(
+            "%s/%s: the limit of %llu bytes is reached: exchanges are no longer written one by one, only summed; raise "
+            "RAILYARD_TRACE_MAX to keep more",
+            rec->dir, rec->name, (unsigned long long)rec->max_bytes);
     }
 }
 
@@ -255,10 +258,11 @@ static void end_comm(struct ry_record *rec, struct ry_record_comm *comm, const c
 {
     save_matrix(rec, comm);
     rec->dropped += atomic_load(&comm->lost_exchanges);
-    add_line(rec, json_pack("{s:s,s:s,s:i,s:s,s:I,s:I,s:I,s:I,s:O?}", "t", "comm_end", "comm", comm->id, "rank", comm->rank, "how", how,
-                            "wall_ns", (json_int_t)ry_wall_ns(), "exchanges", (json_int_t)seen_exchanges(comm), "dropped_exchanges",
-                            (json_int_t)atomic_load(&comm->lost_exchanges), "dropped_durations",
-                            (json_int_t)atomic_load(&comm->lost_durations), "counters", comm->counters));
+    add_line(rec,
+             json_pack("{s:s,s:s,s:i,s:s,s:I,s:I,s:I,s:I,s:O?}", "t", "comm_end", "comm", comm->id, "rank", comm->rank,
+                       "how", how, "wall_ns", (json_int_t)ry_wall_ns(), "exchanges", (json_int_t)seen_exchanges(comm),
+                       "dropped_exchanges", (json_int_t)atomic_load(&comm->lost_exchanges), "dropped_durations",
+                       (json_int_t)atomic_load(&comm->lost_durations), "counters", comm->counters));
 }
 
 static void unlink_comm(struct ry_record *rec, struct ry_record_comm *comm)
@@ -312,9 +316,10 @@ static void finish(struct ry_record *rec)
     if (lost_file(rec, &now))
         return;
     rec->text.len = 0;
-    ry_text_line(&rec->text, json_pack("{s:s,s:I,s:I,s:I,s:I,s:s?}", "t", "end", "wall_ns", (json_int_t)ry_wall_ns(), "exchanges",
-                                       (json_int_t)(rec->exchanges + rec->dropped), "dropped", (json_int_t)rec->dropped, "not_written",
-                                       (json_int_t)rec->not_written, "stopped", rec->stopped[0] ? rec->stopped : NULL));
+    ry_text_line(&rec->text, json_pack("{s:s,s:I,s:I,s:I,s:I,s:s?}", "t", "end", "wall_ns", (json_int_t)ry_wall_ns(),
+                                       "exchanges", (json_int_t)(rec->exchanges + rec->dropped), "dropped",
+                                       (json_int_t)rec->dropped, "not_written", (json_int_t)rec->not_written, "stopped",
+                                       rec->stopped[0] ? rec->stopped : NULL));
     int error = rec->text.failed ? ENOMEM : write_out(rec, now.st_size);
     if (error && !failed(rec))
         stop(rec, strerror(error));
@@ -363,7 +368,10 @@ void *ry_record_writer(void *arg)
             bool timed = due != UINT64_MAX && !failed(rec) && unsaved(rec);
             pthread_mutex_unlock(&rec->lock);
             now = ry_now_ns();
-            wait_ms = !timed ? -1 : due <= now ? 0 : (due - now) / 1000000 > 3600000 ? 3600000 : (int)((due - now) / 1000000) + 1;
+            wait_ms = !timed                            ? -1
+                      : due <= now                      ? 0
+                      : (due - now) / 1000000 > 3600000 ? 3600000
+                                                        : (int)((due - now) / 1000000) + 1;
         }
         poll(&(struct pollfd){.fd = rec->wake, .events = POLLIN}, 1, wait_ms);
         atomic_store(&rec->sleeping, false);

@@ -74,7 +74,10 @@ START_TEST(elements_as_numbers)
         enum ry_npy_type type;
         const void *data;
         uint64_t want[2];
-    } t[] = {{RY_NPY_I32, i32, {0, 7}}, {RY_NPY_I64, i64, {0, INT64_MAX}}, {RY_NPY_U16, u16, {65535, 1}}, {RY_NPY_F64, f64, {0, 0}}};
+    } t[] = {{RY_NPY_I32, i32, {0, 7}},
+             {RY_NPY_I64, i64, {0, INT64_MAX}},
+             {RY_NPY_U16, u16, {65535, 1}},
+             {RY_NPY_F64, f64, {0, 0}}};
     for (size_t i = 0; i < 4; i++) {
         ck_assert_int_eq(ry_npy_save(AT_FDCWD, path, t[i].type, 1, &two, t[i].data, &err), 0);
         ck_assert_int_eq(ry_npy_open(&a, path, &err), 0);
@@ -122,7 +125,8 @@ START_TEST(malformed)
         {"{'descr': '<f2', 'fortran_order': False, 'shape': (2,), }", 4, "'<f2' are not supported"},
         {"{'descr': '', 'fortran_order': False, 'shape': (2,), }", 4, "'' are not supported"},
         {"{'descr': [('a', '<u8')], 'fortran_order': False, 'shape': (2,), }", 16, "structures"},
-        {"{'descr': '<u8', 'fortran_order': False, 'shape': (2,), }", 15, "promises 16 bytes of elements, 15 are there"},
+        {"{'descr': '<u8', 'fortran_order': False, 'shape': (2,), }", 15,
+         "promises 16 bytes of elements, 15 are there"},
         {"{'descr': '<u8', 'fortran_order': False, 'shape': (1, 1, 1, 1, 1), }", 8, "more than 4 dimensions"},
         {"{'descr': '<u8', 'fortran_order': False, 'shape': (4294967296, 4294967296), }", 8, "more elements than"},
         {"{'descr': '<u8', 'fortran_order': False, 'shape': (99999999999999999999999,), }", 8, "more elements than"},
@@ -147,7 +151,8 @@ START_TEST(malformed)
     refused("\x93NUMPY\2\0\xff\xff\xff\xff{'descr'", 20, "truncated inside");
     refused("\x93NUMPY\x09\0\x10\0{'descr'        ", 26, "version 9.0");
     refused("", 0, "empty");
-    memcpy(buf, "\x93NUMPY\1\0\x3b\0{'descr': '<u8', 'fortran_order': False, 'shape': (1,), }   \n\0\0\0\0\0\0\0\0\0", 80);
+    memcpy(buf, "\x93NUMPY\1\0\x3b\0{'descr': '<u8', 'fortran_order': False, 'shape': (1,), }   \n\0\0\0\0\0\0\0\0\0",
+           80);
     refused(buf, 80, "not aligned");
     struct ry_npy a;
     snprintf(path, sizeof path, "%s", dir);
@@ -243,7 +248,8 @@ START_TEST(numpy_agrees)
             ck_assert_uint_eq(a.shape[1], 4);
             ck_assert_uint_eq(ry_npy_get(&a, 37), t < 6 ? 37 : 0);
             if (v == 1)
-                ck_assert_int_eq(ry_npy_save(dir[0] == '/' ? AT_FDCWD : -1, path, a.type, a.ndim, a.shape, a.data, &err), 0);
+                ck_assert_int_eq(
+                    ry_npy_save(dir[0] == '/' ? AT_FDCWD : -1, path, a.type, a.ndim, a.shape, a.data, &err), 0);
             ry_npy_close(&a);
         }
         snprintf(cmd, sizeof cmd,

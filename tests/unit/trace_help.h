@@ -1,4 +1,5 @@
-/* trace_help.h: what test_record.c and test_trace.c share: a folder, random exchanges, and the truth to compare with. */
+/* trace_help.h: what test_record.c and test_trace.c share: a folder, random exchanges, and the truth to compare with.
+ */
 #ifndef RY_TEST_TRACE_HELP_H
 #define RY_TEST_TRACE_HELP_H
 
@@ -49,11 +50,16 @@ static inline void choose_seed(void)
 
 static inline struct ry_record_config config_for(const char *where)
 {
-    return (struct ry_record_config){.dir = where, .max_bytes = 1 << 30, .buffer_bytes = 1 << 20, .matrix_seconds = 0,
-                                     .nccl_path = "/lib/libnccl.so.2", .nccl_version = 22809};
+    return (struct ry_record_config){.dir = where,
+                                     .max_bytes = 1 << 30,
+                                     .buffer_bytes = 1 << 20,
+                                     .matrix_seconds = 0,
+                                     .nccl_path = "/lib/libnccl.so.2",
+                                     .nccl_version = 22809};
 }
 
-static inline struct ry_record_comm_info info_for(const char *id, int nranks, int rank, const char *name, int ranks_per_node)
+static inline struct ry_record_comm_info info_for(const char *id, int nranks, int rank, const char *name,
+                                                  int ranks_per_node)
 {
     struct ry_record_comm_info i = {.name = name, .birth = "init", .nranks = nranks, .rank = rank, .device = rank % 8};
     snprintf(i.id, sizeof i.id, "%s", id);

@@ -74,9 +74,11 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
     char a[16], b[16];
 #define HINT(...) ((void)(n < RY_HINTS && snprintf(hints[n++], sizeof hints[0], __VA_ARGS__)))
     if (s->pairs_differ && s->same_exchanges)
-        HINT("the trace contradicts itself: in %" PRIu64 " of %" PRIu64 " pairs the receiver counted other bytes than the sender "
-             "(rank %d sent %s to rank %d, which counted %s)", s->pairs_differ, s->pairs_checked, s->differ_from,
-             ry_report_bytes((double)s->differ_sent, a), s->differ_to, ry_report_bytes((double)s->differ_received, b));
+        HINT("the trace contradicts itself: in %" PRIu64 " of %" PRIu64
+             " pairs the receiver counted other bytes than the sender "
+             "(rank %d sent %s to rank %d, which counted %s)",
+             s->pairs_differ, s->pairs_checked, s->differ_from, ry_report_bytes((double)s->differ_sent, a),
+             s->differ_to, ry_report_bytes((double)s->differ_received, b));
     if (!s->exchanges || !s->bytes)
         return n;
     uint64_t moved = s->in_node + s->cross_node + s->unknown;
@@ -86,7 +88,8 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
     else if (c->nnodes == 1 && !s->unknown)
         HINT("all ranks are on one node: no byte crosses nodes");
     if (s->peak_received.over_mean >= 1.2 && s->peak_received.over_mean >= s->peak_sent.over_mean)
-        HINT("rank %d receives %.2f times the mean: likely its experts are popular ones", s->peak_received.who, s->peak_received.over_mean);
+        HINT("rank %d receives %.2f times the mean: likely its experts are popular ones", s->peak_received.who,
+             s->peak_received.over_mean);
     else if (s->peak_sent.over_mean >= 1.2)
         HINT("rank %d sends %.2f times the mean", s->peak_sent.who, s->peak_sent.over_mean);
     const struct ry_peak *node = s->node_in.over_mean > s->node_out.over_mean ? &s->node_in : &s->node_out;
@@ -94,27 +97,35 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
         HINT("node %d %s %.2f times the mean of the nodes: its links decide how long an exchange takes", node->who,
              node == &s->node_in ? "receives" : "sends", node->over_mean);
     if (s->timed_ranks > 1 && s->median_longest > 1.2 * s->median_shortest)
-        HINT("rank %d arrives last, as it waits least: half of its exchanges take under %s, on rank %d (the longest) under %s", s->shortest,
-             us_text(s->median_shortest, a), s->longest, us_text(s->median_longest, b));
+        HINT("rank %d arrives last, as it waits least: half of its exchanges take under %s, on rank %d (the longest) "
+             "under %s",
+             s->shortest, us_text(s->median_shortest, a), s->longest, us_text(s->median_longest, b));
     if (!s->same_exchanges)
-        HINT("the ranks counted different numbers of exchanges: some were killed early, or took part in groups that were no exchange");
+        HINT("the ranks counted different numbers of exchanges: some were killed early, or took part in groups that "
+             "were no exchange");
     return n;
 #undef HINT
 }
 
+/* `timed`: n ranks, whose times are put at the right. */
 static void print_table(const char *title, const char *of, int n, uint64_t (*cell)(const struct ry_summary *, int, int),
-                        const struct ry_summary *s)
+                        const struct ry_summary *s, bool timed)
 {
     char text[16];
     printf("  %s\n  %6s", title, of);
     for (int j = 0; j < n; j++)
         printf(" %7d", j);
-    putchar('\n');
+    puts(timed ? "     median      p95" : "");
     for (int i = 0; i < n; i++) {
         printf("  %6d", i);
         for (int j = 0; j < n; j++) {
             uint64_t v = cell(s, i, j);
             printf(" %7s", v ? ry_report_bytes((double)v, text) : ".");
+        }
+        if (timed && s->comm->ranks[i] && s->comm->ranks[i]->times.n) {
+            const struct ry_trace_times *t = &s->comm->ranks[i]->times;
+            printf("   %8s", us_text(ry_trace_quantile(t, 0.5), text));
+            printf(" %8s", us_text(ry_trace_quantile(t, 0.95), text));
         }
         putchar('\n');
     }
@@ -161,27 +172,30 @@ static void print_comm(const struct ry_summary *s)
 {
     const struct ry_trace_comm *c = s->comm;
     char a[16], b[16], d[16], e[16], hints[RY_HINTS][240];
-    printf("\n%s%s%s%s: %s, inferred: %s\n", c->id, c->name ? " \"" : "", c->name ? c->name : "", c->name ? "\"" : "", s->kind, s->why);
+    printf("\n%s%s%s%s: %s, inferred: %s\n", c->id, c->name ? " \"" : "", c->name ? c->name : "", c->name ? "\"" : "",
+           s->kind, s->why);
     printf("  who        ");
     print_nodes(c);
     printf("; made by %s%s%s\n", c->birth, *c->parent ? " of " : "", c->parent);
     if (s->exchanges) {
         printf("  exchanges  %" PRIu64, s->exchanges);
         if (c->last_ns > c->first_ns)
-            printf(" in %.1f s", (double)(c->last_ns - c->first_ns) / 1e9);
+            printf(" in %s", us_text((double)(c->last_ns - c->first_ns) / 1e3, a));
         for (int i = 0; i < c->ntypes; i++)
             printf("%s %s", i ? "," : ";", c->types[i].name);
         for (int i = 0; i < c->nrows; i++)
-            printf("%s %s (%s)", i ? "," : "; row", ry_report_bytes((double)c->rows[i].bytes, a), c->rows[i].source);
+            printf("%s %" PRIu64 " B (%s)", i ? "," : "; row", c->rows[i].bytes, c->rows[i].source);
         if (c->captured)
             printf("; some captured into CUDA graphs, counted once");
-        printf("\n  bytes      %s: cross-node %s (%.0f %%), in-node %s (%.0f %%), to self %s (%.0f %%)", ry_report_bytes((double)s->bytes, a),
-               ry_report_bytes((double)s->cross_node, b), percent(s->cross_node, s->bytes), ry_report_bytes((double)s->in_node, d),
-               percent(s->in_node, s->bytes), ry_report_bytes((double)s->self, e), percent(s->self, s->bytes));
+        printf("\n  bytes      %s: cross-node %s (%.0f %%), in-node %s (%.0f %%), to self %s (%.0f %%)",
+               ry_report_bytes((double)s->bytes, a), ry_report_bytes((double)s->cross_node, b),
+               percent(s->cross_node, s->bytes), ry_report_bytes((double)s->in_node, d), percent(s->in_node, s->bytes),
+               ry_report_bytes((double)s->self, e), percent(s->self, s->bytes));
         if (s->unknown)
             printf(", nodes unknown %s", ry_report_bytes((double)s->unknown, b));
         if (s->bytes) {
-            printf("\n  imbalance  (max/mean) sent %.2f, received %.2f", s->peak_sent.over_mean, s->peak_received.over_mean);
+            printf("\n  imbalance  (max/mean) sent %.2f, received %.2f", s->peak_sent.over_mean,
+                   s->peak_received.over_mean);
             if (s->node_out.who >= 0 || s->node_in.who >= 0)
                 printf("; a node's cross-node sent %.2f, received %.2f", s->node_out.over_mean, s->node_in.over_mean);
         }
@@ -189,15 +203,16 @@ static void print_comm(const struct ry_summary *s)
     }
     print_time(s);
     if (s->dropped || s->dropped_durations)
-        printf("  dropped    %" PRIu64 " exchange lines and %" PRIu64 " durations (the sums hold them; raise RAILYARD_TRACE_BUFFER)\n",
+        printf("  dropped    %" PRIu64 " exchange lines and %" PRIu64
+               " durations (the sums hold them; raise RAILYARD_TRACE_BUFFER)\n",
                s->dropped, s->dropped_durations);
     int n = ry_report_hints(s, hints);
     for (int i = 0; i < n; i++)
         printf("  %s %s\n", i ? "          " : "look at   ", hints[i]);
     if (s->bytes && c->nranks <= TABLE_RANKS)
-        print_table("bytes from rank (row) to rank (column)", "rank", c->nranks, rank_cell, s);
+        print_table("bytes from rank (row) to rank (column)", "rank", c->nranks, rank_cell, s, s->timed_ranks > 0);
     if (s->bytes && c->nnodes > 1 && c->nnodes <= TABLE_RANKS)
-        print_table("bytes from node (row) to node (column)", "node", c->nnodes, node_cell, s);
+        print_table("bytes from node (row) to node (column)", "node", c->nnodes, node_cell, s, false);
 }
 
 static void print_report(const struct ry_trace *t, const struct ry_summary *s, int n)
@@ -209,8 +224,9 @@ static void print_report(const struct ry_trace *t, const struct ry_summary *s, i
         bytes += s[i].bytes;
         cross += s[i].cross_node;
     }
-    printf("%s: %d process%s, %d communicator%s, %" PRIu64 " exchanges, %s, %.0f %% of it across nodes\n", t->dir, t->nprocesses,
-           t->nprocesses == 1 ? "" : "es", n, n == 1 ? "" : "s", exchanges, ry_report_bytes((double)bytes, a), percent(cross, bytes));
+    printf("%s: %d process%s, %d communicator%s, %" PRIu64 " exchanges, %s, %.0f %% of it across nodes\n", t->dir,
+           t->nprocesses, t->nprocesses == 1 ? "" : "es", n, n == 1 ? "" : "s", exchanges,
+           ry_report_bytes((double)bytes, a), percent(cross, bytes));
     for (int i = 0; i < n; i++)
         print_comm(&s[i]);
     if (t->nnotes)
@@ -234,7 +250,8 @@ static int write_json(const char *argv0, const struct ry_trace *t, const struct 
 {
     json_t *report = ry_report_json(t, s, n);
     FILE *f = !strcmp(args.json, "-") ? stdout : fopen(args.json, "we");
-    int bad = !report || !f || json_dumpf(report, f, JSON_INDENT(1) | JSON_REAL_PRECISION(9)) || fputc('\n', f) == EOF || fflush(f);
+    int bad = !report || !f || json_dumpf(report, f, JSON_INDENT(1) | JSON_REAL_PRECISION(9)) ||
+              fputc('\n', f) == EOF || fflush(f);
     int saved = errno;
     if (f && f != stdout && fclose(f) && !bad) {
         bad = 1;
@@ -296,8 +313,16 @@ int cmd_report(int argc, char **argv)
         {"svg", 's', "FILE", 0, "Write a picture of the communicator with the most bytes (or of --comm's)", 0},
         {"comm", 'c', "ID", 0, "Only the communicators whose id begins with ID", 0},
         {0}};
-    static const struct argp argp = {options, parse, "DIR", "Report what a job recorded: every communicator, its exchanges, and who "
-                                     "talked to whom.\vDIR is the folder that RAILYARD_TRACE named; all ranks' files in it are merged.", 0, 0, 0};
+    static const struct argp argp = {
+        options,
+        parse,
+        "DIR",
+        "Report what a job recorded: every communicator, its exchanges, and who "
+        "talked to whom.\vDIR is the folder that RAILYARD_TRACE named; all ranks' files in it are merged.",
+        0,
+        0,
+        0};
+    memset(&args, 0, sizeof args);
     if (argp_parse(&argp, argc, argv, 0, 0, 0))
         return 2;
     struct ry_err err;

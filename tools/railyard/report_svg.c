@@ -19,13 +19,13 @@
 
 /* A square matrix ready to be drawn. */
 struct map {
-    int n;            /* cells a side */
-    int group;        /* ranks (nodes) per cell */
-    double *cells;    /* [n * n] bytes */
-    int *first;       /* [n]: the rank (node) that a cell's label names */
-    bool *border;     /* [n]: a node begins here */
-    double max, min;  /* of cells; min of those above zero */
-    bool log;         /* colours by the logarithm */
+    int n;           /* cells a side */
+    int group;       /* ranks (nodes) per cell */
+    double *cells;   /* [n * n] bytes */
+    int *first;      /* [n]: the rank (node) that a cell's label names */
+    bool *border;    /* [n]: a node begins here */
+    double max, min; /* of cells; min of those above zero */
+    bool log;        /* colours by the logarithm */
 };
 
 static void put_text(FILE *f, const char *s)
@@ -43,7 +43,8 @@ static void put_text(FILE *f, const char *s)
 
 static void text_at(FILE *f, double x, double y, double size, const char *anchor, const char *color, const char *s)
 {
-    fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%.1f\" text-anchor=\"%s\" fill=\"%s\">", x, y, size, anchor, color);
+    fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%.1f\" text-anchor=\"%s\" fill=\"%s\">", x, y, size, anchor,
+            color);
     put_text(f, s);
     fputs("</text>\n", f);
 }
@@ -57,15 +58,19 @@ static double gamma_of(double v)
 /* 0 ≤ t ≤ 1, light to dark blue. */
 static void color_of(double t, char out[8])
 {
-    double L = 0.965 - 0.655 * t, chroma = 0.01 + 0.11 * sin(3.14159265 * (0.08 + 0.74 * t)) * (t > 0.02 ? 1 : 0.5), h = 255 * 3.14159265 / 180;
+    double L = 0.965 - 0.655 * t, chroma = 0.01 + 0.11 * sin(3.14159265 * (0.08 + 0.74 * t)) * (t > 0.02 ? 1 : 0.5),
+           h = 255 * 3.14159265 / 180;
     double a = chroma * cos(h), b = chroma * sin(h);
-    double l = L + 0.3963377774 * a + 0.2158037573 * b, m = L - 0.1055613458 * a - 0.0638541728 * b, s = L - 0.0894841775 * a - 1.2914855480 * b;
+    double l = L + 0.3963377774 * a + 0.2158037573 * b, m = L - 0.1055613458 * a - 0.0638541728 * b,
+           s = L - 0.0894841775 * a - 1.2914855480 * b;
     l = l * l * l;
     m = m * m * m;
     s = s * s * s;
-    double r = gamma_of(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s), g = gamma_of(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s),
+    double r = gamma_of(4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s),
+           g = gamma_of(-1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s),
            u = gamma_of(-0.0041960863 * l - 0.7034186147 * m + 1.7076147010 * s);
-    snprintf(out, 8, "#%02x%02x%02x", (unsigned)(r * 255 + 0.5) & 255, (unsigned)(g * 255 + 0.5) & 255, (unsigned)(u * 255 + 0.5) & 255);
+    snprintf(out, 8, "#%02x%02x%02x", (unsigned)(r * 255 + 0.5) & 255, (unsigned)(g * 255 + 0.5) & 255,
+             (unsigned)(u * 255 + 0.5) & 255);
 }
 
 static double shade(const struct map *m, double v)
@@ -180,13 +185,16 @@ static void draw_bar(FILE *f, const struct map *m, double x, double y, double h)
     for (int i = STEPS - 1; i >= 0; i--) { /* each down to the bottom, the next over it: no seams */
         double t = m->log ? 0.08 + 0.92 * (i + 0.5) / STEPS : (i + 0.5) / STEPS;
         color_of(t, color);
-        fprintf(f, "<rect x=\"%.1f\" y=\"%.2f\" width=\"12\" height=\"%.2f\" fill=\"%s\"/>\n", x, y + h - (i + 1) * h / STEPS, (i + 1) * h / STEPS, color);
+        fprintf(f, "<rect x=\"%.1f\" y=\"%.2f\" width=\"12\" height=\"%.2f\" fill=\"%s\"/>\n", x,
+                y + h - (i + 1) * h / STEPS, (i + 1) * h / STEPS, color);
     }
-    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"12\" height=\"%.1f\" fill=\"none\" stroke=\"" LINE "\"/>\n", x, y, h);
+    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"12\" height=\"%.1f\" fill=\"none\" stroke=\"" LINE "\"/>\n", x, y,
+            h);
     for (int i = 0; i <= 4; i++) {
         double v = m->log ? m->min * pow(m->max / m->min, i / 4.0) : m->max * i / 4;
         double ty = y + h - h * i / 4;
-        fprintf(f, "<line x1=\"%.1f\" x2=\"%.1f\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"" FAINT "\"/>\n", x + 12, x + 16, ty, ty);
+        fprintf(f, "<line x1=\"%.1f\" x2=\"%.1f\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"" FAINT "\"/>\n", x + 12, x + 16, ty,
+                ty);
         text_at(f, x + 20, ty + 3.5, 10.5, "start", INK, ry_report_bytes(v, text));
     }
     if (m->log)
@@ -198,16 +206,19 @@ static void draw_cells(FILE *f, const struct map *m, double x, double y, double 
 {
     char color[8], text[16];
     double side = cell * m->n, gap = cell >= 6 ? 0.5 : 0;
-    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#ffffff\" stroke=\"" LINE "\"/>\n", x, y, side, side);
+    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"#ffffff\" stroke=\"" LINE "\"/>\n", x,
+            y, side, side);
     for (int i = 0; i < m->n; i++) {
         for (int j = 0; j < m->n; j++) {
             double v = m->cells[i * m->n + j], t = shade(m, v), cx = x + j * cell, cy = y + i * cell;
             if (v <= 0)
                 continue;
             color_of(t, color);
-            fprintf(f, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"/>\n", cx + gap, cy + gap, cell - 2 * gap, cell - 2 * gap, color);
+            fprintf(f, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"/>\n", cx + gap, cy + gap,
+                    cell - 2 * gap, cell - 2 * gap, color);
             if (cell >= 42)
-                text_at(f, cx + cell / 2, cy + cell / 2 + 3.5, cell >= 52 ? 10.5 : 9, "middle", t > 0.5 ? "#ffffff" : INK, ry_report_bytes(v, text));
+                text_at(f, cx + cell / 2, cy + cell / 2 + 3.5, cell >= 52 ? 10.5 : 9, "middle",
+                        t > 0.5 ? "#ffffff" : INK, ry_report_bytes(v, text));
         }
     }
 }
@@ -230,12 +241,15 @@ static void draw_nodes(FILE *f, const struct map *m, const struct ry_trace_comm 
 {
     double side = cell * m->n;
     int from = 0;
+    bool crowded = side < 36.0 * c->nnodes; /* the lines must not hide the cells */
     for (int i = 1; i <= m->n; i++) {
         if (i < m->n && !m->border[i])
             continue;
         if (i < m->n)
-            fprintf(f, "<path d=\"M%.2f %.2fv%.1fM%.2f %.2fh%.1f\" stroke=\"" ACCENT "\" stroke-width=\"1.6\" fill=\"none\"/>\n", x + i * cell, y, side, x,
-                    y + i * cell, side);
+            fprintf(f,
+                    "<path d=\"M%.2f %.2fv%.1fM%.2f %.2fh%.1f\" stroke=\"" ACCENT
+                    "\" stroke-width=\"%s\" fill=\"none\"/>\n",
+                    x + i * cell, y, side, x, y + i * cell, side, crowded ? "0.7\" stroke-opacity=\"0.55" : "1.6");
         int node = c->node[m->first[from]];
         if ((i - from) * cell >= 12 && m->group == 1) {
             char text[96];
@@ -246,7 +260,8 @@ static void draw_nodes(FILE *f, const struct map *m, const struct ry_trace_comm 
             else
                 snprintf(text, sizeof text, "node %d", node);
             double ty = y + (from + i) * cell / 2;
-            fprintf(f, "<path d=\"M%.1f %.1fh-4v%.1fh4\" stroke=\"" ACCENT "\" fill=\"none\"/>\n", x - 28, y + from * cell + 2, (i - from) * cell - 4);
+            fprintf(f, "<path d=\"M%.1f %.1fh-4v%.1fh4\" stroke=\"" ACCENT "\" fill=\"none\"/>\n", x - 28,
+                    y + from * cell + 2, (i - from) * cell - 4);
             text_at(f, x - 38, ty + 3.5, 10.5, "end", ACCENT, text);
         }
         from = i;
@@ -268,10 +283,10 @@ static void draw_sums(FILE *f, const struct map *m, const struct ry_summary *s, 
             most = in[i] > most ? in[i] : most;
         }
         for (int i = 0; i < m->n && most > 0; i++) {
-            fprintf(f, "<rect x=\"%.1f\" y=\"%.2f\" width=\"%.1f\" height=\"%.2f\" fill=\"#8fa3b5\"/>\n", x + side + 8, y + i * cell + cell * 0.12,
-                    44 * out[i] / most, cell * 0.76);
-            fprintf(f, "<rect x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"#8fa3b5\"/>\n", x + i * cell + cell * 0.12, y + side + 8,
-                    cell * 0.76, 44 * in[i] / most);
+            fprintf(f, "<rect x=\"%.1f\" y=\"%.2f\" width=\"%.1f\" height=\"%.2f\" fill=\"#8fa3b5\"/>\n", x + side + 8,
+                    y + i * cell + cell * 0.12, 44 * out[i] / most, cell * 0.76);
+            fprintf(f, "<rect x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"#8fa3b5\"/>\n",
+                    x + i * cell + cell * 0.12, y + side + 8, cell * 0.76, 44 * in[i] / most);
         }
         text_at(f, x + side + 8, y - 6, 10, "start", FAINT, "sent");
         text_at(f, x - 6, y + side + 20, 10, "end", FAINT, "received");
@@ -285,17 +300,23 @@ static void draw_shares(FILE *f, const struct ry_summary *s, double x, double y,
     const struct {
         const char *name, *color;
         uint64_t bytes;
-    } parts[] = {{"cross-node", ACCENT, s->cross_node}, {"in-node", "#4c7fb0", s->in_node}, {"to self", "#c3cbd3", s->self}, {"nodes unknown", "#8b6fb0", s->unknown}};
+    } parts[] = {{"cross-node", ACCENT, s->cross_node},
+                 {"in-node", "#4c7fb0", s->in_node},
+                 {"to self", "#c3cbd3", s->self},
+                 {"nodes unknown", "#8b6fb0", s->unknown}};
     double at = x, label = x;
     for (int i = 0; i < 4; i++) {
         char size[16], text[96];
         if (!parts[i].bytes)
             continue;
         double share = (double)parts[i].bytes / (double)s->bytes;
-        fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"14\" fill=\"%s\"/>\n", at, y, share * width, parts[i].color);
+        fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"14\" fill=\"%s\"/>\n", at, y, share * width,
+                parts[i].color);
         at += share * width;
-        snprintf(text, sizeof text, "%s %s (%.0f %%)", parts[i].name, ry_report_bytes((double)parts[i].bytes, size), share * 100);
-        fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"10\" height=\"10\" fill=\"%s\"/>\n", label, y + 22, parts[i].color);
+        snprintf(text, sizeof text, "%s %s (%.0f %%)", parts[i].name, ry_report_bytes((double)parts[i].bytes, size),
+                 share * 100);
+        fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"10\" height=\"10\" fill=\"%s\"/>\n", label, y + 22,
+                parts[i].color);
         text_at(f, label + 15, y + 31, 11.5, "start", INK, text);
         label += 45 + 6.4 * (double)strlen(text);
     }
@@ -308,11 +329,17 @@ static void draw_head(FILE *f, const struct ry_summary *s, double width)
     if (c->nnodes)
         snprintf(nodes, sizeof nodes, " on %d node%s", c->nnodes, c->nnodes == 1 ? "" : "s");
     snprintf(text, sizeof text, "%.60s", c->name ? c->name : c->id);
+    if (c->name && strlen(c->name) > 60) { /* not in the middle of a character */
+        size_t n = 60;
+        while (n && (c->name[n] & 0xc0) == 0x80)
+            n--;
+        snprintf(text + n, sizeof text - n, "…");
+    }
     fprintf(f, "<g font-weight=\"bold\">");
     text_at(f, 24, 34, 18, "start", INK, text);
     fprintf(f, "</g>");
-    snprintf(text, sizeof text, "%s · %d ranks%s · %llu exchanges · %s", s->kind, c->nranks, nodes, (unsigned long long)s->exchanges,
-             ry_report_bytes((double)s->bytes, bytes));
+    snprintf(text, sizeof text, "%s · %d ranks%s · %llu exchanges · %s", s->kind, c->nranks, nodes,
+             (unsigned long long)s->exchanges, ry_report_bytes((double)s->bytes, bytes));
     text_at(f, 24, 56, 12.5, "start", FAINT, text);
     if (s->bytes)
         draw_shares(f, s, 24, 70, width - 48);
@@ -327,16 +354,21 @@ void ry_report_svg(const struct ry_summary *s, FILE *f)
     bool two = c->nnodes > 1 && node_map(&nodes, s);
     if (!rank_map(&ranks, c))
         goto out;
-    double cell = cell_size(&ranks, 576), side = cell * ranks.n, ncell = two ? cell_size(&nodes, 300) : 0, nside = ncell * nodes.n;
-    double left = 150, top = 166, width = left + side + 150, right = width + 56, low = top + (side < 150 ? 150 : side) + 60;
+    double cell = cell_size(&ranks, 576), side = cell * ranks.n, ncell = two ? cell_size(&nodes, 300) : 0,
+           nside = ncell * nodes.n;
+    double left = 150, top = 166, width = left + side + 150, right = width + 56,
+           low = top + (side < 150 ? 150 : side) + 60;
     if (two) {
         width = right + nside + 110;
         low = top + nside + 30 > low ? top + nside + 30 : low;
     }
     width = width < 760 ? 760 : width;
     double height = low + 24 + 18 * nhints + 14;
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" font-family=\"DejaVu Sans, Helvetica, "
-               "Arial, sans-serif\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#ffffff\"/>\n", width, height, width, height);
+    fprintf(f,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
+            "font-family=\"DejaVu Sans, Helvetica, "
+            "Arial, sans-serif\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#ffffff\"/>\n",
+            width, height, width, height);
     draw_head(f, s, width);
     if (ranks.group > 1)
         snprintf(text, sizeof text, "bytes from (row) to (column), %d × %d ranks a cell", ranks.group, ranks.group);
