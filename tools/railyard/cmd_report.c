@@ -224,8 +224,8 @@ static void print_report(const struct ry_trace *t, const struct ry_summary *s, i
         bytes += s[i].bytes;
         cross += s[i].cross_node;
     }
-    printf("%s: %d process%s, %d communicator%s, %" PRIu64 " exchanges, %s, %.0f %% of it across nodes\n", t->dir,
-           t->nprocesses, t->nprocesses == 1 ? "" : "es", n, n == 1 ? "" : "s", exchanges,
+    printf("%s: %d process%s, %d communicator%s, %" PRIu64 " exchange%s, %s, %.0f %% of it across nodes\n", t->dir,
+           t->nprocesses, t->nprocesses == 1 ? "" : "es", n, n == 1 ? "" : "s", exchanges, exchanges == 1 ? "" : "s",
            ry_report_bytes((double)bytes, a), percent(cross, bytes));
     for (int i = 0; i < n; i++)
         print_comm(&s[i]);

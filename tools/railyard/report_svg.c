@@ -338,8 +338,9 @@ static void draw_head(FILE *f, const struct ry_summary *s, double width)
     fprintf(f, "<g font-weight=\"bold\">");
     text_at(f, 24, 34, 18, "start", INK, text);
     fprintf(f, "</g>");
-    snprintf(text, sizeof text, "%s · %d ranks%s · %llu exchanges · %s", s->kind, c->nranks, nodes,
-             (unsigned long long)s->exchanges, ry_report_bytes((double)s->bytes, bytes));
+    snprintf(text, sizeof text, "%s · %d rank%s%s · %llu exchange%s · %s", s->kind, c->nranks,
+             c->nranks == 1 ? "" : "s", nodes, (unsigned long long)s->exchanges, s->exchanges == 1 ? "" : "s",
+             ry_report_bytes((double)s->bytes, bytes));
     text_at(f, 24, 56, 12.5, "start", FAINT, text);
     if (s->bytes)
         draw_shares(f, s, 24, 70, width - 48);
