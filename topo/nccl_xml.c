@@ -16,6 +16,8 @@
 #include "xml.h"
 
 #define MAX_CPUS 16384 /* processors of one machine; more are taken for a broken mask */
+#define MAX_LINKS 16384
+#define MAX_ENDS 1024 /* GPUs and switches with NVLinks; a rack has a hundred or so */
 
 struct link {
     unsigned gpu; /* gp_index */
@@ -168,6 +170,10 @@ static void add_links(struct build *b, const xmlNode *gpu, unsigned gp)
     for (const xmlNode *c = gpu->children; c; c = c->next) {
         if (!ry_xml_is(c, "nvlink"))
             continue;
+        if (b->nlinks == MAX_LINKS) {
+            b->wrong = "has more NVLinks than a machine can have";
+            return;
+        }
         if (b->nlinks == b->room) {
             int room = b->room ? 2 * b->room : 64;
             struct link *l = realloc(b->links, (size_t)room * sizeof *l);
@@ -281,7 +287,7 @@ static void add_pci(struct build *b, const xmlNode *from, xmlNode *parent, unsig
 /* --- processors ---------------------------------------------------------------------------------------------------- */
 
 /* Each cpu's processors: its affinity mask where all of them make sense together, else one processor each. */
-static hwloc_bitmap_t *processors(const xmlNode *system, int n)
+static hwloc_bitmap_t *processors(const xmlNode *system, int n, bool *known)
 {
     hwloc_bitmap_t *set = calloc((size_t)n, sizeof *set), seen = hwloc_bitmap_alloc();
     bool good = set && seen;
@@ -303,6 +309,7 @@ static hwloc_bitmap_t *processors(const xmlNode *system, int n)
         if (set[i])
             hwloc_bitmap_only(set[i], (unsigned)i);
     hwloc_bitmap_free(seen);
+    *known = good;
     return set;
 }
 
@@ -448,11 +455,15 @@ static void add_matrix(struct build *b, xmlNode *top)
     for (int i = 0; i < b->nlinks; i++)
         from[i] = end_of(e, &n, b->links[i].gpu, "PCIDev");
     int gpus = n;
-    for (int i = 0; i < b->nlinks; i++)
+    for (int i = 0; i < b->nlinks && n <= MAX_ENDS; i++)
         to[i] = far_end(b, e, &n, &b->links[i]);
+    if (n > MAX_ENDS) {
+        b->wrong = "has NVLinks to more devices than a machine can have";
+        goto out;
+    }
     if (n < 2)
         goto out;
-    if (n > 4096 || !(m = calloc((size_t)n * (size_t)n, sizeof *m)))
+    if (!(m = calloc((size_t)n * (size_t)n, sizeof *m)))
         goto no_memory;
     for (int i = 0; i < b->nlinks; i++) {
         uint64_t mbs = (uint64_t)b->links[i].count * link_mbs(b->links[i].sm);
@@ -538,10 +549,11 @@ xmlDoc *ry_topo_nccl_to_hwloc(const xmlDoc *nccl, struct ry_err *err)
 {
     const xmlNode *system = xmlDocGetRootElement(nccl);
     int ncpus = count_cpus(system);
+    bool affinity = false;
     struct build b = {.wrong = check_numa(system, ncpus)};
     if (b.wrong)
         return ry_fail(err, "%s", b.wrong), NULL;
-    hwloc_bitmap_t *cpus = processors(system, ncpus), all = hwloc_bitmap_alloc(), nodes = hwloc_bitmap_alloc();
+    hwloc_bitmap_t *cpus = processors(system, ncpus, &affinity), all = hwloc_bitmap_alloc(), nodes = hwloc_bitmap_alloc();
     xmlDoc *doc = xmlNewDoc(BAD_CAST "1.0");
     xmlNode *top = xmlNewNode(NULL, BAD_CAST "topology");
     char *cpu_text = NULL, *node_text = NULL;
@@ -572,11 +584,16 @@ xmlDoc *ry_topo_nccl_to_hwloc(const xmlDoc *nccl, struct ry_err *err)
     }
     set(b.machine, "os_index", "0");
     sets(b.machine, cpu_text, node_text, true);
-    if (!b.ngpu) {
-        info(b.machine, "RailyardNote", "The file is for NCCL to complete on the machine itself: NVLinks are not in it");
-        xmlNode *note = b.machine->last;
-        xmlUnlinkNode(note);
-        xmlAddPrevSibling(b.machine->children, note); /* infos come before child objects */
+    char note[160] = "";
+    if (!b.ngpu)
+        snprintf(note, sizeof note, "The file is for NCCL to complete on the machine itself: NVLinks are not in it%s", affinity ? "" : ". ");
+    if (!affinity)
+        strcat(note, "It tells no affinity: one thread stands for each processor.");
+    if (*note) {
+        info(b.machine, "RailyardNote", note);
+        xmlNode *n = b.machine->last;
+        xmlUnlinkNode(n);
+        xmlAddPrevSibling(b.machine->children, n); /* infos come before child objects */
     }
     add_matrix(&b, top);
 out:

@@ -22,6 +22,8 @@
 #include "xml.h"
 
 #define MAX_FILE (64 << 20) /* the largest machines take a few MB */
+#define MAX_INDEX 65536     /* of hardware threads and NUMA nodes */
+#define MAX_MATRIX 4096     /* objects in one distance matrix */
 
 static char *read_all(const char *path, size_t *len, struct ry_err *err)
 {
@@ -92,14 +94,15 @@ static xmlDoc *parse(const char *path, const char *text, size_t len, struct ry_e
     return doc;
 }
 
-/* Only elements and text remain; hwloc's own small parser knows nothing else. */
+/* Only elements remain, and the text of matrices; hwloc's own small parser takes nothing else well. */
 static void strip(xmlNode *node)
 {
+    bool numbers = ry_xml_is(node, "indexes") || ry_xml_is(node, "u64values");
     for (xmlNode *c = node->children, *next; c; c = next) {
         next = c->next;
         if (c->type == XML_ELEMENT_NODE) {
             strip(c);
-        } else if (c->type != XML_TEXT_NODE) {
+        } else if (c->type != XML_TEXT_NODE || !numbers) {
             xmlUnlinkNode(c);
             xmlFreeNode(c);
         }
@@ -116,6 +119,68 @@ static int hwloc_major(xmlNode *root)
         major = -1;
     xmlFree(v);
     return (int)major;
+}
+
+/*
+ * hwloc trusts its XML and crashes on objects without their sets. What is checked here is what it takes for granted:
+ * every processor and memory object has its four sets, and they are sets of sane size; a thread and a NUMA node have an
+ * index, and their own set holds just that; I/O and Misc objects have no sets and nothing but such objects below them.
+ */
+static int check_object(const xmlNode *obj, bool io, struct ry_err *err)
+{
+    static const char *const sets[] = {"cpuset", "complete_cpuset", "nodeset", "complete_nodeset"};
+    static const char *const io_types[] = {"Bridge", "PCIDev", "OSDev", "Misc"};
+    xmlChar *text = xmlGetProp(obj, BAD_CAST "type");
+    char type[24] = "";
+    hwloc_obj_type_t known;
+    bool is_io = false;
+    if (text)
+        snprintf(type, sizeof type, "%s", (const char *)text);
+    xmlFree(text);
+    if (hwloc_type_sscanf(type, &known, NULL, 0))
+        return ry_fail(err, "has an object of no known type '%s' (line %ld)", type, xmlGetLineNo(obj));
+    for (size_t i = 0; i < sizeof io_types / sizeof *io_types; i++)
+        is_io |= !strcmp(type, io_types[i]);
+    long os_index = -1;
+    text = xmlGetProp(obj, BAD_CAST "os_index");
+    if (text && (sscanf((const char *)text, "%ld", &os_index) != 1 || os_index >= MAX_INDEX))
+        os_index = -1;
+    xmlFree(text);
+    int own = known == HWLOC_OBJ_PU ? 0 : known == HWLOC_OBJ_NUMANODE ? 1 : -1; /* which pair of sets names itself */
+    if (io && !is_io)
+        return ry_fail(err, "has a %s inside of an I/O object (line %ld)", type, xmlGetLineNo(obj));
+    for (size_t i = 0; i < 4; i++) {
+        xmlChar *v = xmlGetProp(obj, BAD_CAST sets[i]);
+        hwloc_bitmap_t set = v ? hwloc_bitmap_alloc() : NULL;
+        bool there = v != NULL, good = set && !hwloc_bitmap_sscanf(set, (const char *)v);
+        good = good && hwloc_bitmap_last(set) < MAX_INDEX;
+        if (own == (int)(i / 2)) /* a thread's processor set, a NUMA node's node set: itself and no other */
+            good = good && os_index >= 0 && hwloc_bitmap_weight(set) == 1 && hwloc_bitmap_first(set) == os_index;
+        hwloc_bitmap_free(set);
+        xmlFree(v);
+        if (is_io ? there : !good)
+            return ry_fail(err, is_io ? "has a %s with a %s (line %ld)" : "has a %s without a good %s (line %ld)", type, sets[i],
+                           xmlGetLineNo(obj));
+    }
+    for (const xmlNode *c = obj->children; c; c = c->next)
+        if (ry_xml_is(c, "object") && check_object(c, is_io, err))
+            return -1;
+    return 0;
+}
+
+static int check_hwloc(const xmlNode *top, struct ry_err *err)
+{
+    int objects = 0;
+    for (const xmlNode *c = top->children; c; c = c->next) {
+        if (ry_xml_is(c, "object") && (objects++, check_object(c, false, err)))
+            return -1;
+        xmlChar *v = xmlGetProp(c, BAD_CAST "nbobjs");
+        long n = v ? strtol((const char *)v, NULL, 10) : 0;
+        xmlFree(v);
+        if (n < 0 || n > MAX_MATRIX)
+            return ry_fail(err, "has a distance matrix of %ld objects (line %ld)", n, xmlGetLineNo(c));
+    }
+    return objects == 1 ? 0 : ry_fail(err, "has %d objects at its root, not one machine", objects);
 }
 
 /* A document that hwloc can load, from any that we can read: `doc` itself or a new one. NULL with `err`. */
@@ -137,10 +202,14 @@ static xmlDoc *as_hwloc(xmlDoc *doc, const char *path, struct ry_err *err)
                        (const char *)root->name),
                NULL;
     int major = hwloc_major(root), ours = (int)(hwloc_get_api_version() >> 16);
+    if (major == 0 || major == 1)
+        return ry_fail(err, "%s is XML of hwloc 1: convert it with 'lstopo -i FILE --if xml NEW.xml'", path), NULL;
     if (major < 0 || major > 3)
         return ry_fail(err, "%s is hwloc XML of a version that Railyard does not know: write it again with "
                             "'lstopo --export-xml-flags v2 FILE.xml'", path),
                NULL;
+    if (check_hwloc(root, &why))
+        return ry_fail(err, "%s, an hwloc topology, %s", path, why.msg), NULL;
     if (major == 3 && ours < 3 && ry_topo_hwloc3_to_2(doc, &why))
         return ry_fail(err, "%s, an hwloc topology, %s", path, why.msg), NULL;
     return doc;

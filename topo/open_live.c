@@ -249,7 +249,7 @@ static void join_nvidia(hwloc_topology_t hw)
 struct ry_topo *ry_topo_open_live(struct ry_err *err)
 {
     /* hwloc's own parts for accelerators would open contexts, displays and platforms; the NVIDIA part is ours */
-    static const char *const not_wanted[] = {"cuda", "nvml", "opencl", "gl", "rsmi", "levelzero"};
+    static const char *const not_wanted[] = {"cuda", "nvml", "opencl", "gl", "rsmi", "levelzero", "pci"};
     hwloc_topology_t hw = ry_topo_hwloc_new(true, err);
     if (!hw)
         return NULL;

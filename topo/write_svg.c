@@ -489,37 +489,74 @@ static double switch_bar(struct picture *p, double y)
     return top + 28;
 }
 
-/* Direct NVLinks as arcs below the GPUs: the farther apart, the deeper. Bandwidth is written on each, while they are few. */
+#define SHADES 3
+
+/* Whether an NVLink between two GPUs is drawn as an arc: it is, unless both of them are on NVSwitches. */
+static bool is_arc(const struct ry_topo *t, int a, int b)
+{
+    return t->gpu_path[a * t->ngpus + b] == RY_PATH_NVL && !(t->switch_linked[a] && t->switch_linked[b]);
+}
+
+/* The different bandwidths of arcs, rising; returns how many, SHADES + 1 for too many to tell apart by colour. */
+static int arc_speeds(const struct ry_topo *t, double out[SHADES])
+{
+    int n = 0;
+    for (int a = 0; a < t->ngpus; a++)
+        for (int b = a + 1; b < t->ngpus; b++) {
+            double v = t->gpu_gbs[a * t->ngpus + b];
+            int at = 0;
+            if (!is_arc(t, a, b))
+                continue;
+            while (at < n && out[at] < v - 0.05)
+                at++;
+            if (at < n && out[at] < v + 0.05)
+                continue;
+            if (n == SHADES)
+                return SHADES + 1;
+            memmove(out + at + 1, out + at, (size_t)(n++ - at) * sizeof *out);
+            out[at] = v;
+        }
+    return n;
+}
+
+static const char *arc_class(const double *speeds, int n, double gbs)
+{
+    static const char *const shades[SHADES + 1][SHADES] = {
+        {"arc1"}, {"arc1", "arc1", "arc1"}, {"arc0", "arc2", "arc2"}, {"arc0", "arc1", "arc2"}};
+    for (int i = 0; n <= SHADES && i < n; i++)
+        if (fabs(speeds[i] - gbs) < 0.06)
+            return shades[n][i];
+    return "arc1";
+}
+
+/* Direct NVLinks as arcs below the GPUs: the farther apart, the deeper. While they are few, each has its bandwidth on it. */
 static double arcs(struct picture *p, double y)
 {
     const struct ry_topo *t = p->t;
     int edges = 0;
-    double deepest = y, best = 0;
+    double deepest = y, speeds[SHADES];
+    int nspeeds = arc_speeds(t, speeds);
     for (int a = 0; a < t->ngpus; a++)
         for (int b = a + 1; b < t->ngpus; b++)
-            if (t->gpu_path[a * t->ngpus + b] == RY_PATH_NVL && !(t->switch_linked[a] && t->switch_linked[b])) {
-                edges++;
-                best = t->gpu_gbs[a * t->ngpus + b] > best ? t->gpu_gbs[a * t->ngpus + b] : best;
-            }
+            edges += is_arc(t, a, b);
     for (int a = 0; a < t->ngpus; a++)
         for (int b = a + 1; b < t->ngpus; b++) {
             const struct box *ga = p->gpu[a], *gb = p->gpu[b];
             double gbs = t->gpu_gbs[a * t->ngpus + b];
-            if (!ga || !gb || t->gpu_path[a * t->ngpus + b] != RY_PATH_NVL || (t->switch_linked[a] && t->switch_linked[b]))
+            if (!ga || !gb || !is_arc(t, a, b))
                 continue;
             double x1 = middle(ga) + 8, x2 = middle(gb) - 8, top = ga->y + ga->h;
             if (x1 > x2) { /* PCI order need not be the order of the drawing */
                 double x = x1;
                 x1 = x2 + 16, x2 = x - 16;
             }
-            double depth = (y - top) + 26 + (x2 - x1) * 0.10, low = top + depth * 0.75;
-            double wide = best > 0 && gbs > 0 ? 1.2 + 2.2 * gbs / best : 1.5;
-            fprintf(p->f, "<path d=\"M%.1f %.1fC%.1f %.1f %.1f %.1f %.1f %.1f\" class=\"arc\" stroke-width=\"%.1f\"/>\n", x1, top,
-                    x1, top + depth, x2, top + depth, x2, top, wide);
+            double depth = (y - top) + 26 + (x2 - x1) * 0.14, low = top + depth * 0.75;
+            fprintf(p->f, "<path d=\"M%.1f %.1fC%.1f %.1f %.1f %.1f %.1f %.1f\" class=\"%s\"/>\n", x1, top, x1, top + depth, x2,
+                    top + depth, x2, top, arc_class(speeds, nspeeds, gbs));
             if (gbs > 0 && edges <= 10) {
                 char bw[24];
                 number(gbs, bw);
-                label(p, (x1 + x2) / 2, low + 12, "nvtextc", "%s", bw);
+                label(p, (x1 + x2) / 2, low + 13, "nvtextc", "%s", bw);
                 low += 12;
             }
             deepest = low > deepest ? low : deepest;
@@ -541,7 +578,7 @@ static bool have(const struct box *b, enum kind kind)
 
 static double legend_item(struct picture *p, double x, double y, const char *class, const char *text)
 {
-    if (!strcmp(class, "pcie") || !strcmp(class, "nvlink"))
+    if (!strcmp(class, "pcie") || !strcmp(class, "nvlink") || !strncmp(class, "arc", 3))
         line(p, x, y - 4, x + 22, y - 4, class);
     else
         rect(p, x, y - 11, 22, 14, class);
@@ -568,7 +605,15 @@ static double legend(struct picture *p, double y)
         x = EDGE, y += 22;
     if (have(&p->root, BAR))
         x = legend_item(p, x, y, "pcie", "PCIe, GB/s in one direction where known");
-    if (nv)
+    double speeds[SHADES];
+    int n = arc_speeds(p->t, speeds);
+    for (int i = 0; n > 1 && n <= SHADES && i < n; i++) {
+        char bw[24], text[48];
+        number(speeds[i], bw);
+        snprintf(text, sizeof text, speeds[i] > 0 ? "NVLink, %s GB/s in one direction" : "NVLink of unknown speed", bw);
+        x = legend_item(p, x, y, arc_class(speeds, n, speeds[i]), text);
+    }
+    if (nv && (n < 2 || n > SHADES))
         x = legend_item(p, x, y, "nvlink", "NVLink, GB/s in one direction");
     if (x <= EDGE)
         y -= 22;
@@ -654,8 +699,9 @@ static const char style[] =
     ".nvswitch{fill:#4f7d00;stroke:none}\n"
     ".pcie{stroke:#8793a3;stroke-width:1.4;fill:none}\n"
     ".nvlink{stroke:#6aa300;stroke-width:2.6;fill:none}\n"
-    ".arc{stroke:#6aa300;fill:none}\n"
-    ".pLOC{fill:#f1f1f1}.pNVL{fill:#5f9400}.pPIX{fill:#b9dcf2}.pPXB{fill:#d9e6c8}.pPHB{fill:#fbe3a6}"
+    ".arc0{stroke:#b3d77c;stroke-width:2.2;fill:none}.arc1{stroke:#6aa300;stroke-width:2.6;fill:none}"
+    ".arc2{stroke:#3f6600;stroke-width:3;fill:none}\n"
+    ".pLOC{fill:#f1f1f1}.pNVL{fill:#5f9400}.pPIX{fill:#b9dcf2}.pPXB{fill:#d9cdea}.pPHB{fill:#fbe3a6}"
     ".pSYS{fill:#c2603f}.pUNK{fill:#e4e0ea}\n";
 
 static void draw(struct picture *p)

@@ -113,7 +113,7 @@ START_TEST(random_jobs)
     srandom(seed);
     for (int round = 0; round < 300; round++) {
         int n = 1 + (int)(random() % 200), names = 1 + (int)(random() % n);
-        struct ry_seat *s = calloc((size_t)n, sizeof *s);
+        struct ry_seat *s = calloc((unsigned)n, sizeof *s);
         for (int i = 0; i < n; i++) {
             s[i].rank = i;
             snprintf(s[i].node, sizeof s[i].node, "%lx/%d", random() % names * 7919 % names, 5);

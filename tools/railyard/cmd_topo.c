@@ -90,6 +90,7 @@ int cmd_topo(int argc, char **argv)
     struct ry_err err = {""};
     if (argp_parse(&argp, argc, argv, 0, 0, &o))
         return 2;
+    setenv("HWLOC_HIDE_ERRORS", "2", 0); /* one line of ours says what is wrong, not a banner of hwloc's */
     struct ry_topo *t = o.input ? ry_topo_open_file(o.input, &err) : ry_topo_open_live(&err);
     if (!t)
         return command_fail(argv[0], "%s", err.msg);
