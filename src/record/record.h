@@ -7,9 +7,9 @@
  *
  * Guarantees: functions marked [job] are called on the job's threads: they never block, never take a lock, never touch a
  * file, and allocate only on a thread's first call (its ring buffer of `buffer_bytes`). When a ring is full the record is
- * dropped and counted; matrices stay exact because they are summed before the ring. The writer flushes at least twice a
- * second, so a killed job loses less than the last second. A failed write (disk full, folder gone) stops recording with
- * one warning and the job goes on; what is on disk stays readable.
+ * dropped and counted; matrices stay exact, because what is dropped is added to them by the thread that drops it. The
+ * writer flushes at least twice a second, so a killed job loses less than the last second. A failed write (disk full,
+ * folder gone) stops recording with one warning and the job goes on; what is on disk stays readable.
  */
 #ifndef RY_RECORD_RECORD_H
 #define RY_RECORD_RECORD_H
@@ -71,7 +71,11 @@ void ry_record_exchange(struct ry_record *rec, struct ry_record_comm *comm, cons
 /** Exchange `number` took `us` microseconds on the device. Any thread. [job] guarantees hold. */
 void ry_record_duration(struct ry_record *rec, struct ry_record_comm *comm, uint64_t number, double us);
 
-/** One named counter of a communicator, as it stands at its end ("calls.allreduce", …). */
+/**
+ * One named counter of a communicator, as it stands at its end. The report infers what a communicator is for from
+ * "calls.allreduce", "calls.allgather", "calls.reducescatter", "calls.broadcast", "calls.reduce", "calls.gather",
+ * "calls.scatter", "calls.send", "calls.recv" and "plain_groups"; others are shown only.
+ */
 struct ry_record_counter {
     const char *name;
     uint64_t value;

@@ -8,8 +8,11 @@
 #ifndef RY_TOOLS_COMMAND_H
 #define RY_TOOLS_COMMAND_H
 
+int cmd_bench(int argc, char **argv);
+int cmd_emu(int argc, char **argv);
 int cmd_env(int argc, char **argv);
 int cmd_topo(int argc, char **argv);
+int cmd_report(int argc, char **argv);
 
 /* Print "railyard NAME: text" on stderr; returns 1, to be returned on. */
 int command_fail(const char *argv0, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

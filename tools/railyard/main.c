@@ -12,8 +12,11 @@ static const struct command {
     const char *name, *help;
     int (*run)(int argc, char **argv);
 } commands[] = {
+    {"bench", "exchange as mixture-of-experts layers do, check every byte, time it", cmd_bench},
+    {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
     {"topo", "show this node's topology, or a saved one: text, JSON, hwloc XML or a picture", cmd_topo},
+    {"report", "report what a job recorded: who sent how much to whom", cmd_report},
 };
 
 int command_fail(const char *argv0, const char *fmt, ...)

@@ -9,7 +9,7 @@
 
 #include "base/error.h"
 
-enum ry_where { RY_WHERE_PRELOAD, RY_WHERE_EMU_DIR, RY_WHERE_BENCH };
+enum ry_where { RY_WHERE_PRELOAD, RY_WHERE_EMU_DIR, RY_WHERE_BENCH, RY_WHERE_TOOL_DIR };
 
 /** Absolute path of `what` into out[4096]; -1 with `err` naming every place that was tried. */
 int ry_where(enum ry_where what, char out[4096], struct ry_err *err);

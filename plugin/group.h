@@ -1,0 +1,83 @@
+/*
+ * group.h: what one thread has put into its current NCCL group.
+ *
+ * Owns: the per-thread capture, and the decision whether the group was an exchange: exactly one send to and one receive from every rank of
+ * one communicator on one stream, zero counts too, or one ncclAlltoAll, and nothing else. Also the counts of calls per
+ * communicator. Not: calling NCCL, nor the engine (preload.c).
+ *
+ * A communicator that is only watched has its calls passed on at once, in the job's order: capturing just notes them.
+ * Nothing here locks; memory is allocated when a thread meets a larger communicator than before.
+ */
+#ifndef RY_PLUGIN_GROUP_H
+#define RY_PLUGIN_GROUP_H
+
+#include "comms.h"
+#include "nccl_abi.h"
+
+enum ry_capture {
+    RY_CAPTURE_EMPTY,
+    RY_CAPTURE_P2P,  /* only p2p so far, of one communicator and stream, no peer twice */
+    RY_CAPTURE_CALL, /* one ncclAlltoAll */
+    RY_CAPTURE_MIXED /* something else: no exchange */
+};
+
+/* Element [0] of the arrays is about sends, [1] about receives. */
+struct ry_group {
+    int depth;  /* of the job's ncclGroupStart */
+    int inside; /* > 0: this thread is in the real NCCL, whose own calls of public functions only pass */
+    enum ry_capture capture;
+    void *nccl;           /* the communicator of the group's first call */
+    struct ry_comm *comm; /* its entry, with a reference; NULL if it is not followed */
+    void *stream;
+    int calls[2];       /* noted since the last tally */
+    uint64_t bytes[2];
+    bool mixed_types;
+    int type;
+    uint32_t epoch; /* of this group: peer[d][r].epoch == epoch says that r was named */
+    int capacity;   /* ranks that the arrays hold */
+    uint32_t *named[2];
+    uint64_t *count[2];
+    void **buf[2];
+    uint8_t *peer_type[2];
+    /* communicators made in this group: their handles are written by NCCL until the group has ended */
+    struct ry_birth_note *births;
+    int nbirths, births_capacity;
+};
+
+/* A communicator that is being made. */
+struct ry_birth_note {
+    ncclComm_t *where;
+    struct ry_comm *parent; /* with a reference, or NULL */
+    enum ry_birth birth;
+    int nranks, rank, device; /* -1: to be asked for */
+    uint32_t ordinal;
+    int color;
+    bool blocking, has_id, has_name;
+    uint8_t unique_id[RY_NCCL_ID_BYTES];
+    char name[64];
+};
+
+extern __thread struct ry_group ry_group __attribute__((tls_model("initial-exec")));
+
+/** A thread's first group: see to it that its arrays are freed when it ends. */
+void ry_group_thread(struct ry_group *g);
+/** Note a send (direction 0) or receive (1). */
+void ry_group_p2p(struct ry_group *g, int direction, const void *buf, size_t count, int type, int peer, ncclComm_t comm,
+                  cudaStream_t stream);
+/** Note an ncclAlltoAll. */
+void ry_group_alltoall(struct ry_group *g, const void *send, void *recv, size_t count, int type, ncclComm_t comm,
+                       cudaStream_t stream);
+/** Note any other call: the group is no exchange. */
+void ry_group_other(struct ry_group *g);
+/**
+ * The outermost group is about to end. If it is an exchange, `x` describes it (pointing into `g`, valid until
+ * ry_group_reset) and g->comm is its communicator: true.
+ */
+bool ry_group_exchange(struct ry_group *g, struct ry_exchange *x);
+/** Forget the group: after it has ended. */
+void ry_group_reset(struct ry_group *g);
+
+/** A place for a communicator made in this thread; NULL when out of memory. */
+struct ry_birth_note *ry_group_birth(struct ry_group *g);
+
+#endif

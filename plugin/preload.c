@@ -1,0 +1,662 @@
+/*
+ * preload.c: the NCCL functions that librailyard.so stands in front of, and what happens around each.
+ *
+ * Owns: the intercepted functions, opening the engine when the first communicator is made, and telling it of
+ * communicators and exchanges. Not: finding NCCL (real.c), what a group holds (group.c), the table of communicators
+ * (comms.c), anything done with an exchange (the engine).
+ *
+ * The way of one exchange: ncclGroupStart → ncclSend/ncclRecv, noted by group.c and passed on at once → the outermost
+ * ncclGroupEnd: leave_group() asks group.c whether it was an exchange, tells the engine before and after the real call.
+ *
+ * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in plain
+ * NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
+ */
+#include <dlfcn.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+#include "group.h"
+#include "real.h"
+
+enum { UNBORN, WATCHING, PASSIVE };
+static _Atomic int state = UNBORN;
+static struct ry_hooks hooks;
+
+/* ---- starting ---- */
+
+static bool disabled(void)
+{
+    const char *v = getenv("RAILYARD_DISABLE");
+    return v && (!strcmp(v, "1") || !strcasecmp(v, "yes") || !strcasecmp(v, "on") || !strcasecmp(v, "true"));
+}
+
+/* The first NCCL call of the process. */
+static __attribute__((noinline)) bool start(void)
+{
+    if (!ry_real_load())
+        return false;
+    int unborn = UNBORN;
+    atomic_compare_exchange_strong(&state, &unborn, disabled() ? PASSIVE : WATCHING);
+    return true;
+}
+
+static inline bool started(void)
+{
+    return __builtin_expect(atomic_load_explicit(&state, memory_order_acquire) != UNBORN, 1) || start();
+}
+
+static inline bool watching(const struct ry_group *g)
+{
+    return atomic_load_explicit(&state, memory_order_relaxed) == WATCHING && !g->inside;
+}
+
+/* The beginning of every intercepted function: only calls that the job itself makes, while we watch, go further. */
+#define PASS_UNLESS_WATCHING(name, ...)                                                                                \
+    struct ry_group *g = &ry_group;                                                                                    \
+    if (!started() || !ry_real.name)                                                                                   \
+        return ry_real_missing(#name);                                                                                 \
+    if (!watching(g))                                                                                                  \
+        return ry_real.name(__VA_ARGS__);
+
+/* The real function. What NCCL calls of its own public functions meanwhile is not the job's doing. */
+#define REAL(name, ...)                                                                                                \
+    ({                                                                                                                 \
+        g->inside++;                                                                                                   \
+        ncclResult_t result_ = ry_real.name(__VA_ARGS__);                                                              \
+        g->inside--;                                                                                                   \
+        result_;                                                                                                       \
+    })
+
+#define API __attribute__((visibility("default")))
+
+/* ---- the engine ---- */
+
+static void comm_gone(struct ry_comm *c)
+{
+    if (!c->engine || !hooks.comm_ended || atomic_load(&state) != WATCHING)
+        return;
+    struct ry_comm_counts counts;
+    ry_comms_counts(c, &counts);
+    hooks.comm_ended(c->engine, c->aborted ? RY_DEATH_ABORT : c->revoked ? RY_DEATH_REVOKE : RY_DEATH_DESTROY, &counts);
+    c->engine = NULL;
+}
+
+static void counts_of(void *nccl, struct ry_comm_counts *out)
+{
+    const struct ry_comm *c = ry_comms_find(nccl);
+    memset(out, 0, sizeof *out);
+    if (c)
+        ry_comms_counts(c, out);
+}
+
+static void at_exit(void)
+{
+    if (atomic_exchange(&state, PASSIVE) == WATCHING && hooks.closing)
+        hooks.closing(counts_of);
+}
+
+/* A forked child (a data worker) has none of the engine's threads, and must not write its parent's trace. */
+static void in_child(void)
+{
+    atomic_store(&state, PASSIVE);
+}
+
+static bool load_engine(char *why, size_t size)
+{
+    Dl_info self;
+    char path[PATH_MAX];
+    if (!dladdr((void *)load_engine, &self) || !self.dli_fname)
+        return snprintf(why, size, "cannot tell where librailyard.so lies"), false;
+    const char *slash = strrchr(self.dli_fname, '/');
+    int dir = slash ? (int)(slash - self.dli_fname + 1) : 0;
+    snprintf(path, sizeof path, "%.*slibrailyard-engine.so", dir, self.dli_fname);
+    void *engine = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!engine)
+        return snprintf(why, size, "%s", dlerror()), false;
+    ry_engine_open_fn open_engine = (ry_engine_open_fn)dlsym(engine, RY_ENGINE_ENTRY);
+    if (!open_engine)
+        return snprintf(why, size, "%s has no " RY_ENGINE_ENTRY ": not Railyard's engine", path), false;
+    static struct ry_host host = {.version = RY_HOOKS_VERSION, .size = sizeof host, .find = ry_real_find};
+    host.nccl_path = ry_real_path();
+    if (ry_real.ncclGetVersion)
+        ry_real.ncclGetVersion(&host.nccl_version);
+    return open_engine(&host, &hooks, why, size) == 0;
+}
+
+static void open_engine_once(void)
+{
+    char why[512] = "";
+    ry_comms_last = comm_gone;
+    ry_group.inside++;
+    bool ok = load_engine(why, sizeof why);
+    ry_group.inside--;
+    if (ok) {
+        pthread_atfork(NULL, NULL, in_child);
+        atexit(at_exit);
+        return;
+    }
+    memset(&hooks, 0, sizeof hooks);
+    atomic_store(&state, PASSIVE);
+    ry_say("warning", "the engine did not start (%s): the job runs on plain NCCL", why);
+}
+
+static void open_engine(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, open_engine_once);
+}
+
+/* ---- communicators come ---- */
+
+/* Tell the engine of a communicator whose ranks are known. */
+static void introduce(struct ry_group *g, struct ry_comm *c)
+{
+    struct ry_comm_info info = {
+        .nccl = atomic_load(&c->nccl),
+        .birth = c->birth,
+        .nranks = c->nranks,
+        .rank = c->rank,
+        .device = c->device,
+        .blocking = c->blocking,
+        .name = c->has_name ? c->name : NULL,
+        .unique_id = c->has_id ? c->unique_id : NULL,
+        .parent = c->parent ? c->parent->engine : NULL,
+        .ordinal = c->ordinal,
+        .color = c->color,
+    };
+    g->inside++;
+    c->engine = hooks.comm_created ? hooks.comm_created(&info) : NULL;
+    g->inside--;
+    c->pending = false;
+    if (c->parent)
+        ry_comms_put(c->parent);
+    c->parent = NULL;
+}
+
+/* Ask NCCL what we do not know yet. A communicator that is still being made must not be asked: NCCL would complain. */
+static bool ask(struct ry_group *g, struct ry_comm *c)
+{
+    ncclComm_t nccl = atomic_load(&c->nccl);
+    ncclResult_t st = ncclSuccess;
+    if (!c->blocking && ry_real.ncclCommGetAsyncError &&
+        (REAL(ncclCommGetAsyncError, nccl, &st) != ncclSuccess || st != ncclSuccess))
+        return false;
+    if (c->nranks < 0 && (!ry_real.ncclCommCount || REAL(ncclCommCount, nccl, &c->nranks) != ncclSuccess))
+        return false;
+    if (c->rank < 0 && (!ry_real.ncclCommUserRank || REAL(ncclCommUserRank, nccl, &c->rank) != ncclSuccess))
+        return false;
+    if (c->device < 0 && ry_real.ncclCommCuDevice)
+        REAL(ncclCommCuDevice, nccl, &c->device);
+    return true;
+}
+
+/* A communicator that was not ready when it was made may be now. */
+static inline void settle(struct ry_group *g, ncclComm_t comm)
+{
+    if (comm == g->nccl)
+        return;
+    struct ry_comm *c = ry_comms_find(comm);
+    if (c && __builtin_expect(c->pending, 0) && ask(g, c))
+        introduce(g, c);
+}
+
+static void adopt(struct ry_group *g, struct ry_birth_note *b)
+{
+    ncclComm_t nccl = b->where ? *b->where : NULL;
+    struct ry_comm *old = nccl ? ry_comms_find(nccl) : NULL;
+    if (old) /* it ended in a way that we did not see, and NCCL uses its memory again */
+        ry_comms_remove(old);
+    struct ry_comm *c = nccl ? ry_comms_add(nccl) : NULL;
+    if (!c) {
+        if (b->parent)
+            ry_comms_put(b->parent);
+        return;
+    }
+    c->birth = b->birth, c->ordinal = b->ordinal, c->color = b->color, c->parent = b->parent;
+    c->nranks = b->nranks, c->rank = b->rank, c->device = b->device;
+    c->blocking = b->blocking, c->has_id = b->has_id, c->has_name = b->has_name;
+    memcpy(c->unique_id, b->unique_id, sizeof c->unique_id);
+    memcpy(c->name, b->name, sizeof c->name);
+    c->pending = true;
+    if (ask(g, c))
+        introduce(g, c);
+    ry_comms_put(c);
+}
+
+/* The call that made communicators has returned, or the group that held it has ended. */
+static void adopt_all(struct ry_group *g, ncclResult_t r)
+{
+    for (int i = 0; i < g->nbirths; i++) {
+        if (r == ncclSuccess || r == ncclInProgress)
+            adopt(g, &g->births[i]);
+        else if (g->births[i].parent)
+            ry_comms_put(g->births[i].parent);
+    }
+    g->nbirths = 0;
+}
+
+/* Outside a group a communicator is there when the call returns; inside, when the group has ended. */
+static ncclResult_t born(struct ry_group *g, ncclResult_t r)
+{
+    if (g->depth)
+        ry_group_other(g);
+    else
+        adopt_all(g, r);
+    return r;
+}
+
+/* Within a group a failed call leaves nothing to adopt, whatever the others do. */
+static void unborn(struct ry_group *g, ncclResult_t r, struct ry_birth_note *b)
+{
+    if (b && r != ncclSuccess && r != ncclInProgress)
+        b->where = NULL;
+}
+
+static void note_config(struct ry_birth_note *b, const void *config)
+{
+    const struct ry_nccl_config *c = config;
+    if (!b || !c || c->magic != RY_NCCL_CONFIG_MAGIC)
+        return;
+    if (c->size >= offsetof(struct ry_nccl_config, blocking) + sizeof c->blocking)
+        b->blocking = c->blocking != 0;
+    if (c->version >= 22700 && c->size >= sizeof *c && c->comm_name) {
+        b->has_name = true;
+        snprintf(b->name, sizeof b->name, "%s", c->comm_name);
+    }
+}
+
+static struct ry_birth_note *note_init(struct ry_group *g, ncclComm_t *where, int nranks, int rank,
+                                       const ncclUniqueId *id, const void *config)
+{
+    open_engine();
+    struct ry_birth_note *b = ry_group_birth(g);
+    if (!b)
+        return NULL;
+    b->where = where;
+    b->birth = RY_BIRTH_INIT;
+    b->nranks = nranks;
+    b->rank = rank;
+    b->has_id = true;
+    memcpy(b->unique_id, id, sizeof b->unique_id);
+    note_config(b, config);
+    return b;
+}
+
+static struct ry_birth_note *note_child(struct ry_group *g, ncclComm_t *where, ncclComm_t parent, enum ry_birth birth,
+                                        int color, const void *config)
+{
+    struct ry_comm *p = ry_comms_get(parent);
+    struct ry_birth_note *b = ry_group_birth(g);
+    if (!b) {
+        if (p)
+            ry_comms_put(p);
+        return NULL;
+    }
+    b->where = where;
+    b->birth = birth;
+    b->parent = p;
+    b->color = color;
+    if (p) /* every rank of the parent makes this call, so they all count alike */
+        b->ordinal = atomic_fetch_add(birth == RY_BIRTH_SPLIT ? &p->splits : &p->shrinks, 1);
+    if (p)
+        b->blocking = p->blocking; /* a child without a config of its own inherits */
+    note_config(b, config);
+    return b;
+}
+
+API ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
+{
+    PASS_UNLESS_WATCHING(ncclGetUniqueId, id)
+    open_engine();
+    ncclResult_t r = REAL(ncclGetUniqueId, id);
+    if (r == ncclSuccess && hooks.unique_id)
+        hooks.unique_id((uint8_t *)id->internal);
+    return r;
+}
+
+API ncclResult_t ncclCommInitRank(ncclComm_t *comm, int nranks, ncclUniqueId id, int rank)
+{
+    PASS_UNLESS_WATCHING(ncclCommInitRank, comm, nranks, id, rank)
+    struct ry_birth_note *b = note_init(g, comm, nranks, rank, &id, NULL);
+    ncclResult_t r = REAL(ncclCommInitRank, comm, nranks, id, rank);
+    unborn(g, r, b);
+    return born(g, r);
+}
+
+API ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int nranks, ncclUniqueId id, int rank, ncclConfig_t *config)
+{
+    PASS_UNLESS_WATCHING(ncclCommInitRankConfig, comm, nranks, id, rank, config)
+    struct ry_birth_note *b = note_init(g, comm, nranks, rank, &id, config);
+    ncclResult_t r = REAL(ncclCommInitRankConfig, comm, nranks, id, rank, config);
+    unborn(g, r, b);
+    return born(g, r);
+}
+
+API ncclResult_t ncclCommInitRankScalable(ncclComm_t *newcomm, int nranks, int rank, int nids, ncclUniqueId *ids,
+                                          ncclConfig_t *config)
+{
+    PASS_UNLESS_WATCHING(ncclCommInitRankScalable, newcomm, nranks, rank, nids, ids, config)
+    struct ry_birth_note *b = nids > 0 && ids ? note_init(g, newcomm, nranks, rank, &ids[0], config) : NULL;
+    ncclResult_t r = REAL(ncclCommInitRankScalable, newcomm, nranks, rank, nids, ids, config);
+    unborn(g, r, b);
+    return born(g, r);
+}
+
+API ncclResult_t ncclCommInitAll(ncclComm_t *comms, int ndev, const int *devlist)
+{
+    PASS_UNLESS_WATCHING(ncclCommInitAll, comms, ndev, devlist)
+    static _Atomic uint32_t ordinal;
+    open_engine();
+    uint32_t o = atomic_fetch_add(&ordinal, 1);
+    ncclResult_t r = REAL(ncclCommInitAll, comms, ndev, devlist);
+    for (int i = 0; r == ncclSuccess && i < ndev; i++) {
+        struct ry_birth_note *b = ry_group_birth(g);
+        if (!b)
+            break;
+        b->where = &comms[i];
+        b->birth = RY_BIRTH_INIT_ALL;
+        b->nranks = ndev, b->rank = i;
+        b->device = devlist ? devlist[i] : i;
+        b->ordinal = o;
+    }
+    return born(g, r);
+}
+
+API ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *newcomm, ncclConfig_t *config)
+{
+    PASS_UNLESS_WATCHING(ncclCommSplit, comm, color, key, newcomm, config)
+    struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SPLIT, color, config);
+    ncclResult_t r = REAL(ncclCommSplit, comm, color, key, newcomm, config);
+    unborn(g, r, b);
+    return born(g, r);
+}
+
+API ncclResult_t ncclCommShrink(ncclComm_t comm, int *exclude, int nexclude, ncclComm_t *newcomm, ncclConfig_t *config,
+                                int flags)
+{
+    PASS_UNLESS_WATCHING(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags)
+    struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SHRINK, 0, config);
+    ncclResult_t r = REAL(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags);
+    unborn(g, r, b);
+    return born(g, r);
+}
+
+/* ---- communicators go ---- */
+
+API ncclResult_t ncclCommFinalize(ncclComm_t comm)
+{
+    PASS_UNLESS_WATCHING(ncclCommFinalize, comm)
+    return REAL(ncclCommFinalize, comm); /* it lives on until it is destroyed */
+}
+
+/* Out of the table before NCCL frees the handle: another thread may be given the same address at once. */
+static void ended(ncclComm_t comm, bool aborted)
+{
+    struct ry_comm *c = ry_comms_find(comm);
+    if (!c)
+        return;
+    c->aborted = aborted;
+    ry_comms_remove(c);
+}
+
+API ncclResult_t ncclCommDestroy(ncclComm_t comm)
+{
+    PASS_UNLESS_WATCHING(ncclCommDestroy, comm)
+    ended(comm, false);
+    return REAL(ncclCommDestroy, comm);
+}
+
+API ncclResult_t ncclCommAbort(ncclComm_t comm)
+{
+    PASS_UNLESS_WATCHING(ncclCommAbort, comm)
+    ended(comm, true);
+    return REAL(ncclCommAbort, comm);
+}
+
+API ncclResult_t ncclCommRevoke(ncclComm_t comm, int flags)
+{
+    PASS_UNLESS_WATCHING(ncclCommRevoke, comm, flags)
+    struct ry_comm *c = ry_comms_find(comm); /* stays: it can still be split, shrunk and must be destroyed */
+    if (c)
+        c->revoked = true;
+    return REAL(ncclCommRevoke, comm, flags);
+}
+
+/* ---- groups and exchanges ---- */
+
+struct running {
+    bool on;
+    void *cookie;
+    struct ry_exchange x;
+};
+
+static inline void begin_exchange(struct ry_group *g, struct running *run)
+{
+    run->cookie = NULL;
+    run->on = ry_group_exchange(g, &run->x);
+    if (!run->on || !g->comm->engine || !hooks.exchange_begin)
+        return;
+    g->inside++;
+    run->cookie = hooks.exchange_begin(g->comm->engine, &run->x);
+    g->inside--;
+}
+
+static inline void end_exchange(struct ry_group *g, struct running *run, ncclResult_t r)
+{
+    if (run->on) {
+        if (r == ncclSuccess || r == ncclInProgress)
+            atomic_fetch_add_explicit(&g->comm->exchanges, 1, memory_order_relaxed);
+        if (g->comm->engine && hooks.exchange_end) {
+            g->inside++;
+            hooks.exchange_end(g->comm->engine, &run->x, run->cookie, (int)r);
+            g->inside--;
+        }
+    } else if (g->comm && g->calls[0] + g->calls[1]) {
+        atomic_fetch_add_explicit(&g->comm->plain_groups, 1, memory_order_relaxed);
+    }
+    ry_group_reset(g);
+}
+
+API ncclResult_t ncclGroupStart(void)
+{
+    PASS_UNLESS_WATCHING(ncclGroupStart)
+    ncclResult_t r = REAL(ncclGroupStart);
+    if (r == ncclSuccess)
+        g->depth++;
+    return r;
+}
+
+API ncclResult_t ncclGroupEnd(void)
+{
+    PASS_UNLESS_WATCHING(ncclGroupEnd)
+    if (g->depth != 1) {
+        g->depth -= g->depth > 0;
+        return REAL(ncclGroupEnd);
+    }
+    struct running run;
+    begin_exchange(g, &run);
+    g->depth = 0;
+    ncclResult_t r = REAL(ncclGroupEnd);
+    end_exchange(g, &run, r);
+    if (__builtin_expect(g->nbirths, 0))
+        adopt_all(g, r);
+    return r;
+}
+
+API ncclResult_t ncclGroupSimulateEnd(ncclSimInfo_t *info)
+{
+    PASS_UNLESS_WATCHING(ncclGroupSimulateEnd, info)
+    ncclResult_t r = REAL(ncclGroupSimulateEnd, info); /* ends the group; nothing of it is run */
+    g->depth -= g->depth > 0;
+    if (!g->depth) {
+        g->calls[0] = g->calls[1] = 0, g->bytes[0] = g->bytes[1] = 0;
+        ry_group_reset(g);
+        adopt_all(g, ncclInvalidUsage);
+    }
+    return r;
+}
+
+/* A send or receive outside any group is one call, never an exchange. */
+static inline void note_p2p(struct ry_group *g, int direction, const void *buf, size_t count, ncclDataType_t type,
+                            int peer, ncclComm_t comm, cudaStream_t stream)
+{
+    settle(g, comm);
+    ry_group_p2p(g, direction, buf, count, (int)type, peer, comm, stream);
+    if (!g->depth)
+        ry_group_reset(g);
+}
+
+API ncclResult_t ncclSend(const void *buf, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
+                          cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclSend, buf, count, type, peer, comm, stream)
+    note_p2p(g, 0, buf, count, type, peer, comm, stream);
+    return REAL(ncclSend, buf, count, type, peer, comm, stream);
+}
+
+API ncclResult_t ncclRecv(void *buf, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclRecv, buf, count, type, peer, comm, stream)
+    note_p2p(g, 1, buf, count, type, peer, comm, stream);
+    return REAL(ncclRecv, buf, count, type, peer, comm, stream);
+}
+
+static inline struct ry_comm *count_call(enum ry_call call, size_t count, ncclDataType_t type, ncclComm_t comm)
+{
+    struct ry_comm *c = ry_comms_find(comm);
+    if (!c)
+        return NULL;
+    atomic_fetch_add_explicit(&c->calls[call], 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&c->bytes[call], count * ry_nccl_type_bytes((int)type), memory_order_relaxed);
+    return c;
+}
+
+API ncclResult_t ncclAlltoAll(const void *send, void *recv, size_t count, ncclDataType_t type, ncclComm_t comm,
+                              cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclAlltoAll, send, recv, count, type, comm, stream)
+    settle(g, comm);
+    struct ry_comm *c = count_call(RY_CALL_ALLTOALL, count, type, comm);
+    if (c) /* count is per peer */
+        atomic_fetch_add_explicit(&c->bytes[RY_CALL_ALLTOALL],
+                                  count * ry_nccl_type_bytes((int)type) * (size_t)(c->nranks > 0 ? c->nranks - 1 : 0),
+                                  memory_order_relaxed);
+    ry_group_alltoall(g, send, recv, count, (int)type, comm, stream);
+    if (g->depth)
+        return REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
+    struct running run;
+    begin_exchange(g, &run);
+    ncclResult_t r = REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
+    end_exchange(g, &run, r);
+    return r;
+}
+
+/* ---- everything else is counted ---- */
+
+static inline void note_call(struct ry_group *g, enum ry_call call, size_t count, ncclDataType_t type, ncclComm_t comm)
+{
+    count_call(call, count, type, comm);
+    if (g->depth)
+        ry_group_other(g);
+}
+
+API ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataType_t type, ncclComm_t comm,
+                               cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclAllGather, send, recv, count, type, comm, stream)
+    note_call(g, RY_CALL_ALLGATHER, count, type, comm);
+    if ((type == ncclInt64 || type == ncclUint64) && hooks.int64_allgather) {
+        struct ry_comm *c = ry_comms_get(comm);
+        if (c && c->engine) {
+            g->inside++;
+            hooks.int64_allgather(c->engine, count);
+            g->inside--;
+        }
+        if (c)
+            ry_comms_put(c);
+    }
+    return REAL(ncclAllGather, send, recv, count, type, comm, stream);
+}
+
+API ncclResult_t ncclAllReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
+                               ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclAllReduce, send, recv, count, type, op, comm, stream)
+    note_call(g, RY_CALL_ALLREDUCE, count, type, comm);
+    return REAL(ncclAllReduce, send, recv, count, type, op, comm, stream);
+}
+
+API ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type, int root,
+                               ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclBroadcast, send, recv, count, type, root, comm, stream)
+    note_call(g, RY_CALL_BROADCAST, count, type, comm);
+    return REAL(ncclBroadcast, send, recv, count, type, root, comm, stream);
+}
+
+API ncclResult_t ncclBcast(void *buf, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclBcast, buf, count, type, root, comm, stream)
+    note_call(g, RY_CALL_BROADCAST, count, type, comm);
+    return REAL(ncclBcast, buf, count, type, root, comm, stream);
+}
+
+API ncclResult_t ncclReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, int root,
+                            ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclReduce, send, recv, count, type, op, root, comm, stream)
+    note_call(g, RY_CALL_REDUCE, count, type, comm);
+    return REAL(ncclReduce, send, recv, count, type, op, root, comm, stream);
+}
+
+API ncclResult_t ncclReduceScatter(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
+                                   ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclReduceScatter, send, recv, count, type, op, comm, stream)
+    note_call(g, RY_CALL_REDUCESCATTER, count, type, comm);
+    return REAL(ncclReduceScatter, send, recv, count, type, op, comm, stream);
+}
+
+API ncclResult_t ncclGather(const void *send, void *recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
+                            cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclGather, send, recv, count, type, root, comm, stream)
+    note_call(g, RY_CALL_GATHER, count, type, comm);
+    return REAL(ncclGather, send, recv, count, type, root, comm, stream);
+}
+
+API ncclResult_t ncclScatter(const void *send, void *recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
+                             cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclScatter, send, recv, count, type, root, comm, stream)
+    note_call(g, RY_CALL_SCATTER, count, type, comm);
+    return REAL(ncclScatter, send, recv, count, type, root, comm, stream);
+}
+
+API ncclResult_t ncclPutSignal(const void *local, size_t count, ncclDataType_t type, int peer, ncclWindow_t window,
+                               size_t offset, int signal, int ctx, unsigned int flags, ncclComm_t comm,
+                               cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclPutSignal, local, count, type, peer, window, offset, signal, ctx, flags, comm, stream)
+    note_call(g, RY_CALL_ONESIDED, count, type, comm);
+    return REAL(ncclPutSignal, local, count, type, peer, window, offset, signal, ctx, flags, comm, stream);
+}
+
+API ncclResult_t ncclSignal(int peer, int signal, int ctx, unsigned int flags, ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclSignal, peer, signal, ctx, flags, comm, stream)
+    note_call(g, RY_CALL_ONESIDED, 0, ncclInt8, comm);
+    return REAL(ncclSignal, peer, signal, ctx, flags, comm, stream);
+}
+
+API ncclResult_t ncclWaitSignal(int n, ncclWaitSignalDesc_t *descs, ncclComm_t comm, cudaStream_t stream)
+{
+    PASS_UNLESS_WATCHING(ncclWaitSignal, n, descs, comm, stream)
+    note_call(g, RY_CALL_ONESIDED, 0, ncclInt8, comm);
+    return REAL(ncclWaitSignal, n, descs, comm, stream);
+}

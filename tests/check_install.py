@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""`meson install` into an empty folder, and everything working from there, the build folder forgotten. usage: check_install.py BUILD"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+work = tempfile.mkdtemp(prefix="ry-install-")
+root = os.path.join(work, "root")
+
+
+def run(argv, **more):
+    p = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, **more)
+    if p.returncode:
+        sys.exit(f"{' '.join(argv)} gave {p.returncode}:\n{p.stdout}")
+    return p.stdout
+
+
+def find(name):
+    for folder, _, files in os.walk(root):
+        if name in files:
+            return os.path.join(folder, name)
+    sys.exit(f"{name} is not installed; there is:\n" + run(["find", root]))
+
+
+run(["meson", "install", "-C", os.path.join(TOP, sys.argv[1]), "--no-rebuild", "--destdir", root])
+railyard, preload = find("railyard"), find("librailyard.so")
+if os.path.dirname(find("librailyard-engine.so")) != os.path.dirname(preload):
+    sys.exit("the engine does not lie beside librailyard.so")
+find("libnccl.so.2"), find("railyard-bench"), find("railyard.1")
+prefix = os.path.dirname(os.path.dirname(railyard))
+pc = find("railyard.pc")
+version = run(["pkg-config", "--modversion", pc]).strip()
+if run([railyard, "--version"]).strip() != f"railyard {version}":
+    sys.exit("the tool and railyard.pc are of different versions")
+# the prefix was moved by --destdir, so it is said again
+path = run(["pkg-config", f"--define-variable=prefix={prefix}", "--variable=preload", pc]).strip()
+if os.path.realpath(path) != os.path.realpath(preload):
+    sys.exit(f"railyard.pc says {path}, but librailyard.so is {preload}")
+trace = os.path.join(work, "trace")
+out = run([railyard, "emu", "-n", "2", "-g", "2", "--preload", "--", railyard, "bench", "--iterations", "2"],
+          env={**os.environ, "RAILYARD_TRACE": trace})
+report = json.loads(run([railyard, "report", trace, "--json", "-"]))
+if report["ranks"] != 4 or not report["exchanges"]:
+    sys.exit(f"the installed preload saw nothing:\n{out}")
+with open(os.path.join(trace, [f for f in os.listdir(trace) if f.endswith(".jsonl")][0])) as f:
+    if root not in f.readline():
+        sys.exit("the installed bench met an NCCL from outside the installation")
+shutil.rmtree(work)
+print("installed, and working from there")

@@ -1,0 +1,469 @@
+#!/usr/bin/env python3
+"""Tests of tests/gpu/cluster and train_moe.py that need no GPU. Skipped (status 77) where no cluster can be built.
+
+Each test runs the real thing: real namespaces, real traffic. train_moe.py is tested with PyTorch on gloo where it is
+installed (RY_TEST_PYTHON names a Python that has it), and says so where it is not.
+"""
+import importlib.machinery
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CLUSTER = [sys.executable, os.path.join(HERE, "cluster")]
+TORCH = os.environ.get("RY_TEST_PYTHON", sys.executable)
+
+# One sender or all send `size` bytes each to rank 0, which prints at what rate they came, and TCP's algorithm.
+TRAFFIC = textwrap.dedent("""
+    import os, socket, sys, threading, time
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    pattern, size = sys.argv[1], int(sys.argv[2])
+    address = lambda r: (os.environ["MASTER_ADDR"].rsplit(".", 1)[0] + ".%d" % (r + 1), int(os.environ["MASTER_PORT"]))
+    senders = {"one": [1], "incast": list(range(1, world))}[pattern]
+    if rank == 0:
+        with socket.create_server(("", address(0)[1])) as server:
+            peers = [server.accept()[0] for _ in senders]
+            [p.sendall(b"x") for p in peers]
+            start, got = time.monotonic(), [0] * len(peers)
+            def drain(i):
+                while got[i] < size:
+                    n = len(peers[i].recv(1 << 20))
+                    assert n, "connection lost"
+                    got[i] += n
+            threads = [threading.Thread(target=drain, args=(i,)) for i in range(len(peers))]
+            [t.start() for t in threads]; [t.join() for t in threads]
+            took = time.monotonic() - start
+            print("%.1f mbit %s" % (sum(got) * 8 / took / 1e6, peers[0].getsockopt(6, 13, 16).split(bytes(1))[0].decode()))
+    elif rank in senders:
+        for _ in range(100):
+            try:
+                s = socket.create_connection(address(0))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        assert s.recv(1) == b"x"
+        s.sendall(bytes(size))
+        s.recv(1)
+""")
+
+
+def run(*argv, **more):
+    return subprocess.run(CLUSTER + list(argv), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, **more)
+
+
+def leftovers():
+    names = subprocess.run(["ip", "netns", "list"], text=True, stdout=subprocess.PIPE).stdout.split("\n")
+    found = [n.split()[0] for n in names if n.startswith("ryv-")]
+    for folder in ("/run/railyard-cluster", "/etc/netns"):
+        found += [n for n in (os.listdir(folder) if os.path.isdir(folder) else []) if not n.startswith(".")]
+    return found
+
+
+def load(name):
+    """A script of this folder, as a module."""
+    sys.dont_write_bytecode = True
+    loader = importlib.machinery.SourceFileLoader(name, os.path.join(HERE, name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def wait_for(what, seconds=10):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(tag):
+    """Processes whose command line holds the tag, our own children's launchers left out."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/cmdline" % pid, "rb") as f:
+                words = f.read().split(b"\0")
+        except OSError:
+            continue
+        if words[:1] == [b"sleep"] and tag.encode() in words:
+            found.append(int(pid))
+    return found
+
+
+class ClusterTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.before = leftovers()  # somebody else's cluster may be standing here
+
+    def left(self):
+        return [n for n in leftovers() if n not in self.before]
+
+    def tearDown(self):
+        self.assertEqual(self.left(), [], "something was left behind")
+
+    def python(self, code, *args):
+        return ["--", sys.executable, "-c", code] + list(args)
+
+    def test_environment(self):
+        code = "import json,os; json.dump(dict(os.environ), open('%s/%%s' %% os.environ['RANK'], 'w'))" % self.folder.name
+        r = run("--nodes", "2", "--gpus", "2", "--devices", "none", "--env", "MORE=a=b", *self.python(code),
+                env=dict(os.environ, NCCL_NVLS_ENABLE="0", LD_LIBRARY_PATH="/nowhere"))
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        for rank in range(4):
+            with open(os.path.join(self.folder.name, str(rank))) as f:
+                env = json.load(f)
+            want = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": rank // 2,
+                    "MASTER_ADDR": "10.177.0.1", "NCCL_HOSTID": "vnode%d" % (rank // 2), "NCCL_NVLS_ENABLE": 0, "MORE": "a=b",
+                    "LD_LIBRARY_PATH": "/nowhere"}
+            self.assertEqual({k: env.get(k) for k in want}, {k: str(v) for k, v in want.items()})
+            self.assertNotIn("LOCAL_DEVICE", env)
+
+    def test_devices_are_spread(self):
+        # The arithmetic alone: nodes x ranks on D devices gives every node different ones, and all the same number.
+        module = load("cluster")
+        for nodes, gpus, devices in ((2, 2, 2), (4, 2, 2), (2, 1, 2), (2, 2, 4), (4, 2, 8), (2, 4, 4), (3, 2, 3)):
+            c = module.Cluster(None, "x")
+            c.state = {"devices": [str(d) for d in range(devices)], "all_devices": [str(d) for d in range(devices)], "mps": False}
+            ranks = module.Ranks(c, nodes, gpus, [], {}, None, ".", False)
+            used = [int(ranks.environment(r)["LOCAL_DEVICE"]) for r in range(nodes * gpus)]
+            for n in range(nodes):
+                self.assertEqual(len(set(used[n * gpus:(n + 1) * gpus])), gpus, (nodes, gpus, devices, used))
+            counts = [used.count(d) for d in range(devices)]
+            self.assertLessEqual(max(counts) - min(counts), 1, (nodes, gpus, devices, used))
+
+    def fake_gpus(self, mps):
+        """A PATH on which two GPUs are seen, and an MPS daemon that only writes down what it was told."""
+        tools = {"nvidia-smi": "#!/bin/sh\necho '0, Fake GPU'; echo '1, Fake GPU'\n"}
+        if mps:
+            tools["nvidia-cuda-mps-control"] = textwrap.dedent("""\
+                #!/bin/sh
+                cd %s
+                case $1 in
+                -d) setsid "$0" serve </dev/null >/dev/null 2>&1 & exit 0 ;;
+                serve) echo "$CUDA_VISIBLE_DEVICES" >mps-devices; while [ ! -e mps-told ]; do sleep 0.02; done ;;
+                *) read told; echo "$told" >mps-told ;;
+                esac
+                """) % self.folder.name
+        for name, text in tools.items():
+            path = os.path.join(self.folder.name, name)
+            with open(path, "w") as f:
+                f.write(text)
+            os.chmod(path, 0o755)
+        env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        return dict(env, PATH=self.folder.name + ":" + os.environ["PATH"])
+
+    def read(self, name):
+        with open(os.path.join(self.folder.name, name)) as f:
+            return f.read()
+
+    def test_mps_is_started_and_ended(self):
+        env = self.fake_gpus(True)
+        show = ["--log", self.folder.name, "--", "sh", "-c", "echo $LOCAL_DEVICE $CUDA_VISIBLE_DEVICES; ls -d $CUDA_MPS_PIPE_DIRECTORY"]
+        r = run("--nodes", "2", "--gpus", "2", *show, env=env)
+        self.assertEqual((r.returncode, r.stderr), (0, ""))
+        self.assertEqual(self.read("mps-told"), "quit\n")
+        self.assertEqual(self.read("mps-devices"), "\n")
+        self.assertRegex(r.stdout, r"^0\n/run/railyard-cluster/p\d+/mps\n$")
+        self.assertRegex(self.read("rank-3.log"), r"^1\n/run/")
+        os.unlink(os.path.join(self.folder.name, "mps-told"))
+        # One GPU for two nodes: the daemon shows its clients that one only, and it is their device 0.
+        r = run("--nodes", "2", "--gpus", "1", "--devices", "1", *show, env=dict(env, CUDA_VISIBLE_DEVICES="0,1"))
+        self.assertEqual(self.read("mps-devices"), "1\n")
+        self.assertRegex(r.stdout, r"^0\n/run/")
+
+    def test_mps_is_not_needed(self):
+        env = self.fake_gpus(True)
+        show = ["--log", self.folder.name, "--", "sh", "-c", "echo $LOCAL_DEVICE $CUDA_VISIBLE_DEVICES $CUDA_MPS_PIPE_DIRECTORY"]
+        r = run("--nodes", "2", "--gpus", "1", *show, env=env)
+        self.assertEqual((r.returncode, r.stdout, self.read("rank-1.log")), (0, "0\n", "1\n"))
+        self.assertFalse(os.path.exists(os.path.join(self.folder.name, "mps-devices")))
+
+    @unittest.skipIf(os.path.exists("/dev/nvidia0"), "the real MPS daemon is here")
+    def test_mps_is_missing(self):
+        env = self.fake_gpus(False)
+        r = run("--nodes", "2", "--gpus", "2", "--", "true", env=env)
+        self.assertEqual(r.returncode, 0)
+        self.assertIn("nvidia-cuda-mps-control not found: ranks that share a GPU will take turns", r.stderr)
+        r = run("--nodes", "2", "--gpus", "2", "--mps", "on", "--", "true", env=env)
+        self.assertEqual(r.returncode, 2)
+        self.assertIn("nvidia-cuda-mps-control not found", r.stderr)
+
+    def test_needs_root(self):
+        for python in (sys.executable, "/usr/bin/python3"):  # the first may lie where only root can read
+            try:
+                r = subprocess.run([python, CLUSTER[1], "--nodes", "2", "--", "true"], user=65534, text=True, stderr=subprocess.PIPE)
+            except OSError:
+                continue
+            if "can't open file" not in r.stderr:
+                break
+        else:
+            self.skipTest("neither Python nor this folder can be read by others")
+        self.assertEqual((r.returncode, r.stderr), (2, "cluster: error: needs root (network namespaces): run it with sudo\n"))
+
+    def rate(self, nic, nodes, pattern, size):
+        r = run("--nodes", str(nodes), "--gpus", "1", "--devices", "none", "--nic", nic, *self.python(TRAFFIC, pattern, str(size)))
+        self.assertEqual(r.returncode, 0, r.stderr)
+        rate, _, tcp = r.stdout.split()
+        return float(rate), tcp
+
+    def test_one_link_has_its_speed(self):
+        rate, tcp = self.rate("100mbit", 2, "one", 12500000)
+        self.assertTrue(90 < rate < 102, rate)  # headers take about 1 %; a burst may add a little
+        with open("/proc/sys/net/ipv4/tcp_available_congestion_control") as f:
+            if "cubic" in f.read().split():
+                self.assertEqual(tcp, "cubic")
+
+    def test_incast_is_limited_by_the_receiver(self):
+        rate, _ = self.rate("100mbit", 4, "incast", 4000000)
+        self.assertTrue(90 < rate < 102, rate)
+
+    def test_unshaped_is_faster(self):
+        rate, _ = self.rate("100gbit", 2, "one", 100000000)
+        self.assertGreater(rate, 600)
+
+    def test_failing_rank_is_named_and_the_others_ended(self):
+        tag = "4%d" % os.getpid()
+        r = run("--nodes", "2", "--gpus", "2", "--devices", "none", "--log", self.folder.name, "--", "sh", "-c",
+                '[ $RANK != 2 ] || { echo this is why; sleep 0.3; exit 3; }; (setsid sleep %s &); sleep %s' % (tag, tag))
+        self.assertEqual(r.returncode, 3)
+        self.assertIn("rank 2 (node 1, local rank 0) exited with status 3; ending ranks 0 1 3", r.stderr)
+        self.assertIn("[2] this is why", r.stderr)
+        self.assertEqual(alive(tag), [])
+
+    def test_killed_rank(self):
+        r = run("--nodes", "2", "--gpus", "1", "--devices", "none", "--", "sh", "-c", '[ $RANK != 1 ] || kill -SEGV $$; sleep 30')
+        self.assertEqual(r.returncode, 128 + signal.SIGSEGV)
+        self.assertIn("rank 1 (node 1, local rank 0) was killed by SIGSEGV", r.stderr)
+
+    def test_timeout(self):
+        tag = "5%d" % os.getpid()
+        start = time.monotonic()
+        r = run("--nodes", "2", "--gpus", "1", "--devices", "none", "--timeout", "0.5", "--", "sh", "-c",
+                "trap '' TERM; [ $RANK = 0 ] && exit 0; sleep %s; sleep %s" % (tag, tag))
+        self.assertEqual(r.returncode, 124)
+        self.assertIn("these ranks still ran: 1", r.stderr)
+        self.assertLess(time.monotonic() - start, 15)
+        self.assertEqual(alive(tag), [])
+
+    def test_ended_from_outside(self):
+        tag = "6%d" % os.getpid()
+        for sig in (signal.SIGTERM, signal.SIGKILL):
+            p = subprocess.Popen(CLUSTER + ["--nodes", "2", "--gpus", "1", "--devices", "none", "--", "sleep", tag],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.assertTrue(wait_for(lambda: len(alive(tag)) == 2))
+            p.send_signal(sig)
+            p.wait(20)
+            self.assertTrue(wait_for(lambda: not alive(tag)), sig)
+        self.assertNotEqual(self.left(), [])  # nobody could clean up behind SIGKILL
+        r = run("--nodes", "2", "--gpus", "1", "--devices", "none", "--", "true")
+        self.assertEqual(r.returncode, 0)
+        self.assertIn("removing what an earlier run left behind", r.stderr)
+
+    def test_standing_cluster(self):
+        self.addCleanup(run, "down", "--name", "test")
+        self.assertEqual(run("up", "--name", "test", "--nodes", "3", "--gpus", "2", "--devices", "none").returncode, 0)
+        # Another cluster's start must leave it alone, and two runs may share it.
+        self.assertEqual(run("--nodes", "2", "--gpus", "1", "--devices", "none", "--", "true").returncode, 0)
+        tag = "7%d" % os.getpid()
+        beside = subprocess.Popen(CLUSTER + ["run", "--name", "test", "--", "sleep", tag], stderr=subprocess.DEVNULL)
+        self.assertTrue(wait_for(lambda: len(alive(tag)) == 6))
+        r = run("run", "--name", "test", "--nodes", "2", "--gpus", "1", "--", "sh", "-c", "echo $WORLD_SIZE")
+        self.assertEqual((r.returncode, r.stdout), (0, "2\n"))
+        self.assertEqual(len(alive(tag)), 6)
+        beside.terminate()
+        beside.wait(20)
+        self.assertEqual(alive(tag), [])
+        r = run("run", "--name", "test", "--nodes", "4", "--", "true")
+        self.assertEqual(r.returncode, 2)
+        self.assertIn("has 3", r.stderr)
+        self.assertEqual(run("down", "--name", "test").returncode, 0)
+        r = run("run", "--name", "test", "--", "true")
+        self.assertEqual(r.returncode, 2)
+        self.assertIn("no cluster 'test' is up", r.stderr)
+
+    def test_preload_reaches_the_ranks_only(self):
+        source, lib = os.path.join(self.folder.name, "p.c"), os.path.join(self.folder.name, "p.so")
+        with open(source, "w") as f:
+            f.write('#include <stdio.h>\n#include <stdlib.h>\n#include <errno.h>\n__attribute__((constructor)) static void in(void) '
+                    '{ const char *r = getenv("RANK"); fprintf(stderr, "in %s of %s\\n", program_invocation_short_name, r ? r : "nobody"); }\n')
+        if subprocess.run(["cc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", lib, source], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("no C compiler")
+        r = run("--nodes", "2", "--gpus", "1", "--devices", "none", "--preload", lib, "--log", self.folder.name, "--", "true")
+        self.assertEqual((r.returncode, r.stderr), (0, "in true of 0\n"))
+        with open(os.path.join(self.folder.name, "rank-1.log")) as f:
+            self.assertEqual(f.read(), "in true of 1\n")
+
+    def test_clear_errors(self):
+        some = ["--nodes", "2", "--gpus", "1"]
+        for argv, why in ((some + ["--devices", "77", "--", "true"], "no GPU" if not os.path.exists("/dev/nvidia0") else "has GPUs"),
+                          (some + ["--devices", "none", "--mps", "on", "--", "true"], "--mps on"),
+                          (some + ["--devices", "none", "--nic", "fast", "--", "true"], "is no link speed"),
+                          (some + ["--devices", "none", "--preload", "/no/such.so", "--", "true"], "/no/such.so: no such file"),
+                          (some + ["--devices", "none", "--", "no-such-command"], "no-such-command: command not found"),
+                          (some + ["--devices", "none", "--iproute2", "/nowhere", "--", "true"], "no ip under /nowhere"),
+                          (some + ["--env", "x", "--", "true"], "is not KEY=VALUE"), (some, "no command")):
+            r = run(*argv)
+            self.assertEqual(r.returncode, 2, argv)
+            self.assertIn(why, r.stderr)
+            self.assertNotIn("Traceback", r.stderr)
+
+
+def have_torch():
+    return subprocess.run([TORCH, "-c", "import torch.distributed as d; assert d.is_gloo_available()"],
+                          stderr=subprocess.DEVNULL).returncode == 0
+
+
+class TrainTest(unittest.TestCase):
+    SMALL = ["--backend", "gloo", "--layers", "1", "--hidden", "32", "--experts", "8", "--seq", "32", "--batch", "2"]
+
+    @classmethod
+    def setUpClass(cls):
+        if not have_torch():
+            raise unittest.SkipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
+
+    def train(self, *more):
+        with tempfile.TemporaryDirectory() as folder:
+            r = run("--nodes", "2", "--gpus", "2", "--devices", "none", "--", TORCH, os.path.join(HERE, "train_moe.py"), *self.SMALL,
+                    "--deterministic", "--out", folder, *more)
+            self.assertEqual(r.returncode, 0, r.stderr)
+            with open(os.path.join(folder, "train.json")) as f, open(os.path.join(folder, "matrix.npy"), "rb") as m:
+                return json.load(f), m.read()
+
+    def test_learns_and_repeats(self):
+        (x, mx), (y, my) = self.train("--steps", "12", "--lr", "0.01"), self.train("--steps", "12", "--lr", "0.01")
+        losses = [float.fromhex(v) for v in x["losses"]]
+        self.assertTrue(5.3 < losses[0] < 5.8, losses)
+        self.assertLess(losses[-1], losses[0] - 1)
+        self.assertEqual((x["digest"], x["matrix"], mx), (y["digest"], y["matrix"], my))
+        z, _ = self.train("--steps", "12", "--lr", "0.01", "--seed", "2")
+        self.assertNotEqual(x["digest"], z["digest"])
+        # Tokens to experts: as many as there are, and each with its probability; uneven, and not the same both ways.
+        self.assertEqual(x["exchanges"], 12 * 6 + 2 * 3)
+        tokens = 4 * 2 * 32 * 2  # ranks, samples, places, top-k
+        self.assertEqual(x["bytes"], tokens * (12 * (4 * 32 * 4 + 2 * 4) + 2 * (2 * 32 * 4 + 4)))
+        self.assertNotEqual(x["matrix"][0][1], x["matrix"][1][0])
+        self.assertTrue(mx.startswith(b"\x93NUMPY\x01\x00") and len(mx) == 128 + 8 * 16)
+
+    def test_equal_splits(self):
+        x, _ = self.train("--steps", "2", "--equal-splits")
+        self.assertEqual(len({v for row in x["matrix"] for v in row}), 1)
+
+    def test_spread_experts_compute_what_gathered_ones_do(self):
+        code = textwrap.dedent("""
+            import os, sys, types; sys.path.insert(0, %r); sys.argv = sys.argv[:1]
+            import torch, torch.distributed as dist, train_moe as t
+            dist.init_process_group("gloo")
+            rank, world = dist.get_rank(), dist.get_world_size()
+            alone = [dist.new_group([r]) for r in range(world)][rank]
+            for equal in (False, True):
+                a = types.SimpleNamespace(experts=8, top_k=2, batch=2, seq=16, hidden=24, ffn=40, equal_splits=equal, capacity=8.0)
+                spread, gathered = (t.MoE(a, t.Tally(g), "layer").double() for g in (dist.group.WORLD, alone))
+                x = torch.randn(2, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+                x.requires_grad_()
+                got = []
+                for m in (spread, gathered):
+                    x.grad = None
+                    m.router.data = m.router.data.float()
+                    y = m(x)
+                    (y.sin().sum() + m.balance).backward()
+                    got.append((y.detach(), x.grad.clone(), m.router.grad.double()))
+                for p, q in zip(*got):
+                    assert p.abs().max() > 1e-3 and torch.allclose(p, q, rtol=1e-5, atol=1e-6), (equal, (p - q).abs().max())
+                # An expert's gradient holds all ranks' tokens: the sum of what each rank found by itself.
+                for mine, all_ in ((spread.up, gathered.up), (spread.down, gathered.down)):
+                    total = torch.stack([p.grad for p in all_]); dist.all_reduce(total)
+                    ours = torch.stack([p.grad for p in mine])
+                    assert torch.allclose(ours, total[rank * 2:rank * 2 + 2], rtol=1e-5, atol=1e-6), equal
+            print("same")
+        """ % HERE)
+        r = run("--nodes", "2", "--gpus", "2", "--devices", "none", "--", TORCH, "-c", code)
+        self.assertEqual((r.returncode, r.stdout), (0, "same\n"), r.stderr)
+
+
+class FoundationTest(unittest.TestCase):
+    """The proof's own logic, with gloo, where nothing of Railyard can be: a stand-in tool reports what it is told to."""
+
+    def prove(self, off):
+        if not have_torch():
+            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
+        with tempfile.TemporaryDirectory() as folder:
+            tool, lib = os.path.join(folder, "railyard"), os.path.join(folder, "nothing.so")
+            with open(tool, "w") as f:
+                f.write(textwrap.dedent("""\
+                    #!%s
+                    import json, os, sys
+                    verb, trace, option, out = sys.argv[1:]
+                    with open(os.path.join(os.path.dirname(trace), "train.json")) as f:
+                        job = json.load(f)
+                    job["matrix"][0][1] += %d
+                    cross = sum(v for i, r in enumerate(job["matrix"]) for j, v in enumerate(r) if i != j)
+                    with open(out, "w") as f:
+                        json.dump({"bytes_cross_node": cross, "notes": [], "communicators": [
+                            {"nranks": 2, "ranks_read": 2, "nnodes": 1, "exchanges": 0, "rank_matrix": [[0, 0], [0, 0]]},
+                            {"nranks": 2, "ranks_read": 2, "nnodes": 2, "exchanges": job["exchanges"], "rank_matrix": job["matrix"]}]}, f)
+                    """) % (sys.executable, off))
+            os.chmod(tool, 0o755)
+            if subprocess.run(["cc", "-shared", "-o", lib, "-x", "c", "/dev/null"], stderr=subprocess.DEVNULL).returncode:
+                self.skipTest("no C compiler")
+            r = subprocess.run(
+                [sys.executable, os.path.join(HERE, "foundation"), "--preload", lib, "--railyard", tool, "--python", TORCH, "--devices", "none",
+                 "--shapes", "2x1", "--sessions", "1", "--budget", "60", "--steps", "12", "--warmup", "2", "--limit", "1000", "--json",
+                 os.path.join(folder, "out.json"), "--train", " ".join(TrainTest.SMALL)],
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
+            self.assertIn(r.returncode, (0, 1), r.stderr)
+            with open(os.path.join(folder, "out.json")) as f:
+                return r, json.load(f)
+
+    def test_equal(self):
+        r, j = self.prove(0)
+        self.assertEqual((r.returncode, j["ok"]), (0, True), r.stdout + r.stderr)
+        shape, session = j["shapes"][0], j["sessions"][0]
+        self.assertEqual((shape["steps"], shape["turns"], shape["timed_steps"]), (14, 3, 12))
+        self.assertEqual((shape["exchanges"], shape["recorded_exchanges"]), (14 * 6 + 6, 14 * 6 + 6))
+        self.assertEqual([len(v) for turn in session["turns"] for v in turn], [4] * 6)
+
+    def test_recorded_matrix_differs(self):
+        r, j = self.prove(8)
+        self.assertEqual((r.returncode, j["ok"], j["shapes"][0]["recorded_equal"]), (1, False, False))
+        self.assertIn("rank 0 to 1: recorded", r.stdout)
+        self.assertIn("NOT OK", r.stdout.splitlines()[-1])
+
+    def test_judgement(self):
+        m = load("foundation")
+        a = m.parse([])
+        good = {"losses": ["0x1p+0", "0x1p-1", "0x1p-2"], "rank_losses": [["0x1p+0"]], "weights_sha256": ["a"], "matrix": [[1]], "exchanges": 3,
+                "bytes": 1, "digest": "d", "held_out_loss": "0x1p-2", "torch": "", "nccl": "", "device": "", "blocks": [1] + [2] * 30,
+                "step_ms": [50.0] + [10.0 + i % 3 for i in range(60)]}
+
+        def judge(**change):
+            s = m.compare(a, good, dict(good, **change))
+            s.update(recorded_equal=True, recorded_exchanges=3, remarks=[])
+            return m.summarize(a, 2, 2, [s] * 3)
+        self.assertTrue(judge()["ok"])
+        self.assertAlmostEqual(judge()["difference_percent"], 0)
+        for change in ({"rank_losses": [["0x1.0000000000001p+0"]]}, {"weights_sha256": ["b"]}, {"matrix": [[2]]}, {"exchanges": 4}):
+            self.assertFalse(judge(**change)["ok"], change)
+        slower = judge(step_ms=[50.0] + [(10.0 + i % 3) * 1.02 for i in range(60)])
+        self.assertFalse(slower["ok"])
+        self.assertAlmostEqual(slower["difference_percent"], 2)
+        # One disturbed step in ten says nothing about the others.
+        self.assertTrue(judge(step_ms=[50.0] + [(10.0 + i % 3) * (5 if i % 11 == 5 else 1) for i in range(60)])["same_speed"])
+
+
+if __name__ == "__main__":
+    offer = run("--check")
+    if offer.returncode:
+        print("skipped: no virtual cluster can be built here\n" + offer.stdout + offer.stderr)
+        sys.exit(77)
+    program = unittest.main(verbosity=2, exit=False)
+    ran = program.result.testsRun - len(program.result.skipped)
+    sys.exit(1 if not program.result.wasSuccessful() else 77 if ran <= 0 else 0)

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Everything that CI runs, in order; prints what failed and, last, one line 'N passed, N failed, N skipped'.
+
+  werror     the plain build with warnings as errors, and all its tests
+  asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
+  tsan       what has threads, under ThreadSanitizer
+  docs       tables and man page against the code
+  install    `meson install` into an empty folder, and the tool and libraries working from there
+
+Names of stages as arguments run only those. Build folders (build-ci*, ignored by git) are kept between runs.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+passed = failed = skipped = 0
+failures = []
+
+
+def count(name, ok, seconds, output=""):
+    global passed, failed
+    print(f"  {'ok  ' if ok else 'FAIL'} {name} ({seconds:.1f} s)", flush=True)
+    if ok:
+        passed += 1
+    else:
+        failed += 1
+        failures.append(name)
+        print("\n".join("       " + line for line in output.splitlines()[-60:]), flush=True)
+
+
+def command(name, argv, env=None):
+    start = time.time()
+    p = subprocess.run(argv, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                       env={**os.environ, **(env or {})})
+    count(name, p.returncode == 0, time.time() - start, p.stdout)
+    return p.returncode == 0
+
+
+def build(folder, *options):
+    if not os.path.exists(os.path.join(TOP, folder, "build.ninja")):
+        if not command(f"{folder}: configure", ["meson", "setup", folder, "-Dwerror=true", *options]):
+            return False
+    return command(f"{folder}: build", ["ninja", "-C", folder, "--quiet"])
+
+
+def meson_tests(folder, *options):
+    """All tests of a build folder, each counted."""
+    global skipped
+    log = os.path.join(TOP, folder, "meson-logs", "testlog.json")
+    if os.path.exists(log):
+        os.unlink(log)
+    subprocess.run(["meson", "test", "-C", folder, "--no-rebuild", "--quiet", *options], cwd=TOP,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if not os.path.exists(log):
+        return count(f"{folder}: tests ran", False, 0, "meson test wrote no log")
+    with open(log) as f:
+        for line in f:
+            t = json.loads(line)
+            name = f"{folder}: {t['name']}"
+            if t["result"] == "SKIP":
+                skipped += 1
+                print(f"  skip {name}", flush=True)
+            else:
+                count(name, t["result"] == "OK", t["duration"], t.get("stdout", "") + t.get("stderr", ""))
+            for text in t.get("stdout", "").splitlines():
+                if text.startswith("SKIP"):
+                    print(f"       {text}", flush=True)
+
+
+def stage_werror():
+    build("build-ci") and meson_tests("build-ci")
+
+
+def stage_asan():
+    build("build-ci-asan", "-Db_sanitize=address,undefined", "-Db_lundef=false", "-Dbuildtype=debugoptimized") and \
+        meson_tests("build-ci-asan", "-t", "3")
+
+
+def stage_tsan():
+    build("build-ci-tsan", "-Db_sanitize=thread", "-Db_lundef=false", "-Dbuildtype=debugoptimized") and \
+        meson_tests("build-ci-tsan", "-t", "5", "--suite", "threads")
+
+
+def stage_docs():
+    command("docs", [sys.executable, "tests/check_docs.py", "build-ci"])
+
+
+def stage_install():
+    command("install", [sys.executable, "tests/check_install.py", "build-ci"])
+
+
+def main():
+    stages = {k[6:]: v for k, v in globals().items() if k.startswith("stage_")}
+    chosen = sys.argv[1:] or list(stages)
+    for name in chosen:
+        if name not in stages:
+            sys.exit(f"tests/run.py: no stage '{name}'; there are: {', '.join(stages)}")
+    start = time.time()
+    for name in chosen:
+        print(f"== {name}", flush=True)
+        stages[name]()
+    print(f"{time.time() - start:.0f} s")
+    if failures:
+        print("failed: " + ", ".join(failures))
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+/* test_device.c: the device interface, run on every backend that this machine has; CUDA's cases skip visibly without a
+ * GPU. */
+#include <check.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "device/device.h"
+
+static const struct ry_device *device; /* the one under test */
+static struct ry_err err;
+
+#define ok(call) ck_assert_msg((call) == 0, "%s: %s", #call, err.msg)
+
+START_TEST(identity)
+{
+    int n = 0;
+    struct ry_device_id id;
+    ok(device->count(&n, &err));
+    ck_assert_int_ge(n, 1);
+    for (int i = 0; i < n; i++) {
+        ok(device->identify(i, &id, &err));
+        ck_assert_str_ne(id.name, "");
+        if (device == ry_device_host()) {
+            ck_assert_str_eq(id.pci, "");
+            ck_assert_str_eq(id.uuid, "");
+        } else {
+            unsigned domain, bus, slot, function;
+            ck_assert_msg(sscanf(id.pci, "%x:%x:%x.%x", &domain, &bus, &slot, &function) == 4, "pci '%s'", id.pci);
+            ck_assert_uint_eq(strlen(id.uuid), strlen("GPU-01234567-0123-0123-0123-0123456789ab"));
+            ck_assert_msg(!strncmp(id.uuid, "GPU-", 4), "uuid '%s'", id.uuid);
+        }
+    }
+}
+END_TEST
+
+/* Bytes go to the device, between two of its buffers, and back, unchanged; fill fills exactly what it was told. */
+START_TEST(memory)
+{
+    enum { N = 100003 };
+    unsigned char *out = malloc(N), *back = malloc(N);
+    void *a, *b, *stream, *nothing = out;
+    for (int i = 0; i < N; i++)
+        out[i] = (unsigned char)(i * 7 + i / 251);
+    ok(device->use(0, &err));
+    ok(device->stream_create(&stream, &err));
+    ok(device->alloc(&nothing, 0, &err));
+    ck_assert_ptr_null(nothing);
+    ok(device->release(nothing, &err));
+    ok(device->alloc(&a, N, &err));
+    ok(device->alloc(&b, N, &err));
+    ck_assert_uint_eq((uintptr_t)a % 256, 0);
+    void *const streams[] = {stream, NULL};
+    for (int s = 0; s < 2; s++) {
+        memset(back, 0, N);
+        ok(device->copy(a, out, N, streams[s], &err));
+        ok(device->copy(b, a, N, streams[s], &err));
+        ok(device->copy(NULL, NULL, 0, streams[s], &err));
+        ok(device->copy(back, b, N, streams[s], &err));
+        ok(device->stream_sync(streams[s], &err));
+        ck_assert_mem_eq(out, back, N);
+        ok(device->fill((char *)b + 1, 0xa5, N - 2, streams[s], &err));
+        ok(device->fill(NULL, 0, 0, streams[s], &err));
+        ok(device->copy(back, b, N, streams[s], &err));
+        ok(device->stream_sync(streams[s], &err));
+        ck_assert_uint_eq(back[0], out[0]);
+        ck_assert_uint_eq(back[N - 1], out[N - 1]);
+        for (int i = 1; i < N - 1; i++)
+            ck_assert_uint_eq(back[i], 0xa5);
+    }
+    ok(device->release(a, &err));
+    ok(device->release(b, &err));
+    ok(device->stream_destroy(stream, &err));
+    free(out);
+    free(back);
+}
+END_TEST
+
+START_TEST(streams_and_events)
+{
+    void *s1, *s2;
+    bool capturing = true, done = false;
+    struct ry_event *a, *b;
+    double us = -1;
+    ok(device->use(0, &err));
+    ok(device->stream_create(&s1, &err));
+    ok(device->stream_create(&s2, &err));
+    ck_assert_ptr_ne(s1, s2);
+    ok(device->stream_capturing(s1, &capturing, &err));
+    ck_assert(!capturing);
+    capturing = true;
+    ok(device->stream_capturing(NULL, &capturing, &err));
+    ck_assert(!capturing);
+    ok(device->event_create(&a, &err));
+    ok(device->event_create(&b, &err));
+    ck_assert_int_eq(device->event_elapsed(a, b, &us, &err), -1);
+    ok(device->event_done(a, &done, &err));
+    ok(device->event_record(a, s1, &err));
+    usleep(2000);
+    ok(device->event_record(b, s1, &err));
+    ok(device->stream_sync(s1, &err));
+    ok(device->event_done(b, &done, &err));
+    ck_assert(done);
+    ok(device->event_elapsed(a, b, &us, &err));
+    ck_assert_double_ge(us, 1500);
+    ck_assert_double_lt(us, 60e6);
+    device->event_destroy(a);
+    device->event_destroy(b);
+    ok(device->stream_destroy(s1, &err));
+    ok(device->stream_destroy(s2, &err));
+}
+END_TEST
+
+/* A thread that never chose a device uses and frees what another made. */
+static void *other_thread(void *p)
+{
+    void **given = p; /* stream, memory */
+    struct ry_event *ev;
+    bool done = false;
+    device->relax_thread();
+    ok(device->event_create(&ev, &err));
+    ok(device->fill(given[1], 1, 64, given[0], &err));
+    ok(device->event_record(ev, given[0], &err));
+    ok(device->stream_sync(given[0], &err));
+    ok(device->event_done(ev, &done, &err));
+    ck_assert(done);
+    device->event_destroy(ev);
+    ok(device->release(given[1], &err));
+    ok(device->stream_destroy(given[0], &err));
+    return NULL;
+}
+
+START_TEST(from_another_thread)
+{
+    void *given[2];
+    pthread_t thread;
+    ok(device->use(0, &err));
+    ok(device->stream_create(&given[0], &err));
+    ok(device->alloc(&given[1], 64, &err));
+    ck_assert_int_eq(pthread_create(&thread, NULL, other_thread, given), 0);
+    pthread_join(thread, NULL);
+}
+END_TEST
+
+/* An event made on one device is recorded on a stream of another: needs two devices. */
+START_TEST(event_moves_between_devices)
+{
+    int n = 0;
+    void *stream;
+    struct ry_event *a, *b;
+    double us;
+    bool done = false;
+    ok(device->count(&n, &err));
+    if (n < 2 && device != ry_device_host()) {
+        printf("SKIP event_moves_between_devices: one CUDA device only\n");
+        return;
+    }
+    ok(device->use(0, &err));
+    ok(device->event_create(&a, &err));
+    ok(device->event_create(&b, &err));
+    ok(device->use(1, &err));
+    ok(device->stream_create(&stream, &err));
+    ok(device->use(0, &err));
+    ok(device->event_record(a, stream, &err));
+    ok(device->event_record(b, stream, &err));
+    ok(device->stream_sync(stream, &err));
+    ok(device->event_done(b, &done, &err));
+    ck_assert(done);
+    ok(device->event_elapsed(a, b, &us, &err));
+    device->event_destroy(a);
+    device->event_destroy(b);
+    ok(device->stream_destroy(stream, &err));
+}
+END_TEST
+
+/* ---- only with the fake driver, which can be asked what it saw ---- */
+
+static int (*fake_depth)(void), (*fake_device)(void), (*fake_mode)(void);
+static void (*fake_capture)(void *stream, int result, int status);
+
+static bool is_fake(void)
+{
+    void *lib = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (!lib)
+        return false;
+    *(void **)&fake_depth = dlsym(lib, "fake_cuda_depth");
+    *(void **)&fake_device = dlsym(lib, "fake_cuda_device");
+    *(void **)&fake_mode = dlsym(lib, "fake_cuda_mode");
+    *(void **)&fake_capture = dlsym(lib, "fake_cuda_capture");
+    dlclose(lib);
+    return fake_depth;
+}
+
+/* A stream's capture, an error that says that somebody captures, and any other error. */
+START_TEST(capture)
+{
+    void *stream;
+    bool capturing;
+    if (!is_fake())
+        return;
+    ok(device->use(0, &err));
+    ok(device->stream_create(&stream, &err));
+    static const struct {
+        int result, status, rc;
+        bool capturing;
+    } cases[] = {
+        {0, 0, 0, false},                      /* none */
+        {0, 1, 0, true},                       /* active */
+        {0, 2, 0, true},                       /* invalidated */
+        {906, 0, 0, true},                     /* CUDA_ERROR_STREAM_CAPTURE_IMPLICIT */
+        {900, 0, 0, true}, {719, 0, -1, true}, /* a launch failed earlier: not known, so hands off */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fake_capture(stream, cases[i].result, cases[i].status);
+        capturing = !cases[i].capturing;
+        ck_assert_msg(device->stream_capturing(stream, &capturing, &err) == cases[i].rc, "case %zu", i);
+        ck_assert_msg(capturing == cases[i].capturing, "case %zu", i);
+    }
+    ck_assert_ptr_nonnull(strstr(err.msg, "cuStreamIsCapturing: CUDA_ERROR_FAKE (719)"));
+    ok(device->stream_destroy(stream, &err));
+}
+END_TEST
+
+/* Whatever is called, the thread's current context is afterwards what it was, also after failures. */
+START_TEST(contexts_are_left_alone)
+{
+    void *stream, *p = NULL;
+    struct ry_event *ev;
+    bool flag;
+    if (!is_fake())
+        return;
+    ck_assert_int_eq(fake_depth(), 0);
+    ok(device->alloc(&p, 64, &err)); /* no context: device 0 */
+    ck_assert_int_eq(fake_depth(), 0);
+    ok(device->release(p, &err));
+    ok(device->use(1, &err));
+    ok(device->stream_create(&stream, &err));
+    ok(device->use(0, &err));
+    ok(device->alloc(&p, 64, &err));
+    ck_assert_int_eq(device->alloc(&(void *){NULL}, SIZE_MAX - 4096, &err), -1);
+    ck_assert_msg(strstr(err.msg, "cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY (2)"), "%s", err.msg);
+    ok(device->fill(p, 1, 64, stream, &err));
+    ok(device->event_create(&ev, &err));
+    ok(device->event_record(ev, stream, &err)); /* moves to device 1 */
+    ok(device->event_done(ev, &flag, &err));
+    ok(device->event_record(ev, NULL, &err)); /* and back to 0 */
+    ok(device->stream_capturing(stream, &flag, &err));
+    fake_capture(stream, 719, 0);
+    ck_assert_int_eq(device->stream_capturing(stream, &flag, &err), -1);
+    device->event_destroy(ev);
+    ok(device->use(1, &err));
+    ok(device->release(p, &err)); /* of device 0 */
+    ck_assert_int_eq(fake_device(), 1);
+    ok(device->use(0, &err));
+    ok(device->stream_destroy(stream, &err)); /* of device 1 */
+    ck_assert_int_eq(fake_device(), 0);
+    ck_assert_int_eq(fake_depth(), 1);
+    ck_assert_int_eq(device->use(2, &err), -1);
+    ck_assert_ptr_nonnull(strstr(err.msg, "cuDeviceGet"));
+    ck_assert_int_eq(device->use(-1, &err), -1);
+    ck_assert_int_eq(device->stream_destroy(NULL, &err), -1);
+    device->relax_thread();
+    ck_assert_int_eq(fake_mode(), 2);
+}
+END_TEST
+
+/* Without a driver the CUDA backend is absent, says why, and says the same again. */
+START_TEST(cuda_or_a_reason)
+{
+    struct ry_err first = {""}, second = {""};
+    const struct ry_device *cuda = ry_device_cuda(&first);
+    ck_assert_ptr_eq(ry_device_cuda(&second), cuda);
+    if (!cuda) {
+        ck_assert_str_ne(first.msg, "");
+        ck_assert_str_eq(first.msg, second.msg);
+        ck_assert_ptr_null(strchr(first.msg, '\n'));
+    }
+    ck_assert_ptr_eq(ry_device_cuda(NULL), cuda);
+}
+END_TEST
+
+static bool on_cuda;
+
+/* In the child that Check forks for each test: a driver opened before the fork would not work after it. */
+static void choose_device(void)
+{
+    device = on_cuda ? ry_device_cuda(&err) : ry_device_host();
+    ck_assert_msg(device, "%s", err.msg);
+}
+
+static int run(bool cuda)
+{
+    on_cuda = cuda;
+    Suite *suite = suite_create(cuda ? "device: cuda" : "device: host");
+    TCase *t = tcase_create("device");
+    tcase_set_timeout(t, 60);
+    tcase_add_checked_fixture(t, choose_device, NULL);
+    tcase_add_test(t, identity);
+    tcase_add_test(t, memory);
+    tcase_add_test(t, streams_and_events);
+    tcase_add_test(t, from_another_thread);
+    tcase_add_test(t, event_moves_between_devices);
+    tcase_add_test(t, cuda_or_a_reason);
+    if (cuda) {
+        tcase_add_test(t, capture);
+        tcase_add_test(t, contexts_are_left_alone);
+    }
+    suite_add_tcase(suite, t);
+    SRunner *r = srunner_create(suite);
+    srunner_run_all(r, CK_NORMAL);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed;
+}
+
+/* Asked in a child, for the same reason. */
+static bool cuda_works(struct ry_err *why)
+{
+    int fd[2];
+    if (pipe(fd))
+        return false;
+    pid_t pid = fork();
+    if (!pid) {
+        struct ry_err e = {""};
+        ry_device_cuda(&e);
+        ssize_t w = write(fd[1], &e, sizeof e);
+        _exit(w != sizeof e);
+    }
+    close(fd[1]);
+    ssize_t n = read(fd[0], why, sizeof *why);
+    close(fd[0]);
+    return n == sizeof *why && !why->msg[0];
+}
+
+int main(void)
+{
+    struct ry_err why = {"no answer from the child that asked"};
+    int failed = run(false);
+    if (cuda_works(&why))
+        failed += run(true);
+    else if (getenv("RY_FAKE_CUDA"))
+        failed += printf("the fake driver does not work: %s\n", why.msg);
+    else
+        printf("SKIP cuda: %s\n", why.msg);
+    return failed ? 1 : 0;
+}

@@ -1,0 +1,226 @@
+/*
+ * test_report.c: `railyard report` as a whole: the text, the JSON against the truth, the picture as XML, for 1 to 200
+ * ranks, odd names, missing ranks, and files that cannot be written.
+ */
+#include <fcntl.h>
+#include <libxml/parser.h>
+#include <stdarg.h>
+#include <sys/stat.h>
+
+#include "command.h"
+#include "trace_help.h"
+
+static char said[4096]; /* by command_fail, which main.c of the tool has otherwise */
+
+int command_fail(const char *argv0, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(said, sizeof said, fmt, ap);
+    va_end(ap);
+    return 1;
+}
+
+/* Run the command; returns its text. */
+static char *report(int want, const char *option, const char *value, const char *option2, const char *value2)
+{
+    char *argv[] = {"railyard report", dir, (char *)option, (char *)value, (char *)option2, (char *)value2, NULL};
+    int argc = 2 + (option ? 2 : 0) + (option2 ? 2 : 0);
+    FILE *f = tmpfile();
+    fflush(stdout);
+    int saved = dup(STDOUT_FILENO);
+    dup2(fileno(f), STDOUT_FILENO);
+    said[0] = 0;
+    int rc = cmd_report(argc, argv);
+    fflush(stdout);
+    dup2(saved, STDOUT_FILENO);
+    close(saved);
+    ck_assert_msg(rc == want, "exit %d: %s", rc, said);
+    rewind(f);
+    char *text = malloc(8 << 20);
+    text[fread(text, 1, (8 << 20) - 1, f)] = 0;
+    fclose(f);
+    return text;
+}
+
+/* Rank i sends i + j + 1 elements of 2 bytes to rank j in each exchange; rank 0 sends ten times that. */
+static uint64_t elements(int i, int j)
+{
+    return (uint64_t)(i + j + 1) * (i ? 1 : 10);
+}
+
+static void record_job(int nranks, int per_node, int exchanges, const char *name, int skip)
+{
+    uint64_t *send = malloc(2 * (size_t)nranks * sizeof *send), *recv = send + nranks;
+    for (int r = 0; r < nranks; r++) {
+        if (r == skip)
+            continue;
+        struct ry_record_config config = config_for(dir);
+        config.buffer_bytes = 1 << 16;
+        struct ry_record *rec = ry_record_open(&config, &err);
+        ck_assert_msg(rec, "%s", err.msg);
+        struct ry_record_comm_info info = info_for("00000000000000aa", nranks, r, name, per_node);
+        struct ry_record_comm *comm = ry_record_comm(rec, &info);
+        for (int j = 0; j < nranks; j++) {
+            send[j] = elements(r, j);
+            recv[j] = elements(j, r);
+        }
+        for (int x = 0; x < exchanges; x++) {
+            struct ry_record_exchange e = {.number = (uint64_t)x,
+                                           .wall_ns = 1,
+                                           .type = 9,
+                                           .type_bytes = 2,
+                                           .send_count = send,
+                                           .recv_count = recv};
+            ry_record_exchange(rec, comm, &e);
+            ry_record_duration(rec, comm, (uint64_t)x, r == 1 ? 50 : 100);
+        }
+        ry_record_comm_end(rec, comm, "destroy", NULL, 0);
+        ry_record_close(rec);
+    }
+    free(send);
+}
+
+static json_int_t integer(const json_t *o, const char *key)
+{
+    const json_t *v = json_object_get(o, key);
+    ck_assert_msg(json_is_integer(v), "%s is no integer", key);
+    return json_integer_value(v);
+}
+
+static void check_picture(const char *file)
+{
+    char *text = report(0, "--svg", file, NULL, NULL);
+    free(text);
+    xmlDocPtr doc = xmlReadFile(file, NULL, XML_PARSE_NONET);
+    ck_assert_msg(doc, "%s is no XML", file);
+    ck_assert_str_eq((const char *)xmlDocGetRootElement(doc)->name, "svg");
+    int cells = 0;
+    for (xmlNodePtr n = xmlDocGetRootElement(doc)->children; n; n = n->next)
+        cells += n->type == XML_ELEMENT_NODE && !strcmp((const char *)n->name, "rect");
+    ck_assert_int_gt(cells, 4);
+    xmlFreeDoc(doc);
+}
+
+START_TEST(numbers)
+{
+    enum { N = 6, X = 10 };
+    record_job(N, 3, X, "EP group", -1);
+    char *text = report(0, "--json", "-", NULL, NULL);
+    json_t *o = json_loads(text, 0, NULL);
+    ck_assert_msg(o, "not JSON: %.200s", text);
+    uint64_t total = 0, cross = 0, self = 0, received[N] = {0};
+    const json_t *c = json_array_get(json_object_get(o, "communicators"), 0), *m = json_object_get(c, "rank_matrix");
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++) {
+            uint64_t b = 2 * X * elements(i, j);
+            total += b;
+            self += i == j ? b : 0;
+            cross += i / 3 != j / 3 ? b : 0;
+            received[j] += i != j ? b : 0;
+            ck_assert_uint_eq((uint64_t)json_integer_value(json_array_get(json_array_get(m, (size_t)i), (size_t)j)), b);
+        }
+    ck_assert_str_eq(json_string_value(json_object_get(o, "schema")), "railyard-report");
+    ck_assert_int_eq(integer(o, "version"), 1);
+    ck_assert_int_eq(integer(o, "nodes"), 2);
+    ck_assert_int_eq(integer(o, "ranks"), N);
+    ck_assert_int_eq(integer(o, "processes"), N);
+    ck_assert_int_eq(integer(o, "exchanges"), X);
+    ck_assert_uint_eq((uint64_t)integer(o, "bytes_total"), total);
+    ck_assert_uint_eq((uint64_t)integer(o, "bytes_cross_node"), cross);
+    ck_assert_uint_eq((uint64_t)integer(c, "bytes_self"), self);
+    ck_assert_uint_eq((uint64_t)integer(c, "bytes_in_node"), total - cross - self);
+    ck_assert_int_eq(integer(json_object_get(c, "agreement"), "pairs_differ"), 0);
+    ck_assert_int_eq(integer(json_object_get(c, "agreement"), "pairs_checked"), N * N);
+    const json_t *peak = json_object_get(json_object_get(c, "imbalance"), "sent"), *time = json_object_get(c, "time");
+    ck_assert_int_eq(integer(peak, "who"), 0);
+    peak = json_object_get(json_object_get(c, "imbalance"), "received");
+    uint64_t most = 0, sum = 0;
+    for (int j = 0; j < N; j++) {
+        most = received[j] > most ? received[j] : most;
+        sum += received[j];
+    }
+    ck_assert_double_eq_tol(json_number_value(json_object_get(peak, "over_mean")), (double)most * N / (double)sum,
+                            1e-6);
+    ck_assert_int_eq(integer(json_object_get(time, "shortest"), "rank"), 1);
+    ck_assert_double_eq_tol(json_number_value(json_object_get(time, "median_us")), 100, 1e-9);
+    ck_assert_uint_eq(json_array_size(json_object_get(c, "ranks")), N);
+    ck_assert_int_eq((int)json_array_size(json_object_get(o, "notes")), 0);
+    json_decref(o);
+    free(text);
+    text = report(0, NULL, NULL, NULL, NULL);
+    ck_assert_ptr_nonnull(strstr(text, "\"EP group\": expert-parallel (all-to-all), inferred"));
+    ck_assert_ptr_nonnull(strstr(text, "6 ranks on 2 nodes"));
+    ck_assert_ptr_nonnull(strstr(text, "rank 0 sends"));
+    ck_assert_ptr_nonnull(strstr(text, "rank 1 arrives last"));
+    ck_assert_ptr_null(strstr(text, "contradicts"));
+    free(text);
+}
+END_TEST
+
+START_TEST(pictures)
+{
+    static const struct {
+        int nranks, per_node;
+    } sizes[] = {{1, 1}, {2, 1}, {5, 2}, {16, 16}, {64, 8}, {130, 1}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        char file[128];
+        record_job(
+            sizes[i].nranks, sizes[i].per_node, 1,
+            "<&\"'>\x01 \xc3\xa9\xe2\x82\xac and a name that is longer than sixty byte\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9",
+            i == 2 ? 3 : -1);
+        snprintf(file, sizeof file, "%s/picture.svg", dir);
+        check_picture(file);
+        teardown();
+        setup();
+    }
+}
+END_TEST
+
+START_TEST(missing_ranks)
+{
+    record_job(6, 3, 2, NULL, 4);
+    char *text = report(0, NULL, NULL, NULL, NULL);
+    ck_assert_ptr_nonnull(strstr(text, "1 of its 6 ranks are missing: 4"));
+    ck_assert_ptr_nonnull(strstr(text, "nodes unknown"));
+    ck_assert_ptr_nonnull(strstr(text, "5 of them read"));
+    free(text);
+}
+END_TEST
+
+START_TEST(failures)
+{
+    free(report(1, NULL, NULL, NULL, NULL));
+    ck_assert_msg(strstr(said, "holds no trace"), "%s", said);
+    record_job(2, 1, 1, NULL, -1);
+    free(report(1, "--json", "/nonexistent/x.json", NULL, NULL));
+    ck_assert_msg(strstr(said, "/nonexistent/x.json: cannot be written: No such file"), "%s", said);
+    free(report(1, "--svg", "/nonexistent/x.svg", NULL, NULL));
+    ck_assert_msg(strstr(said, "/nonexistent/x.svg"), "%s", said);
+    free(report(1, "--svg", "/dev/full", NULL, NULL));
+    ck_assert_msg(strstr(said, "No space left"), "%s", said);
+    free(report(1, "--json", "/dev/full", NULL, NULL));
+    ck_assert_msg(strstr(said, "No space left"), "%s", said);
+    free(report(1, "--comm", "ff", NULL, NULL));
+    ck_assert_msg(strstr(said, "no communicator whose id begins with 'ff'"), "%s", said);
+    free(report(0, "--comm", "0000", "--json", "/dev/null"));
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("report");
+    TCase *t = tcase_create("report");
+    tcase_set_timeout(t, 60);
+    tcase_add_checked_fixture(t, setup, teardown);
+    tcase_add_test(t, numbers);
+    tcase_add_test(t, pictures);
+    tcase_add_test(t, missing_ranks);
+    tcase_add_test(t, failures);
+    suite_add_tcase(suite, t);
+    SRunner *r = srunner_create(suite);
+    srunner_run_all(r, CK_NORMAL);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed ? 1 : 0;
+}
