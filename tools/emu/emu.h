@@ -100,6 +100,8 @@ struct ry_emu_address {
 
 /** Start the worker and its thread, once per process. Not under the lock. */
 ncclResult_t ry_emu_wire_start(struct ry_emu_address *mine);
+/** Fails in a forked child of a process whose transport had started. */
+ncclResult_t ry_emu_wire_usable(void);
 /** [lock] The process of that address, connected. NULL on failure. */
 struct ry_emu_proc *ry_emu_wire_proc(const struct ry_emu_address *address);
 bool ry_emu_proc_is_self(const struct ry_emu_proc *proc);

@@ -64,6 +64,8 @@ bool ry_emu_waits_for(const struct ncclComm *comm, int peer)
 
 void ry_emu_wait_users(struct ncclComm *comm)
 {
+    if (ry_emu_wire_usable() != ncclSuccess)
+        return; /* whoever uses it is in the parent */
     while (comm->users)
         pthread_cond_wait(&users_gone, &ry_emu_lock);
 }
@@ -140,7 +142,9 @@ static ncclResult_t lonely_self_send(const struct ry_emu_op *ops, int nops)
 
 ncclResult_t ry_emu_run(struct ry_emu_op *ops, int nops)
 {
-    ncclResult_t result = lonely_self_send(ops, nops);
+    ncclResult_t result = ry_emu_wire_usable();
+    if (result == ncclSuccess)
+        result = lonely_self_send(ops, nops);
     if (result != ncclSuccess)
         return result;
     struct ry_emu_batch b = {.ops = ops, .nops = nops, .open = nops};

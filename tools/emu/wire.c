@@ -33,7 +33,8 @@ struct ry_emu_proc {
 };
 
 static struct {
-    pid_t pid; /* who started it: a forked child has no thread and must not touch it */
+    bool started;
+    atomic_bool forked; /* this is a forked child of a process that had started: it has no thread, and shares sockets */
     ucp_context_h context;
     ucp_worker_h worker;
     int epoll, timer;
@@ -257,15 +258,31 @@ static ncclResult_t start_locked(void)
     return ncclSuccess;
 }
 
+/* The lock may have been held by a thread that the child does not have. */
+static void in_child(void)
+{
+    pthread_mutex_init(&ry_emu_lock, NULL);
+    wire.forked = wire.started;
+    wire.over = wire.started;
+}
+
+ncclResult_t ry_emu_wire_usable(void)
+{
+    if (atomic_load_explicit(&wire.forked, memory_order_relaxed))
+        return ry_emu_error(ncclInvalidUsage, "a forked child cannot communicate with its parent's transport: exec first");
+    return ncclSuccess;
+}
+
 ncclResult_t ry_emu_wire_start(struct ry_emu_address *mine)
 {
+    ncclResult_t usable = ry_emu_wire_usable();
+    if (usable != ncclSuccess)
+        return usable;
     pthread_mutex_lock(&ry_emu_lock);
-    if (!wire.pid) {
-        wire.pid = getpid();
+    if (!wire.started) {
+        wire.started = true;
+        pthread_atfork(NULL, NULL, in_child);
         wire.result = start_locked();
-    } else if (wire.pid != getpid()) {
-        pthread_mutex_unlock(&ry_emu_lock);
-        return ry_emu_error(ncclInvalidUsage, "a forked child cannot use the communicators' transport of its parent: exec first");
     }
     if (mine)
         *mine = wire.address;
@@ -427,7 +444,7 @@ static void on_flushed(void *request, ucs_status_t status, void *arg)
 
 void ry_emu_wire_flush(void)
 {
-    if (!wire.pid || wire.pid != getpid() || wire.result != ncclSuccess)
+    if (wire.forked)
         return;
     struct flush *f = calloc(1, sizeof *f);
     if (!f)
@@ -439,7 +456,7 @@ void ry_emu_wire_flush(void)
     uint64_t deadline = ry_now_ns() + 2000000000u;
     struct timespec at = {(time_t)(deadline / 1000000000u), (long)(deadline % 1000000000u)};
     pthread_mutex_lock(&ry_emu_lock);
-    if (wire.over) {
+    if (wire.over || !wire.worker) {
         pthread_mutex_unlock(&ry_emu_lock);
         free(f);
         return;
@@ -464,7 +481,7 @@ void ry_emu_wire_flush(void)
  */
 __attribute__((destructor)) static void at_exit(void)
 {
-    if (!wire.pid || wire.pid != getpid() || wire.result != ncclSuccess)
+    if (wire.forked)
         return;
     pthread_mutex_lock(&ry_emu_lock);
     for (struct ncclComm *c = ry_emu_comm_first(); c; c = c->next)

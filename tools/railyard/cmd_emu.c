@@ -204,8 +204,11 @@ static int common_environment(struct ry_err *err)
 static pid_t start(int rank, const sigset_t *mask, pid_t launcher)
 {
     pid_t pid = fork();
+    if (pid > 0)
+        setpgid(pid, pid); /* also here: a signal may be passed on before the child comes to it */
     if (pid)
         return pid;
+    setpgid(0, 0); /* what the rank starts belongs to it and ends with it */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != launcher) /* it died before that took effect */
         _exit(127);
@@ -221,11 +224,12 @@ static pid_t start(int rank, const sigset_t *mask, pid_t launcher)
     _exit(errno == ENOENT ? 127 : 126);
 }
 
+/* To the ranks that still run, and to what they started. */
 static void signal_all(const pid_t *pids, int n, int sig)
 {
     for (int i = 0; i < n; i++)
         if (pids[i] > 0)
-            kill(pids[i], sig);
+            kill(-pids[i], sig);
 }
 
 /* Reap what has ended. Returns how many still run; the first failure goes to *status (0 as long as there is none). */
@@ -240,6 +244,8 @@ static int reap(pid_t *pids, int n, int *status, bool ending, const char *argv0)
             running++;
             continue;
         }
+        if (ending)
+            kill(-pids[i], SIGKILL); /* what it started and left behind */
         pids[i] = 0;
         int code = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
         if (!code || *status || ending)
