@@ -214,7 +214,8 @@ static ncclResult_t start_locked(void)
     ucp_config_release(config);
     if (st != UCS_OK)
         return failed("ucp_init", st);
-    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE, .thread_mode = UCS_THREAD_MODE_SERIALIZED};
+    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
     st = ucp_worker_create(wire.context, &wp, &wire.worker);
     if (st != UCS_OK)
         return failed("ucp_worker_create", st);
@@ -269,7 +270,8 @@ static void in_child(void)
 ncclResult_t ry_emu_wire_usable(void)
 {
     if (atomic_load_explicit(&wire.forked, memory_order_relaxed))
-        return ry_emu_error(ncclInvalidUsage, "a forked child cannot communicate with its parent's transport: exec first");
+        return ry_emu_error(ncclInvalidUsage,
+                            "a forked child cannot communicate with its parent's transport: exec first");
     return ncclSuccess;
 }
 
@@ -407,9 +409,8 @@ void ry_emu_wire_send(struct ry_emu_proc *to, enum ry_emu_am id, const void *hea
     }
     struct pending *p = pending_new(done, arg);
     memcpy(p->header, header, header_bytes);
-    ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
-                                 .cb.send = on_sent,
-                                 .user_data = p};
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA, .cb.send = on_sent, .user_data = p};
     void *request = ucp_am_send_nbx(to->ep, id, p->header, header_bytes, payload, bytes, &param);
     if (!UCS_PTR_IS_PTR(request))
         finish(p, UCS_PTR_STATUS(request));
