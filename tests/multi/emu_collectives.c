@@ -13,10 +13,10 @@ static const struct {
     const char *name;
     size_t bytes;
 } types[ncclNumTypes] = {
-    [ncclInt8] = {"int8", 1},       [ncclUint8] = {"uint8", 1},     [ncclInt32] = {"int32", 4},
-    [ncclUint32] = {"uint32", 4},   [ncclInt64] = {"int64", 8},     [ncclUint64] = {"uint64", 8},
-    [ncclFloat16] = {"half", 2},    [ncclFloat32] = {"float", 4},   [ncclFloat64] = {"double", 8},
-    [ncclBfloat16] = {"bf16", 2},   [ncclFloat8e4m3] = {"e4m3", 1}, [ncclFloat8e5m2] = {"e5m2", 1},
+    [ncclInt8] = {"int8", 1},     [ncclUint8] = {"uint8", 1},     [ncclInt32] = {"int32", 4},
+    [ncclUint32] = {"uint32", 4}, [ncclInt64] = {"int64", 8},     [ncclUint64] = {"uint64", 8},
+    [ncclFloat16] = {"half", 2},  [ncclFloat32] = {"float", 4},   [ncclFloat64] = {"double", 8},
+    [ncclBfloat16] = {"bf16", 2}, [ncclFloat8e4m3] = {"e4m3", 1}, [ncclFloat8e5m2] = {"e5m2", 1},
 };
 
 /* All finite values of a small float, by their definition; the reference for conversions is a search among them. */
@@ -64,7 +64,7 @@ static double get(ncclDataType_t t, const void *p, size_t i)
     }
 }
 
-/* The finite value nearest to x among all of a small type's; an even pattern wins a tie. They grow with their pattern. */
+/* The finite value nearest to x among all of a small type's; an even pattern wins a tie. */
 static unsigned nearest(double x, int exp, int man, bool inf)
 {
     unsigned low = 0, sign = 1u << (exp + man), high = sign - 2 - (inf ? (1u << man) - 1 : 0);
@@ -153,7 +153,8 @@ static void *room(size_t count, ncclDataType_t t)
 static void check_canary(const void *p, size_t count, ncclDataType_t t)
 {
     for (int i = 0; i < 8; i++)
-        CHECK(((const uint8_t *)p)[count * types[t].bytes + (size_t)i] == 0xa5, "%s: written past the end", types[t].name);
+        CHECK(((const uint8_t *)p)[count * types[t].bytes + (size_t)i] == 0xa5, "%s: written past the end",
+              types[t].name);
 }
 
 static void fill(void *p, size_t at, size_t count, ncclDataType_t t, int r, size_t from)
@@ -173,12 +174,13 @@ static void moving(ncclDataType_t t, size_t count)
 {
     size_t all = count * (size_t)n, b = types[t].bytes;
     char *in = room(all, t), *out = room(all, t);
+    int step = n > 1 ? n - 1 : 1; /* the first and the last rank as root */
     for (int r = 0; r < n; r++)
         fill(in, count * (size_t)r, count, t, me, (size_t)r * 11);
     NCCL(ncclAlltoAll(in, out, count, t, comm, NULL));
     for (int r = 0; r < n; r++)
         expect("AlltoAll", out, count * (size_t)r, count, t, r, (size_t)me * 11);
-    for (int root = 0; root < n; root += n > 1 ? n - 1 : 1) {
+    for (int root = 0; root < n; root += step) {
         NCCL(ncclScatter(me == root ? in : NULL, out, count, t, root, comm, NULL));
         expect("Scatter", out, 0, count, t, root, (size_t)me * 11);
     }
@@ -193,7 +195,7 @@ static void moving(ncclDataType_t t, size_t count)
     for (int r = 0; r < n; r++)
         expect("AllGather in place", out, count * (size_t)r, count, t, r, 0);
 
-    for (int root = 0; root < n; root += n > 1 ? n - 1 : 1) {
+    for (int root = 0; root < n; root += step) {
         memset(out, 0, all * b);
         NCCL(ncclGather(in, me == root ? out : NULL, count, t, root, comm, NULL));
         for (int r = 0; r < n && me == root; r++)
@@ -229,7 +231,8 @@ static void check_reduced(const char *what, const void *p, size_t count, size_t 
     for (size_t i = 0; i < count; i++) {
         put(t, one, 0, reduced(from + i, t, op));
         double want = get(t, one, 0), got = get(t, p, i);
-        CHECK(got == want, "%s, op %d of %s: element %zu is %g, not %g", what, (int)op, types[t].name, from + i, got, want);
+        CHECK(got == want, "%s, op %d of %s: element %zu is %g, not %g", what, (int)op, types[t].name, from + i, got,
+              want);
     }
 }
 
@@ -268,7 +271,8 @@ static void rounding(ncclDataType_t t, int exp, int man, bool inf)
     NCCL(ncclAllReduce(in, out, count, t, ncclAvg, comm, NULL));
     for (size_t i = 0; i < count; i++) { /* the mean of n equal numbers may still be off in the last place of float */
         double x = get(t, in, i);
-        CHECK(fabs(get(t, out, i) - x) <= fabs(x) * ldexp(1, -man - 1), "%s: mean of %g is %g", types[t].name, x, get(t, out, i));
+        CHECK(fabs(get(t, out, i) - x) <= fabs(x) * ldexp(1, -man - 1), "%s: mean of %g is %g", types[t].name, x,
+              get(t, out, i));
     }
     /* x * 1.5 on each of n ranks, summed */
     char scalar[8];
@@ -282,9 +286,11 @@ static void rounding(ncclDataType_t t, int exp, int man, bool inf)
         for (int r = 0; r < n; r++)
             sum += (float)get(t, in, i) * 1.5f;
         char want[8];
-        bool high = fabs((double)sum) > small_value((1u << (exp + man)) - 2u - (inf ? (1u << man) - 1u : 0u), exp, man, inf);
+        bool high =
+            fabs((double)sum) > small_value((1u << (exp + man)) - 2u - (inf ? (1u << man) - 1u : 0u), exp, man, inf);
         put(t, want, 0, sum);
-        CHECK(high || !memcmp(want, out + i * types[t].bytes, types[t].bytes), "%s: %g from %g", types[t].name, get(t, out, i), (double)sum);
+        CHECK(high || !memcmp(want, out + i * types[t].bytes, types[t].bytes), "%s: %g from %g", types[t].name,
+              get(t, out, i), (double)sum);
     }
     NCCL(ncclRedOpDestroy(op, comm));
 }
@@ -294,7 +300,8 @@ static void extremes(void)
     /* infinities and NaN go through, overflow becomes one of them */
     uint16_t h[3] = {0x7bff /* largest half */, 0xfc00 /* -inf */, 0x7e00 /* NaN */}, r[3];
     NCCL(ncclAllReduce(h, r, 3, ncclFloat16, ncclSum, comm, NULL));
-    CHECK(r[0] == (n > 1 ? 0x7c00 : 0x7bff) && r[1] == 0xfc00 && (r[2] & 0x7fff) > 0x7c00, "%x %x %x", r[0], r[1], r[2]);
+    CHECK(r[0] == (n > 1 ? 0x7c00 : 0x7bff) && r[1] == 0xfc00 && (r[2] & 0x7fff) > 0x7c00, "%x %x %x", r[0], r[1],
+          r[2]);
     uint8_t f[2] = {0x7e /* 448, the largest e4m3 */, 0x7f /* NaN */}, g[2];
     NCCL(ncclAllReduce(f, g, 2, ncclFloat8e4m3, ncclSum, comm, NULL));
     CHECK(g[0] == (n > 1 ? 0x7f : 0x7e) && (g[1] & 0x7f) == 0x7f, "%x %x", g[0], g[1]);
@@ -349,7 +356,8 @@ static void same_bits(void)
 static void grouped(void)
 {
     enum { N = 3000 };
-    int64_t *x = malloc(N * sizeof *x), *sum = malloc(N * sizeof *x), *all = malloc((size_t)n * N * sizeof *x), mine[2] = {0};
+    int64_t *x = malloc(N * sizeof *x), *sum = malloc(N * sizeof *x), *all = malloc((size_t)n * N * sizeof *x),
+            mine[2] = {0};
     for (int i = 0; i < N; i++)
         x[i] = i + me;
     NCCL(ncclGroupStart());
@@ -379,7 +387,7 @@ int main(void)
         moving((ncclDataType_t)t, 0);
         for (int op = 0; op < ncclNumOps; op++) {
             if (op == ncclProd && types[t].bytes == 1)
-                reducing((ncclDataType_t)t, (ncclRedOp_t)op, 3); /* may overflow the type; the small count stays at 0, 1, -1 */
+                reducing((ncclDataType_t)t, (ncclRedOp_t)op, 3); /* more would overflow the type */
             else
                 reducing((ncclDataType_t)t, (ncclRedOp_t)op, 300);
             if (types[t].bytes >= 4)

@@ -21,8 +21,8 @@ static struct ry_ranks who;
 #define CHECK(cond, ...)                                                                                               \
     do {                                                                                                               \
         if (!(cond)) {                                                                                                 \
-            fprintf(stderr, "rank %d: %s:%d: %s:", who.rank, __FILE__, __LINE__, #cond);                              \
-            fprintf(stderr, " " __VA_ARGS__);                                                                           \
+            fprintf(stderr, "rank %d: %s:%d: %s:", who.rank, __FILE__, __LINE__, #cond);                               \
+            fprintf(stderr, " " __VA_ARGS__);                                                                          \
             fputc('\n', stderr);                                                                                       \
             _exit(1);                                                                                                  \
         }                                                                                                              \

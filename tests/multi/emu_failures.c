@@ -106,8 +106,8 @@ static void survivors(ncclComm_t comm, int dead)
     NCCL(ncclCommAbort(comm));
 }
 
-/* Run `victim` in a child that must end by SIGKILL; the rank itself has done its part then. */
-static void die(void (*victim)(const ncclUniqueId *id), const ncclUniqueId *id)
+/* Run `victim` in a child that must end by SIGKILL, its own or ours after a while; the rank has done its part then. */
+static void die(void (*victim)(const ncclUniqueId *id), const ncclUniqueId *id, double after)
 {
     int st;
     pid_t pid = fork();
@@ -115,6 +115,10 @@ static void die(void (*victim)(const ncclUniqueId *id), const ncclUniqueId *id)
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         victim(id);
         _exit(3);
+    }
+    if (after > 0) {
+        nap(after);
+        kill(pid, SIGKILL);
     }
     CHECK(waitpid(pid, &st, 0) == pid && WIFSIGNALED(st) && WTERMSIG(st) == SIGKILL, "status %x", st);
 }
@@ -133,12 +137,60 @@ static void killed(void)
     ncclUniqueId id = shared_id();
     ncclComm_t comm;
     if (who.rank == who.world - 1) {
-        die(die_in_use, &id);
+        die(die_in_use, &id, 0);
         return;
     }
     NCCL(ncclCommInitRank(&comm, who.world, id, who.rank));
     barrier(comm);
     survivors(comm, who.world - 1);
+}
+
+/* A peer that stops taking what is being sent to it, its process still there: abort must not wait for it. */
+enum { MUCH = 200000000 };
+
+static void *stop_soon(void *arg)
+{
+    nap(0.01);
+    raise(SIGSTOP);
+    return NULL;
+}
+
+static void stop_receiving(const ncclUniqueId *id)
+{
+    ncclComm_t comm;
+    pthread_t t;
+    char *buf = malloc(MUCH);
+    NCCL(ncclCommInitRank(&comm, who.world, *id, who.rank));
+    CHECK(!pthread_create(&t, NULL, stop_soon, NULL));
+    for (;;)
+        NCCL(ncclRecv(buf, MUCH, ncclUint8, 0, comm, NULL));
+}
+
+static void abort_ends_sends(void)
+{
+    ncclUniqueId id = shared_id();
+    ncclComm_t comm;
+    if (who.rank == who.world - 1) {
+        die(stop_receiving, &id, 2.5);
+        return;
+    }
+    NCCL(ncclCommInitRank(&comm, who.world, id, who.rank));
+    if (who.rank == 0) {
+        char *buf = calloc(1, MUCH);
+        pthread_t t;
+        uint64_t t0 = ry_now_ns();
+        ncclResult_t r = ncclSuccess;
+        CHECK(!pthread_create(&t, NULL, abort_later, comm)); /* in 0.2 s */
+        while (r == ncclSuccess)
+            r = ncclSend(buf, MUCH, ncclUint8, who.world - 1, comm, NULL);
+        CHECK(r == ncclInternalError && seconds_since(t0) < 1.2, "%d after %g s: %s", r, seconds_since(t0),
+              ncclGetLastError(NULL));
+        CHECK(!pthread_join(t, NULL));
+        memset(buf, 1, MUCH); /* nobody reads it any more */
+        free(buf);
+        return;
+    }
+    NCCL(ncclCommAbort(comm));
 }
 
 static void die_meeting(const ncclUniqueId *id)
@@ -157,7 +209,7 @@ static void killed_while_meeting(void)
     ncclComm_t comm;
     uint64_t t0 = ry_now_ns();
     if (who.rank == who.world - 1) {
-        die(die_meeting, &id);
+        die(die_meeting, &id, 0);
         return;
     }
     if (who.rank == 1) /* too late */
@@ -189,7 +241,8 @@ static void disagreeing(void)
     ncclResult_t r = ncclCommInitRank(&comm, who.world + (who.rank == 1), id, who.rank);
     CHECK(r == ncclInvalidArgument || r == ncclSystemError || r == ncclRemoteError, "%d", r);
     if (who.rank == 0)
-        CHECK(strstr(ncclGetLastError(NULL), "number of ranks") || r != ncclInvalidArgument, "%s", ncclGetLastError(NULL));
+        CHECK(strstr(ncclGetLastError(NULL), "number of ranks") || r != ncclInvalidArgument, "%s",
+              ncclGetLastError(NULL));
     ncclUniqueId junk;
     memset(&junk, 7, sizeof junk);
     EXPECT(ncclInvalidArgument, ncclCommInitRank(&comm, who.world, junk, who.rank));
@@ -203,6 +256,7 @@ int main(void)
     /* first what forks: the transport of a process that has one does not go on in a child */
     killed();
     killed_while_meeting();
+    abort_ends_sends();
     abort_ends_init();
     abort_ends_waits(3);
     abort_ends_waits(0);

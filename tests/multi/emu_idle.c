@@ -26,7 +26,8 @@ int main(void)
             out[i] = (int)(i + (size_t)who.rank * 7919 + (size_t)k);
         NCCL(ncclAlltoAll(out, in, count, ncclInt32, comm, NULL));
         for (size_t i = 0; i < count * n; i++)
-            CHECK(in[i] == (int)(count * (size_t)who.rank + i % count + i / count * 7919 + (size_t)k), "round %d at %zu", k, i);
+            CHECK(in[i] == (int)(count * (size_t)who.rank + i % count + i / count * 7919 + (size_t)k),
+                  "round %d at %zu", k, i);
     }
     double took = seconds_since(t0);
     CHECK(took < 20, "5 all-to-all of %zu bytes per pair took %g s", count * 4, took);
@@ -46,8 +47,8 @@ int main(void)
     double used = cpu_seconds() - before;
     CHECK(used < 0.1, "1.5 s of waiting used %g s of processor time", used);
     if (who.rank == 1)
-        printf("%d ranks: all-to-all of %zu bytes per pair %.1f ms; 1.5 s of waiting used %.1f ms of processor time\n", who.world,
-               count * 4, took / 5 * 1e3, used * 1e3);
+        printf("%d ranks: all-to-all of %zu bytes per pair %.1f ms; 1.5 s of waiting used %.1f ms of processor time\n",
+               who.world, count * 4, took / 5 * 1e3, used * 1e3);
     NCCL(ncclCommDestroy(comm));
     return 0;
 }

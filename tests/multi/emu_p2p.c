@@ -121,7 +121,8 @@ static void mismatch(ncclComm_t comm)
     int v[4] = {0};
     if (who.world < 2 || who.rank > 1)
         return;
-    ncclResult_t r = who.rank ? ncclRecv(v, 2, ncclInt32, 0, comm, NULL) : ncclSend(v, 3, ncclInt32, 1, comm, NULL), state;
+    ncclResult_t r = who.rank ? ncclRecv(v, 2, ncclInt32, 0, comm, NULL) : ncclSend(v, 3, ncclInt32, 1, comm, NULL),
+                 state;
     CHECK(r == ncclInvalidUsage, "%d", r);
     CHECK(strstr(ncclGetLastError(comm), "8") && strstr(ncclGetLastError(comm), "12"), "%s", ncclGetLastError(comm));
     NCCL(ncclCommGetAsyncError(comm, &state));

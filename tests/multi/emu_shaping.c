@@ -2,8 +2,8 @@
  * emu_shaping.c: the virtual links: transfers take the time that the bandwidth and latency asked for say, in-node and
  * cross-node, alone and sharing a NIC. Run with 2 nodes of 2 ranks and
  *   --nic 0.8 --nic-us 20000 --nvlink 8 --nvlink-us 1000
- * that is 0.1 and 1 bytes per ns: 2 MB take 20 ms across and 2 ms inside. Tolerances are wide upwards, since the machine
- * may be busy, and narrow downwards: nothing may come early.
+ * that is 0.1 and 1 bytes per ns: 2 MB take 20 ms across and 2 ms inside. Tolerances are wide upwards, since the
+ * machine may be busy, and narrow downwards: nothing may come early.
  */
 #include "emu_common.h"
 
@@ -47,10 +47,12 @@ int main(void)
     CHECK(who.world == 4 && who.local_world == 2);
     comm = world_comm();
     buf = calloc(2, BYTES);
-    static const int inside[][2] = {{0, 1}}, across[][2] = {{0, 2}}, both[][2] = {{0, 2}, {1, 3}}, ways[][2] = {{0, 2}, {2, 0}},
-                     incast[][2] = {{0, 2}, {1, 2}}, apart[][2] = {{0, 1}, {2, 3}}, self[][2] = {{0, 0}};
+    static const int inside[][2] = {{0, 1}}, across[][2] = {{0, 2}}, both[][2] = {{0, 2}, {1, 3}},
+                     ways[][2] = {{0, 2}, {2, 0}}, incast[][2] = {{0, 2}, {1, 2}}, apart[][2] = {{0, 1}, {2, 3}},
+                     self[][2] = {{0, 0}};
     double ms;
-    /* Of two flows that share a link and start a little apart, the first may end a little before 60 ms; alone it were 40. */
+    /* Of two flows that share a link and start a little apart, the first may end a little before 60 ms; alone it
+     * were 40. */
     ms = timed(inside, 1, BYTES);
     expect("2 MB inside a node", 1, ms, 2.9, 30);
     ms = timed(across, 1, BYTES);

@@ -10,14 +10,46 @@
 
 #include <nccl.h>
 
-static const char *const since_2_18[] = {
-    "CommInitRank", "CommInitRankConfig", "CommInitAll", "CommSplit", "CommFinalize", "CommDestroy", "CommAbort",
-    "CommCount", "CommCuDevice", "CommUserRank", "CommGetAsyncError", "GetVersion", "GetUniqueId", "GetErrorString",
-    "GetLastError", "GroupStart", "GroupEnd", "Send", "Recv", "AllGather", "AllReduce", "ReduceScatter", "Reduce",
-    "Broadcast", "Bcast", "RedOpCreatePreMulSum", "RedOpDestroy"};
-static const char *const later[] = {"CommInitRankScalable", "CommShrink", "CommRevoke", "CommRegister", "CommDeregister",
-                                    "CommWindowRegister", "CommWindowDeregister", "MemAlloc", "MemFree",
-                                    "GroupSimulateEnd", "AlltoAll", "Gather", "Scatter"};
+static const char *const since_2_18[] = {"CommInitRank",
+                                         "CommInitRankConfig",
+                                         "CommInitAll",
+                                         "CommSplit",
+                                         "CommFinalize",
+                                         "CommDestroy",
+                                         "CommAbort",
+                                         "CommCount",
+                                         "CommCuDevice",
+                                         "CommUserRank",
+                                         "CommGetAsyncError",
+                                         "GetVersion",
+                                         "GetUniqueId",
+                                         "GetErrorString",
+                                         "GetLastError",
+                                         "GroupStart",
+                                         "GroupEnd",
+                                         "Send",
+                                         "Recv",
+                                         "AllGather",
+                                         "AllReduce",
+                                         "ReduceScatter",
+                                         "Reduce",
+                                         "Broadcast",
+                                         "Bcast",
+                                         "RedOpCreatePreMulSum",
+                                         "RedOpDestroy"};
+static const char *const later[] = {"CommInitRankScalable",
+                                    "CommShrink",
+                                    "CommRevoke",
+                                    "CommRegister",
+                                    "CommDeregister",
+                                    "CommWindowRegister",
+                                    "CommWindowDeregister",
+                                    "MemAlloc",
+                                    "MemFree",
+                                    "GroupSimulateEnd",
+                                    "AlltoAll",
+                                    "Gather",
+                                    "Scatter"};
 
 static int failures, seen_ids, seen_starts;
 static void *lib;

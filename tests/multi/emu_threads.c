@@ -17,7 +17,8 @@ static void *work(void *arg)
 {
     struct job *j = arg;
     ncclComm_t comm, child;
-    int n = who.world, me = (who.rank + j->number) % n, *out = calloc((size_t)n, sizeof *out), *in = calloc((size_t)n, sizeof *in);
+    int n = who.world, me = (who.rank + j->number) % n, *out = calloc((size_t)n, sizeof *out),
+        *in = calloc((size_t)n, sizeof *in);
     NCCL(ncclCommInitRank(&comm, n, j->id, me));
     for (int i = 0; i < ROUNDS; i++) {
         for (int r = 0; r < n; r++)
@@ -33,7 +34,8 @@ static void *work(void *arg)
             NCCL(ncclGroupEnd());
         }
         for (int r = 0; r < n; r++)
-            CHECK(in[r] == r * 1000000 + me * 10000 + i * 10 + j->number, "round %d, thread %d: %d from %d", i, j->number, in[r], r);
+            CHECK(in[r] == r * 1000000 + me * 10000 + i * 10 + j->number, "round %d, thread %d: %d from %d", i,
+                  j->number, in[r], r);
         if (i % 10 == j->number) {
             int64_t sum = 1;
             NCCL(ncclCommSplit(comm, me % 2, me, &child, NULL));

@@ -105,9 +105,13 @@ API(const char *, ncclGetErrorString, ncclResult_t result)
 
 API(const char *, ncclGetLastError, ncclComm_t comm)
 {
-    if (comm && comm->magic == RY_EMU_COMM_MAGIC && comm->error[0])
-        return comm->error;
-    return last_error;
+    bool has_one = false;
+    if (comm && comm->magic == RY_EMU_COMM_MAGIC) {
+        pthread_mutex_lock(&ry_emu_lock);
+        has_one = comm->error[0]; /* written once */
+        pthread_mutex_unlock(&ry_emu_lock);
+    }
+    return has_one ? comm->error : last_error;
 }
 
 API(ncclResult_t, ncclGetVersion, int *version)
@@ -188,7 +192,7 @@ API(ncclResult_t, ncclCommInitRankConfig, ncclComm_t *comm, int nranks, ncclUniq
     return init_rank(comm, nranks, &id, rank, current_device(), config, "ncclCommInitRankConfig");
 }
 
-/* All ids are good for a meeting; the first one's maker serves it alone, the load that more would share is small here. */
+/* Any of the ids is good for a meeting: the first one's maker serves it alone, at the emulator's sizes. */
 API(ncclResult_t, ncclCommInitRankScalable, ncclComm_t *comm, int nranks, int rank, int nids, ncclUniqueId *ids,
     ncclConfig_t *config)
 {
@@ -209,7 +213,7 @@ API(ncclResult_t, ncclCommInitAll, ncclComm_t *comms, int n, const int *devices)
     TRY(ncclGetUniqueId(&id));
     TRY(ncclGroupStart());
     for (int i = 0; i < n; i++)
-        init_rank(&comms[i], n, &id, i, devices ? devices[i] : i, NULL, "ncclCommInitAll"); /* the group tells of errors */
+        init_rank(&comms[i], n, &id, i, devices ? devices[i] : i, NULL, "ncclCommInitAll"); /* the group has errors */
     return ncclGroupEnd();
 }
 
@@ -251,7 +255,8 @@ API(ncclResult_t, ncclCommSplit, ncclComm_t comm, int color, int key, ncclComm_t
     return make_child(comm, out, color != NCCL_SPLIT_NOCOLOR, config, &job, "ncclCommSplit");
 }
 
-API(ncclResult_t, ncclCommShrink, ncclComm_t comm, int *exclude, int n, ncclComm_t *out, ncclConfig_t *config, int flags)
+API(ncclResult_t, ncclCommShrink, ncclComm_t comm, int *exclude, int n, ncclComm_t *out, ncclConfig_t *config,
+    int flags)
 {
     TRY(check_ready(comm, "ncclCommShrink"));
     if (!out || !exclude || n < 1 || n >= comm->nranks)
@@ -262,7 +267,8 @@ API(ncclResult_t, ncclCommShrink, ncclComm_t comm, int *exclude, int n, ncclComm
     for (int i = 0; i < n; i++)
         if (exclude[i] < 0 || exclude[i] >= comm->nranks || exclude[i] == comm->rank)
             REFUSE(ncclInvalidArgument, "ncclCommShrink: rank %d is %s", exclude[i],
-                   exclude[i] == comm->rank ? "the caller, which a rank to leave out must not be" : "not in the communicator");
+                   exclude[i] == comm->rank ? "the caller, which a rank to leave out must not be"
+                                            : "not in the communicator");
     struct ry_emu_job job = {.run = ry_emu_job_shrink, .flags = flags, .nexclude = n};
     job.exclude = malloc((size_t)n * sizeof *exclude);
     if (!job.exclude)
@@ -280,7 +286,8 @@ API(ncclResult_t, ncclCommFinalize, ncclComm_t comm)
     ry_emu_wait_users(comm);
     pthread_mutex_unlock(&ry_emu_lock);
     if (again || revoked)
-        REFUSE(ncclInvalidArgument, "ncclCommFinalize: the communicator was %s before", again ? "finalized" : "revoked");
+        REFUSE(ncclInvalidArgument, "ncclCommFinalize: the communicator was %s before",
+               again ? "finalized" : "revoked");
     ry_emu_wire_flush();
     return ncclSuccess;
 }
@@ -420,15 +427,26 @@ static ncclResult_t check_op(struct ry_emu_op *op, const char *call, bool has_ro
 API(ncclResult_t, ncclSend, const void *send, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
     cudaStream_t stream)
 {
-    struct ry_emu_op op = {.kind = RY_EMU_SEND, .comm = comm, .send = send, .count = count, .type = type, .root = peer,
+    struct ry_emu_op op = {.kind = RY_EMU_SEND,
+                           .comm = comm,
+                           .send = send,
+                           .count = count,
+                           .type = type,
+                           .root = peer,
                            .channel = RY_EMU_P2P};
     TRY(check_op(&op, "ncclSend", true, false));
     return ry_emu_submit(&op);
 }
 
-API(ncclResult_t, ncclRecv, void *recv, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream)
+API(ncclResult_t, ncclRecv, void *recv, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
+    cudaStream_t stream)
 {
-    struct ry_emu_op op = {.kind = RY_EMU_RECV, .comm = comm, .recv = recv, .count = count, .type = type, .root = peer,
+    struct ry_emu_op op = {.kind = RY_EMU_RECV,
+                           .comm = comm,
+                           .recv = recv,
+                           .count = count,
+                           .type = type,
+                           .root = peer,
                            .channel = RY_EMU_P2P};
     TRY(check_op(&op, "ncclRecv", true, false));
     return ry_emu_submit(&op);
@@ -438,8 +456,15 @@ static ncclResult_t collective(enum ry_emu_kind kind, const void *send, void *re
                                ncclRedOp_t redop, bool reduces, int root, bool has_root, ncclComm_t comm,
                                const char *call)
 {
-    struct ry_emu_op op = {.kind = kind, .comm = comm, .send = send, .recv = recv, .count = count, .type = type,
-                           .redop = redop, .root = root, .channel = RY_EMU_COLLECTIVE};
+    struct ry_emu_op op = {.kind = kind,
+                           .comm = comm,
+                           .send = send,
+                           .recv = recv,
+                           .count = count,
+                           .type = type,
+                           .redop = redop,
+                           .root = root,
+                           .channel = RY_EMU_COLLECTIVE};
     TRY(check_op(&op, call, has_root, reduces));
     return ry_emu_submit(&op);
 }
@@ -482,19 +507,20 @@ API(ncclResult_t, ncclBroadcast, const void *send, void *recv, size_t count, ncc
     return collective(RY_EMU_BROADCAST, send, recv, count, type, ncclSum, false, root, true, comm, "ncclBroadcast");
 }
 
-API(ncclResult_t, ncclBcast, void *buf, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream)
+API(ncclResult_t, ncclBcast, void *buf, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
+    cudaStream_t stream)
 {
     return collective(RY_EMU_BROADCAST, buf, buf, count, type, ncclSum, false, root, true, comm, "ncclBcast");
 }
 
-API(ncclResult_t, ncclGather, const void *send, void *recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
-    cudaStream_t stream)
+API(ncclResult_t, ncclGather, const void *send, void *recv, size_t count, ncclDataType_t type, int root,
+    ncclComm_t comm, cudaStream_t stream)
 {
     return collective(RY_EMU_GATHER, send, recv, count, type, ncclSum, false, root, true, comm, "ncclGather");
 }
 
-API(ncclResult_t, ncclScatter, const void *send, void *recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
-    cudaStream_t stream)
+API(ncclResult_t, ncclScatter, const void *send, void *recv, size_t count, ncclDataType_t type, int root,
+    ncclComm_t comm, cudaStream_t stream)
 {
     return collective(RY_EMU_SCATTER, send, recv, count, type, ncclSum, false, root, true, comm, "ncclScatter");
 }
@@ -505,8 +531,8 @@ API(ncclResult_t, ncclRedOpCreatePreMulSum, ncclRedOp_t *op, void *scalar, ncclD
     TRY(check_ready(comm, "ncclRedOpCreatePreMulSum"));
     size_t size = ry_emu_type_bytes(type);
     if (!op || !scalar || !size || (residence != ncclScalarDevice && residence != ncclScalarHostImmediate))
-        REFUSE(ncclInvalidArgument, "ncclRedOpCreatePreMulSum: op %p, scalar %p, data type %d, residence %d", (void *)op,
-               scalar, (int)type, (int)residence);
+        REFUSE(ncclInvalidArgument, "ncclRedOpCreatePreMulSum: op %p, scalar %p, data type %d, residence %d",
+               (void *)op, scalar, (int)type, (int)residence);
     int i = 0;
     while (i < comm->nops && comm->ops[i].used)
         i++;
@@ -518,7 +544,8 @@ API(ncclResult_t, ncclRedOpCreatePreMulSum, ncclRedOp_t *op, void *scalar, ncclD
         comm->ops = ops;
         comm->nops = i + 8;
     }
-    comm->ops[i] = (struct ry_emu_redop){.used = true, .on_device = residence == ncclScalarDevice, .type = type, .where = scalar};
+    comm->ops[i] =
+        (struct ry_emu_redop){.used = true, .on_device = residence == ncclScalarDevice, .type = type, .where = scalar};
     if (residence == ncclScalarHostImmediate)
         memcpy(&comm->ops[i].value, scalar, size);
     *op = (ncclRedOp_t)(ncclNumOps + i);

@@ -2,8 +2,9 @@
  * bootstrap.c: how ranks that share nothing but a unique id first meet.
  *
  * Owns: the id and one round of "everybody's record to everybody". The process that makes an id serves it from a thread
- * of its own, over TCP on the address that NCCL_SOCKET_IFNAME names, or loopback. As in NCCL's own handle, the id begins
- * with a random number and the listener's socket address at byte 8; bytes 64 to 127 are zero and never looked at here.
+ * of its own, over TCP on the address that NCCL_SOCKET_IFNAME names, or loopback. As in NCCL's own handle, the id
+ * begins with a random number and the listener's socket address at byte 8; bytes 64 to 127 are zero and never looked at
+ * here.
  *
  * Nothing waits for ever: a rank that connects and dies, or does not come within RYEMU_TIMEOUT seconds (120) of the
  * first, fails the meeting for all, and the text says which.
@@ -97,7 +98,8 @@ static bool own_address(struct handle *h, char *why, size_t n)
     bool found = false;
     for (int family = AF_INET; !found; family = AF_INET6) {
         for (struct ifaddrs *i = list; i && !found; i = i->ifa_next) {
-            if (!i->ifa_addr || i->ifa_addr->sa_family != family || !(i->ifa_flags & IFF_UP) || !wanted(i->ifa_name, spec))
+            if (!i->ifa_addr || i->ifa_addr->sa_family != family || !(i->ifa_flags & IFF_UP) ||
+                !wanted(i->ifa_name, spec))
                 continue;
             if (*spec == '^' && i->ifa_flags & IFF_LOOPBACK)
                 continue;
@@ -200,8 +202,9 @@ static void admit(struct meeting *m, const struct root *root, int fd)
         for (uint32_t i = 0; i < h.nranks; i++)
             m->guests[i].fd = -1;
     }
-    const char *wrong = h.nranks != m->nranks ? "says there are another number of ranks than the first to come"
-                        : m->guests[h.rank].fd >= 0 ? "came twice" : NULL;
+    const char *wrong = h.nranks != m->nranks       ? "says there are another number of ranks than the first to come"
+                        : m->guests[h.rank].fd >= 0 ? "came twice"
+                                                    : NULL;
     if (wrong) {
         snprintf(m->why, sizeof m->why, "rank %u of %u %s (%u)", h.rank, h.nranks, wrong, m->nranks);
         m->failed = ncclInvalidArgument;
@@ -232,8 +235,8 @@ static void watch(struct meeting *m, const struct root *root, uint64_t deadline)
             snprintf(m->why, sizeof m->why, "rank %u ended while the ranks met", i);
         }
     if (n == 0) {
-        int at = snprintf(m->why, sizeof m->why, "after %g s only %u of %u ranks have come; missing:", timeout_s(), m->here,
-                          m->nranks);
+        int at = snprintf(m->why, sizeof m->why, "after %g s only %u of %u ranks have come; missing:", timeout_s(),
+                          m->here, m->nranks);
         for (uint32_t i = 0; i < m->nranks && at < (int)sizeof m->why - 16; i++)
             if (m->guests[i].fd < 0)
                 at += snprintf(m->why + at, sizeof m->why - (size_t)at, " %u", i);
@@ -382,7 +385,9 @@ static bool read_some(int fd, char *buf, size_t n, uint64_t deadline, const atom
         int w = wait_for(fd, POLLIN, deadline, aborted);
         ssize_t k = w > 0 ? recv(fd, buf, n, 0) : 0;
         if (w <= 0 || k <= 0) {
-            *why = w < 0 ? "the communicator was aborted" : w == 0 ? "no answer in time" : "the process that made the unique id is gone";
+            *why = w < 0    ? "the communicator was aborted"
+                   : w == 0 ? "no answer in time"
+                            : "the process that made the unique id is gone";
             return false;
         }
         buf += k;
@@ -413,7 +418,8 @@ ncclResult_t ry_emu_bootstrap_swap(const ncclUniqueId *id, int rank, int nranks,
     close(fd);
     if (!ok) {
         free(buf);
-        return ry_emu_error(atomic_load(aborted) ? ncclInternalError : ncclRemoteError, "rank %d of %d: %s", rank, nranks, why);
+        return ry_emu_error(atomic_load(aborted) ? ncclInternalError : ncclRemoteError, "rank %d of %d: %s", rank,
+                            nranks, why);
     }
     buf[a.bytes] = 0;
     if (a.failed) {

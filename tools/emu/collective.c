@@ -44,7 +44,8 @@ static struct view view_of(const struct ry_emu_op *op)
 }
 
 /* Receive block i into `to` from member i and send it block i of `from` (stride 0: the same bytes to all). */
-static void swap_blocks(struct ry_emu_op *op, const struct view *v, char *to, const char *from, size_t stride, size_t bytes)
+static void swap_blocks(struct ry_emu_op *op, const struct view *v, char *to, const char *from, size_t stride,
+                        size_t bytes)
 {
     for (int k = 1; k < v->n; k++) {
         int i = (v->me + v->n - k) % v->n;

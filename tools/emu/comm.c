@@ -197,7 +197,8 @@ static ncclResult_t meet(struct ry_emu_job *job, struct ry_emu_peer *peers)
         memcpy(&seat, at + 4, sizeof seat);
         struct ry_emu_address address = {seat.proc, seat.address_bytes, at + 4 + sizeof seat};
         struct ry_emu_peer *p = &peers[r];
-        *p = (struct ry_emu_peer){.node_key = seat.node_key, .gpu_key = seat.gpu_key, .pid = seat.pid, .device = seat.device};
+        *p = (struct ry_emu_peer){
+            .node_key = seat.node_key, .gpu_key = seat.gpu_key, .pid = seat.pid, .device = seat.device};
         memcpy(p->node, seat.node, sizeof p->node);
         p->proc = ry_emu_wire_proc(&address);
         if (!p->proc)
@@ -249,9 +250,16 @@ static ncclResult_t cast(struct ry_emu_job *job, struct ballot *mine, struct bal
     while (!mine->uid)
         if (getrandom(&mine->uid, sizeof mine->uid, 0) < 0 && errno != EINTR)
             return ry_emu_error(ncclSystemError, "getrandom: %m");
-    struct ry_emu_op op = {.kind = RY_EMU_ALLGATHER, .comm = job->parent, .send = mine, .recv = votes,
-                           .count = sizeof *mine, .type = ncclUint8, .channel = RY_EMU_CONTROL,
-                           .members = members, .nmembers = n, .survive = survive};
+    struct ry_emu_op op = {.kind = RY_EMU_ALLGATHER,
+                           .comm = job->parent,
+                           .send = mine,
+                           .recv = votes,
+                           .count = sizeof *mine,
+                           .type = ncclUint8,
+                           .channel = RY_EMU_CONTROL,
+                           .members = members,
+                           .nmembers = n,
+                           .survive = survive};
     return ry_emu_run(&op, 1);
 }
 

@@ -40,7 +40,7 @@ struct ry_emu_cts;  /* "clear to send": a peer's receive that no send of ours ha
 struct ry_emu_batch;
 
 struct ry_emu_lane {
-    uint64_t sends, recvs; /* how many were posted */
+    uint64_t sends, recvs;      /* how many were posted */
     struct ry_emu_req *waiting; /* sends that no receive has met yet */
     struct ry_emu_cts *ready;
 };
@@ -100,6 +100,8 @@ struct ry_emu_address {
 
 /** Start the worker and its thread, once per process. Not under the lock. */
 ncclResult_t ry_emu_wire_start(struct ry_emu_address *mine);
+/** Fails in a forked child of a process whose transport had started. */
+ncclResult_t ry_emu_wire_usable(void);
 /** [lock] The process of that address, connected. NULL on failure. */
 struct ry_emu_proc *ry_emu_wire_proc(const struct ry_emu_address *address);
 bool ry_emu_proc_is_self(const struct ry_emu_proc *proc);
@@ -144,10 +146,10 @@ struct ry_emu_req {
     uint64_t seq, id; /* id: the receiver's name for it */
     struct ry_emu_req *next;
     struct ry_emu_timer timer;
-    size_t offset;     /* handed to the wire, or arrived */
-    uint64_t flow;     /* when the flow's next bytes may start */
-    uint64_t hold;     /* not complete before */
-    int in_flight;     /* UCX still uses buf */
+    size_t offset; /* handed to the wire, or arrived */
+    uint64_t flow; /* when the flow's next bytes may start */
+    uint64_t hold; /* not complete before */
+    int in_flight; /* UCX still uses buf */
     bool matched, touched, cancelled, done;
 };
 
@@ -279,7 +281,7 @@ ncclResult_t ry_emu_comm_check(const struct ry_emu_op *op);
 
 /** Make an id and start serving it. */
 ncclResult_t ry_emu_bootstrap_id(ncclUniqueId *id);
-/** Swap one record per rank. *all (freed by the caller) holds for each rank a uint32 length and its bytes, padded to 8. */
+/** Swap one record per rank. *all (the caller frees it): for each a uint32 length and its bytes, padded to 8. */
 ncclResult_t ry_emu_bootstrap_swap(const ncclUniqueId *id, int rank, int nranks, const void *mine, uint32_t bytes,
                                    const atomic_bool *aborted, char **all);
 uint64_t ry_emu_bootstrap_uid(const ncclUniqueId *id);

@@ -64,6 +64,8 @@ bool ry_emu_waits_for(const struct ncclComm *comm, int peer)
 
 void ry_emu_wait_users(struct ncclComm *comm)
 {
+    if (ry_emu_wire_usable() != ncclSuccess)
+        return; /* whoever uses it is in the parent */
     while (comm->users)
         pthread_cond_wait(&users_gone, &ry_emu_lock);
 }
@@ -120,7 +122,8 @@ static void cut_off(struct ry_emu_batch *b)
     for (int i = 0; i < b->nops; i++)
         for (int k = 0; k < b->ops[i].nreqs && b->ops[i].result != ncclSuccess; k++)
             if (!b->ops[i].reqs[k].done && b->ops[i].comm->peers)
-                ry_emu_proc_kill(b->ops[i].comm->peers[b->ops[i].reqs[k].peer].proc, "it did not take its data in time");
+                ry_emu_proc_kill(b->ops[i].comm->peers[b->ops[i].reqs[k].peer].proc,
+                                 "it did not take its data in time");
 }
 
 static ncclResult_t lonely_self_send(const struct ry_emu_op *ops, int nops)
@@ -133,14 +136,17 @@ static ncclResult_t lonely_self_send(const struct ry_emu_op *ops, int nops)
             if (ops[k].kind <= RY_EMU_RECV && ops[k].comm == ops[i].comm && ops[k].root == ops[i].root)
                 balance += ops[k].kind == RY_EMU_SEND ? 1 : -1;
         if (balance)
-            return ry_emu_error(ncclInvalidUsage, "rank %d: a send to itself and its receive belong into one group", ops[i].root);
+            return ry_emu_error(ncclInvalidUsage, "rank %d: a send to itself and its receive belong into one group",
+                                ops[i].root);
     }
     return ncclSuccess;
 }
 
 ncclResult_t ry_emu_run(struct ry_emu_op *ops, int nops)
 {
-    ncclResult_t result = lonely_self_send(ops, nops);
+    ncclResult_t result = ry_emu_wire_usable();
+    if (result == ncclSuccess)
+        result = lonely_self_send(ops, nops);
     if (result != ncclSuccess)
         return result;
     struct ry_emu_batch b = {.ops = ops, .nops = nops, .open = nops};
@@ -242,6 +248,21 @@ static void job_free(struct ry_emu_job *job)
     free(job);
 }
 
+/* A job that is not done after all: its group failed. */
+static void job_drop(struct ry_emu_job *job)
+{
+    pthread_mutex_lock(&ry_emu_lock);
+    if (job->parent) {
+        if (job->parent->state == ncclInProgress)
+            job->parent->state = ncclSuccess;
+        ry_emu_release(job->parent);
+    }
+    pthread_mutex_unlock(&ry_emu_lock);
+    *job->out = NULL;
+    free(job->comm);
+    job_free(job);
+}
+
 static void *run_detached(void *arg)
 {
     run_job(arg);
@@ -326,7 +347,7 @@ ncclResult_t ry_emu_group_end(void)
     else
         for (struct ry_emu_job *next; jobs; jobs = next) {
             next = jobs->next;
-            job_free(jobs);
+            job_drop(jobs);
         }
     if (nops && (result == ncclSuccess || result == ncclInProgress)) {
         ncclResult_t r = ry_emu_run(ops, nops);
@@ -345,7 +366,7 @@ int ry_emu_group_drop(void)
         return n;
     for (struct ry_emu_job *j = group.jobs, *next; j; j = next) {
         next = j->next;
-        job_free(j);
+        job_drop(j);
     }
     free(group.ops);
     memset(&group, 0, sizeof group);

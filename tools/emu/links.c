@@ -63,8 +63,8 @@ static uint64_t take(_Atomic uint64_t *free_at, uint64_t ready, uint64_t duratio
     return start;
 }
 
-struct ry_emu_slot ry_emu_links_reserve(struct ry_emu_link *from, struct ry_emu_link *to, const struct ry_emu_rate *rate,
-                                        uint64_t ready, size_t bytes)
+struct ry_emu_slot ry_emu_links_reserve(struct ry_emu_link *from, struct ry_emu_link *to,
+                                        const struct ry_emu_rate *rate, uint64_t ready, size_t bytes)
 {
     uint64_t d = rate->bytes_per_ns > 0 ? (uint64_t)((double)bytes / rate->bytes_per_ns) : 0;
     /* Cut-through: bytes enter the far port as they leave the near one, unless that port is taken; what waits for it

@@ -2,7 +2,8 @@
  * links.h: the virtual links of the emulated cluster and their reservation clocks.
  *
  * Owns: the layout of the segment that the launcher makes and all ranks map, and the arithmetic that says when bytes
- * sent now would have arrived over links of the bandwidth and latency asked for. Not: who waits until then (transfer.c).
+ * sent now would have arrived over links of the bandwidth and latency asked for. Not: who waits until then
+ * (transfer.c).
  *
  * Each link keeps, for either direction, the time until which it is taken. A reservation moves that time on by the
  * duration of the bytes and so queues behind all that was reserved before, whichever process did it. Times are
@@ -55,7 +56,7 @@ struct ry_emu_slot {
 };
 
 /** Reserve `bytes` from port `from` to port `to`, to start no earlier than `ready`. */
-struct ry_emu_slot ry_emu_links_reserve(struct ry_emu_link *from, struct ry_emu_link *to, const struct ry_emu_rate *rate,
-                                        uint64_t ready, size_t bytes);
+struct ry_emu_slot ry_emu_links_reserve(struct ry_emu_link *from, struct ry_emu_link *to,
+                                        const struct ry_emu_rate *rate, uint64_t ready, size_t bytes);
 
 #endif

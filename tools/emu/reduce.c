@@ -55,6 +55,7 @@ static unsigned narrow(float x, const struct format *f)
     int scale = e - 1;
     if (scale < 1 - bias)
         scale = 1 - bias; /* subnormal: the smallest exponent */
+
     unsigned man = (unsigned)rintf(ldexpf(fabsf(x), f->man - scale)); /* exact scaling, then one rounding */
     /* man has f->man + 1 bits unless subnormal; a carry moves on into the exponent by plain addition */
     unsigned v = man + ((unsigned)(scale + bias - 1) << f->man);

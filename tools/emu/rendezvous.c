@@ -114,7 +114,8 @@ int ry_rendezvous(const struct ry_ranks *who, void *data, size_t bytes, double t
     if (who->world == 1)
         return 0;
     if (!host || !port)
-        return ry_fail(err, "%s is not set: start the program with torchrun or `railyard emu`", host ? "MASTER_PORT" : "MASTER_ADDR");
+        return ry_fail(err, "%s is not set: start the program with torchrun or `railyard emu`",
+                       host ? "MASTER_PORT" : "MASTER_ADDR");
     struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM}, *to;
     int e = getaddrinfo(host, port, &hints, &to);
     if (e)

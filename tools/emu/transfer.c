@@ -42,10 +42,11 @@ struct ry_emu_cts {
 };
 
 /* Receives by id: a table of slots, each with a generation so that a late message finds nothing. */
-static struct slot {
+struct slot {
     struct ry_emu_req *req;
     uint32_t generation;
-} *slots;
+};
+static struct slot *slots;
 static uint32_t *free_slots;
 static size_t nslots, nfree;
 
@@ -134,8 +135,8 @@ static void on_taken(void *arg, bool ok)
     struct ry_emu_req *req = arg;
     req->in_flight--;
     if (!ok && !req->cancelled) {
-        ry_emu_comm_fail(req->op->comm, ncclRemoteError, "rank %d stopped in the middle of sending to rank %d", req->peer,
-                         req->op->comm->rank);
+        ry_emu_comm_fail(req->op->comm, ncclRemoteError, "rank %d stopped in the middle of sending to rank %d",
+                         req->peer, req->op->comm->rank);
         return; /* the waiter cancels it */
     }
     recv_advance(req);
@@ -274,8 +275,8 @@ static void depart(struct ncclComm *comm, int peer)
 {
     comm->peers[peer].departed = true;
     if (ry_emu_waits_for(comm, peer))
-        ry_emu_comm_fail(comm, ncclRemoteError, "rank %d has left the communicator, and rank %d still waits for it", peer,
-                         comm->rank);
+        ry_emu_comm_fail(comm, ncclRemoteError, "rank %d has left the communicator, and rank %d still waits for it",
+                         peer, comm->rank);
 }
 
 static void offer(struct ncclComm *comm, const struct cts_header *h)
@@ -380,8 +381,13 @@ void ry_emu_post(struct ry_emu_req *req)
         struct ncclComm *comm = req->op->comm;
         req->seq = lane->recvs++;
         req->id = slot_take(req);
-        struct cts_header h = {.comm = comm->uid, .seq = req->seq, .id = req->id, .bytes = req->bytes, .to = req->peer,
-                               .from = comm->rank, .channel = req->op->channel};
+        struct cts_header h = {.comm = comm->uid,
+                               .seq = req->seq,
+                               .id = req->id,
+                               .bytes = req->bytes,
+                               .to = req->peer,
+                               .from = comm->rank,
+                               .channel = req->op->channel};
         if (ry_emu_proc_is_self(peer_of(req)->proc))
             ry_emu_on_cts(&h, sizeof h);
         else

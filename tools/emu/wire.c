@@ -33,7 +33,8 @@ struct ry_emu_proc {
 };
 
 static struct {
-    pid_t pid; /* who started it: a forked child has no thread and must not touch it */
+    bool started;
+    atomic_bool forked; /* this is a forked child of a process that had started: it has no thread, and shares sockets */
     ucp_context_h context;
     ucp_worker_h worker;
     int epoll, timer;
@@ -213,7 +214,8 @@ static ncclResult_t start_locked(void)
     ucp_config_release(config);
     if (st != UCS_OK)
         return failed("ucp_init", st);
-    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE, .thread_mode = UCS_THREAD_MODE_SERIALIZED};
+    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
     st = ucp_worker_create(wire.context, &wp, &wire.worker);
     if (st != UCS_OK)
         return failed("ucp_worker_create", st);
@@ -257,15 +259,32 @@ static ncclResult_t start_locked(void)
     return ncclSuccess;
 }
 
+/* The lock may have been held by a thread that the child does not have. */
+static void in_child(void)
+{
+    pthread_mutex_init(&ry_emu_lock, NULL);
+    wire.forked = wire.started;
+    wire.over = wire.started;
+}
+
+ncclResult_t ry_emu_wire_usable(void)
+{
+    if (atomic_load_explicit(&wire.forked, memory_order_relaxed))
+        return ry_emu_error(ncclInvalidUsage,
+                            "a forked child cannot communicate with its parent's transport: exec first");
+    return ncclSuccess;
+}
+
 ncclResult_t ry_emu_wire_start(struct ry_emu_address *mine)
 {
+    ncclResult_t usable = ry_emu_wire_usable();
+    if (usable != ncclSuccess)
+        return usable;
     pthread_mutex_lock(&ry_emu_lock);
-    if (!wire.pid) {
-        wire.pid = getpid();
+    if (!wire.started) {
+        wire.started = true;
+        pthread_atfork(NULL, NULL, in_child);
         wire.result = start_locked();
-    } else if (wire.pid != getpid()) {
-        pthread_mutex_unlock(&ry_emu_lock);
-        return ry_emu_error(ncclInvalidUsage, "a forked child cannot use the communicators' transport of its parent: exec first");
     }
     if (mine)
         *mine = wire.address;
@@ -390,9 +409,8 @@ void ry_emu_wire_send(struct ry_emu_proc *to, enum ry_emu_am id, const void *hea
     }
     struct pending *p = pending_new(done, arg);
     memcpy(p->header, header, header_bytes);
-    ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
-                                 .cb.send = on_sent,
-                                 .user_data = p};
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA, .cb.send = on_sent, .user_data = p};
     void *request = ucp_am_send_nbx(to->ep, id, p->header, header_bytes, payload, bytes, &param);
     if (!UCS_PTR_IS_PTR(request))
         finish(p, UCS_PTR_STATUS(request));
@@ -427,7 +445,7 @@ static void on_flushed(void *request, ucs_status_t status, void *arg)
 
 void ry_emu_wire_flush(void)
 {
-    if (!wire.pid || wire.pid != getpid() || wire.result != ncclSuccess)
+    if (wire.forked)
         return;
     struct flush *f = calloc(1, sizeof *f);
     if (!f)
@@ -439,7 +457,7 @@ void ry_emu_wire_flush(void)
     uint64_t deadline = ry_now_ns() + 2000000000u;
     struct timespec at = {(time_t)(deadline / 1000000000u), (long)(deadline % 1000000000u)};
     pthread_mutex_lock(&ry_emu_lock);
-    if (wire.over) {
+    if (wire.over || !wire.worker) {
         pthread_mutex_unlock(&ry_emu_lock);
         free(f);
         return;
@@ -464,7 +482,7 @@ void ry_emu_wire_flush(void)
  */
 __attribute__((destructor)) static void at_exit(void)
 {
-    if (!wire.pid || wire.pid != getpid() || wire.result != ncclSuccess)
+    if (wire.forked)
         return;
     pthread_mutex_lock(&ry_emu_lock);
     for (struct ncclComm *c = ry_emu_comm_first(); c; c = c->next)

@@ -4,8 +4,8 @@
  * Owns: the ranks' environment (torchrun's variables, NCCL_HOSTID, where libnccl.so.2 is found, UCX's defaults), the
  * segment of the virtual links, and the ranks' lives. Not: how the links are shaped (tools/emu/links.h).
  *
- * Nothing is left behind whatever happens: the segment is a memfd that ranks open through /proc, and the kernel ends the
- * ranks when the launcher is killed.
+ * Nothing is left behind whatever happens: the segment is a memfd that ranks open through /proc, and the kernel ends
+ * the ranks when the launcher is killed.
  */
 #include <argp.h>
 #include <arpa/inet.h>
@@ -48,7 +48,8 @@ enum { OPT_NIC = 256, OPT_NIC_US, OPT_NVLINK, OPT_NVLINK_US, OPT_PRELOAD, OPT_OL
 static const struct argp_option options[] = {
     {"nodes", 'n', "N", 0, "Virtual nodes (1)", 0},
     {"gpus", 'g', "N", 0, "Ranks on each node (1)", 0},
-    {"nic", OPT_NIC, "GBIT", 0, "Bandwidth of each node's NIC, shared by its ranks, each way, in Gbit/s (not limited)", 0},
+    {"nic", OPT_NIC, "GBIT", 0, "Bandwidth of each node's NIC, shared by its ranks, each way, in Gbit/s (not limited)",
+     0},
     {"nic-us", OPT_NIC_US, "US", 0, "Latency between nodes in microseconds (0)", 0},
     {"nvlink", OPT_NVLINK, "GBIT", 0, "Bandwidth of each rank inside its node, each way, in Gbit/s (not limited)", 0},
     {"nvlink-us", OPT_NVLINK_US, "US", 0, "Latency inside a node in microseconds (0)", 0},
@@ -140,7 +141,8 @@ static int free_port(void)
         uint16_t r = 0;
         if (getrandom(&r, sizeof r, 0) != sizeof r)
             return -1;
-        struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+        struct sockaddr_in a = {.sin_family = AF_INET,
+                                .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
                                 .sin_port = htons((uint16_t)(20000 + r % 12000))};
         int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         int bad = fd < 0 || bind(fd, (struct sockaddr *)&a, sizeof a);
@@ -171,8 +173,8 @@ static int common_environment(struct ry_err *err)
     char path[4096];
     /* What UCX does by default is right for a long job on real NICs; here it would print and catch signals. */
     static const char *const ucx[][2] = {
-        {"UCX_TLS", "tcp,self"},        {"UCX_NET_DEVICES", "lo"},  {"UCX_LOG_LEVEL", "fatal"},
-        {"UCX_HANDLE_ERRORS", "none"},  {"UCX_MEM_EVENTS", "no"},   {"UCX_WARN_UNUSED_ENV_VARS", "n"},
+        {"UCX_TLS", "tcp,self"},          {"UCX_NET_DEVICES", "lo"}, {"UCX_LOG_LEVEL", "fatal"},
+        {"UCX_HANDLE_ERRORS", "none"},    {"UCX_MEM_EVENTS", "no"},  {"UCX_WARN_UNUSED_ENV_VARS", "n"},
         {"UCX_KEEPALIVE_INTERVAL", "1s"}, {"UCX_VFS_ENABLE", "n"},
     };
     int port = free_port();
@@ -207,8 +209,11 @@ static int common_environment(struct ry_err *err)
 static pid_t start(int rank, const sigset_t *mask, pid_t launcher)
 {
     pid_t pid = fork();
+    if (pid > 0)
+        setpgid(pid, pid); /* also here: a signal may be passed on before the child comes to it */
     if (pid)
         return pid;
+    setpgid(0, 0); /* what the rank starts belongs to it and ends with it */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != launcher) /* it died before that took effect */
         _exit(127);
@@ -224,11 +229,12 @@ static pid_t start(int rank, const sigset_t *mask, pid_t launcher)
     _exit(errno == ENOENT ? 127 : 126);
 }
 
+/* To the ranks that still run, and to what they started. */
 static void signal_all(const pid_t *pids, int n, int sig)
 {
     for (int i = 0; i < n; i++)
         if (pids[i] > 0)
-            kill(pids[i], sig);
+            kill(-pids[i], sig);
 }
 
 /* Reap what has ended. Returns how many still run; the first failure goes to *status (0 as long as there is none). */
@@ -243,6 +249,8 @@ static int reap(pid_t *pids, int n, int *status, bool ending, const char *argv0)
             running++;
             continue;
         }
+        if (ending)
+            kill(-pids[i], SIGKILL); /* what it started and left behind */
         pids[i] = 0;
         int code = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
         if (!code || *status || ending)
@@ -314,19 +322,23 @@ static int run_ranks(const char *argv0)
 int cmd_emu(int argc, char **argv)
 {
     static const struct argp argp = {
-        options, parse, "-- PROGRAM [ARG...]",
+        options,
+        parse,
+        "-- PROGRAM [ARG...]",
         "Run PROGRAM on an emulated cluster: one process per rank, with torchrun's environment variables, and a "
         "libnccl.so.2 that works on host memory.\v"
         "The ranks' NCCL calls must be given host pointers. When one rank fails, all are ended, and the status is the "
         "failed rank's (128 + the signal that ended it).",
-        0, 0, 0};
+        0,
+        0,
+        0};
     opt.nodes = opt.gpus = 1;
     if (argp_parse(&argp, argc, argv, ARGP_IN_ORDER, 0, 0))
         return 2;
     struct ry_err err;
     if (opt.nodes * opt.gpus > RY_EMU_MAX_GPUS || opt.nodes > RY_EMU_MAX_NODES)
-        return command_fail(argv[0], "%d nodes with %d ranks each are too many: at most %d nodes and %d ranks", opt.nodes,
-                            opt.gpus, RY_EMU_MAX_NODES, RY_EMU_MAX_GPUS);
+        return command_fail(argv[0], "%d nodes with %d ranks each are too many: at most %d nodes and %d ranks",
+                            opt.nodes, opt.gpus, RY_EMU_MAX_NODES, RY_EMU_MAX_GPUS);
     if (common_environment(&err))
         return command_fail(argv[0], "%s", err.msg);
     return run_ranks(argv[0]);
