@@ -2,7 +2,7 @@
 """Everything that CI runs, in order; prints what failed and, last, one line 'N passed, N failed, N skipped'.
 
   werror     the plain build with warnings as errors, and all its tests
-  asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer
+  asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer (gcc warns falsely there: no -Werror)
   tsan       what has threads, under ThreadSanitizer
   docs       tables and man page against the code
   install    `meson install` into an empty folder, and the tool and libraries working from there
@@ -75,13 +75,13 @@ def stage_werror():
 
 
 def stage_asan():
-    build("build-ci-asan", "-Db_sanitize=address,undefined", "-Db_lundef=false", "-Dbuildtype=debugoptimized") and \
+    build("build-ci-asan", "-Db_sanitize=address,undefined", "-Db_lundef=false", "-Dwerror=false") and \
         meson_tests("build-ci-asan", "-t", "3")
 
 
 def stage_tsan():
-    build("build-ci-tsan", "-Db_sanitize=thread", "-Db_lundef=false", "-Dbuildtype=debugoptimized") and \
-        meson_tests("build-ci-tsan", "-t", "5", "--suite", "threads")
+    build("build-ci-tsan", "-Db_sanitize=thread", "-Db_lundef=false", "-Dwerror=false") and \
+        meson_tests("build-ci-tsan", "-t", "5", "--suite", "unit", "--suite", "threads")
 
 
 def stage_docs():

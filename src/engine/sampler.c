@@ -1,6 +1,6 @@
 /*
  * sampler.c: see sampler.h. A fixed array of samples, each with an atomic state; whoever moves a state on owns the sample:
- * FREE → TAKEN (job) → FLYING (job) → FREE (watcher). The watcher looks every few milliseconds while anything flies.
+ * FREE → TAKEN (job) → FLYING (job) → FREE (watcher). The watcher looks now and then while anything flies.
  */
 #include "sampler.h"
 
@@ -12,7 +12,7 @@
 #include <time.h>
 
 #define SAMPLES 256
-#define LOOK_MS 5
+#define LOOK_MS 20 /* nobody waits for a duration; each look asks the driver, whose locks the job wants */
 
 enum { FREE, TAKEN, FLYING };
 
