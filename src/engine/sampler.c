@@ -18,7 +18,7 @@ enum { FREE, TAKEN, FLYING };
 
 struct ry_sample {
     _Atomic int state;
-    int ordinal; /* of the device its events were made on, -1: none yet */
+    int ordinal; /* of the device its events were made on */
     struct ry_event *start, *stop;
     ry_sampler_done done;
     void *context;
@@ -48,7 +48,7 @@ static void drop_events(struct ry_sampler *s, struct ry_sample *p)
 
 static bool make_events(struct ry_sampler *s, struct ry_sample *p, int ordinal)
 {
-    if (p->ordinal == ordinal)
+    if (p->start && p->ordinal == ordinal) /* a communicator's device may be unknown, which is -1 too */
         return true;
     drop_events(s, p);
     if (s->device->event_create(&p->start, NULL) || s->device->event_create(&p->stop, NULL)) {
