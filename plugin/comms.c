@@ -73,7 +73,8 @@ static void clear(struct ry_comm *c)
 {
     c->engine = NULL;
     c->nranks = c->rank = c->device = -1;
-    c->pending = c->aborted = c->revoked = c->has_id = c->has_name = false;
+    atomic_store_explicit(&c->pending, RY_ASKING, memory_order_relaxed); /* by who adds it */
+    c->aborted = c->revoked = c->has_id = c->has_name = false;
     c->blocking = true;
     c->parent = NULL;
     c->ordinal = 0;

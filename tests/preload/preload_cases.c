@@ -5,6 +5,7 @@
  *   groups   which groups are exchanges and which only look like one
  *   lives    every way in which communicators begin and end
  *   threads  one communicator per thread, all at once; forked children; communicators alive at exit
+ *   patient  communicators made non-blocking, and their children
  *   process  several ranks in one process (ncclCommInitAll)
  */
 #include <pthread.h>
@@ -453,6 +454,59 @@ static void lives(void)
     barrier(root->comm);
 }
 
+/* Nothing is ready when a call returns; a child's handle is not even written before its parent is. */
+static struct expected *later(ncclResult_t r, ncclComm_t parent, ncclComm_t *comm, const char *name, const char *birth)
+{
+    CHECK(r == ncclSuccess || r == ncclInProgress, "gave %d", r);
+    wait_ready(parent ? parent : *comm);
+    wait_ready(*comm);
+    return expect(*comm, name, birth);
+}
+
+static void patient(void)
+{
+    int n = who.world;
+    for (int round = 0; round < 2; round++) {
+        char name[4][32];
+        static const char *const what[] = {"parent", "child", "grandchild", "grouped child"};
+        ncclConfig_t config[4];
+        for (int i = 0; i < 4; i++) {
+            snprintf(name[i], sizeof name[i], "%s %d", what[i], round);
+            config[i] = named(name[i]);
+            if (!round)
+                config[i].blocking = 0;
+        }
+        if (round) /* the user's word, not the program's */
+            setenv("NCCL_COMM_BLOCKING", "0", 1);
+        ncclComm_t c[4] = {0};
+        struct expected *e[4];
+        ncclResult_t r = ncclCommInitRankConfig(&c[0], n, shared_id(), who.rank, &config[0]);
+        e[0] = later(r, NULL, &c[0], name[0], "init");
+        /* the parent itself is never used for p2p; its children are */
+        r = ncclCommSplit(c[0], 0, -who.rank, &c[1], &config[1]);
+        e[1] = later(r, c[0], &c[1], name[1], "split");
+        r = ncclCommSplit(c[1], 0, 0, &c[2], &config[2]);
+        e[2] = later(r, c[1], &c[2], name[2], "split");
+        NCCL(ncclGroupStart());
+        NCCL(ncclCommSplit(c[0], 0, who.rank, &c[3], &config[3]));
+        r = ncclGroupEnd();
+        e[3] = later(r, c[0], &c[3], name[3], "split");
+        ncclComm_t none = NULL;
+        r = ncclCommSplit(c[0], NCCL_SPLIT_NOCOLOR, 0, &none, NULL);
+        CHECK(r == ncclSuccess || r == ncclInProgress, "gave %d", r);
+        wait_ready(c[0]);
+        CHECK(!none, "a communicator for a rank without color");
+        for (int i = 0; i < 60; i++)
+            for (int k = 1; k < 4; k++)
+                exchange(e[k], i + k);
+        barrier(c[0]);
+        for (int i = 0; i < 4; i++) {
+            NCCL(ncclCommDestroy(c[i]));
+            e[i]->end = "destroy";
+        }
+    }
+}
+
 struct job {
     pthread_t thread;
     ncclUniqueId id;
@@ -548,7 +602,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"groups", groups}, {"lives", lives}, {"threads", threads}, {"process", process}};
+    } cases[] = {{"groups", groups}, {"lives", lives}, {"threads", threads}, {"patient", patient}, {"process", process}};
     start_rank();
     CHECK(argc == 2 && getenv("RY_EXPECTED"), "usage: RY_EXPECTED=DIR preload_cases CASE");
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
