@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/thread.h"
 
 #define MAX_BYTES (64u << 10)     /* one rank's record */
 #define MAX_ALL (256u << 20)      /* all ranks' */
@@ -645,7 +646,7 @@ struct ry_rendezvous *ry_rendezvous_start(struct ry_err *err)
     rv->listener = -1;
     pthread_mutex_init(&rv->lock, NULL);
     pthread_cond_init(&rv->idle, NULL);
-    int e = pthread_create(&rv->thread, NULL, attend_to_all, rv);
+    int e = ry_thread_start(&rv->thread, attend_to_all, rv);
     if (e) {
         ry_fail(err, "cannot start the rendezvous thread: %s", strerror(e));
         close(rv->wake);

@@ -24,6 +24,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/settings.h"
+#include "base/thread.h"
 #include "cluster.h"
 #include "control/rendezvous.h"
 #include "device/device.h"
@@ -500,7 +501,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         return snprintf(why, why_size, "%s", err.msg), -1;
     if (*engine.settings.trace)
         open_record();
-    engine.topo_running = !pthread_create(&engine.topo_thread, NULL, read_topology, NULL);
+    engine.topo_running = !ry_thread_start(&engine.topo_thread, read_topology, NULL);
     ry_info("Railyard %s watches NCCL %d at %s%s%s", RAILYARD_VERSION, host->nccl_version, host->nccl_path,
             engine.record ? ", recording to " : "", engine.record ? engine.settings.trace : "");
     *hooks = (struct ry_hooks){

@@ -11,6 +11,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/thread.h"
+
 #define SAMPLES 256
 #define LOOK_MS 20 /* nobody waits for a duration; each look asks the driver, whose locks the job wants */
 
@@ -143,7 +145,7 @@ struct ry_sampler *ry_sampler_start(const struct ry_device *device, struct ry_er
         s->samples[i].ordinal = -1;
     pthread_mutex_init(&s->lock, NULL);
     sem_init(&s->work, 0, 0);
-    int e = pthread_create(&s->thread, NULL, watch, s);
+    int e = ry_thread_start(&s->thread, watch, s);
     if (e) {
         ry_fail(err, "cannot start the sampler thread: %s", strerror(e));
         free(s);

@@ -8,7 +8,9 @@
  *   patient  communicators made non-blocking, and their children
  *   process  several ranks in one process (ncclCommInitAll)
  */
+#include <dirent.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 
 #include "emu_common.h"
@@ -564,6 +566,33 @@ static void threads(void)
     barrier(e->comm);
 }
 
+/* A signal sent to the process is for the job's threads: those of ours block all that can be blocked. */
+static void signals_are_the_jobs(void)
+{
+    int ours = 0;
+    DIR *tasks = opendir("/proc/self/task");
+    CHECK(tasks, "/proc/self/task");
+    for (struct dirent *d; (d = readdir(tasks));) {
+        char path[300], line[256], name[32] = "";
+        unsigned long blocked = 0;
+        snprintf(path, sizeof path, "/proc/self/task/%s/status", d->d_name);
+        FILE *f = *d->d_name == '.' ? NULL : fopen(path, "r");
+        while (f && fgets(line, sizeof line, f)) {
+            sscanf(line, "Name: %31s", name);
+            sscanf(line, "SigBlk: %lx", &blocked);
+        }
+        if (f)
+            fclose(f);
+        if (strncmp(name, "ry-", 3) && strncmp(name, "railyard", 8))
+            continue;
+        ours++;
+        for (int s = 1; s < 32; s++)
+            CHECK(s == SIGKILL || s == SIGSTOP || blocked >> (s - 1) & 1, "thread %s does not block signal %d", name, s);
+    }
+    closedir(tasks);
+    CHECK(ours >= 3, "%d threads of Railyard's", ours); /* rendezvous, record, sampler */
+}
+
 /* Single process, several ranks: groups that hold the calls of all of them are no exchanges by definition. */
 static void process(void)
 {
@@ -594,6 +623,7 @@ static void process(void)
             e[i]->end = "destroy";
         }
     }
+    signals_are_the_jobs();
     usleep(300000); /* the ranks' seats are swapped in the background: do not exit before */
 }
 
