@@ -398,8 +398,10 @@ static void exchange_end(void *handle, const struct ry_exchange *x, void *cookie
         ry_record_exchange(engine.record, c->record, &r);
         now.gather_count = 0;
     }
-    if (now.sample) /* after the record: a duration must not come before its exchange */
-        ry_sampler_end(engine.sampler, now.sample, x->stream, ok && c->record, exchange_took, c, now.number);
+    /* After the record: a duration must not come before its exchange. While NCCL still works on a group in the background
+       (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
+    if (now.sample)
+        ry_sampler_end(engine.sampler, now.sample, x->stream, result == 0 && c->record, exchange_took, c, now.number);
     leave();
 }
 
