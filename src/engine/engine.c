@@ -54,6 +54,7 @@ static struct {
     uint32_t settings_hash;
     struct ry_record *record;
     struct ry_rendezvous *rendezvous;
+    struct ry_rendezvous *local; /* host of INIT_ALL's communicators, on loopback where no other node would find it */
     struct ry_sampler *sampler;
     const struct ry_device *device; /* NULL: none could be opened */
     struct ry_topo *topo;           /* NULL until topology_known() has returned, and if it cannot be read */
@@ -260,7 +261,12 @@ static void meet(struct comm *c, const struct comm *parent)
     struct ry_err err = {""};
     if (c->info.birth == RY_BIRTH_INIT_ALL) {
         struct sockaddr_in here = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-        ry_rendezvous_host(engine.rendezvous, (struct sockaddr *)&here, &c->ticket, &err);
+        pthread_mutex_lock(&engine.lock);
+        if (!engine.local)
+            engine.local = ry_rendezvous_start(&err);
+        pthread_mutex_unlock(&engine.lock);
+        if (engine.local)
+            ry_rendezvous_host(engine.local, (struct sockaddr *)&here, &c->ticket, &err);
     } else if (c->info.unique_id) {
         memcpy(&c->ticket, c->info.unique_id + TICKET_AT, sizeof c->ticket);
     } else if (parent) {
@@ -446,6 +452,8 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     topology_known();
     if (engine.rendezvous)
         ry_rendezvous_stop(engine.rendezvous);
+    if (engine.local)
+        ry_rendezvous_stop(engine.local);
     if (engine.sampler)
         ry_sampler_stop(engine.sampler);
     if (!engine.record)

@@ -9,6 +9,7 @@
  *   process  several ranks in one process (ncclCommInitAll)
  */
 #include <dirent.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -624,6 +625,17 @@ static void process(void)
         }
     }
     signals_are_the_jobs();
+    /* Ranks of other nodes must find those who meet for an id made later: where NCCL itself listens, not on loopback. */
+    ncclUniqueId id;
+    struct sockaddr_in at;
+    setenv("NCCL_SOCKET_IFNAME", "^lo", 1);
+    if (ncclGetUniqueId(&id) != ncclSuccess) { /* this machine has no other interface */
+        unsetenv("NCCL_SOCKET_IFNAME");
+        NCCL(ncclGetUniqueId(&id));
+    }
+    memcpy(&at, id.internal + 8, sizeof at);
+    CHECK(!memcmp(id.internal + 64, "RAILYARD", 8), "no ticket in the id");
+    CHECK(at.sin_family != AF_INET || !memcmp(id.internal + 80, &at.sin_addr, 4), "the ticket's address is another than NCCL's");
     usleep(300000); /* the ranks' seats are swapped in the background: do not exit before */
 }
 
