@@ -4,12 +4,14 @@
 #include <pthread.h>
 #include <string.h>
 
-#define SLOTS 4096u /* communicators alive at once, and a power of two */
+#define SLOTS 4096u      /* communicators alive at once */
+#define KEYS (2 * SLOTS) /* a power of two; half of the places are empty, so that looking in vain ends soon */
+#define ENDING (-1)      /* refs of an entry whose last reference has gone, while ry_comms_last still reads it */
 #define TOMB ((void *)1)
 
 static struct ry_comm entries[SLOTS];
-static _Atomic(void *) keys[SLOTS];
-static _Atomic uint16_t entry_of[SLOTS]; /* keys[i]'s entry */
+static _Atomic(void *) keys[KEYS];
+static _Atomic uint16_t entry_of[KEYS]; /* keys[i]'s entry */
 static unsigned next_entry;              /* entries are handed out round-robin, so that a stale pointer stays stale long */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* writers only */
 
@@ -17,14 +19,14 @@ void (*ry_comms_last)(struct ry_comm *comm);
 
 static unsigned hash(const void *p)
 {
-    return (unsigned)(((uintptr_t)p >> 4) * UINT64_C(0x9e3779b97f4a7c15) >> 40) % SLOTS;
+    return (unsigned)(((uintptr_t)p >> 4) * UINT64_C(0x9e3779b97f4a7c15) >> 40) % KEYS;
 }
 
 struct ry_comm *ry_comms_find(const void *nccl)
 {
     if (!nccl)
         return NULL;
-    for (unsigned i = hash(nccl), n = 0; n < SLOTS; i = (i + 1) % SLOTS, n++) {
+    for (unsigned i = hash(nccl), n = 0; n < KEYS; i = (i + 1) % KEYS, n++) {
         void *key = atomic_load_explicit(&keys[i], memory_order_acquire);
         if (key == nccl)
             return &entries[atomic_load_explicit(&entry_of[i], memory_order_relaxed)];
@@ -41,7 +43,7 @@ struct ry_comm *ry_comms_get(const void *nccl)
         return NULL;
     int refs = atomic_load_explicit(&c->refs, memory_order_relaxed);
     do {
-        if (!refs)
+        if (refs <= 0)
             return NULL;
     } while (!atomic_compare_exchange_weak_explicit(&c->refs, &refs, refs + 1, memory_order_acquire,
                                                     memory_order_relaxed));
@@ -54,11 +56,17 @@ struct ry_comm *ry_comms_get(const void *nccl)
 
 void ry_comms_put(struct ry_comm *c)
 {
-    if (atomic_fetch_sub_explicit(&c->refs, 1, memory_order_acq_rel) == 1 && ry_comms_last)
+    int refs = atomic_load_explicit(&c->refs, memory_order_relaxed);
+    while (!atomic_compare_exchange_weak_explicit(&c->refs, &refs, refs == 1 ? ENDING : refs - 1, memory_order_acq_rel,
+                                                  memory_order_relaxed))
+        ;
+    if (refs != 1)
+        return;
+    if (ry_comms_last)
         ry_comms_last(c);
+    atomic_store_explicit(&c->refs, 0, memory_order_release);
 }
 
-/* The entry's last reference has gone, yet ry_comms_last may still be reading it: it is reused only much later. */
 static struct ry_comm *free_entry(void)
 {
     for (unsigned n = 0; n < SLOTS; n++) {
@@ -73,7 +81,8 @@ static void clear(struct ry_comm *c)
 {
     c->engine = NULL;
     c->nranks = c->rank = c->device = -1;
-    c->pending = c->aborted = c->revoked = c->has_id = c->has_name = false;
+    atomic_store_explicit(&c->pending, RY_ASKING, memory_order_relaxed); /* by who adds it */
+    c->aborted = c->revoked = c->has_id = c->has_name = false;
     c->blocking = true;
     c->parent = NULL;
     c->ordinal = 0;
@@ -90,17 +99,17 @@ static void clear(struct ry_comm *c)
 
 static void drop_key(const struct ry_comm *c, const void *nccl)
 {
-    for (unsigned i = hash(nccl), n = 0; n < SLOTS; i = (i + 1) % SLOTS, n++) {
+    for (unsigned i = hash(nccl), n = 0; n < KEYS; i = (i + 1) % KEYS, n++) {
         void *key = atomic_load_explicit(&keys[i], memory_order_relaxed);
         if (!key)
             return;
         if (key != nccl || &entries[atomic_load_explicit(&entry_of[i], memory_order_relaxed)] != c)
             continue;
         /* before an empty place no chain goes on, so tombstones there can be emptied: look-ups stay short */
-        bool tail = !atomic_load_explicit(&keys[(i + 1) % SLOTS], memory_order_relaxed);
+        bool tail = !atomic_load_explicit(&keys[(i + 1) % KEYS], memory_order_relaxed);
         atomic_store_explicit(&keys[i], tail ? NULL : TOMB, memory_order_release);
-        for (unsigned j = (i + SLOTS - 1) % SLOTS; tail && atomic_load_explicit(&keys[j], memory_order_relaxed) == TOMB;
-             j = (j + SLOTS - 1) % SLOTS)
+        for (unsigned j = (i + KEYS - 1) % KEYS; tail && atomic_load_explicit(&keys[j], memory_order_relaxed) == TOMB;
+             j = (j + KEYS - 1) % KEYS)
             atomic_store_explicit(&keys[j], NULL, memory_order_release);
         return;
     }
@@ -110,7 +119,7 @@ struct ry_comm *ry_comms_add(void *nccl)
 {
     pthread_mutex_lock(&lock);
     struct ry_comm *c = NULL;
-    for (unsigned i = hash(nccl), n = 0; n < SLOTS; i = (i + 1) % SLOTS, n++) {
+    for (unsigned i = hash(nccl), n = 0; n < KEYS; i = (i + 1) % KEYS, n++) {
         void *key = atomic_load_explicit(&keys[i], memory_order_relaxed);
         if (key && key != TOMB)
             continue;

@@ -15,12 +15,15 @@
 
 #include "hooks.h"
 
+/* Made non-blocking, a communicator is asked for its ranks when it is ready, by one thread. */
+enum ry_pending { RY_SETTLED, RY_PENDING, RY_ASKING };
+
 struct ry_comm {
     _Atomic(void *) nccl; /* ncclComm_t; NULL: the entry is free or its communicator has ended */
-    _Atomic int refs;     /* 0: free. One for being in the table, one for each group that holds it */
+    _Atomic int refs;     /* 0: free, < 0: ending. One for being in the table, one for each group that holds it */
     void *engine;         /* handle of the engine, NULL: not followed */
     int nranks, rank, device;
-    bool pending; /* made non-blocking: nranks and the rest are asked for when it is ready */
+    _Atomic int pending; /* enum ry_pending: not 0 while nranks, the rest and `engine` are not known */
     bool aborted, revoked;
     _Atomic uint32_t splits, shrinks; /* children made so far; all ranks count alike */
     /* what comm_created needs, kept while pending */

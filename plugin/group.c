@@ -26,6 +26,9 @@ static void thread_ends(void *arg)
 {
     struct ry_group *g = arg;
     free_arrays(g);
+    for (int i = 0; i < g->nbirths; i++)
+        if (g->births[i].parent)
+            ry_comms_put(g->births[i].parent);
     free(g->births);
     g->births = NULL, g->nbirths = g->births_capacity = 0;
 }

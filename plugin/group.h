@@ -53,6 +53,7 @@ struct ry_birth_note {
     uint32_t ordinal;
     int color;
     bool blocking, has_id, has_name;
+    bool late; /* child of a non-blocking one: its group is over, yet NCCL has still to write its handle */
     uint8_t unique_id[RY_NCCL_ID_BYTES];
     char name[64];
 };

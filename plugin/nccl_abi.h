@@ -25,7 +25,7 @@ typedef struct ncclWindow_vidmem *ncclWindow_t;
 #define RY_NCCL_FUNCTIONS(F)                                                                                            \
     /* since 2.18 or before */                                                                                          \
     F(ncclGetUniqueId) F(ncclCommInitRank) F(ncclCommInitRankConfig) F(ncclCommInitAll) F(ncclCommSplit)                \
-    F(ncclCommFinalize) F(ncclCommDestroy) F(ncclCommAbort) F(ncclGroupStart) F(ncclGroupEnd)                           \
+    F(ncclCommFinalize) F(ncclCommDestroy) F(ncclCommAbort) F(ncclCommGetAsyncError) F(ncclGroupStart) F(ncclGroupEnd)  \
     F(ncclSend) F(ncclRecv) F(ncclAllGather) F(ncclAllReduce) F(ncclBroadcast) F(ncclBcast) F(ncclReduce)               \
     F(ncclReduceScatter)                                                                                                \
     /* 2.22, 2.23, 2.27 */                                                                                              \

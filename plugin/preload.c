@@ -172,7 +172,7 @@ static void introduce(struct ry_group *g, struct ry_comm *c)
     g->inside++;
     c->engine = hooks.comm_created ? hooks.comm_created(&info) : NULL;
     g->inside--;
-    c->pending = false;
+    atomic_store(&c->pending, RY_SETTLED);
     if (c->parent)
         ry_comms_put(c->parent);
     c->parent = NULL;
@@ -195,19 +195,29 @@ static bool ask(struct ry_group *g, struct ry_comm *c)
     return true;
 }
 
-/* A communicator that was not ready when it was made may be now. */
-static inline void settle(struct ry_group *g, ncclComm_t comm)
+/* A communicator that was not ready when it was made may be now. Another thread may abort it meanwhile. */
+static __attribute__((noinline)) void settle_pending(struct ry_group *g, ncclComm_t comm)
 {
-    if (comm == g->nccl)
-        return;
-    struct ry_comm *c = ry_comms_find(comm);
-    if (c && __builtin_expect(c->pending, 0) && ask(g, c))
-        introduce(g, c);
+    struct ry_comm *c = ry_comms_get(comm);
+    int pending = RY_PENDING;
+    if (c && atomic_compare_exchange_strong(&c->pending, &pending, RY_ASKING)) {
+        if (ask(g, c))
+            introduce(g, c);
+        else
+            atomic_store(&c->pending, RY_PENDING);
+    }
+    if (c)
+        ry_comms_put(c);
 }
 
-static void adopt(struct ry_group *g, struct ry_birth_note *b)
+/* False when the handle is not there yet. */
+static bool adopt(struct ry_group *g, struct ry_birth_note *b, ncclResult_t r)
 {
-    ncclComm_t nccl = b->where ? *b->where : NULL;
+    ncclComm_t nccl = b->where ? __atomic_load_n(b->where, __ATOMIC_ACQUIRE) : NULL;
+    if (!nccl && r == ncclInProgress && b->where && b->parent && b->color != NCCL_SPLIT_NOCOLOR)
+        return false;
+    if (r == ncclInProgress) /* NCCL_COMM_BLOCKING may have decided so */
+        b->blocking = false;
     struct ry_comm *old = nccl ? ry_comms_find(nccl) : NULL;
     if (old) /* it ended in a way that we did not see, and NCCL uses its memory again */
         ry_comms_remove(old);
@@ -215,29 +225,75 @@ static void adopt(struct ry_group *g, struct ry_birth_note *b)
     if (!c) {
         if (b->parent)
             ry_comms_put(b->parent);
-        return;
+        return true;
     }
     c->birth = b->birth, c->ordinal = b->ordinal, c->color = b->color, c->parent = b->parent;
     c->nranks = b->nranks, c->rank = b->rank, c->device = b->device;
     c->blocking = b->blocking, c->has_id = b->has_id, c->has_name = b->has_name;
     memcpy(c->unique_id, b->unique_id, sizeof c->unique_id);
     memcpy(c->name, b->name, sizeof c->name);
-    c->pending = true;
     if (ask(g, c))
         introduce(g, c);
+    else
+        atomic_store(&c->pending, RY_PENDING);
     ry_comms_put(c);
+    return true;
 }
 
 /* The call that made communicators has returned, or the group that held it has ended. */
 static void adopt_all(struct ry_group *g, ncclResult_t r)
 {
+    int kept = 0;
     for (int i = 0; i < g->nbirths; i++) {
-        if (r == ncclSuccess || r == ncclInProgress)
-            adopt(g, &g->births[i]);
-        else if (g->births[i].parent)
-            ry_comms_put(g->births[i].parent);
+        struct ry_birth_note *b = &g->births[i];
+        bool done = false;
+        if (!b->late && (r == ncclSuccess || r == ncclInProgress))
+            done = adopt(g, b, r);
+        else if (!b->late && (done = true) && b->parent)
+            ry_comms_put(b->parent);
+        if (done)
+            continue;
+        b->late = true;
+        g->births[kept++] = *b;
     }
-    g->nbirths = 0;
+    g->nbirths = kept;
+}
+
+/*
+ * The job has heard that `comm` is ready (or broken): if that was a non-blocking parent, its children's handles have been
+ * written. Their places are the job's memory, which the job still needs at this moment, as this is the thread that gave
+ * them. One whose handle comes even later is known by that handle, when it is asked after or used.
+ */
+static __attribute__((noinline)) void adopt_late(struct ry_group *g, ncclComm_t comm, ncclResult_t found)
+{
+    bool known = ry_comms_find(comm) != NULL;
+    int kept = 0;
+    for (int i = 0; i < g->nbirths; i++) {
+        struct ry_birth_note *b = &g->births[i];
+        bool ours = b->late && atomic_load(&b->parent->nccl) == comm, gone = b->late && !atomic_load(&b->parent->nccl);
+        if (gone || (ours && found != ncclSuccess)) {
+            ry_comms_put(b->parent);
+            continue;
+        }
+        ncclComm_t nccl = ours || (b->late && !known) ? __atomic_load_n(b->where, __ATOMIC_ACQUIRE) : NULL;
+        if (nccl && (ours || nccl == comm)) {
+            adopt(g, b, ncclInProgress);
+            continue;
+        }
+        g->births[kept++] = *b;
+    }
+    g->nbirths = kept;
+}
+
+static inline void settle(struct ry_group *g, ncclComm_t comm)
+{
+    if (comm == g->nccl)
+        return;
+    struct ry_comm *c = ry_comms_find(comm);
+    if (__builtin_expect(!c && g->nbirths, 0))
+        adopt_late(g, comm, ncclSuccess);
+    else if (c && __builtin_expect(atomic_load_explicit(&c->pending, memory_order_relaxed) != RY_SETTLED, 0))
+        settle_pending(g, comm);
 }
 
 /* Outside a group a communicator is there when the call returns; inside, when the group has ended. */
@@ -290,6 +346,7 @@ static struct ry_birth_note *note_init(struct ry_group *g, ncclComm_t *where, in
 static struct ry_birth_note *note_child(struct ry_group *g, ncclComm_t *where, ncclComm_t parent, enum ry_birth birth,
                                         int color, const void *config)
 {
+    settle(g, parent); /* it need not have been used for anything else yet */
     struct ry_comm *p = ry_comms_get(parent);
     struct ry_birth_note *b = ry_group_birth(g);
     if (!b) {
@@ -427,6 +484,16 @@ API ncclResult_t ncclCommRevoke(ncclComm_t comm, int flags)
     return REAL(ncclCommRevoke, comm, flags);
 }
 
+/* Where a job that does not block learns that it may go on. */
+API ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *now)
+{
+    PASS_UNLESS_WATCHING(ncclCommGetAsyncError, comm, now)
+    ncclResult_t r = REAL(ncclCommGetAsyncError, comm, now);
+    if (__builtin_expect(g->nbirths, 0) && r == ncclSuccess && *now != ncclInProgress)
+        adopt_late(g, comm, *now);
+    return r;
+}
+
 /* ---- groups and exchanges ---- */
 
 struct running {
@@ -560,6 +627,7 @@ API ncclResult_t ncclAlltoAll(const void *send, void *recv, size_t count, ncclDa
 
 static inline void note_call(struct ry_group *g, enum ry_call call, size_t count, ncclDataType_t type, ncclComm_t comm)
 {
+    settle(g, comm);
     count_call(call, count, type, comm);
     if (g->depth)
         ry_group_other(g);

@@ -125,7 +125,7 @@ bool ry_real_load(void)
     if (ok && !atomic_load_explicit(&ry_real_found, memory_order_relaxed)) {
 #define F(name) ry_real.name = (__typeof__(ry_real.name))find_call(#name);
         RY_NCCL_FUNCTIONS(F)
-        F(ncclCommCount) F(ncclCommUserRank) F(ncclCommCuDevice) F(ncclGetVersion) F(ncclCommGetAsyncError)
+        F(ncclCommCount) F(ncclCommUserRank) F(ncclCommCuDevice) F(ncclGetVersion)
 #undef F
         ry_older_fill();
         Dl_info where;

@@ -23,7 +23,6 @@ struct ry_real {
     ncclResult_t (*ncclCommUserRank)(const ncclComm_t, int *);
     ncclResult_t (*ncclCommCuDevice)(const ncclComm_t, int *);
     ncclResult_t (*ncclGetVersion)(int *);
-    ncclResult_t (*ncclCommGetAsyncError)(ncclComm_t, ncclResult_t *);
 };
 
 extern struct ry_real ry_real;

@@ -17,13 +17,16 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/thread.h"
 
 #define MAX_BYTES (64u << 10)     /* one rank's record */
 #define MAX_ALL (256u << 20)      /* all ranks' */
 #define HELLO_NS 10000000000ull   /* a visitor that has not said hello by then is not one of us */
+#define DEAF_NS 200000000ull   /* no descriptor or memory to be had for a visitor: look again then */
 #define GRACE_NS 5000000000ull    /* a guest waits longer than its host, so as to hear who is missing */
 
 /* What travels. Both ends are of one machine type (as NCCL demands), so numbers go as they are. */
@@ -91,12 +94,21 @@ struct ry_rendezvous {
     struct meeting *meetings;
     struct visitor *visitors;
     struct guest *guests;
+    size_t sockets;      /* of visitors and guests */
+    uint64_t deaf_until; /* nobody is let in before */
 };
 
 bool ry_ticket_valid(const struct ry_ticket *t)
 {
     return !memcmp(t->magic, "RAILYARD", 8) && t->version == RY_TICKET_VERSION && (t->family == 4 || t->family == 6) &&
            t->port;
+}
+
+/* Descriptors belong to the job: half of what the process may open is the most that we take, for a while. */
+static bool crowded(const struct ry_rendezvous *rv)
+{
+    struct rlimit limit;
+    return !getrlimit(RLIMIT_NOFILE, &limit) && rv->sockets >= limit.rlim_cur / 2;
 }
 
 static void payload_drop(struct payload *p)
@@ -294,15 +306,19 @@ static void visitor_free(struct visitor *v)
 
 static void accept_visitors(struct ry_rendezvous *rv)
 {
-    for (;;) {
+    while (!crowded(rv)) { /* whoever is not let in yet waits in the listener's queue */
         int fd = accept4(rv->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0)
+        if (fd < 0) {
+            if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+                rv->deaf_until = ry_now_ns() + DEAF_NS;
             return;
+        }
         struct visitor *v = calloc(1, sizeof *v);
         if (!v) {
             close(fd);
             return;
         }
+        rv->sockets++;
         v->fd = fd;
         v->deadline = ry_now_ns() + HELLO_NS;
         v->next = rv->visitors;
@@ -460,6 +476,12 @@ int ry_rendezvous_attend(struct ry_rendezvous *rv, const struct ry_ticket *ticke
     g->expected = (size_t)nranks * size;
     g->deadline = ry_now_ns() + (uint64_t)h.patience_ms * 1000000u + GRACE_NS;
     pthread_mutex_lock(&rv->lock);
+    if (crowded(rv)) {
+        pthread_mutex_unlock(&rv->lock);
+        guest_free(g);
+        return ry_fail(err, "more meetings at once than the limit on open files allows");
+    }
+    rv->sockets++;
     g->next = rv->guests;
     rv->guests = g;
     eventfd_write(rv->wake, 1);
@@ -502,6 +524,7 @@ static void dismiss_guests(struct ry_rendezvous *rv)
             p = &rv->guests; /* the list may have changed */
         }
         guest_free(g);
+        rv->sockets--;
     }
 }
 
@@ -515,6 +538,7 @@ static void dismiss_visitors(struct ry_rendezvous *rv)
         }
         *p = v->next;
         visitor_free(v);
+        rv->sockets--;
     }
 }
 
@@ -564,7 +588,11 @@ static void *attend_to_all(void *arg)
             capacity = 2 * n;
         }
         fds[0] = (struct pollfd){.fd = rv->wake, .events = POLLIN};
-        fds[1] = (struct pollfd){.fd = rv->listener, .events = POLLIN}; /* -1 is passed over */
+        uint64_t deadline = next_deadline(rv), now = ry_now_ns();
+        bool open = now >= rv->deaf_until && !crowded(rv);
+        if (now < rv->deaf_until && rv->deaf_until < deadline)
+            deadline = rv->deaf_until;
+        fds[1] = (struct pollfd){.fd = open ? rv->listener : -1, .events = POLLIN}; /* -1 is passed over */
         n = 2;
         for (struct visitor *v = rv->visitors; v; v = v->next)
             fds[n++] = (struct pollfd){.fd = v->fd, .events = v->out ? POLLOUT : POLLIN};
@@ -572,7 +600,6 @@ static void *attend_to_all(void *arg)
         for (struct guest *g = rv->guests; g; g = g->next)
             fds[n++] = (struct pollfd){.fd = g->fd, .events = g->sent < g->out->size ? POLLOUT : POLLIN};
         struct guest *guests = rv->guests;
-        uint64_t deadline = next_deadline(rv), now = ry_now_ns();
         int timeout = deadline == UINT64_MAX ? -1 : deadline <= now ? 0 : (int)((deadline - now) / 1000000u % 3600000u) + 1;
         pthread_mutex_unlock(&rv->lock);
         poll(fds, n, timeout);
@@ -619,7 +646,7 @@ struct ry_rendezvous *ry_rendezvous_start(struct ry_err *err)
     rv->listener = -1;
     pthread_mutex_init(&rv->lock, NULL);
     pthread_cond_init(&rv->idle, NULL);
-    int e = pthread_create(&rv->thread, NULL, attend_to_all, rv);
+    int e = ry_thread_start(&rv->thread, attend_to_all, rv);
     if (e) {
         ry_fail(err, "cannot start the rendezvous thread: %s", strerror(e));
         close(rv->wake);

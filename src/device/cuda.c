@@ -340,6 +340,10 @@ static int cuda_event_record(struct ry_event *ev, void *stream, struct ry_err *e
     return IN_CONTEXT(err, ctx, event_record, ev->event, stream);
 }
 
+/*
+ * Asking about events is among what CUDA refuses a thread while another one captures in the global mode, and the refusal
+ * would spoil that capture. In the relaxed mode the thread may; the mode is exchanged for that, and back.
+ */
 static int cuda_event_done(struct ry_event *ev, bool *done, struct ry_err *err)
 {
     *done = false;
@@ -349,7 +353,10 @@ static int cuda_event_done(struct ry_event *ev, bool *done, struct ry_err *err)
     }
     if (enter(ev->ctx, err))
         return -1;
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    cu.capture_mode(&mode);
     CUresult r = cu.event_query(ev->event);
+    cu.capture_mode(&mode);
     leave();
     if (r && r != CUDA_ERROR_NOT_READY)
         return fail(err, symbol_event_query, r);
@@ -362,7 +369,11 @@ static int cuda_event_elapsed(struct ry_event *a, struct ry_event *b, double *us
     float ms;
     if (!a->event || !b->event)
         return ry_fail(err, "elapsed time of an event that was never recorded");
-    if (IN_CONTEXT(err, a->ctx, event_elapsed, &ms, a->event, b->event))
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    cu.capture_mode(&mode);
+    int rc = IN_CONTEXT(err, a->ctx, event_elapsed, &ms, a->event, b->event);
+    cu.capture_mode(&mode);
+    if (rc)
         return -1;
     *us = (double)ms * 1e3;
     return 0;

@@ -24,6 +24,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/settings.h"
+#include "base/thread.h"
 #include "cluster.h"
 #include "control/rendezvous.h"
 #include "device/device.h"
@@ -53,6 +54,7 @@ static struct {
     uint32_t settings_hash;
     struct ry_record *record;
     struct ry_rendezvous *rendezvous;
+    struct ry_rendezvous *local; /* host of INIT_ALL's communicators, on loopback where no other node would find it */
     struct ry_sampler *sampler;
     const struct ry_device *device; /* NULL: none could be opened */
     struct ry_topo *topo;           /* NULL until topology_known() has returned, and if it cannot be read */
@@ -259,7 +261,12 @@ static void meet(struct comm *c, const struct comm *parent)
     struct ry_err err = {""};
     if (c->info.birth == RY_BIRTH_INIT_ALL) {
         struct sockaddr_in here = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-        ry_rendezvous_host(engine.rendezvous, (struct sockaddr *)&here, &c->ticket, &err);
+        pthread_mutex_lock(&engine.lock);
+        if (!engine.local)
+            engine.local = ry_rendezvous_start(&err);
+        pthread_mutex_unlock(&engine.lock);
+        if (engine.local)
+            ry_rendezvous_host(engine.local, (struct sockaddr *)&here, &c->ticket, &err);
     } else if (c->info.unique_id) {
         memcpy(&c->ticket, c->info.unique_id + TICKET_AT, sizeof c->ticket);
     } else if (parent) {
@@ -397,8 +404,10 @@ static void exchange_end(void *handle, const struct ry_exchange *x, void *cookie
         ry_record_exchange(engine.record, c->record, &r);
         now.gather_count = 0;
     }
-    if (now.sample) /* after the record: a duration must not come before its exchange */
-        ry_sampler_end(engine.sampler, now.sample, x->stream, ok && c->record, exchange_took, c, now.number);
+    /* After the record: a duration must not come before its exchange. While NCCL still works on a group in the background
+       (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
+    if (now.sample)
+        ry_sampler_end(engine.sampler, now.sample, x->stream, result == 0 && c->record, exchange_took, c, now.number);
     leave();
 }
 
@@ -443,6 +452,8 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     topology_known();
     if (engine.rendezvous)
         ry_rendezvous_stop(engine.rendezvous);
+    if (engine.local)
+        ry_rendezvous_stop(engine.local);
     if (engine.sampler)
         ry_sampler_stop(engine.sampler);
     if (!engine.record)
@@ -500,7 +511,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         return snprintf(why, why_size, "%s", err.msg), -1;
     if (*engine.settings.trace)
         open_record();
-    engine.topo_running = !pthread_create(&engine.topo_thread, NULL, read_topology, NULL);
+    engine.topo_running = !ry_thread_start(&engine.topo_thread, read_topology, NULL);
     ry_info("Railyard %s watches NCCL %d at %s%s%s", RAILYARD_VERSION, host->nccl_version, host->nccl_path,
             engine.record ? ", recording to " : "", engine.record ? engine.settings.trace : "");
     *hooks = (struct ry_hooks){

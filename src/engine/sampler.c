@@ -11,6 +11,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/thread.h"
+
 #define SAMPLES 256
 #define LOOK_MS 20 /* nobody waits for a duration; each look asks the driver, whose locks the job wants */
 
@@ -18,7 +20,7 @@ enum { FREE, TAKEN, FLYING };
 
 struct ry_sample {
     _Atomic int state;
-    int ordinal; /* of the device its events were made on, -1: none yet */
+    int ordinal; /* of the device its events were made on */
     struct ry_event *start, *stop;
     ry_sampler_done done;
     void *context;
@@ -48,7 +50,7 @@ static void drop_events(struct ry_sampler *s, struct ry_sample *p)
 
 static bool make_events(struct ry_sampler *s, struct ry_sample *p, int ordinal)
 {
-    if (p->ordinal == ordinal)
+    if (p->start && p->ordinal == ordinal) /* a communicator's device may be unknown, which is -1 too */
         return true;
     drop_events(s, p);
     if (s->device->event_create(&p->start, NULL) || s->device->event_create(&p->stop, NULL)) {
@@ -143,7 +145,7 @@ struct ry_sampler *ry_sampler_start(const struct ry_device *device, struct ry_er
         s->samples[i].ordinal = -1;
     pthread_mutex_init(&s->lock, NULL);
     sem_init(&s->work, 0, 0);
-    int e = pthread_create(&s->thread, NULL, watch, s);
+    int e = ry_thread_start(&s->thread, watch, s);
     if (e) {
         ry_fail(err, "cannot start the sampler thread: %s", strerror(e));
         free(s);

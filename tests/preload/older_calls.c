@@ -25,6 +25,14 @@ int main(void)
         CHECK(in[2 * r] == (who.rank == 1 ? r * 100 : 0) && in[2 * r + 1] == (who.rank == 1 ? r * 100 + 1 : 0), "gather");
     NCCL(ncclScatter(out, mine, 2, ncclInt32, 1, comm, NULL));
     CHECK(mine[0] == 100 + 2 * who.rank && mine[1] == 100 + 2 * who.rank + 1, "scatter gave %d %d", mine[0], mine[1]);
+    /* a refused call leaves no group open, in which what follows would wait for ever */
+    EXPECT(ncclInvalidArgument, ncclAlltoAll(out, in, 2, (ncclDataType_t)99, comm, NULL));
+    EXPECT(ncclInvalidArgument, ncclGather(out, in, 2, ncclInt32, n, comm, NULL));
+    EXPECT(ncclInvalidArgument, ncclScatter(out, in, 2, ncclInt32, -1, comm, NULL));
+    EXPECT(ncclInvalidUsage, ncclGroupEnd());
+    mine[0] = 0;
+    NCCL(ncclAllReduce(&n, &mine[0], 1, ncclInt32, ncclSum, comm, NULL));
+    CHECK(mine[0] == n * n, "sum is %d", mine[0]);
     EXPECT(ncclInvalidUsage, ncclCommRevoke(comm, 0));
     NCCL(ncclCommDestroy(comm));
     free(out), free(in);

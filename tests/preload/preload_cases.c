@@ -5,9 +5,13 @@
  *   groups   which groups are exchanges and which only look like one
  *   lives    every way in which communicators begin and end
  *   threads  one communicator per thread, all at once; forked children; communicators alive at exit
+ *   patient  communicators made non-blocking, and their children
  *   process  several ranks in one process (ncclCommInitAll)
  */
+#include <dirent.h>
+#include <netinet/in.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 
 #include "emu_common.h"
@@ -453,6 +457,67 @@ static void lives(void)
     barrier(root->comm);
 }
 
+/* Nothing is ready when a call returns; a child's handle is not even written before its parent is. */
+static struct expected *later(ncclResult_t r, ncclComm_t parent, ncclComm_t *comm, const char *name, const char *birth)
+{
+    CHECK(r == ncclSuccess || r == ncclInProgress, "gave %d", r);
+    wait_ready(parent ? parent : *comm);
+    wait_ready(*comm);
+    return expect(*comm, name, birth);
+}
+
+static void patient(void)
+{
+    int n = who.world;
+    for (int round = 0; round < 2; round++) {
+        char name[4][32];
+        static const char *const what[] = {"parent", "child", "grandchild", "grouped child"};
+        ncclConfig_t config[4];
+        for (int i = 0; i < 4; i++) {
+            snprintf(name[i], sizeof name[i], "%s %d", what[i], round);
+            config[i] = named(name[i]);
+            if (!round)
+                config[i].blocking = 0;
+        }
+        if (round) /* the user's word, not the program's */
+            setenv("NCCL_COMM_BLOCKING", "0", 1);
+        ncclComm_t c[4] = {0};
+        struct expected *e[4];
+        ncclResult_t r = ncclCommInitRankConfig(&c[0], n, shared_id(), who.rank, &config[0]);
+        e[0] = later(r, NULL, &c[0], name[0], "init");
+        /* the parent itself is never used for p2p; its children are */
+        r = ncclCommSplit(c[0], 0, -who.rank, &c[1], &config[1]);
+        e[1] = later(r, c[0], &c[1], name[1], "split");
+        r = ncclCommSplit(c[1], 0, 0, &c[2], &config[2]);
+        e[2] = later(r, c[1], &c[2], name[2], "split");
+        NCCL(ncclGroupStart());
+        NCCL(ncclCommSplit(c[0], 0, who.rank, &c[3], &config[3]));
+        r = ncclGroupEnd();
+        e[3] = later(r, c[0], &c[3], name[3], "split");
+        ncclComm_t none = NULL;
+        r = ncclCommSplit(c[0], NCCL_SPLIT_NOCOLOR, 0, &none, NULL);
+        CHECK(r == ncclSuccess || r == ncclInProgress, "gave %d", r);
+        wait_ready(c[0]);
+        CHECK(!none, "a communicator for a rank without color");
+        for (int i = 0; i < 60; i++)
+            for (int k = 1; k < 4; k++)
+                exchange(e[k], i + k);
+        barrier(c[0]);
+        for (int i = 0; i < 4; i++) {
+            NCCL(ncclCommDestroy(c[i]));
+            e[i]->end = "destroy";
+        }
+    }
+}
+
+/* In a forked child what only the parent's threads can reach looks lost: LeakSanitizer asks whether it should look. */
+static bool forked;
+int __lsan_is_turned_off(void);
+__attribute__((visibility("default"))) int __lsan_is_turned_off(void)
+{
+    return forked;
+}
+
 struct job {
     pthread_t thread;
     ncclUniqueId id;
@@ -498,6 +563,7 @@ static void threads(void)
         pid_t pid = fork();
         if (!pid) {
             int version;
+            forked = true;
             if (i == 1)
                 ncclGroupStart(), ncclGroupEnd(), ncclGetVersion(&version);
             exit(0);
@@ -508,6 +574,33 @@ static void threads(void)
 #endif
     exchange(e, 5);
     barrier(e->comm);
+}
+
+/* A signal sent to the process is for the job's threads: those of ours block all that can be blocked. */
+static void signals_are_the_jobs(void)
+{
+    int ours = 0;
+    DIR *tasks = opendir("/proc/self/task");
+    CHECK(tasks, "/proc/self/task");
+    for (struct dirent *d; (d = readdir(tasks));) {
+        char path[300], line[256], name[32] = "";
+        unsigned long blocked = 0;
+        snprintf(path, sizeof path, "/proc/self/task/%s/status", d->d_name);
+        FILE *f = *d->d_name == '.' ? NULL : fopen(path, "r");
+        while (f && fgets(line, sizeof line, f)) {
+            sscanf(line, "Name: %31s", name);
+            sscanf(line, "SigBlk: %lx", &blocked);
+        }
+        if (f)
+            fclose(f);
+        if (strncmp(name, "ry-", 3) && strncmp(name, "railyard", 8))
+            continue;
+        ours++;
+        for (int s = 1; s < 32; s++)
+            CHECK(s == SIGKILL || s == SIGSTOP || blocked >> (s - 1) & 1, "thread %s does not block signal %d", name, s);
+    }
+    closedir(tasks);
+    CHECK(ours >= 3, "%d threads of Railyard's", ours); /* rendezvous, record, sampler */
 }
 
 /* Single process, several ranks: groups that hold the calls of all of them are no exchanges by definition. */
@@ -540,6 +633,18 @@ static void process(void)
             e[i]->end = "destroy";
         }
     }
+    signals_are_the_jobs();
+    /* Ranks of other nodes must find those who meet for an id made later: where NCCL itself listens, not on loopback. */
+    ncclUniqueId id;
+    struct sockaddr_in at;
+    setenv("NCCL_SOCKET_IFNAME", "^lo", 1);
+    if (ncclGetUniqueId(&id) != ncclSuccess) { /* this machine has no other interface */
+        unsetenv("NCCL_SOCKET_IFNAME");
+        NCCL(ncclGetUniqueId(&id));
+    }
+    memcpy(&at, id.internal + 8, sizeof at);
+    CHECK(!memcmp(id.internal + 64, "RAILYARD", 8), "no ticket in the id");
+    CHECK(at.sin_family != AF_INET || !memcmp(id.internal + 80, &at.sin_addr, 4), "the ticket's address is another than NCCL's");
     usleep(300000); /* the ranks' seats are swapped in the background: do not exit before */
 }
 
@@ -548,7 +653,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"groups", groups}, {"lives", lives}, {"threads", threads}, {"process", process}};
+    } cases[] = {{"groups", groups}, {"lives", lives}, {"threads", threads}, {"patient", patient}, {"process", process}};
     start_rank();
     CHECK(argc == 2 && getenv("RY_EXPECTED"), "usage: RY_EXPECTED=DIR preload_cases CASE");
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

@@ -179,7 +179,7 @@ END_TEST
 /* ---- only with the fake driver, which can be asked what it saw ---- */
 
 static int (*fake_depth)(void), (*fake_device)(void), (*fake_mode)(void);
-static void (*fake_capture)(void *stream, int result, int status);
+static void (*fake_capture)(void *stream, int result, int status), (*fake_elsewhere)(int captures);
 
 static bool is_fake(void)
 {
@@ -190,6 +190,7 @@ static bool is_fake(void)
     *(void **)&fake_device = dlsym(lib, "fake_cuda_device");
     *(void **)&fake_mode = dlsym(lib, "fake_cuda_mode");
     *(void **)&fake_capture = dlsym(lib, "fake_cuda_capture");
+    *(void **)&fake_elsewhere = dlsym(lib, "fake_cuda_elsewhere");
     dlclose(lib);
     return fake_depth;
 }
@@ -221,6 +222,30 @@ START_TEST(capture)
     }
     ck_assert_ptr_nonnull(strstr(err.msg, "cuStreamIsCapturing: CUDA_ERROR_FAKE (719)"));
     ok(device->stream_destroy(stream, &err));
+}
+END_TEST
+
+/* Asking an event, on whatever thread, spoils no other thread's capture, and leaves the thread's mode as it was. */
+START_TEST(capture_elsewhere)
+{
+    struct ry_event *a, *b;
+    bool flag = false;
+    double us;
+    if (!is_fake())
+        return;
+    ok(device->use(0, &err));
+    ok(device->event_create(&a, &err));
+    ok(device->event_create(&b, &err));
+    ok(device->event_record(a, NULL, &err));
+    ok(device->event_record(b, NULL, &err));
+    fake_elsewhere(1);
+    ok(device->event_done(b, &flag, &err));
+    ck_assert(flag);
+    ok(device->event_elapsed(a, b, &us, &err));
+    fake_elsewhere(0);
+    ck_assert_int_eq(fake_mode(), 0);
+    device->event_destroy(a);
+    device->event_destroy(b);
 }
 END_TEST
 
@@ -306,6 +331,7 @@ static int run(bool cuda)
     tcase_add_test(t, cuda_or_a_reason);
     if (cuda) {
         tcase_add_test(t, capture);
+        tcase_add_test(t, capture_elsewhere);
         tcase_add_test(t, contexts_are_left_alone);
     }
     suite_add_tcase(suite, t);

@@ -4,11 +4,15 @@
  */
 #include <arpa/inet.h>
 #include <check.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -201,6 +205,75 @@ START_TEST(cancelled_means_silent)
 }
 END_TEST
 
+static void open_files(rlim_t more)
+{
+    struct rlimit limit;
+    int next = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    ck_assert_int_ge(next, 0);
+    close(next);
+    ck_assert_int_eq(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    limit.rlim_cur = more ? (rlim_t)next + more : limit.rlim_max;
+    ck_assert_int_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
+}
+
+/* The job has used up its file descriptors: the thread waits for better times, and does not spin. */
+START_TEST(no_descriptors_left)
+{
+    int fd = socket(AF_INET, SOCK_STREAM, 0), filled[8], n = 0;
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = ticket.port};
+    memcpy(&at.sin_addr, ticket.address, 4);
+    open_files(4);
+    while ((filled[n] = dup(fd)) >= 0)
+        ck_assert_int_lt(++n, 8);
+    ck_assert_int_eq(connect(fd, (struct sockaddr *)&at, sizeof at), 0);
+    struct timespec cpu[2];
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu[0]);
+    usleep(500000);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu[1]);
+    int64_t us = (cpu[1].tv_sec - cpu[0].tv_sec) * 1000000 + (cpu[1].tv_nsec - cpu[0].tv_nsec) / 1000;
+    ck_assert_msg(us < 100000, "%lld us of CPU in half a second of waiting", (long long)us);
+    while (n)
+        close(filled[--n]);
+    open_files(0);
+    for (int i = 0; i < N; i++)
+        attend(i, 7, N, i, 10);
+    for (int i = 0; i < N; i++) {
+        wait_for(&outcomes[i]);
+        ck_assert_msg(outcomes[i].ok, "%s", outcomes[i].why);
+    }
+    close(fd);
+}
+END_TEST
+
+/* However many come (the ranks of a large communicator, all at once), the job can still open files. */
+START_TEST(descriptors_left_for_the_job)
+{
+    pid_t crowd = fork();
+    if (!crowd) {
+        for (int i = 0; i < 200; i++)
+            knock();
+        usleep(700000);
+        _exit(0);
+    }
+    open_files(100);
+    usleep(500000);
+    int mine[20];
+    for (int i = 0; i < 20; i++)
+        ck_assert_msg((mine[i] = open("/dev/null", O_RDONLY)) >= 0, "no descriptor left for file %d", i);
+    for (int i = 0; i < 20; i++)
+        close(mine[i]);
+    int status;
+    ck_assert_int_eq(waitpid(crowd, &status, 0), crowd);
+    open_files(0);
+    for (int i = 0; i < N; i++)
+        attend(i, 7, N, i, 10);
+    for (int i = 0; i < N; i++) {
+        wait_for(&outcomes[i]);
+        ck_assert_msg(outcomes[i].ok, "%s", outcomes[i].why);
+    }
+}
+END_TEST
+
 START_TEST(no_ticket_no_meeting)
 {
     memset(&ticket, 0, sizeof ticket);
@@ -223,6 +296,8 @@ int main(void)
     tcase_add_test(t, host_goes_away);
     tcase_add_test(t, cancelled_means_silent);
     tcase_add_test(t, no_ticket_no_meeting);
+    tcase_add_test(t, no_descriptors_left);
+    tcase_add_test(t, descriptors_left_for_the_job);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
     srunner_run_all(r, CK_NORMAL);

@@ -138,6 +138,9 @@ struct options {
 /* Programs may be built against another version of the header: only what lies within `size` is read. */
 static ncclResult_t read_config(const ncclConfig_t *config, struct options *o, const char *call)
 {
+    const char *env = getenv("NCCL_COMM_BLOCKING"); /* wins over what the program says, as in NCCL */
+    if (env && *env)
+        o->blocking = atoi(env) != 0;
     if (!config)
         return ncclSuccess;
     if (config->magic != 0xcafebeefu)
@@ -146,7 +149,8 @@ static ncclResult_t read_config(const ncclConfig_t *config, struct options *o, c
         config->blocking != NCCL_CONFIG_UNDEF_INT) {
         if (config->blocking != 0 && config->blocking != 1)
             REFUSE(ncclInvalidArgument, "%s: config.blocking is %d, neither 0 nor 1", call, config->blocking);
-        o->blocking = config->blocking;
+        if (!env || !*env)
+            o->blocking = config->blocking;
     }
     if (config->size >= offsetof(ncclConfig_t, commName) + sizeof config->commName && config->commName)
         o->name = config->commName;
@@ -232,9 +236,10 @@ static ncclResult_t make_child(struct ncclComm *parent, ncclComm_t *out, bool me
     }
     *j = *job;
     j->parent = parent;
-    j->comm = *out = child;
+    j->comm = child;
     j->out = out;
     j->detached = !parent->blocking;
+    *out = j->detached ? NULL : child; /* NCCL, too, writes a non-blocking child's handle only when it is made */
     pthread_mutex_lock(&ry_emu_lock);
     parent->users++;
     if (j->detached && parent->state == ncclSuccess)

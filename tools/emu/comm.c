@@ -155,6 +155,8 @@ static ncclResult_t finish(struct ry_emu_job *job, struct ry_emu_peer *peers, nc
         *job->out = result == ncclSuccess ? comm : NULL;
         if (result != ncclSuccess)
             ry_emu_comm_end(comm, false);
+    } else if (job->parent) {
+        __atomic_store_n(job->out, comm, __ATOMIC_RELEASE);
     }
     return result;
 }

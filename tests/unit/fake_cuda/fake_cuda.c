@@ -66,6 +66,13 @@ int fake_cuda_mode(void)
 {
     return (int)mode;
 }
+/* Some other thread captures a stream in the global mode: what may synchronize would spoil that, and is refused. */
+static bool elsewhere;
+EXPORT void fake_cuda_elsewhere(int captures);
+void fake_cuda_elsewhere(int captures)
+{
+    elsewhere = captures;
+}
 EXPORT void fake_cuda_capture(CUstream stream, CUresult result, CUstreamCaptureStatus status);
 void fake_cuda_capture(CUstream stream, CUresult result, CUstreamCaptureStatus status)
 {
@@ -276,12 +283,16 @@ EXPORT CUresult CUDAAPI cuEventRecord(CUevent event, CUstream stream)
 
 EXPORT CUresult CUDAAPI cuEventQuery(CUevent event)
 {
+    if (elsewhere && mode != CU_STREAM_CAPTURE_MODE_RELAXED)
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     return event->ctx == current() ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
 EXPORT CUresult CUDAAPI cuEventElapsedTime(float *ms, CUevent a, CUevent b); /* cuda.h may only know the _v2 */
 CUresult CUDAAPI cuEventElapsedTime(float *ms, CUevent a, CUevent b)
 {
+    if (elsewhere && mode != CU_STREAM_CAPTURE_MODE_RELAXED)
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     if (a->ctx != current() || b->ctx != current() || !a->ns || !b->ns)
         return CUDA_ERROR_INVALID_HANDLE;
     *ms = (float)((double)b->ns - (double)a->ns) / 1e6f;
