@@ -88,7 +88,7 @@ struct ry_host {
 struct ry_hooks {
     uint32_t version;
     uint32_t size;
-    /** A unique id that the real NCCL just made; the engine may write where NCCL left zeros. */
+    /** A unique id, all zero before the real NCCL made it; the engine may write where NCCL left zeros. */
     void (*unique_id)(uint8_t id[RY_NCCL_ID_BYTES]);
     /** A communicator is ready. Returns the engine's handle, NULL to be left alone about it. */
     void *(*comm_created)(const struct ry_comm_info *info);

@@ -370,6 +370,9 @@ API ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
 {
     PASS_UNLESS_WATCHING(ncclGetUniqueId, id)
     open_engine();
+    /* Before 2.23 NCCL writes its 40 bytes only, and programs seldom clear the rest: there the engine could not tell ours */
+    if (id && hooks.unique_id)
+        memset(id, 0, sizeof *id);
     ncclResult_t r = REAL(ncclGetUniqueId, id);
     if (r == ncclSuccess && hooks.unique_id)
         hooks.unique_id((uint8_t *)id->internal);

@@ -52,7 +52,7 @@ static inline ncclUniqueId shared_id(void)
 {
     ncclUniqueId id;
     struct ry_err err;
-    memset(&id, 0, sizeof id);
+    memset(&id, 0xa5, sizeof id); /* as on the stack of a program that does not clear it */
     if (who.rank == 0)
         NCCL(ncclGetUniqueId(&id));
     CHECK(!ry_rendezvous(&who, &id, sizeof id, 20, &err), "%s", err.msg);

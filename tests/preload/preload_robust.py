@@ -178,7 +178,11 @@ def case_old_nccl():
     # bench asks for ncclAlltoAll by a weak reference, and now finds ours
     expect_lines(same_result(command=old + BENCH + ["--pad", "1.5"]), 0)
     program = os.path.join(BUILD, "tests", "preload", "older_calls")
-    _, lines = job(old + [program], ranks=4)
+    shutil.rmtree(trace)
+    _, lines = job(old + [program], {"RAILYARD_TRACE": trace}, ranks=4)
+    report = json.loads(run([RAILYARD, "report", trace, "--json", "-"]).stdout)
+    if not all(c["mapped"] for c in report["communicators"]):
+        fail("no cluster map: 2.18 leaves the rest of a unique id as the program had it")
     expect_lines(lines, 4, "warning", "ncclCommRevoke was called, but", "has no such function")
 
 

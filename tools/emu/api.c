@@ -18,8 +18,6 @@
     EXPORT __attribute__((alias(#name))) ret p##name(__VA_ARGS__);                                                     \
     EXPORT __attribute__((weak)) ret name(__VA_ARGS__)
 
-extern const int ry_emu_nccl_version; /* version.c, one per variant of the library */
-
 EXPORT int railyard_emu_version(void);
 int railyard_emu_version(void)
 {
@@ -639,6 +637,8 @@ API(ncclResult_t, ncclCommWindowDeregister, ncclComm_t comm, ncclWindow_t window
     return strike(comm, window, "ncclCommWindowDeregister");
 }
 
+#undef ncclResetDebugInit /* macros in newer headers */
+#undef pncclResetDebugInit
 API(void, ncclResetDebugInit, void)
 {
 }

@@ -316,7 +316,8 @@ ncclResult_t ry_emu_bootstrap_id(ncclUniqueId *id)
 {
     struct handle h = {0};
     char why[256] = "";
-    memset(id, 0, sizeof *id);
+    if (ry_emu_nccl_version >= 22300) /* as the real one: it clears what it does not need since 2.23 */
+        memset(id, 0, sizeof *id);
     while (!h.magic)
         if (getrandom(&h.magic, sizeof h.magic, 0) < 0 && errno != EINTR)
             return ry_emu_error(ncclSystemError, "getrandom: %m");

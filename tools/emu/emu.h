@@ -279,7 +279,9 @@ ncclResult_t ry_emu_comm_check(const struct ry_emu_op *op);
 
 /* ---- bootstrap.c ---- */
 
-/** Make an id and start serving it. */
+extern const int ry_emu_nccl_version; /* version.c, one per variant of the library */
+
+/** Make an id and start serving it. Up to 2.22 only its first bytes are written, since then the rest is cleared. */
 ncclResult_t ry_emu_bootstrap_id(ncclUniqueId *id);
 /** Swap one record per rank. *all (the caller frees it): for each a uint32 length and its bytes, padded to 8. */
 ncclResult_t ry_emu_bootstrap_swap(const ncclUniqueId *id, int rank, int nranks, const void *mine, uint32_t bytes,
