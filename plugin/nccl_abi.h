@@ -2,7 +2,8 @@
  * nccl_abi.h: the part of NCCL's binary interface that the preload stands in front of, for NCCL 2.18 to 2.30, whatever
  * nccl.h it is built with.
  *
- * Owns: the list of intercepted functions (RY_NCCL_FUNCTIONS), and declarations of what an older header lacks. C allows a
+ * Owns: the list of intercepted functions (RY_NCCL_FUNCTIONS, with the release that first has each:
+ * tests/nccl_versions.py checks them against real libraries), and declarations of what an older header lacks. C allows a
  * function to be declared twice alike, so functions are simply declared again; types need a version check.
  */
 #ifndef RY_PLUGIN_NCCL_ABI_H
@@ -23,17 +24,17 @@ typedef struct ncclWindow_vidmem *ncclWindow_t;
 
 /* clang-format off */
 #define RY_NCCL_FUNCTIONS(F)                                                                                            \
-    /* since 2.18 or before */                                                                                          \
+    /* 2.18 or before */                                                                                                \
     F(ncclGetUniqueId) F(ncclCommInitRank) F(ncclCommInitRankConfig) F(ncclCommInitAll) F(ncclCommSplit)                \
     F(ncclCommFinalize) F(ncclCommDestroy) F(ncclCommAbort) F(ncclCommGetAsyncError) F(ncclGroupStart) F(ncclGroupEnd)  \
     F(ncclSend) F(ncclRecv) F(ncclAllGather) F(ncclAllReduce) F(ncclBroadcast) F(ncclBcast) F(ncclReduce)               \
     F(ncclReduceScatter)                                                                                                \
-    /* 2.22, 2.23, 2.27 */                                                                                              \
-    F(ncclGroupSimulateEnd) F(ncclCommInitRankScalable) F(ncclCommShrink)                                               \
-    /* 2.28 */                                                                                                          \
-    F(ncclAlltoAll) F(ncclGather) F(ncclScatter) F(ncclCommRevoke)                                                      \
-    /* 2.29 */                                                                                                          \
-    F(ncclPutSignal) F(ncclSignal) F(ncclWaitSignal)
+    /* 2.22 */ F(ncclGroupSimulateEnd)                                                                                  \
+    /* 2.23 */ F(ncclCommInitRankScalable)                                                                              \
+    /* 2.27 */ F(ncclCommShrink)                                                                                        \
+    /* 2.28.3 */ F(ncclAlltoAll) F(ncclGather) F(ncclScatter)                                                           \
+    /* 2.28.7 */ F(ncclCommRevoke)                                                                                      \
+    /* 2.29 */ F(ncclPutSignal) F(ncclSignal) F(ncclWaitSignal)
 /* clang-format on */
 
 /* declared with () in nccl.h, which in C is no prototype */
