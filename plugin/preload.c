@@ -20,6 +20,7 @@
 #include <string.h>
 #include <strings.h>
 
+#include "base/log.h"
 #include "group.h"
 #include "real.h"
 
@@ -142,7 +143,7 @@ static void open_engine_once(void)
     }
     memset(&hooks, 0, sizeof hooks);
     atomic_store(&state, PASSIVE);
-    ry_say("warning", "the engine did not start (%s): the job runs on plain NCCL", why);
+    ry_warn("the engine did not start (%s): the job runs on plain NCCL", why);
 }
 
 static void open_engine(void)

@@ -1,17 +1,15 @@
 /* real.c: see real.h. */
+#include "base/log.h"
 #include "older.h"
 #include "real.h"
 
 #include <dlfcn.h>
-#include <errno.h>
 #include <limits.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 struct ry_real ry_real;
 _Atomic bool ry_real_found;
@@ -19,25 +17,6 @@ _Atomic bool ry_real_found;
 static void *library; /* NULL: RTLD_NEXT finds it */
 static char library_path[PATH_MAX];
 static pthread_mutex_t load_lock = PTHREAD_MUTEX_INITIALIZER;
-
-void ry_say(const char *level, const char *fmt, ...)
-{
-    int saved = errno;
-    char host[64] = "?", line[1024];
-    gethostname(host, sizeof host - 1);
-    int n = snprintf(line, sizeof line, "railyard[%s:%d] %s: ", host, (int)getpid(), level);
-    va_list ap;
-    va_start(ap, fmt);
-    int m = vsnprintf(line + n, sizeof line - (size_t)n, fmt, ap);
-    va_end(ap);
-    size_t len = (size_t)n + (m > 0 ? (size_t)m : 0);
-    if (len > sizeof line - 2)
-        len = sizeof line - 2;
-    line[len++] = '\n';
-    ssize_t done = write(STDERR_FILENO, line, len);
-    (void)done;
-    errno = saved;
-}
 
 /* Is `p` a function of ours? RTLD_NEXT skips us, but a handle that names the preload by mistake would not. */
 static bool ours(void *p)
@@ -100,7 +79,7 @@ static bool open_library(void)
         library = dlopen(set, RTLD_LAZY | RTLD_LOCAL);
         if (library && has_nccl(library))
             return true;
-        ry_say("warning", "RAILYARD_NCCL=%s: %s; looking for NCCL in the usual ways", set,
+        ry_warn("RAILYARD_NCCL=%s: %s; looking for NCCL in the usual ways", set,
                library ? "has no ncclCommInitRank" : dlerror());
         library = NULL;
     }
@@ -135,7 +114,7 @@ bool ry_real_load(void)
     } else if (!ok) {
         static bool said;
         if (!said)
-            ry_say("error", "an NCCL function was called, but no libnccl.so.2 is loaded in this process: set "
+            ry_log(RY_LOG_ERROR, "an NCCL function was called, but no libnccl.so.2 is loaded in this process: set "
                             "RAILYARD_NCCL to its path, or do not preload librailyard.so here");
         said = true;
     }
@@ -154,7 +133,7 @@ ncclResult_t ry_real_missing(const char *name)
     if (!atomic_load(&ry_real_found))
         return ncclSystemError;
     if (!atomic_exchange(&said, true))
-        ry_say("warning", "%s was called, but %s has no such function (without Railyard the call could not be linked)",
+        ry_warn("%s was called, but %s has no such function (without Railyard the call could not be linked)",
                name, library_path);
     return ncclInvalidUsage;
 }

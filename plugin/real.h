@@ -38,7 +38,4 @@ const char *ry_real_path(void);
 /** What a call returns whose function the real NCCL does not have: says so once, and is invalid usage. */
 ncclResult_t ry_real_missing(const char *name);
 
-/** One line on stderr, "railyard[HOST:PID] LEVEL: ...", like the engine's (which may not be loaded). */
-void ry_say(const char *level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-
 #endif
