@@ -54,6 +54,7 @@ struct ry_record_comm {
     uint64_t *sums; /* [ROWS][nranks] of the records that came through */
     uint64_t exchanges, saved_exchanges, told_exchanges, told_durations;
     bool saved, born, leaving; /* matrix written once; birth line written; ended when this round began */
+    bool no_room;              /* made when the limit left no room for its matrix file */
 };
 
 enum record_kind { RECORD_EXCHANGE, RECORD_DURATION };

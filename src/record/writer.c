@@ -109,6 +109,18 @@ static bool keep(struct ry_record *rec, size_t before, uint64_t spare)
     return true;
 }
 
+/* Once and for all: lines of exchanges and durations stop, sums go on. */
+static void limit_reached(struct ry_record *rec)
+{
+    if (rec->full)
+        return;
+    rec->full = true;
+    snprintf(rec->stopped, sizeof rec->stopped, "limit");
+    ry_warn("%s/%s: the limit of %llu bytes is reached: exchanges are no longer written one by one, only summed; raise "
+            "RAILYARD_TRACE_MAX to keep more",
+            rec->dir, rec->name, (unsigned long long)rec->max_bytes);
+}
+
 static void keep_exchange(struct ry_record *rec, size_t before)
 {
     if (rec->full) {
@@ -116,14 +128,8 @@ static void keep_exchange(struct ry_record *rec, size_t before)
         rec->not_written++;
     } else if (!keep(rec, before, reserve(rec))) {
         rec->not_written++;
-        if (failed(rec) || rec->text.failed)
-            return;
-        rec->full = true;
-        snprintf(rec->stopped, sizeof rec->stopped, "limit");
-        ry_warn(
-            "%s/%s: the limit of %llu bytes is reached: exchanges are no longer written one by one, only summed; raise "
-            "RAILYARD_TRACE_MAX to keep more",
-            rec->dir, rec->name, (unsigned long long)rec->max_bytes);
+        if (!failed(rec) && !rec->text.failed)
+            limit_reached(rec);
     }
 }
 
@@ -141,8 +147,14 @@ static void take_lines(struct ry_record *rec, struct ry_record_comm *comm)
     struct ry_text birth = comm->birth, map = comm->map;
     comm->birth = comm->map = (struct ry_text){0};
     pthread_mutex_unlock(&rec->lock);
-    if (birth.at)
-        rec->matrix_bytes += ry_npy_file_bytes(RY_NPY_U64, 2, (size_t[]){ROWS, (size_t)comm->nranks});
+    if (birth.at) {
+        uint64_t n = ry_npy_file_bytes(RY_NPY_U64, 2, (size_t[]){ROWS, (size_t)comm->nranks});
+        comm->no_room = rec->line_bytes + rec->matrix_bytes + n + END_BYTES > rec->max_bytes;
+        if (comm->no_room)
+            limit_reached(rec);
+        else
+            rec->matrix_bytes += n;
+    }
     struct ry_text *lines[] = {&birth, &map};
     for (int i = 0; i < 2; i++) {
         size_t before = rec->text.len;
@@ -233,7 +245,7 @@ static void tell_drops(struct ry_record *rec, struct ry_record_comm *comm)
 static void save_matrix(struct ry_record *rec, struct ry_record_comm *comm)
 {
     uint64_t n = seen_exchanges(comm);
-    if (failed(rec) || (comm->saved && n == comm->saved_exchanges) || !n)
+    if (failed(rec) || comm->no_room || (comm->saved && n == comm->saved_exchanges) || !n)
         return;
     size_t shape[] = {ROWS, (size_t)comm->nranks}, cells = shape[0] * shape[1];
     uint64_t *total = malloc(cells * sizeof *total);

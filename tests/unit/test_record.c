@@ -351,6 +351,37 @@ static void exceed_limit(void)
     ry_record_close(rec);
 }
 
+/* Communicators come and go, far more than the limit has room for: matrix files count, too. */
+static void many_communicators(void)
+{
+    struct ry_record_config config = config_for(dir);
+    config.max_bytes = 60000;
+    struct ry_record *rec = ry_record_open(&config, &err);
+    ck_assert_ptr_nonnull(rec);
+    for (uint64_t i = 0; i < 400; i++) {
+        char id[17];
+        snprintf(id, sizeof id, "%016x", (unsigned)i);
+        record_rank(rec, id, 8, 0, 2, seed);
+        if (i == 0)
+            usleep(1000000); /* the writer is through with it before the others come */
+    }
+    ry_record_close(rec);
+}
+
+START_TEST(size_limit_of_matrices)
+{
+    const char *text = told(many_communicators);
+    ck_assert_msg(count(text, "warning") == 1 && strstr(text, "RAILYARD_TRACE_MAX"), "said: %s", text);
+    ck_assert_uint_le(folder_bytes(), 60000);
+    struct ry_trace *t = ry_trace_open(dir, &err);
+    ck_assert_msg(t, "%s", err.msg);
+    ck_assert_str_eq(t->processes[0].stopped, "limit");
+    ck_assert_int_gt(t->ncomms, 5);
+    check_matrix(t->comms[0], 2, seed); /* it was there before the limit */
+    ry_trace_close(t);
+}
+END_TEST
+
 START_TEST(size_limit)
 {
     const char *text = told(exceed_limit);
@@ -718,6 +749,7 @@ int main(void)
     tcase_add_test(t, many_threads);
     tcase_add_test(t, close_while_recording);
     tcase_add_test(t, size_limit);
+    tcase_add_test(t, size_limit_of_matrices);
     tcase_add_test(t, full_disk);
     tcase_add_test(t, file_size_limit);
     tcase_add_test(t, folder_removed);
