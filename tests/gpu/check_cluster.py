@@ -447,7 +447,7 @@ class FoundationTest(unittest.TestCase):
         def judge(**change):
             s = m.compare(a, good, dict(good, **change))
             s.update(recorded_equal=True, recorded_exchanges=3, remarks=[])
-            return m.summarize(a, 2, 2, [s] * 3)
+            return m.summarize(a, 2, 2, [s] * a.sessions)
         self.assertTrue(judge()["ok"])
         self.assertAlmostEqual(judge()["difference_percent"], 0)
         for change in ({"rank_losses": [["0x1.0000000000001p+0"]]}, {"weights_sha256": ["b"]}, {"matrix": [[2]]}, {"exchanges": 4}):
