@@ -38,7 +38,8 @@ static void make_key(void)
     pthread_key_create(&thread_key, thread_ends);
 }
 
-void ry_group_thread(struct ry_group *g)
+/* The thread owns memory now: see to it that it is freed when the thread ends. */
+static void free_at_end(struct ry_group *g)
 {
     pthread_once(&thread_once, make_key);
     pthread_setspecific(thread_key, g);
@@ -53,7 +54,7 @@ static bool reserve(struct ry_group *g, int nranks)
     while (n < nranks)
         n *= 2;
     free_arrays(g);
-    ry_group_thread(g);
+    free_at_end(g);
     bool ok = true;
     for (int d = 0; d < 2; d++) {
         ok &= (g->named[d] = calloc((size_t)n, sizeof *g->named[d])) != NULL;
@@ -197,7 +198,7 @@ struct ry_birth_note *ry_group_birth(struct ry_group *g)
         struct ry_birth_note *p = realloc(g->births, (size_t)n * sizeof *p);
         if (!p)
             return NULL;
-        ry_group_thread(g);
+        free_at_end(g);
         g->births = p;
         g->births_capacity = n;
     }

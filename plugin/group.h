@@ -1,9 +1,9 @@
 /*
  * group.h: what one thread has put into its current NCCL group.
  *
- * Owns: the per-thread capture, and the decision whether the group was an exchange: exactly one send to and one receive from every rank of
- * one communicator on one stream, zero counts too, or one ncclAlltoAll, and nothing else. Also the counts of calls per
- * communicator. Not: calling NCCL, nor the engine (preload.c).
+ * Owns: the per-thread capture, and the decision whether the group was an exchange: exactly one send to and one receive
+ * from every rank of one communicator on one stream, zero counts too, or one ncclAlltoAll, and nothing else. Also the
+ * counts of calls per communicator. Not: calling NCCL, nor the engine (preload.c).
  *
  * A communicator that is only watched has its calls passed on at once, in the job's order: capturing just notes them.
  * Nothing here locks; memory is allocated when a thread meets a larger communicator than before.
@@ -33,7 +33,7 @@ struct ry_group {
     uint64_t bytes[2];
     bool mixed_types;
     int type;
-    uint32_t epoch; /* of this group: peer[d][r].epoch == epoch says that r was named */
+    uint32_t epoch; /* of this group: named[d][r] == epoch says that r was named */
     int capacity;   /* ranks that the arrays hold */
     uint32_t *named[2];
     uint64_t *count[2];
@@ -60,8 +60,6 @@ struct ry_birth_note {
 
 extern __thread struct ry_group ry_group __attribute__((tls_model("initial-exec")));
 
-/** A thread's first group: see to it that its arrays are freed when it ends. */
-void ry_group_thread(struct ry_group *g);
 /** Note a send (direction 0) or receive (1). */
 void ry_group_p2p(struct ry_group *g, int direction, const void *buf, size_t count, int type, int peer, ncclComm_t comm,
                   cudaStream_t stream);

@@ -38,7 +38,7 @@ enum ry_call {
 };
 
 /* How a communicator came to be. */
-enum ry_birth { RY_BIRTH_INIT, RY_BIRTH_INIT_ALL, RY_BIRTH_SPLIT, RY_BIRTH_SHRINK, RY_BIRTH_GROW };
+enum ry_birth { RY_BIRTH_INIT, RY_BIRTH_INIT_ALL, RY_BIRTH_SPLIT, RY_BIRTH_SHRINK };
 /* How it ended. */
 enum ry_death { RY_DEATH_DESTROY, RY_DEATH_ABORT, RY_DEATH_REVOKE, RY_DEATH_EXIT };
 
@@ -49,8 +49,8 @@ struct ry_comm_info {
     int device;      /* CUDA ordinal, -1 unknown */
     bool blocking;   /* false: made with ncclConfig_t.blocking = 0 */
     const char *name; /* ncclConfig_t.commName where the job set one, else NULL */
-    const uint8_t *unique_id; /* RY_NCCL_ID_BYTES; INIT and GROW: the (first) id that all ranks were given; else NULL */
-    void *parent;    /* engine's handle of the parent (SPLIT, SHRINK, GROW); NULL if it is not known */
+    const uint8_t *unique_id; /* RY_NCCL_ID_BYTES; INIT: the (first) id that all ranks were given; else NULL */
+    void *parent;    /* engine's handle of the parent (SPLIT, SHRINK); NULL if it is not known */
     uint32_t ordinal; /* which of the parent's children this is, counted alike by all ranks; INIT_ALL: in this process */
     int color;       /* SPLIT */
 };

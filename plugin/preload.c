@@ -6,7 +6,8 @@
  * (comms.c), anything done with an exchange (the engine).
  *
  * The way of one exchange: ncclGroupStart → ncclSend/ncclRecv, noted by group.c and passed on at once → the outermost
- * ncclGroupEnd: leave_group() asks group.c whether it was an exchange, tells the engine before and after the real call.
+ * ncclGroupEnd: begin_exchange() asks group.c whether it was an exchange and tells the engine; end_exchange() does so again
+ * after the real call.
  *
  * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in plain
  * NCCL with one warning; from then on, and in forked children, each function is one test and a jump.

@@ -238,7 +238,7 @@ static void seats_swapped(void *context, const void *all, const char *why)
 
 static const char *birth_name(enum ry_birth birth)
 {
-    static const char *const names[] = {"init", "init_all", "split", "shrink", "grow"};
+    static const char *const names[] = {"init", "init_all", "split", "shrink"};
     return names[birth];
 }
 

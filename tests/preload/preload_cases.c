@@ -204,6 +204,14 @@ static void groups(void)
     NCCL(ncclSend(&a, 1, ncclInt32, 0, e->comm, NULL));
     NCCL(ncclGroupEnd());
     ring_or_all(e);
+    /* the other way round: rank 0 sends to everybody, and receives once */
+    NCCL(ncclGroupStart());
+    for (int r = 0; r < n && who.rank == 0; r++)
+        NCCL(ncclSend(&a, 1, ncclInt32, r, e->comm, NULL));
+    NCCL(ncclRecv(&b, 1, ncclInt32, 0, e->comm, NULL));
+    NCCL(ncclGroupEnd());
+    CHECK(b == 0, "rank 0 sent %d", b);
+    ring_or_all(e);
     if (n > 1) {
         static int in[MAX_RANKS];
         NCCL(ncclGroupStart());
