@@ -254,8 +254,9 @@ def case_other_programs():
         medians = {name: statistics.median(t) * 1e6 for name, t in times.items()}
         print(f"start and end of {os.path.basename(argv[0])}, {starts} times in turns, medians: " +
               ", ".join(f"{name} {us:.0f} us" for name, us in medians.items()))
-        if medians["librailyard.so"] - medians["an empty library"] > 1000:
-            fail("starting takes a millisecond longer than with an empty library preloaded")
+        # a command may start many programs of its own (python3 as a shell script that looks for the interpreter, say)
+        if medians["librailyard.so"] - medians["an empty library"] > max(1000, 0.2 * medians["an empty library"]):
+            fail("starting takes a millisecond, and a fifth, longer than with an empty library preloaded")
 
 
 def main():
