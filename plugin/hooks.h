@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RY_HOOKS_VERSION 1u
+#define RY_HOOKS_VERSION 2u
 #define RY_ENGINE_ENTRY "railyard_engine_open"
 #define RY_NCCL_ID_BYTES 128
 
@@ -65,6 +65,19 @@ struct ry_exchange {
     const void *const *send_buf;             /* NULL entries where the count is 0 are allowed */
     void *const *recv_buf;
     void *stream; /* cudaStream_t */
+    bool held;    /* none of its calls has been passed to NCCL yet: the engine may carry it out by itself */
+    uint64_t ordinal; /* exchanges that this rank issued on the communicator before this one */
+    /* p2p calls to / from each peer issued on the communicator before, beyond those of exchanges; NULL: none at all */
+    const uint32_t *sent, *received;
+};
+
+/*
+ * The head of what comm_created() returns: the engine's part that the preload reads on every group, without a call.
+ * hold: from the next group on, keep p2p calls back until the outermost ncclGroupEnd and offer the exchange to
+ * exchange_take(). A group that turns out to be no exchange is passed on in the job's order.
+ */
+struct ry_comm_face {
+    _Atomic uint32_t hold;
 };
 
 /* What the preload counts by itself on each communicator, handed over when it ends. */
@@ -90,12 +103,24 @@ struct ry_hooks {
     uint32_t size;
     /** A unique id, all zero before the real NCCL made it; the engine may write where NCCL left zeros. */
     void (*unique_id)(uint8_t id[RY_NCCL_ID_BYTES]);
-    /** A communicator is ready. Returns the engine's handle, NULL to be left alone about it. */
+    /** A communicator is ready. Returns the engine's handle, which begins with a struct ry_comm_face; NULL to be left alone
+     *  about it. */
     void *(*comm_created)(const struct ry_comm_info *info);
     void (*comm_ended)(void *comm, enum ry_death how, const struct ry_comm_counts *counts);
-    /** An exchange, before and after the real call. The cookie that `begin` returns is given to `end`. */
+    /** An exchange, before and after it is carried out, by NCCL or by exchange_take(). The cookie that `begin` returns is given
+     *  to `take` and `end`. */
     void *(*exchange_begin)(void *comm, const struct ry_exchange *x);
     void (*exchange_end)(void *comm, const struct ry_exchange *x, void *cookie, int result);
+    /**
+     * Called between the two for every exchange, held or not (one that is not held can only be told of). True: the engine has
+     * carried it out, *result is the ncclResult_t for the job. False: the preload passes it on as it is. May wait for other ranks.
+     */
+    bool (*exchange_take)(void *comm, const struct ry_exchange *x, void *cookie, int *result);
+    /** p2p that is no exchange was issued on a communicator while `hold` was set (before it is passed on). */
+    void (*stray)(void *comm);
+    /** The job aborts or revokes the communicator, perhaps while another thread waits in exchange_take(): end that wait. Comes
+     *  before NCCL is called; comm_ended() comes later, when no thread is in a hook of it any more. */
+    void (*comm_aborting)(void *comm);
     /** An all-gather of 64-bit integers, `count` per rank: the shape in which frameworks swap expert counts. */
     void (*int64_allgather)(void *comm, uint64_t count);
     /** The process is about to exit: `counts(handle, out)` reads the counts of a communicator still alive. */

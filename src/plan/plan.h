@@ -1,0 +1,114 @@
+/*
+ * plan.h: a verdict turned into steps, as data.
+ *
+ * Owns: what a plan is, building one rank's plan for a strategy, and the parts of the matrix that it needs. Not: choosing
+ * the strategy (cost.h), carrying a plan out (run/), how a rank learns the matrices (control/agree.h). No I/O, no clock, no
+ * device here: a plan is a pure function of (cluster map, counts, strategy, addresses), so that the same steps can be
+ * run on GPUs, run on host memory, verified (verify.h), costed, simulated and explained.
+ *
+ * Words: the cluster map numbers nodes and gives each rank its local index on its node (topo/cluster.h). All counts are
+ * bytes. "Segment p of the send buffer" is what this rank sends to rank p in the job's exchange, wherever it lies.
+ *
+ * Strategies:
+ *   direct        what plain NCCL does: one group, one message for every pair of ranks.
+ *   hierarchical  rank (n, l) sends node m one message with everything for m's ranks, to its relay there: the rank with
+ *                 local index l mod size(m), which is rank l of the same rail where nodes are alike. The relay passes each
+ *                 piece on inside its node. Messages across nodes: one per remote node instead of one per remote rank.
+ *                 In-node segments go directly.
+ *
+ * Thread-safety: everything is a function of its arguments; a plan is read-only once built.
+ */
+#ifndef RY_PLAN_PLAN_H
+#define RY_PLAN_PLAN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "base/error.h"
+#include "cluster.h"
+
+enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_STRATEGIES };
+const char *ry_strategy_name(enum ry_strategy s);
+/** -1 for an unknown name; the error lists the known ones. */
+int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err);
+
+/** The relay on `node` for what rank `from` (of another node) sends to that node's ranks. */
+int ry_relay(const struct ry_cluster *cluster, int from, int node);
+
+/*
+ * The part of the byte matrix, beyond a rank's own row and column, that its plan depends on: cells (from, to) for `from` in
+ * rows and `to` in cols, both ascending. For hierarchical: rows = the remote ranks that this rank relays for, cols = its
+ * node's ranks. The yardmaster sends each rank just these cells.
+ */
+struct ry_slice {
+    int nrows, ncols;
+    int *rows, *cols;
+    uint64_t *cells; /* [nrows][ncols], bytes */
+};
+/** Which cells rank `rank` needs; `cells` is allocated and zero. Freed by ry_slice_free(). -1 when out of memory. */
+int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
+                  struct ry_err *err);
+void ry_slice_free(struct ry_slice *slice);
+
+struct ry_plan_input {
+    const struct ry_cluster *cluster;
+    int rank;
+    enum ry_strategy strategy;
+    const uint64_t *send, *recv; /* [nranks], bytes: this rank's row and column of the matrix */
+    const struct ry_slice *slice; /* as ry_slice_init() laid it out, cells filled in; may be NULL for direct */
+    /* Addresses of the segments, so that neighbours in memory can go without packing; NULL: assume all lie apart.
+       They change which bytes are packed first, never what crosses the wire. */
+    const uintptr_t *send_at, *recv_at;
+};
+
+/* Where bytes lie. */
+enum ry_place {
+    RY_AT_SEND,  /* `offset` bytes into segment `peer` of the send buffer (a step may run on into the next segments
+                    where those follow in memory) */
+    RY_AT_RECV,  /* the same of the receive buffer */
+    RY_AT_STAGE, /* `offset` bytes into the staging memory of this plan; `peer` is -1 */
+};
+struct ry_at {
+    enum ry_place place;
+    int peer;
+    uint64_t offset;
+};
+
+enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV };
+
+/*
+ * Steps are carried out in order. Consecutive SEND and RECV steps of the same `group` are one NCCL group: they start
+ * together and none may depend on another. A step sees the results of all steps before it, other than those of its group.
+ */
+struct ry_step {
+    enum ry_step_kind kind;
+    int group;       /* transfers: 0, 1, …, ascending along the list; -1 for copies */
+    int peer;        /* the other rank of a transfer; -1 for copies */
+    struct ry_at to; /* COPY, RECV */
+    struct ry_at from; /* COPY, SEND */
+    uint64_t bytes;  /* > 0 */
+};
+
+struct ry_plan {
+    enum ry_strategy strategy;
+    int rank, nranks;
+    int ngroups;          /* equal on all ranks of the exchange, even where one has nothing to do in a group */
+    uint64_t stage_bytes; /* staging memory needed */
+    int nsteps;
+    struct ry_step *steps;
+};
+
+/** Build rank `in->rank`'s plan. NULL with `err` when out of memory or if the input contradicts itself. O(nranks). */
+struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err);
+void ry_plan_free(struct ry_plan *plan);
+
+/** Staging memory that this rank's plan would need, without building it: known before the verdict from its own row only
+ *  up to what it relays; after it, exact. Used to say "not me" early when the limit is tight. */
+uint64_t ry_plan_stage_least(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send);
+
+/** The plan in words, one line per step or run of like steps ("group 0: send 1.0 MiB to rank 5 (node 1, rail 1) …"). */
+void ry_plan_explain(const struct ry_plan *plan, const struct ry_cluster *cluster, FILE *f);
+
+#endif
