@@ -458,6 +458,18 @@ class FoundationTest(unittest.TestCase):
         # One disturbed step in ten says nothing about the others.
         self.assertTrue(judge(step_ms=[50.0] + [(10.0 + i % 3) * (5 if i % 11 == 5 else 1) for i in range(60)])["same_speed"])
 
+    def test_crossover(self):
+        m = load("foundation")
+        # The second job is always 2 % slower, being watched costs half a per cent.
+        def ms(job, turn):
+            return [(10.0 + i % 3) * (1.02 if job else 1) * (1 if m.paused(turn) == job else 1.005) for i in range(4)]
+        found = m.rounds([[ms(0, t), ms(1, t)] for t in range(40)])
+        self.assertEqual([(len(p), len(w)) for p, w in found], [(16, 16)] * 10)
+        percent, low, high = m.difference(found)
+        self.assertAlmostEqual(percent, 0.5, 3)
+        self.assertAlmostEqual(low, 0.5, 3)
+        self.assertAlmostEqual(high, 0.5, 3)
+
 
 if __name__ == "__main__":
     offer = run("--check")

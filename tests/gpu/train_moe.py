@@ -309,14 +309,15 @@ def save_npy(path, rows):
 class Turns:
     """Taking turns with another job on the same GPUs: somebody at a socket says when, and for how many steps.
 
-    A rank says "ready"; the answer is "go N" (train N steps, then be ready again) or "end" (finish: closing the connection
-    says when that is done). All ranks wait on the host, so that nothing of a waiting job runs on a GPU.
+    A rank says "ready"; the answer is "go N" (train N steps, then be ready again), "go N paused" (the same while Railyard,
+    which must be preloaded, does not look) or "end" (finish: closing the connection says when that is done). All ranks wait on the host, so that nothing of a waiting job runs on a GPU.
     """
 
     def __init__(self, path, rank):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(path)  # a path, so that it works across network namespaces
         self.lines = self.socket.makefile("rw")
+        self.paused = False
         self.say("rank %d" % rank)
 
     def say(self, text):
@@ -329,6 +330,10 @@ class Turns:
         answer = self.lines.readline().split()
         if not answer:
             raise SystemExit("train_moe: whoever gives the turns is gone")
+        paused = "paused" in answer
+        if paused != self.paused:
+            ctypes.CDLL(None).railyard_pause(paused)  # fails where Railyard is not preloaded
+            self.paused = paused
         return int(answer[1]) if answer[0] == "go" else 0
 
 
