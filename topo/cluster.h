@@ -26,7 +26,8 @@ struct ry_seat {
     char nic[64];      /* nearest NIC, "" if none is known */
     double nvlink_gbs; /* of its GPU, GB/s, 0 unknown */
     double nic_gbs;    /* GB/s, 0 unknown */
-    uint8_t spare[64];
+    uint8_t able; /* 1: exchanges of this rank's side may be reissued */
+    uint8_t spare[63];
 };
 #define RY_SEAT_VERSION 1
 

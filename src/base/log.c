@@ -22,7 +22,7 @@ bool ry_log_enabled(enum ry_log_level level)
 
 void ry_log(enum ry_log_level level, const char *fmt, ...)
 {
-    static const char *const names[] = {"error", "warning", "info", "debug"};
+    static const char *const names[] = {"error", "warning", "info", "plan", "debug"};
     if (!ry_log_enabled(level))
         return;
     int saved = errno;

@@ -1,10 +1,10 @@
 /*
  * log.h: the lines Railyard prints on stderr.
  *
- * Owns: the format "railyard[HOST:PID] LEVEL: text" and the level set by RAILYARD_LOG (error < warn < info < debug).
+ * Owns: the format "railyard[HOST:PID] LEVEL: text" and the level set by RAILYARD_LOG (error < warn < info < plan < debug).
  * Not: the texts of errors (error.h), nor what is recorded (record/).
  *
- * A job is not ours to spam: at the default level (warn) a healthy run prints nothing. Every function is thread-safe
+ * A job is not ours to spam: at the default level (warn) a healthy run prints nothing; "plan" tells of every exchange how it is carried out and why. Every function is thread-safe
  * and writes its line with one write(2), so that the lines of many ranks do not mix. errno is kept.
  */
 #ifndef RY_BASE_LOG_H
@@ -12,7 +12,7 @@
 
 #include <stdbool.h>
 
-enum ry_log_level { RY_LOG_ERROR, RY_LOG_WARN, RY_LOG_INFO, RY_LOG_DEBUG };
+enum ry_log_level { RY_LOG_ERROR, RY_LOG_WARN, RY_LOG_INFO, RY_LOG_PLAN, RY_LOG_DEBUG };
 
 void ry_log_set_level(enum ry_log_level level);
 bool ry_log_enabled(enum ry_log_level level);

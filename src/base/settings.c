@@ -11,7 +11,7 @@
 static bool parse_bool(const char *s, bool *out)
 {
     static const char *const yes[] = {"1", "yes", "on", "true"}, *const no[] = {"0", "no", "off", "false"};
-    for (size_t i = 0; i < 4; i++) {
+    for (size_t i = 0; i <= RY_LOG_DEBUG; i++) {
         if (!strcasecmp(s, yes[i]))
             return *out = true, true;
         if (!strcasecmp(s, no[i]))
@@ -70,8 +70,8 @@ static bool parse_text(const char *s, const char **out)
 
 static bool parse_level(const char *s, enum ry_log_level *out)
 {
-    static const char *const names[] = {"error", "warn", "info", "debug"};
-    for (int i = 0; i < 4; i++)
+    static const char *const names[] = {"error", "warn", "info", "plan", "debug"};
+    for (int i = 0; i <= RY_LOG_DEBUG; i++)
         if (!strcasecmp(s, names[i]))
             return *out = (enum ry_log_level)i, true;
     return false;
@@ -103,7 +103,7 @@ static void show_text(const char *v, char *buf, size_t n)
 }
 static void show_level(enum ry_log_level v, char *buf, size_t n)
 {
-    static const char *const names[] = {"error", "warn", "info", "debug"};
+    static const char *const names[] = {"error", "warn", "info", "plan", "debug"};
     snprintf(buf, n, "%s", names[v]);
 }
 
@@ -113,7 +113,7 @@ static void show_level(enum ry_log_level v, char *buf, size_t n)
 #define EXPECT_size "bytes, such as 4096 or 64M"
 #define EXPECT_seconds "seconds, such as 10 or 0.5"
 #define EXPECT_text "text"
-#define EXPECT_level "error, warn, info or debug"
+#define EXPECT_level "error, warn, info, plan or debug"
 
 static void add_problem(char *problems, size_t size, int *n, const char *text)
 {

@@ -1,0 +1,211 @@
+/* talk.c: see talk.h. */
+#include "talk.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+
+/* How long a waiting thread drives the network by itself before it sleeps: a verdict usually comes in less, and being woken
+   twice (the progress thread, then this one) costs more than that. */
+#define SPIN_NS 50000u
+
+/* The first byte of every message: whom it is for, since rank 0 is both a rank and the yardmaster. */
+enum { FOR_YARDMASTER = 'y', FOR_RANK = 'r' };
+
+struct ry_talk {
+    struct ry_talk_config config;
+    pthread_mutex_t lock; /* guards the machines */
+    pthread_cond_t decided;
+    struct ry_agree *agree;
+    struct ry_yard *yard; /* on rank 0 */
+    struct ry_line *line;
+    char *out; /* a message with its first byte */
+    size_t out_size;
+};
+
+static void send_to(struct ry_talk *t, char whom, int to, const void *bytes, size_t size)
+{
+    if (size + 1 > t->out_size) {
+        char *p = realloc(t->out, 2 * size + 256);
+        if (!p)
+            return; /* as if lost: the yardmaster's patience ends the wait */
+        t->out = p;
+        t->out_size = 2 * size + 256;
+    }
+    t->out[0] = whom;
+    memcpy(t->out + 1, bytes, size);
+    ry_line_send(t->line, to, t->out, size + 1);
+}
+
+static void rank_sends(void *context, int to, const void *bytes, size_t size)
+{
+    send_to(context, FOR_YARDMASTER, to, bytes, size);
+}
+
+static void yardmaster_sends(void *context, int to, const void *bytes, size_t size)
+{
+    send_to(context, FOR_RANK, to, bytes, size);
+}
+
+/* After every call on a machine: what others look at. */
+static void settle(struct ry_talk *t)
+{
+    if (t->yard)
+        ry_line_wake_at(t->line, ry_yard_tick(t->yard, ry_now_ns()));
+    atomic_store_explicit(t->config.hold, ry_agree_hold(t->agree), memory_order_release);
+    pthread_cond_signal(&t->decided);
+}
+
+/* ---- what the line tells ---- */
+
+static void message(void *context, int from, const void *bytes, size_t size)
+{
+    struct ry_talk *t = context;
+    const char *p = bytes;
+    struct ry_err err;
+    int r = 0;
+    pthread_mutex_lock(&t->lock);
+    if (size && p[0] == FOR_YARDMASTER && t->yard)
+        r = ry_yard_message(t->yard, ry_now_ns(), from, p + 1, size - 1, &err);
+    else if (size && p[0] == FOR_RANK && from == 0)
+        r = ry_agree_message(t->agree, p + 1, size - 1, &err);
+    else
+        r = ry_fail(&err, "a message of %zu bytes for nobody here", size);
+    settle(t);
+    pthread_mutex_unlock(&t->lock);
+    if (r)
+        t->config.trouble(t->config.context, from, err.msg);
+}
+
+static void lost(void *context, int peer, const char *why)
+{
+    struct ry_talk *t = context;
+    pthread_mutex_lock(&t->lock);
+    if (t->yard)
+        ry_yard_lost(t->yard, ry_now_ns(), peer);
+    else
+        ry_agree_fail(t->agree, "the connection to the yardmaster is lost");
+    settle(t);
+    pthread_mutex_unlock(&t->lock);
+    t->config.trouble(t->config.context, peer, why);
+}
+
+static void timer(void *context, uint64_t now_ns)
+{
+    struct ry_talk *t = context;
+    (void)now_ns;
+    pthread_mutex_lock(&t->lock);
+    settle(t);
+    pthread_mutex_unlock(&t->lock);
+}
+
+/* ---- coming and going ---- */
+
+static void free_talk(struct ry_talk *t)
+{
+    ry_agree_free(t->agree);
+    ry_yard_free(t->yard);
+    pthread_mutex_destroy(&t->lock);
+    pthread_cond_destroy(&t->decided);
+    free(t->out);
+    free(t);
+}
+
+struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err *err)
+{
+    struct ry_talk *t = calloc(1, sizeof *t);
+    if (!t)
+        return ry_fail(err, "out of memory"), NULL;
+    t->config = *config;
+    pthread_mutex_init(&t->lock, NULL);
+    pthread_cond_init(&t->decided, NULL);
+    t->agree = ry_agree_new(config->nranks, config->rank, 0, &(struct ry_agree_port){t, rank_sends});
+    if (config->rank == 0)
+        t->yard = ry_yard_new(&(struct ry_yard_config){.nranks = config->nranks,
+                                                       .engage_after = 4,
+                                                       .patience_ns = (uint64_t)(config->patience * 1e9)},
+                              config->policy, &(struct ry_agree_port){t, yardmaster_sends});
+    if (!t->agree || (config->rank == 0 && !t->yard)) {
+        ry_fail(err, "out of memory");
+        free_talk(t);
+        return NULL;
+    }
+    struct ry_line_handlers handlers = {t, message, lost, timer};
+    pthread_mutex_lock(&t->lock); /* the first message may come before the line is known here */
+    t->line = ry_line_open(config->control, config->key, config->nranks, config->rank, config->address,
+                           config->address_size, &handlers, err);
+    pthread_mutex_unlock(&t->lock);
+    if (!t->line) {
+        free_talk(t);
+        return NULL;
+    }
+    return t;
+}
+
+void ry_talk_close(struct ry_talk *t)
+{
+    pthread_mutex_lock(&t->lock);
+    ry_agree_leave(t->agree);
+    atomic_store(t->config.hold, 0);
+    pthread_mutex_unlock(&t->lock);
+    ry_line_close(t->line);
+    free_talk(t);
+}
+
+/* ---- exchanges ---- */
+
+bool ry_talk_exchange(struct ry_talk *t, uint64_t number, const struct ry_manifest *m, const void *seen, size_t seen_bytes,
+                      struct ry_verdict *verdict, double *waited_us)
+{
+    uint64_t began = ry_now_ns();
+    pthread_mutex_lock(&t->lock);
+    enum ry_way way = ry_agree_exchange(t->agree, number, m, seen, seen_bytes);
+    settle(t);
+    bool there = way == RY_WAIT_VERDICT && ry_agree_verdict(t->agree, verdict);
+    while (way == RY_WAIT_VERDICT && !there) {
+        if (ry_now_ns() - began < SPIN_NS) {
+            pthread_mutex_unlock(&t->lock);
+            ry_control_poll(t->config.control);
+            pthread_mutex_lock(&t->lock);
+        } else {
+            pthread_cond_wait(&t->decided, &t->lock);
+        }
+        there = ry_agree_verdict(t->agree, verdict);
+    }
+    pthread_mutex_unlock(&t->lock);
+    *waited_us = (double)(ry_now_ns() - began) / 1e3;
+    return there;
+}
+
+void ry_talk_stray(struct ry_talk *t)
+{
+    pthread_mutex_lock(&t->lock);
+    ry_agree_stray(t->agree);
+    settle(t);
+    pthread_mutex_unlock(&t->lock);
+}
+
+void ry_talk_abort(struct ry_talk *t, const char *reason)
+{
+    pthread_mutex_lock(&t->lock);
+    ry_agree_fail(t->agree, reason);
+    settle(t);
+    pthread_mutex_unlock(&t->lock);
+}
+
+void ry_talk_quit(struct ry_talk *t)
+{
+    pthread_mutex_lock(&t->lock);
+    ry_agree_leave(t->agree);
+    settle(t);
+    pthread_mutex_unlock(&t->lock);
+}
+
+void ry_talk_locked(struct ry_talk *t, void (*f)(void *context), void *context)
+{
+    pthread_mutex_lock(&t->lock);
+    f(context);
+    pthread_mutex_unlock(&t->lock);
+}

@@ -1,0 +1,117 @@
+/*
+ * engine.h: what the engine's own files share.
+ *
+ * Owns: the process's one engine, and what is kept of each communicator. engine.c brings communicators up and down,
+ * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange. Not for anybody else.
+ */
+#ifndef RY_ENGINE_ENGINE_H
+#define RY_ENGINE_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "base/log.h"
+#include "base/settings.h"
+#include "cluster.h"
+#include "control/rendezvous.h"
+#include "control/talk.h"
+#include "device/device.h"
+#include "hooks.h"
+#include "policy.h"
+#include "record/record.h"
+#include "row_width.h"
+#include "run/run.h"
+#include "sampler.h"
+#include "topo.h"
+#include "waits.h"
+
+/* What a communicator needs so that its exchanges can be reissued. Made when its ranks have met; NULL before, and for ever where
+   nothing can be gained or somebody cannot. */
+struct reissue {
+    struct ry_cluster *map;
+    struct ry_talk *talk;
+    struct ry_chooser *chooser; /* on the yardmaster */
+    struct ry_runner *runner;
+    struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
+    uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
+    uintptr_t *send_at, *recv_at;
+    uint64_t staging_wanted; /* by the latest verdict */
+    bool quit;               /* a mismatch was found: never again */
+    _Atomic bool aborted;
+    struct ry_waits waits; /* for verdicts */
+    uint64_t carried_out[RY_STRATEGIES], verified;
+};
+
+struct comm {
+    struct ry_comm_face face; /* first: the preload reads it */
+    struct comm *next;
+    uint64_t key; /* the same on all ranks; its hexadecimal form is the id in traces */
+    char id[17];
+    struct ry_comm_info info;
+    struct ry_ticket ticket; /* where this communicator's ranks meet, and its children's */
+    struct ry_seat seat;
+    struct ry_row_width rows;
+    _Atomic uint64_t exchanges;
+    struct ry_record_comm *record;
+    _Atomic(struct reissue *) reissue;
+};
+
+struct engine {
+    struct ry_host host;
+    struct ry_settings settings;
+    int forced;    /* strategy that RAILYARD_STRATEGY names, -1: auto */
+    bool observe;  /* RAILYARD_STRATEGY=observe: nothing is ever reissued */
+    uint32_t settings_hash;
+    struct ry_record *record;
+    struct ry_rendezvous *rendezvous;
+    struct ry_rendezvous *local; /* host of INIT_ALL's communicators, on loopback where no other node would find it */
+    struct ry_control *control;  /* NULL: not to be had, nothing is reissued */
+    struct ry_sampler *sampler;
+    const struct ry_device *device; /* NULL: none could be opened */
+    struct ry_nccl nccl;
+    struct ry_topo *topo; /* NULL until topology_known() has returned, and if it cannot be read */
+    pthread_t topo_thread;
+    pthread_mutex_t lock; /* guards `comms` and the starting of parts; no [job] function takes it */
+    bool topo_running, parts_tried;
+    struct comm *comms;
+    _Atomic bool closed;
+    _Atomic int busy; /* hooks running now, so that closing can wait for them */
+};
+extern struct engine ry_engine;
+
+/** Hooks come in here and leave again; after closing none comes in. */
+static inline bool ry_engine_enter(void)
+{
+    atomic_fetch_add(&ry_engine.busy, 1);
+    if (!atomic_load(&ry_engine.closed))
+        return true;
+    atomic_fetch_sub(&ry_engine.busy, 1);
+    return false;
+}
+
+static inline void ry_engine_leave(void)
+{
+    atomic_fetch_sub(&ry_engine.busy, 1);
+}
+
+/* reissue.c */
+
+/** The ranks of `c` have met: join the agreement if there is something to agree on. Takes `map` if so (true). */
+bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address, size_t address_size);
+/** End it, `aborted` telling that the communicator's streams may never get anywhere. */
+void ry_reissue_close(struct comm *c, bool aborted);
+/** The control address that others need of this rank, if it is the yardmaster; NULL with *size 0 otherwise. */
+const void *ry_reissue_address(const struct comm *c, size_t *size);
+/** May this rank's side of the communicator be reissued at all? Goes into its seat. */
+bool ry_reissue_able(const struct ry_comm_info *info);
+
+/* exchange.c: the hooks of the same names */
+void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
+bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
+void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);
+void ry_exchange_stray(void *handle);
+void ry_exchange_aborting(void *handle);
+void ry_exchange_int64_allgather(void *handle, uint64_t count);
+
+#endif

@@ -1,0 +1,278 @@
+/*
+ * exchange.c: the way of one exchange, from the job's outermost ncclGroupEnd to its last byte.
+ *
+ * Owns: the order in which the parts are asked. Not: what they do.
+ *
+ *   ry_exchange_begin()  numbers it, and may start the clock (sampler.c).
+ *   ry_exchange_take()   describe() this rank's side; agree() with the other ranks (control/talk.h), which may wait; where all
+ *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
+ *                        the caller's stream (run/run.h). Otherwise the preload passes the exchange on to NCCL as it is.
+ *   ry_exchange_end()    learns the row width and records it.
+ *
+ * Between a verdict and its plan nothing may be left to chance: the other ranks go the same way whatever happens here. So
+ * memory is held before the manifest is sent, and what fails all the same makes the job's call fail, with a line that says
+ * why, instead of letting this rank go direct alone and hang the job or mix up its data.
+ */
+#include <inttypes.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "engine.h"
+
+enum { NCCL_OK = 0, NCCL_SYSTEM_ERROR = 2, NCCL_IN_PROGRESS = 7 };
+
+/* What begin leaves for take and end, on the same thread. */
+static __thread struct {
+    uint64_t number, wall_ns;
+    struct ry_sample *sample;
+    bool captured;
+    const char *strategy; /* NULL: not agreed on */
+    double waited_us;
+    /* the latest all-gather of 64-bit integers since the exchange before */
+    char gather_comm[17];
+    uint64_t gather_count;
+} now;
+
+/* ---- begin ---- */
+
+void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
+{
+    struct comm *c = handle;
+    if (!ry_engine_enter())
+        return NULL;
+    now.number = atomic_fetch_add_explicit(&c->exchanges, 1, memory_order_relaxed);
+    now.wall_ns = ry_wall_ns();
+    now.captured = false;
+    now.strategy = NULL;
+    now.waited_us = 0;
+    now.sample = NULL;
+    if (ry_engine.device)
+        ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
+    ry_engine_leave();
+    return c;
+}
+
+/* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
+static void start_clock(const struct comm *c, const struct ry_exchange *x)
+{
+    if (ry_engine.sampler && !now.captured && now.number % ry_engine.settings.sample == 0)
+        now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
+}
+
+/* ---- take ---- */
+
+/* This rank's side of the exchange, in bytes. */
+static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x)
+{
+    for (int p = 0; p < x->nranks; p++) {
+        r->send[p] = x->send_count[p] * x->type_bytes;
+        r->recv[p] = x->recv_count[p] * x->type_bytes;
+        r->send_at[p] = (uintptr_t)x->send_buf[p];
+        r->recv_at[p] = (uintptr_t)x->recv_buf[p];
+    }
+    return (struct ry_buffers){.nranks = x->nranks,
+                               .rank = x->rank,
+                               .send = x->send_buf,
+                               .recv = x->recv_buf,
+                               .send_bytes = r->send,
+                               .recv_bytes = r->recv,
+                               .stream = x->stream};
+}
+
+/* What verify mode found since the last exchange. */
+static void look_at_checks(struct comm *c, struct reissue *r)
+{
+    struct ry_mismatch bad;
+    uint64_t equal;
+    if (ry_run_checks(r->runner, &equal, &bad) && !r->quit) {
+        ry_warn("communicator %s: exchange %" PRIu64 " differs from plain NCCL in what came from rank %d, from byte %" PRIu64
+                " on: Railyard keeps off this communicator from here. Please report this",
+                c->id, bad.number, bad.peer, bad.offset);
+        ry_talk_quit(r->talk);
+        r->quit = true;
+    }
+    r->verified += equal;
+}
+
+/* More staging memory, before this rank tells what it has. */
+static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
+{
+    struct ry_err err;
+    if (r->staging_wanted > ry_run_staging(r->runner) && ry_run_staging_grow(r->runner, r->staging_wanted, stream, &err))
+        ry_log(RY_LOG_PLAN, "communicator %s: %s", c->id, err.msg);
+    r->staging_wanted = 0;
+}
+
+static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
+                  struct ry_verdict *verdict)
+{
+    struct ry_side side = {.staging = 0};
+    bool able = x->held && !now.captured && !r->quit;
+    if (able)
+        grow_staging(c, r, x->stream);
+    side.staging = ry_run_staging(r->runner);
+    ry_load_of(&side.load, r->map, x->rank, r->send, r->recv);
+    struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
+                            .one_call = x->one_call,
+                            .type = x->type,
+                            .send = r->send,
+                            .recv = r->recv,
+                            .ordinal = x->ordinal,
+                            .sent = x->sent,
+                            .received = x->received,
+                            .extra = &side,
+                            .extra_bytes = sizeof side};
+    if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
+        return false;
+    ry_waits_add(&r->waits, now.waited_us);
+    return true;
+}
+
+/* The plan of the verdict, from what this rank was told of the other ranks' counts. */
+static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdict, int rank, struct ry_err *err)
+{
+    enum ry_strategy strategy = (enum ry_strategy)verdict->strategy;
+    struct ry_slice *slice = &r->slices[strategy];
+    if (!slice->rows && ry_slice_init(slice, r->map, rank, strategy, err))
+        return NULL;
+    size_t cells = (size_t)slice->nrows * (size_t)slice->ncols * sizeof *slice->cells;
+    if (verdict->extra_bytes != sizeof(struct ry_order) + cells)
+        return ry_fail(err, "the verdict holds %zu bytes instead of %zu", verdict->extra_bytes,
+                       sizeof(struct ry_order) + cells), NULL;
+    memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
+    struct ry_plan_input in = {.cluster = r->map,
+                               .rank = rank,
+                               .strategy = strategy,
+                               .send = r->send,
+                               .recv = r->recv,
+                               .slice = slice,
+                               .send_at = r->send_at,
+                               .recv_at = r->recv_at};
+    return ry_plan_build(&in, err);
+}
+
+static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
+                      const struct ry_verdict *verdict, int *result)
+{
+    struct ry_err err;
+    struct ry_plan *plan = plan_of(r, verdict, x->rank, &err);
+    start_clock(c, x);
+    if (!plan || (verdict->verify ? ry_run_verify(r->runner, plan, b, now.number, result, &err)
+                                  : ry_run(r->runner, plan, b, result, &err))) {
+        ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
+               now.number, x->rank, err.msg);
+        *result = NCCL_SYSTEM_ERROR;
+    }
+    r->carried_out[verdict->strategy]++;
+    ry_plan_free(plan);
+}
+
+bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
+{
+    struct comm *c = handle;
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    struct ry_verdict verdict;
+    bool taken = false;
+    if (!cookie || !ry_engine_enter())
+        return false;
+    if (r) {
+        struct ry_buffers b = describe(r, x);
+        look_at_checks(c, r);
+        if (agree(c, r, x, &b, &verdict)) {
+            now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
+            if (verdict.extra_bytes >= sizeof(struct ry_order))
+                memcpy(&r->staging_wanted, verdict.extra, sizeof r->staging_wanted);
+            taken = verdict.strategy != RY_DIRECT;
+            if (taken)
+                carry_out(c, r, x, &b, &verdict, result);
+            else if (*verdict.reason)
+                ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": direct: %s", c->id, now.number, verdict.reason);
+        }
+    }
+    if (!taken)
+        start_clock(c, x);
+    ry_engine_leave();
+    return taken;
+}
+
+/* ---- end ---- */
+
+/* On the sampler's thread. */
+struct measured {
+    struct ry_chooser *chooser;
+    uint64_t number;
+    double us;
+};
+
+static void learn(void *context)
+{
+    const struct measured *m = context;
+    ry_chooser_measured(m->chooser, m->number, m->us);
+}
+
+static void exchange_took(void *context, uint64_t number, double us)
+{
+    struct comm *c = context;
+    struct reissue *r = atomic_load(&c->reissue);
+    if (c->record)
+        ry_record_duration(ry_engine.record, c->record, number, us);
+    if (r && r->chooser)
+        ry_talk_locked(r->talk, learn, &(struct measured){r->chooser, number, us});
+}
+
+void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)
+{
+    struct comm *c = handle;
+    bool ok = result == NCCL_OK || result == NCCL_IN_PROGRESS;
+    if (!cookie || !ry_engine_enter())
+        return;
+    if (ok && c->record) {
+        struct ry_record_exchange r = {.number = now.number,
+                                       .wall_ns = now.wall_ns,
+                                       .type = x->type,
+                                       .type_bytes = x->type_bytes,
+                                       .one_call = x->one_call,
+                                       .captured = now.captured,
+                                       .send_count = x->send_count,
+                                       .recv_count = x->recv_count,
+                                       .gather_count = now.gather_count};
+        r.row_elems = ry_row_width_see(&c->rows, x->send_count, x->recv_count, x->type_bytes, &r.row_source);
+        memcpy(r.gather_comm, now.gather_comm, sizeof r.gather_comm);
+        ry_record_exchange(ry_engine.record, c->record, &r);
+        now.gather_count = 0;
+    }
+    /* After the record: a duration must not come before its exchange. While NCCL still works on a group in the background
+       (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
+    if (now.sample)
+        ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+    ry_engine_leave();
+}
+
+/* ---- besides ---- */
+
+void ry_exchange_stray(void *handle)
+{
+    struct comm *c = handle;
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    if (!r || !ry_engine_enter())
+        return;
+    ry_talk_stray(r->talk);
+    ry_engine_leave();
+}
+
+void ry_exchange_aborting(void *handle)
+{
+    struct comm *c = handle;
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    if (!r || !ry_engine_enter())
+        return;
+    ry_talk_abort(r->talk, "the communicator is being aborted");
+    ry_engine_leave();
+}
+
+void ry_exchange_int64_allgather(void *handle, uint64_t count)
+{
+    const struct comm *c = handle;
+    memcpy(now.gather_comm, c->id, sizeof now.gather_comm);
+    now.gather_count = count;
+}

@@ -1,0 +1,51 @@
+/*
+ * policy.h: what the yardmaster decides by: the cost model, what it learned, and what the user forced.
+ *
+ * Owns: the callbacks that the agreement asks (control/agree.h: struct ry_policy), the content of what a rank adds to its
+ * manifest and of what a verdict adds for each rank. Not: the formulas (plan/cost.h), when it is asked (the agreement).
+ *
+ * Thread-safety: none of its own; everything is called under the communicator's lock (control/talk.h).
+ */
+#ifndef RY_ENGINE_POLICY_H
+#define RY_ENGINE_POLICY_H
+
+#include "control/agree.h"
+#include "plan/cost.h"
+#include "plan/plan.h"
+
+/* What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory. */
+struct ry_side {
+    struct ry_load load;
+    uint64_t staging; /* bytes that it holds */
+};
+
+/* What a verdict adds, followed by the cells of the rank's slice (none for direct). */
+struct ry_order {
+    uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
+};
+
+struct ry_policy_config {
+    const struct ry_cluster *map; /* must live as long as the policy */
+    int forced;                   /* enum ry_strategy, or -1: choose */
+    uint64_t verify;              /* every n-th engaged exchange, 0: never */
+    uint64_t staging_limit;
+    struct ry_cost_model model;
+    const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */
+};
+
+struct ry_chooser; /* opaque */
+struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct ry_err *err);
+void ry_chooser_free(struct ry_chooser *c);
+/** The callbacks, with `c` as their context. */
+struct ry_policy ry_chooser_policy(struct ry_chooser *c);
+
+/** Exchange `number` took `us` on this rank's device: learn from it, if it was one of the latest chosen. */
+void ry_chooser_measured(struct ry_chooser *c, uint64_t number, double us);
+
+struct ry_chooser_counts {
+    uint64_t chosen[RY_STRATEGIES]; /* exchanges by strategy, while engaged */
+    uint64_t short_of_staging;
+};
+void ry_chooser_counts(const struct ry_chooser *c, struct ry_chooser_counts *out);
+
+#endif

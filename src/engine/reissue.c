@@ -1,0 +1,147 @@
+/*
+ * reissue.c: whether a communicator's exchanges may be reissued, and what it takes.
+ *
+ * Owns: the conditions under which a communicator joins the agreement, and bringing its parts up and down: the talk between
+ * ranks, the yardmaster's chooser, the runner. Not: the way of one exchange (exchange.c).
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+#include "measure/cost_file.h"
+
+bool ry_reissue_able(const struct ry_comm_info *info)
+{
+    return !ry_engine.observe && ry_engine.control && ry_engine.device && info->blocking;
+}
+
+const void *ry_reissue_address(const struct comm *c, size_t *size)
+{
+    *size = 0;
+    return c->info.rank == 0 && c->seat.able ? ry_control_address(ry_engine.control, size) : NULL;
+}
+
+/* Why the communicator stays on plain NCCL, or NULL. All ranks see the same seats and come to the same answer. */
+static const char *nothing_to_do(const struct comm *c, const struct ry_cluster *map, size_t address_size, char *why, size_t size)
+{
+    if (!c->seat.able)
+        return ry_engine.observe ? "RAILYARD_STRATEGY=observe" : !c->info.blocking ? "it is non-blocking" : "this rank cannot";
+    if (map->nnodes < 2 && ry_engine.forced < 0)
+        return "all its ranks sit on one node";
+    if (map->nranks < 2)
+        return "it has one rank";
+    if (!address_size)
+        return "the yardmaster, rank 0, gave no address";
+    for (int r = 0; r < map->nranks; r++) {
+        const struct ry_seat *s = &map->seats[r];
+        const char *other = !s->able ? "cannot take part"
+                            : strcmp(s->railyard, c->seat.railyard) ? "runs another version of Railyard"
+                            : s->settings_hash != c->seat.settings_hash ? "has other settings" : NULL;
+        if (other)
+            return snprintf(why, size, "rank %d on %s %s", r, s->host, other), why;
+    }
+    return NULL;
+}
+
+static void trouble(void *context, int peer, const char *why)
+{
+    const struct comm *c = context;
+    ry_warn("communicator %s: rank %d: %s: its exchanges go over plain NCCL from here", c->id, peer, why);
+}
+
+static void free_reissue(struct reissue *r, bool aborted)
+{
+    if (r->talk)
+        ry_talk_close(r->talk);
+    if (r->runner)
+        ry_runner_free(r->runner, aborted);
+    ry_chooser_free(r->chooser);
+    for (int i = 0; i < RY_STRATEGIES; i++)
+        ry_slice_free(&r->slices[i]);
+    free(r->send);
+    free(r->recv);
+    free(r->send_at);
+    free(r->recv_at);
+    free(r);
+}
+
+/* The yardmaster needs to know what the links are worth. */
+static void load_model(struct ry_cost_model *model, const struct ry_cluster *map)
+{
+    struct ry_err err;
+    ry_cost_guess(model, map);
+    int r = ry_cost_load(model, ry_cluster_fingerprint(map), &err);
+    if (r < 0)
+        ry_warn("%s: strategies are chosen by a guess instead; railyard calibrate measures anew", err.msg);
+    else if (r > 0)
+        ry_info("this cluster was never measured (railyard calibrate): strategies are chosen by a guess");
+}
+
+bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address, size_t address_size)
+{
+    char text[160];
+    struct ry_err err;
+    const char *why = nothing_to_do(c, map, address_size, text, sizeof text);
+    if (why) {
+        ry_info("communicator %s stays on plain NCCL: %s", c->id, why);
+        return false;
+    }
+    size_t n = (size_t)map->nranks;
+    struct reissue *r = calloc(1, sizeof *r);
+    if (!r || !(r->send = calloc(n, sizeof *r->send)) || !(r->recv = calloc(n, sizeof *r->recv)) ||
+        !(r->send_at = calloc(n, sizeof *r->send_at)) || !(r->recv_at = calloc(n, sizeof *r->recv_at))) {
+        ry_fail(&err, "out of memory");
+        goto failed;
+    }
+    if (!(r->runner = ry_runner_new(&ry_engine.nccl, ry_engine.device, c->info.device, c->info.nccl, &err)))
+        goto failed;
+    struct ry_policy policy = {0};
+    if (c->info.rank == 0) {
+        struct ry_policy_config config = {.map = map,
+                                          .forced = ry_engine.forced,
+                                          .verify = ry_engine.settings.verify,
+                                          .staging_limit = ry_engine.settings.staging,
+                                          .name = c->id};
+        load_model(&config.model, map);
+        if (!(r->chooser = ry_chooser_new(&config, &err)))
+            goto failed;
+        policy = ry_chooser_policy(r->chooser);
+    }
+    struct ry_talk_config talk = {.control = ry_engine.control,
+                                  .key = c->key,
+                                  .nranks = map->nranks,
+                                  .rank = c->info.rank,
+                                  .address = address,
+                                  .address_size = address_size,
+                                  .patience = ry_engine.settings.patience,
+                                  .policy = &policy,
+                                  .hold = &c->face.hold,
+                                  .trouble = trouble,
+                                  .context = c};
+    r->map = map;
+    if (!(r->talk = ry_talk_open(&talk, &err)))
+        goto failed;
+    atomic_store(&c->reissue, r);
+    return true;
+failed:
+    ry_warn("communicator %s stays on plain NCCL: %s", c->id, err.msg);
+    if (r)
+        free_reissue(r, false);
+    return false;
+}
+
+void ry_reissue_close(struct comm *c, bool aborted)
+{
+    struct reissue *r = atomic_exchange(&c->reissue, NULL);
+    if (!r)
+        return;
+    if (r->waits.count)
+        ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical, %llu verified; verdicts took %.0f us in half of "
+                "the cases, %.0f us in 90 %%, %.0f us in 99 %%",
+                c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL],
+                (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
+                ry_waits_quantile(&r->waits, 0.99));
+    struct ry_cluster *map = r->map;
+    free_reissue(r, aborted);
+    ry_cluster_free(map);
+}

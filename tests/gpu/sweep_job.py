@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""All-to-alls of a size and a shape, timed when told to: one rank of one job of tests/gpu/sweep, which see."""
+import argparse
+import os
+import socket
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def table(shape, world, per_node, size):
+    """Bytes from rank to rank, `size` from the rank that sends most."""
+    if shape == "uniform":
+        weight = [[1.0] * world for _ in range(world)]
+    else:  # Zipf over the receivers, as experts are popular; the same for every sender
+        weight = [[1.0 / (1 + j) for j in range(world)] for _ in range(world)]
+    most = max(sum(row) for row in weight)
+    return [[int(w / most * size) // 16 * 16 for w in row] for row in weight]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--turns", required=True)
+    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    a = p.parse_args()
+    rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    line = socket.socket(socket.AF_UNIX)
+    line.connect(a.turns)
+    lines = line.makefile("rw")
+
+    def say(text):
+        lines.write(text + "\n")
+        lines.flush()
+
+    say("rank %d" % rank)
+    if a.backend == "nccl":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        wait = torch.cuda.synchronize
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+        wait = lambda: None  # noqa: E731
+    group = dist.new_group(list(range(world)), group_desc="sweep")
+    dist.barrier()
+    wait()
+    say("ready")
+    while True:
+        told = lines.readline().split()
+        if not told or told[0] != "go":
+            break
+        shape, size, repeats = told[1], int(told[2]), int(told[3])
+        t = table(shape, world, per_node, size)
+        ins, outs = t[rank], [t[i][rank] for i in range(world)]
+        x = torch.full((sum(ins),), rank + 1, dtype=torch.uint8, device=device)
+        y = torch.zeros(sum(outs), dtype=torch.uint8, device=device)
+        wait()
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            dist.all_to_all_single(y, x, outs, ins, group=group)
+            wait()
+            times.append(time.perf_counter() - began)
+        right = bool((y == torch.repeat_interleave(torch.arange(1, world + 1, dtype=torch.uint8, device=device),
+                                                   torch.tensor(outs, device=device))).all())
+        del x, y
+        say("ready %s %s" % ("right" if right else "WRONG", " ".join("%.1f" % (s * 1e6) for s in times)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
