@@ -867,6 +867,8 @@ START_TEST(by_hand)
         a[3].from = (struct ry_at){RY_AT_RECV, 0, 0};
         expect_refused(2, m, p, "wrong source: offset 4 of receive segment 0 gets offset 0 of");
         a[0].bytes = 9;
+        expect_refused(2, m, p, "overruns staging memory: offset 0 in 8 bytes");
+        p[0].stage_bytes = 9;
         expect_refused(2, m, p, "overruns send segment 0 of 8 bytes");
     }
 }
