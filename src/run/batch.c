@@ -39,7 +39,7 @@ static struct ry_kernel copy_kernel = {.name = "ry_copy_segments", .host = host_
 static struct ry_kernel compare_kernel = {.name = "ry_compare_segments", .host = host_compare_segments};
 
 #ifdef RY_HAVE_FATBIN
-extern const unsigned char ry_run_fatbin[]; /* made from kernels.cu by nvcc */
+extern const unsigned long long ry_run_fatbin[]; /* made from kernels.cu by nvcc */
 #else
 #define ry_run_fatbin NULL
 #endif
