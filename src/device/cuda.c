@@ -1,13 +1,21 @@
 /*
  * cuda.c: the CUDA backend, on the driver API opened at run time.
  *
- * Owns: finding libcuda.so.1 and the driver calls, and which context each call runs in. Not: NCCL, kernels.
+ * Owns: finding libcuda.so.1 and the driver calls, which context each call runs in, a memory pool for each device, loading
+ * kernels. Not: NCCL, what kernels do.
  *
  * Contexts: only primary contexts are used, the ones the CUDA runtime of the job uses as well, so that pointers and
  * streams are common property. A call about a stream runs in that stream's context, a call about an event in the
  * event's, a call about memory in the memory's; `use` and a thread's own current context decide the rest, and a thread
  * that has neither gets device 0, as with the CUDA runtime. Primary contexts, once retained, are kept until the process
  * ends: releasing them could tear down what the job still uses.
+ *
+ * The pool of alloc_async is our own rather than the device's default one, which belongs to the job (PyTorch's
+ * cudaMallocAsync backend sets its threshold and reads its statistics; its own caching allocator does not use it). Two
+ * settings make it a good neighbour. Release threshold 0: what we gave back goes to the driver at the next
+ * synchronization, where the job's allocator can have it; the few blocks that we keep, we keep allocated. No internal
+ * dependencies: the driver may not make one stream wait for another to reuse memory, since the streams are those of
+ * different communicators, and two ranks that tie them to each other in different order never end.
  */
 #include "device.h"
 
@@ -43,14 +51,29 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
     CALL(ctx_pop, "cuCtxPopCurrent_v2", (CUcontext *))                                                                 \
     CALL(ctx_get, "cuCtxGetCurrent", (CUcontext *))                                                                    \
     CALL(ctx_set, "cuCtxSetCurrent", (CUcontext))                                                                      \
+    CALL(ctx_device, "cuCtxGetDevice", (CUdevice *))                                                                   \
     CALL(pointer_attribute, "cuPointerGetAttribute", (void *, CUpointer_attribute, CUdeviceptr))                       \
     CALL(mem_alloc, "cuMemAlloc_v2", (CUdeviceptr *, size_t))                                                          \
     CALL(mem_free, "cuMemFree_v2", (CUdeviceptr))                                                                      \
+    CALL(pool_create, "cuMemPoolCreate", (CUmemoryPool *, const CUmemPoolProps *))                                     \
+    CALL(pool_set, "cuMemPoolSetAttribute", (CUmemoryPool, CUmemPool_attribute, void *))                               \
+    CALL(pool_destroy, "cuMemPoolDestroy", (CUmemoryPool))                                                             \
+    CALL(mem_alloc_async, "cuMemAllocFromPoolAsync", (CUdeviceptr *, size_t, CUmemoryPool, CUstream))                  \
+    CALL(mem_free_async, "cuMemFreeAsync", (CUdeviceptr, CUstream))                                                    \
+    CALL(host_alloc, "cuMemHostAlloc", (void **, size_t, unsigned))                                                    \
+    CALL(host_free, "cuMemFreeHost", (void *))                                                                         \
+    CALL(module_load, "cuModuleLoadData", (CUmodule *, const void *))                                                  \
+    CALL(module_function, "cuModuleGetFunction", (CUfunction *, CUmodule, const char *))                               \
+    CALL(function_attribute, "cuFuncGetAttribute", (int *, CUfunction_attribute, CUfunction))                          \
+    CALL(launch, "cuLaunchKernel",                                                                                     \
+         (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **,         \
+          void **))                                                                                                    \
     CALL(mem_copy, "cuMemcpyAsync", (CUdeviceptr, CUdeviceptr, size_t, CUstream))                                      \
     CALL(mem_set, "cuMemsetD8Async", (CUdeviceptr, unsigned char, size_t, CUstream))                                   \
     CALL(stream_create, "cuStreamCreate", (CUstream *, unsigned))                                                      \
     CALL(stream_destroy, "cuStreamDestroy_v2", (CUstream))                                                             \
     CALL(stream_sync, "cuStreamSynchronize", (CUstream))                                                               \
+    CALL(stream_wait, "cuStreamWaitEvent", (CUstream, CUevent, unsigned))                                              \
     CALL(stream_ctx, "cuStreamGetCtx", (CUstream, CUcontext *))                                                        \
     CALL(stream_capturing, "cuStreamIsCapturing", (CUstream, CUstreamCaptureStatus *))                                 \
     CALL(capture_mode, "cuThreadExchangeStreamCaptureMode", (CUstreamCaptureMode *))                                   \
@@ -68,13 +91,19 @@ static struct driver {
 #undef MEMBER
 } cu;
 
-#define MAX_DEVICES 64
-static CUcontext primary[MAX_DEVICES];
+static CUcontext primary[RY_DEVICES];
 static pthread_mutex_t primary_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static struct pool {
+    _Atomic(CUmemoryPool) memory; /* set last */
+    CUstream freeing;             /* ours, for giving back behind an event */
+} pools[RY_DEVICES];
+static pthread_mutex_t prepare_lock = PTHREAD_MUTEX_INITIALIZER;
 
 struct ry_event {
     CUevent event; /* NULL until it is first recorded, if it was created on a thread without a context */
     CUcontext ctx; /* in which `event` was made */
+    unsigned flags;
 };
 
 static int fail(struct ry_err *err, const char *call, CUresult r)
@@ -106,7 +135,7 @@ static bool is_capture_error(CUresult r)
 
 static int primary_context(int ordinal, CUcontext *out, struct ry_err *err)
 {
-    if (ordinal < 0 || ordinal >= MAX_DEVICES)
+    if (ordinal < 0 || ordinal >= RY_DEVICES)
         return ry_fail(err, "no CUDA device %d", ordinal);
     pthread_mutex_lock(&primary_lock);
     int rc = 0;
@@ -255,6 +284,184 @@ static int cuda_fill(void *dst, unsigned char value, size_t bytes, void *stream,
     return IN_CONTEXT(err, ctx, mem_set, (CUdeviceptr)(uintptr_t)dst, value, bytes, stream);
 }
 
+/* ---- in stream order ---- */
+
+/* The device of the context that is current: inside enter() and leave(). */
+static int current_device(struct ry_err *err)
+{
+    CUdevice device;
+    TRY(err, ctx_device, &device);
+    return device < RY_DEVICES ? device : ry_fail(err, "CUDA device %d is beyond the %d that are served", device, RY_DEVICES);
+}
+
+static int make_pool(struct pool *pool, int device, struct ry_err *err)
+{
+    CUmemPoolProps props = {.allocType = CU_MEM_ALLOCATION_TYPE_PINNED,
+                            .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device}};
+    CUmemoryPool memory;
+    cuuint64_t threshold = 0;
+    int no = 0;
+    TRY(err, pool_create, &memory, &props);
+    CUresult r;
+    if ((r = cu.pool_set(memory, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &threshold)) ||
+        (r = cu.pool_set(memory, CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES, &no))) {
+        cu.pool_destroy(memory);
+        return fail(err, symbol_pool_set, r);
+    }
+    if ((r = cu.stream_create(&pool->freeing, CU_STREAM_NON_BLOCKING))) {
+        cu.pool_destroy(memory);
+        return fail(err, symbol_stream_create, r);
+    }
+    pool->memory = memory;
+    return 0;
+}
+
+/*
+ * With lazy loading (the default) a function is loaded when it is first asked for or launched, and that may wait for
+ * kernels under way: NCCL's, which wait for other ranks. So all are asked for here, attributes included.
+ */
+static int load(const struct ry_kernels *kernels, int device, struct ry_err *err)
+{
+    CUmodule module;
+    if (!kernels->image)
+        return ry_fail(err, "this Railyard was built without nvcc: build it where the CUDA toolkit is");
+    TRY(err, module_load, &module, kernels->image);
+    for (int i = 0; i < kernels->n; i++) {
+        CUfunction function;
+        int registers;
+        TRY(err, module_function, &function, module, kernels->kernel[i]->name);
+        TRY(err, function_attribute, &registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function);
+        kernels->kernel[i]->loaded[device] = function;
+    }
+    return 0;
+}
+
+static bool is_loaded(const struct ry_kernels *kernels, int device)
+{
+    for (int i = 0; i < kernels->n; i++)
+        if (!kernels->kernel[i]->loaded[device])
+            return false;
+    return true;
+}
+
+static int cuda_prepare(int ordinal, const struct ry_kernels *kernels, struct ry_err *err)
+{
+    CUcontext ctx;
+    if ((ordinal < 0 ? own_context(&ctx, err) : primary_context(ordinal, &ctx, err)) || enter(ctx, err))
+        return -1;
+    /* Another thread may be capturing a graph, which this need not spoil. */
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    cu.capture_mode(&mode);
+    pthread_mutex_lock(&prepare_lock);
+    int device = current_device(err), rc = device < 0 ? -1 : 0;
+    if (!rc && !pools[device].memory)
+        rc = make_pool(&pools[device], device, err);
+    if (!rc && kernels && !is_loaded(kernels, device))
+        rc = load(kernels, device, err);
+    pthread_mutex_unlock(&prepare_lock);
+    cu.capture_mode(&mode);
+    leave();
+    return rc;
+}
+
+static int cuda_alloc_async(void **out, size_t bytes, void *stream, struct ry_err *err)
+{
+    CUcontext ctx;
+    CUdeviceptr p;
+    *out = NULL;
+    if (!bytes)
+        return 0;
+    if (stream_context(stream, &ctx, err) || enter(ctx, err))
+        return -1;
+    int device = current_device(err), rc = device < 0 ? -1 : 0;
+    CUmemoryPool pool = rc ? NULL : pools[device].memory;
+    if (!rc && !pool)
+        rc = ry_fail(err, "CUDA device %d was not prepared", device);
+    CUresult r = rc ? CUDA_SUCCESS : cu.mem_alloc_async(&p, bytes, pool, stream);
+    leave();
+    if (rc || r)
+        return rc ? rc : fail(err, symbol_mem_alloc_async, r);
+    *out = (void *)(uintptr_t)p;
+    return 0;
+}
+
+static int cuda_free_async(void *p, void *stream, struct ry_err *err)
+{
+    CUcontext ctx;
+    if (!p)
+        return 0;
+    if (stream_context(stream, &ctx, err))
+        return -1;
+    return IN_CONTEXT(err, ctx, mem_free_async, (CUdeviceptr)(uintptr_t)p, stream);
+}
+
+/*
+ * A stream of our own waits for the event, so that neither the host nor a stream of the job does. Should an event never
+ * come to pass, what is freed behind it stays where it is, and so does what other communicators free after that: no
+ * process lives on for long with kernels that never end.
+ */
+static int cuda_free_after(void *p, struct ry_event *ev, struct ry_err *err)
+{
+    if (!p)
+        return 0;
+    if (!ev->event)
+        return ry_fail(err, "an event that was never recorded");
+    if (enter(ev->ctx, err))
+        return -1;
+    int device = current_device(err);
+    CUstream freeing = device >= 0 && pools[device].memory ? pools[device].freeing : NULL;
+    const char *call = symbol_stream_wait;
+    CUresult r = CUDA_SUCCESS;
+    int rc = device < 0 ? -1 : freeing ? 0 : ry_fail(err, "CUDA device %d was not prepared", device);
+    if (!rc && !(r = cu.stream_wait(freeing, ev->event, 0))) {
+        call = symbol_mem_free_async;
+        r = cu.mem_free_async((CUdeviceptr)(uintptr_t)p, freeing);
+    }
+    leave();
+    return r ? fail(err, call, r) : rc;
+}
+
+static int cuda_pinned_alloc(void **out, size_t bytes, struct ry_err *err)
+{
+    CUcontext ctx;
+    *out = NULL;
+    if (!bytes)
+        return 0;
+    if (own_context(&ctx, err))
+        return -1;
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    cu.capture_mode(&mode);
+    int rc = IN_CONTEXT(err, ctx, host_alloc, out, bytes, CU_MEMHOSTALLOC_PORTABLE);
+    cu.capture_mode(&mode);
+    return rc;
+}
+
+static int cuda_pinned_free(void *p, struct ry_err *err)
+{
+    CUcontext ctx;
+    if (!p)
+        return 0;
+    if (own_context(&ctx, err))
+        return -1;
+    return IN_CONTEXT(err, ctx, host_free, p);
+}
+
+static int cuda_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream,
+                       struct ry_err *err)
+{
+    CUcontext ctx;
+    if (stream_context(stream, &ctx, err) || enter(ctx, err))
+        return -1;
+    int device = current_device(err);
+    CUfunction function = device < 0 ? NULL : kernel->loaded[device];
+    void *params[] = {(void *)(uintptr_t)param};
+    CUresult r = function ? cu.launch(function, grid, 1, 1, block, 1, 1, 0, stream, params, NULL) : CUDA_SUCCESS;
+    leave();
+    if (function)
+        return r ? fail(err, symbol_launch, r) : 0;
+    return device < 0 ? -1 : ry_fail(err, "kernel %s was not loaded on CUDA device %d", kernel->name, device);
+}
+
 static int cuda_stream_create(void **stream, struct ry_err *err)
 {
     CUcontext ctx;
@@ -303,7 +510,7 @@ static int cuda_stream_capturing(void *stream, bool *capturing, struct ry_err *e
 static int make_event(struct ry_event *ev, CUcontext ctx, struct ry_err *err)
 {
     CUevent event;
-    if (IN_CONTEXT(err, ctx, event_create, &event, CU_EVENT_DEFAULT))
+    if (IN_CONTEXT(err, ctx, event_create, &event, ev->flags))
         return -1;
     if (ev->event)
         IN_CONTEXT(NULL, ev->ctx, event_destroy, ev->event);
@@ -312,7 +519,7 @@ static int make_event(struct ry_event *ev, CUcontext ctx, struct ry_err *err)
     return 0;
 }
 
-static int cuda_event_create(struct ry_event **out, struct ry_err *err)
+static int new_event(struct ry_event **out, unsigned flags, struct ry_err *err)
 {
     CUcontext ctx;
     *out = NULL;
@@ -320,6 +527,7 @@ static int cuda_event_create(struct ry_event **out, struct ry_err *err)
     struct ry_event *ev = calloc(1, sizeof *ev);
     if (!ev)
         return ry_fail(err, "out of memory for an event");
+    ev->flags = flags;
     /* A thread without a context: the stream that it is recorded on will say which device. */
     if (ctx && make_event(ev, ctx, err)) {
         free(ev);
@@ -327,6 +535,16 @@ static int cuda_event_create(struct ry_event **out, struct ry_err *err)
     }
     *out = ev;
     return 0;
+}
+
+static int cuda_event_create(struct ry_event **out, struct ry_err *err)
+{
+    return new_event(out, CU_EVENT_DEFAULT, err);
+}
+
+static int cuda_event_create_untimed(struct ry_event **out, struct ry_err *err)
+{
+    return new_event(out, CU_EVENT_DISABLE_TIMING, err);
 }
 
 static int cuda_event_record(struct ry_event *ev, void *stream, struct ry_err *err)
@@ -369,6 +587,8 @@ static int cuda_event_elapsed(struct ry_event *a, struct ry_event *b, double *us
     float ms;
     if (!a->event || !b->event)
         return ry_fail(err, "elapsed time of an event that was never recorded");
+    if (a->flags || b->flags)
+        return ry_fail(err, "elapsed time of an event without timing");
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     cu.capture_mode(&mode);
     int rc = IN_CONTEXT(err, a->ctx, event_elapsed, &ms, a->event, b->event);
@@ -377,6 +597,16 @@ static int cuda_event_elapsed(struct ry_event *a, struct ry_event *b, double *us
         return -1;
     *us = (double)ms * 1e3;
     return 0;
+}
+
+static int cuda_stream_wait(void *stream, struct ry_event *ev, struct ry_err *err)
+{
+    CUcontext ctx;
+    if (!ev->event)
+        return 0;
+    if (stream_context(stream, &ctx, err))
+        return -1;
+    return IN_CONTEXT(err, ctx, stream_wait, stream, ev->event, 0);
 }
 
 static void cuda_event_destroy(struct ry_event *ev)
@@ -430,11 +660,20 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
         .release = cuda_release,
         .copy = cuda_copy,
         .fill = cuda_fill,
+        .alloc_async = cuda_alloc_async,
+        .free_async = cuda_free_async,
+        .free_after = cuda_free_after,
+        .pinned_alloc = cuda_pinned_alloc,
+        .pinned_free = cuda_pinned_free,
+        .prepare = cuda_prepare,
+        .launch = cuda_launch,
         .stream_create = cuda_stream_create,
         .stream_destroy = cuda_stream_destroy,
         .stream_sync = cuda_stream_sync,
         .stream_capturing = cuda_stream_capturing,
+        .stream_wait = cuda_stream_wait,
         .event_create = cuda_event_create,
+        .event_create_untimed = cuda_event_create_untimed,
         .event_record = cuda_event_record,
         .event_done = cuda_event_done,
         .event_elapsed = cuda_event_elapsed,

@@ -4,7 +4,7 @@
  * Owns: the two backends. CUDA goes through the driver API, opened at run time (libcuda.so.1), so that nothing of CUDA
  * is needed to load us. Host memory is the other: the "device" of the emulated cluster, whose NCCL finishes every call
  * before it returns, so its streams are always idle and its events are time stamps.
- * Not: kernels (none yet), NCCL.
+ * Not: what kernels compute (they come as struct ry_kernels from whoever needs them), NCCL.
  *
  * All functions return 0, or -1 with `err` filled (which names the failing driver call). Streams are the caller's
  * cudaStream_t / CUstream, NULL being the legacy default stream. Thread-safety: all functions may be called from any
@@ -28,6 +28,24 @@ struct ry_device_id {
 
 struct ry_event; /* owned by whoever created it */
 
+#define RY_DEVICES 64 /* CUDA ordinals that are served */
+
+/*
+ * A kernel takes one parameter, a structure of at most 4096 bytes, by value: the driver copies it at the launch, so it needs
+ * no memory that would have to outlive the call. `host` does the same on host memory.
+ */
+struct ry_kernel {
+    const char *name;
+    void (*host)(const void *param);
+    _Atomic(void *) loaded[RY_DEVICES]; /* the CUDA backend's */
+};
+/* Kernels that travel together. Static: once loaded they stay so. */
+struct ry_kernels {
+    const void *image; /* fatbin; NULL where the build had no nvcc: cannot be loaded on CUDA then */
+    struct ry_kernel *const *kernel;
+    int n;
+};
+
 struct ry_device {
     const char *name; /* "cuda" or "host" */
 
@@ -44,13 +62,39 @@ struct ry_device {
     int (*copy)(void *dst, const void *src, size_t bytes, void *stream, struct ry_err *err);
     int (*fill)(void *dst, unsigned char value, size_t bytes, void *stream, struct ry_err *err);
 
+    /**
+     * Memory in stream order, from a pool that is ours alone: usable by what `stream` does after the call, and handed back
+     * when `stream` gets there. The job's own pools and their statistics are not touched; what is handed back goes to the
+     * driver at the next synchronization, so that the job's allocator can have it. Fails, without waiting, when out of memory.
+     */
+    int (*alloc_async)(void **out, size_t bytes, void *stream, struct ry_err *err);
+    int (*free_async)(void *p, void *stream, struct ry_err *err);
+    /** Hand back once `ev` has come to pass, whatever became of the stream it was recorded on. Never waits. */
+    int (*free_after)(void *p, struct ry_event *ev, struct ry_err *err);
+    /** Host memory that every device can reach at the same address. Both calls may wait for the device. */
+    int (*pinned_alloc)(void **out, size_t bytes, struct ry_err *err);
+    int (*pinned_free)(void *p, struct ry_err *err);
+
+    /**
+     * Get device `ordinal` (-1: the thread's own) ready for alloc_async and for launching `kernels` (may be NULL). May wait for
+     * the device, which is why neither of the two ever does this by itself. Repeating it is cheap.
+     */
+    int (*prepare)(int ordinal, const struct ry_kernels *kernels, struct ry_err *err);
+    int (*launch)(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream,
+                  struct ry_err *err);
+
     int (*stream_create)(void **stream, struct ry_err *err);
     int (*stream_destroy)(void *stream, struct ry_err *err);
     int (*stream_sync)(void *stream, struct ry_err *err);
     /** *capturing: the stream is being captured into a graph, or might be (then keep your hands off it). */
     int (*stream_capturing)(void *stream, bool *capturing, struct ry_err *err);
 
+    /** What `stream` does after the call waits for the event as last recorded; for nothing if it never was. */
+    int (*stream_wait)(void *stream, struct ry_event *ev, struct ry_err *err);
+
     int (*event_create)(struct ry_event **ev, struct ry_err *err); /* on the thread's device, with timing */
+    /** For order only: cheaper, and event_elapsed() refuses it. May be called by a thread without a device. */
+    int (*event_create_untimed)(struct ry_event **ev, struct ry_err *err);
     int (*event_record)(struct ry_event *ev, void *stream, struct ry_err *err);
     /** *done: everything before the event has finished. Never blocks. */
     int (*event_done)(struct ry_event *ev, bool *done, struct ry_err *err);

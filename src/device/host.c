@@ -68,6 +68,40 @@ static int host_fill(void *dst, unsigned char value, size_t bytes, void *stream,
     return 0;
 }
 
+/* ---- in stream order: at once ---- */
+
+static int host_alloc_async(void **out, size_t bytes, void *stream, struct ry_err *err)
+{
+    return host_alloc(out, bytes, err);
+}
+
+static int host_free_async(void *p, void *stream, struct ry_err *err)
+{
+    return host_release(p, err);
+}
+
+static int host_free_after(void *p, struct ry_event *ev, struct ry_err *err)
+{
+    return host_release(p, err);
+}
+
+static int host_prepare(int ordinal, const struct ry_kernels *kernels, struct ry_err *err)
+{
+    return 0;
+}
+
+static int host_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream,
+                       struct ry_err *err)
+{
+    kernel->host(param);
+    return 0;
+}
+
+static int host_stream_wait(void *stream, struct ry_event *ev, struct ry_err *err)
+{
+    return 0;
+}
+
 /* A stream is one byte of memory: distinct streams have distinct handles, as callers that compare them expect. */
 static int host_stream_create(void **stream, struct ry_err *err)
 {
@@ -139,11 +173,20 @@ const struct ry_device *ry_device_host(void)
         .release = host_release,
         .copy = host_copy,
         .fill = host_fill,
+        .alloc_async = host_alloc_async,
+        .free_async = host_free_async,
+        .free_after = host_free_after,
+        .pinned_alloc = host_alloc,
+        .pinned_free = host_release,
+        .prepare = host_prepare,
+        .launch = host_launch,
         .stream_create = host_stream_create,
         .stream_destroy = host_stream_destroy,
         .stream_sync = host_stream_sync,
         .stream_capturing = host_stream_capturing,
+        .stream_wait = host_stream_wait,
         .event_create = host_event_create,
+        .event_create_untimed = host_event_create,
         .event_record = host_event_record,
         .event_done = host_event_done,
         .event_elapsed = host_event_elapsed,

@@ -8,12 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "device/device.h"
-
-static const struct ry_device *device; /* the one under test */
-static struct ry_err err;
-
-#define ok(call) ck_assert_msg((call) == 0, "%s: %s", #call, err.msg)
+#include "on_devices.h"
 
 START_TEST(identity)
 {
@@ -114,6 +109,62 @@ START_TEST(streams_and_events)
 }
 END_TEST
 
+/* Memory that comes and goes in stream order, also between streams, pinned memory, and events without timing. */
+START_TEST(stream_order)
+{
+    enum { N = 70001 };
+    unsigned char *out = malloc(N), *back;
+    void *a, *b, *s1, *s2, *nothing = out;
+    struct ry_event *ev, *never;
+    for (int i = 0; i < N; i++)
+        out[i] = (unsigned char)(i * 5 + i / 251);
+    ok(device->use(0, &err));
+    ok(device->prepare(0, NULL, &err));
+    ok(device->prepare(0, NULL, &err));
+    ok(device->prepare(-1, NULL, &err));
+    ok(device->stream_create(&s1, &err));
+    ok(device->stream_create(&s2, &err));
+    ok(device->event_create_untimed(&ev, &err));
+    ok(device->event_create_untimed(&never, &err));
+    ok(device->pinned_alloc((void **)&back, N, &err));
+    ok(device->alloc_async(&nothing, 0, s1, &err));
+    ck_assert_ptr_null(nothing);
+    ok(device->free_async(nothing, s1, &err));
+    ok(device->free_after(nothing, ev, &err));
+    for (int round = 0; round < 20; round++) {
+        memset(back, 0, N);
+        ok(device->alloc_async(&a, N, s1, &err));
+        ck_assert_uint_eq((uintptr_t)a % 256, 0);
+        ok(device->copy(a, out, N, s1, &err));
+        ok(device->event_record(ev, s1, &err));
+        ok(device->stream_wait(s2, ev, &err));
+        ok(device->stream_wait(s2, never, &err));
+        ok(device->alloc_async(&b, N, s2, &err));
+        ok(device->copy(b, a, N, s2, &err));
+        ok(device->copy(back, b, N, s2, &err));
+        ok(device->event_record(ev, s2, &err));
+        ok(device->free_async(b, s2, &err));
+        ok(device->free_after(a, ev, &err));
+        ok(device->stream_sync(s2, &err));
+        ck_assert_mem_eq(out, back, N);
+    }
+    /* The streams may be gone by the time that memory is given back. */
+    ok(device->alloc_async(&a, N, s1, &err));
+    ok(device->event_record(ev, s1, &err));
+    ok(device->stream_destroy(s1, &err));
+    ok(device->free_after(a, ev, &err));
+    ok(device->stream_destroy(s2, &err));
+    if (device != ry_device_host())
+        ck_assert_int_eq(device->event_elapsed(ev, ev, &(double){0}, &err), -1);
+    ck_assert_int_eq(device->alloc_async(&a, SIZE_MAX / 2, NULL, &err), -1);
+    ck_assert_ptr_null(a);
+    device->event_destroy(ev);
+    device->event_destroy(never);
+    ok(device->pinned_free(back, &err));
+    free(out);
+}
+END_TEST
+
 /* A thread that never chose a device uses and frees what another made. */
 static void *other_thread(void *p)
 {
@@ -180,6 +231,7 @@ END_TEST
 
 static int (*fake_depth)(void), (*fake_device)(void), (*fake_mode)(void);
 static void (*fake_capture)(void *stream, int result, int status), (*fake_elsewhere)(int captures);
+static int64_t (*fake_pool)(int device, uint64_t *threshold, int *internal_dependencies);
 
 static bool is_fake(void)
 {
@@ -190,6 +242,7 @@ static bool is_fake(void)
     *(void **)&fake_device = dlsym(lib, "fake_cuda_device");
     *(void **)&fake_mode = dlsym(lib, "fake_cuda_mode");
     *(void **)&fake_capture = dlsym(lib, "fake_cuda_capture");
+    *(void **)&fake_pool = dlsym(lib, "fake_cuda_pool");
     *(void **)&fake_elsewhere = dlsym(lib, "fake_cuda_elsewhere");
     dlclose(lib);
     return fake_depth;
@@ -292,6 +345,67 @@ START_TEST(contexts_are_left_alone)
 }
 END_TEST
 
+/* Pools as they must be, one for each device; kernels loaded ahead, whoever captures; and the errors. */
+START_TEST(pool_and_kernels)
+{
+    static struct ry_kernel none = {.name = "no_such_kernel"}, copy = {.name = "ry_copy_segments"};
+    static const uint32_t image[4] = {0xba55ed50};
+    const struct ry_kernels bad = {image, (struct ry_kernel *const[]){&none}, 1}, no_image = {NULL, bad.kernel, 1};
+    const struct ry_kernels good = {image, (struct ry_kernel *const[]){&copy}, 1};
+    uint64_t threshold = 1;
+    int internal = 1;
+    void *stream, *p, *q, *pinned;
+    struct ry_event *ev;
+    if (!is_fake())
+        return;
+    ok(device->use(0, &err));
+    ck_assert_int_eq(fake_pool(1, &threshold, &internal), -1);
+    ck_assert_int_eq(device->alloc_async(&p, 64, NULL, &err), -1);
+    ck_assert_msg(strstr(err.msg, "device 0 was not prepared"), "%s", err.msg);
+    ck_assert_int_eq(device->launch(&copy, 1, 1, "", NULL, &err), -1);
+    ck_assert_msg(strstr(err.msg, "ry_copy_segments was not loaded on CUDA device 0"), "%s", err.msg);
+
+    fake_elsewhere(1);
+    ok(device->prepare(1, &good, &err));
+    ok(device->pinned_alloc(&pinned, 64, &err));
+    fake_elsewhere(0);
+    ck_assert_int_eq(fake_mode(), 0);
+    ck_assert_int_eq(fake_pool(1, &threshold, &internal), 0);
+    ck_assert_uint_eq(threshold, 0);
+    ck_assert_int_eq(internal, 0);
+    ck_assert_ptr_nonnull(copy.loaded[1]);
+    ck_assert_ptr_null(copy.loaded[0]);
+    ck_assert_int_eq(device->prepare(0, &bad, &err), -1);
+    ck_assert_msg(strstr(err.msg, "cuModuleGetFunction"), "%s", err.msg);
+    ck_assert_int_eq(device->prepare(0, &no_image, &err), -1);
+    ck_assert_msg(strstr(err.msg, "built without nvcc"), "%s", err.msg);
+    ck_assert_int_eq(device->prepare(RY_DEVICES, NULL, &err), -1);
+
+    /* All of it on a thread whose device is another one. */
+    ok(device->use(1, &err));
+    ok(device->stream_create(&stream, &err));
+    ok(device->use(0, &err));
+    ok(device->event_create_untimed(&ev, &err));
+    ok(device->alloc_async(&p, 1000, stream, &err));
+    ok(device->alloc_async(&q, 24, NULL, &err));
+    ck_assert_int_eq(fake_pool(1, &threshold, &internal), 1000);
+    ck_assert_int_eq(fake_pool(0, &threshold, &internal), 24);
+    ok(device->event_record(ev, stream, &err));
+    ok(device->stream_wait(NULL, ev, &err));
+    ok(device->free_after(p, ev, &err));
+    ok(device->free_async(q, NULL, &err));
+    ck_assert_int_eq(fake_pool(1, &threshold, &internal), 0);
+    ck_assert_int_eq(fake_pool(0, &threshold, &internal), 0);
+    ck_assert_int_eq(device->alloc_async(&p, SIZE_MAX / 2 + 2, stream, &err), -1);
+    ck_assert_msg(strstr(err.msg, "cuMemAllocFromPoolAsync: CUDA_ERROR_OUT_OF_MEMORY (2)"), "%s", err.msg);
+    device->event_destroy(ev);
+    ok(device->stream_destroy(stream, &err));
+    ok(device->pinned_free(pinned, &err));
+    ck_assert_int_eq(fake_device(), 0);
+    ck_assert_int_eq(fake_depth(), 1);
+}
+END_TEST
+
 /* Without a driver the CUDA backend is absent, says why, and says the same again. */
 START_TEST(cuda_or_a_reason)
 {
@@ -307,25 +421,12 @@ START_TEST(cuda_or_a_reason)
 }
 END_TEST
 
-static bool on_cuda;
-
-/* In the child that Check forks for each test: a driver opened before the fork would not work after it. */
-static void choose_device(void)
+static void add_tests(TCase *t, bool cuda)
 {
-    device = on_cuda ? ry_device_cuda(&err) : ry_device_host();
-    ck_assert_msg(device, "%s", err.msg);
-}
-
-static int run(bool cuda)
-{
-    on_cuda = cuda;
-    Suite *suite = suite_create(cuda ? "device: cuda" : "device: host");
-    TCase *t = tcase_create("device");
-    tcase_set_timeout(t, 60);
-    tcase_add_checked_fixture(t, choose_device, NULL);
     tcase_add_test(t, identity);
     tcase_add_test(t, memory);
     tcase_add_test(t, streams_and_events);
+    tcase_add_test(t, stream_order);
     tcase_add_test(t, from_another_thread);
     tcase_add_test(t, event_moves_between_devices);
     tcase_add_test(t, cuda_or_a_reason);
@@ -333,43 +434,11 @@ static int run(bool cuda)
         tcase_add_test(t, capture);
         tcase_add_test(t, capture_elsewhere);
         tcase_add_test(t, contexts_are_left_alone);
+        tcase_add_test(t, pool_and_kernels);
     }
-    suite_add_tcase(suite, t);
-    SRunner *r = srunner_create(suite);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed;
-}
-
-/* Asked in a child, for the same reason. */
-static bool cuda_works(struct ry_err *why)
-{
-    int fd[2];
-    if (pipe(fd))
-        return false;
-    pid_t pid = fork();
-    if (!pid) {
-        struct ry_err e = {""};
-        ry_device_cuda(&e);
-        ssize_t w = write(fd[1], &e, sizeof e);
-        _exit(w != sizeof e);
-    }
-    close(fd[1]);
-    ssize_t n = read(fd[0], why, sizeof *why);
-    close(fd[0]);
-    return n == sizeof *why && !why->msg[0];
 }
 
 int main(void)
 {
-    struct ry_err why = {"no answer from the child that asked"};
-    int failed = run(false);
-    if (cuda_works(&why))
-        failed += run(true);
-    else if (getenv("RY_FAKE_CUDA"))
-        failed += printf("the fake driver does not work: %s\n", why.msg);
-    else
-        printf("SKIP cuda: %s\n", why.msg);
-    return failed ? 1 : 0;
+    return on_devices("device", add_tests);
 }

@@ -1,0 +1,257 @@
+/*
+ * run.c: a plan's steps as NCCL calls and device copies, in stream order.
+ *
+ * Owns: the runner, ry_run(), and whether buffers allow it. Not: staging memory (staging.c), many copies in one launch
+ * (batch.c), verify mode (checks.c).
+ */
+#include "internal.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+
+int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_err *err)
+{
+    static const struct {
+        const char *name;
+        size_t offset;
+    } calls[] = {
+        {"ncclGroupStart", offsetof(struct ry_nccl, group_start)},
+        {"ncclGroupEnd", offsetof(struct ry_nccl, group_end)},
+        {"ncclSend", offsetof(struct ry_nccl, send)},
+        {"ncclRecv", offsetof(struct ry_nccl, recv)},
+        {"ncclGetErrorString", offsetof(struct ry_nccl, error_string)},
+    };
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        void *f = find(calls[i].name);
+        if (!f)
+            return ry_fail(err, "the job's NCCL has no %s", calls[i].name);
+        memcpy((char *)nccl + calls[i].offset, &f, sizeof f);
+    }
+    return 0;
+}
+
+struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, void *comm,
+                                struct ry_err *err)
+{
+    struct ry_err why;
+    struct ry_runner *r = calloc(1, sizeof *r);
+    if (!r) {
+        ry_fail(err, "out of memory");
+        return NULL;
+    }
+    r->nccl = *nccl;
+    r->device = device;
+    r->comm = comm;
+    if (device->prepare(ordinal, NULL, err) || device->event_create_untimed(&r->stage_used, err)) {
+        free(r);
+        return NULL;
+    }
+    /* What follows makes things faster or is for verify mode: exchanges go without it. */
+    r->kernels = !device->prepare(ordinal, &ry_run_kernels, &why) && !checks_prepare(device, &why);
+    if (!r->kernels)
+        ry_warn_once("plans run without Railyard's own kernels: %s", why.msg);
+    return r;
+}
+
+void ry_runner_free(struct ry_runner *r, bool aborted)
+{
+    if (!r)
+        return;
+    /* Aborted or not, nothing waits: memory is given back behind an event. If that never comes, the memory never does. */
+    if (aborted && r->stage)
+        ry_debug("staging memory of an aborted communicator: %llu bytes", (unsigned long long)r->stage_bytes);
+    checks_free(r);
+    staging_free(r);
+    free(r);
+}
+
+/* ---- may it be done? ---- */
+
+struct range {
+    uintptr_t from, to;
+    bool recv;
+};
+
+static int by_address(const void *a, const void *b)
+{
+    const struct range *x = a, *y = b;
+    return x->from < y->from ? -1 : x->from > y->from;
+}
+
+/* Ascending in memory, as frameworks lay them out, and disjoint? Gives the first and last byte's address. */
+static bool ascending(void *const *buf, const uint64_t *bytes, int n, bool disjoint, uintptr_t *from, uintptr_t *to)
+{
+    *from = *to = 0;
+    for (int p = 0; p < n; p++) {
+        uintptr_t at = (uintptr_t)buf[p];
+        if (!bytes[p])
+            continue;
+        if (!*to)
+            *from = at;
+        else if (disjoint ? at < *to : at < *from)
+            return false;
+        if (at + bytes[p] > *to)
+            *to = at + bytes[p];
+    }
+    return true;
+}
+
+bool ry_run_safe(const struct ry_buffers *b)
+{
+    uintptr_t sends, sends_end, recvs, recvs_end;
+    int n = 0;
+    for (int p = 0; p < b->nranks; p++)
+        if ((b->send_bytes[p] && !b->send[p]) || (b->recv_bytes[p] && !b->recv[p]))
+            return false;
+    if (ascending((void *const *)b->send, b->send_bytes, b->nranks, false, &sends, &sends_end) &&
+        ascending(b->recv, b->recv_bytes, b->nranks, true, &recvs, &recvs_end) &&
+        (sends_end <= recvs || recvs_end <= sends))
+        return true;
+    struct range *ranges = malloc(2 * (size_t)b->nranks * sizeof *ranges);
+    if (!ranges)
+        return false;
+    for (int p = 0; p < b->nranks; p++) {
+        uintptr_t s = (uintptr_t)b->send[p], r = (uintptr_t)b->recv[p];
+        if (b->send_bytes[p])
+            ranges[n++] = (struct range){s, s + b->send_bytes[p], false};
+        if (b->recv_bytes[p])
+            ranges[n++] = (struct range){r, r + b->recv_bytes[p], true};
+    }
+    qsort(ranges, (size_t)n, sizeof *ranges, by_address);
+    /* Each against what reaches furthest of those before it; sends may overlap sends. */
+    uintptr_t any_end = 0, recv_end = 0;
+    bool safe = true;
+    for (int i = 0; i < n && safe; i++) {
+        safe = ranges[i].from >= recv_end && (!ranges[i].recv || ranges[i].from >= any_end);
+        if (ranges[i].to > any_end)
+            any_end = ranges[i].to;
+        if (ranges[i].recv && ranges[i].to > recv_end)
+            recv_end = ranges[i].to;
+    }
+    free(ranges);
+    return safe;
+}
+
+/* ---- doing it ---- */
+
+static void *address(const struct ry_runner *r, const struct ry_buffers *b, const struct ry_at *at)
+{
+    char *base = at->place == RY_AT_STAGE ? r->stage :
+                 at->place == RY_AT_SEND ? (char *)(uintptr_t)b->send[at->peer] : b->recv[at->peer];
+    return base + at->offset;
+}
+
+static bool fits(const struct ry_plan *plan, const struct ry_buffers *b, const struct ry_at *at, uint64_t bytes, bool written)
+{
+    if (at->place == RY_AT_STAGE)
+        return bytes <= plan->stage_bytes && at->offset <= plan->stage_bytes - bytes;
+    if (at->peer < 0 || at->peer >= b->nranks || (written && at->place == RY_AT_SEND))
+        return false;
+    /* Its end may lie in a later segment: the plan knew the addresses. */
+    return at->place == RY_AT_SEND ? b->send[at->peer] && at->offset < b->send_bytes[at->peer] :
+                                     b->recv[at->peer] && at->offset < b->recv_bytes[at->peer];
+}
+
+/* Before anything is enqueued: after that there is no way back. */
+static int check(const struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_err *err)
+{
+    if (plan->rank != b->rank || plan->nranks != b->nranks)
+        return ry_fail(err, "a plan for rank %d of %d does not fit rank %d of %d", plan->rank, plan->nranks, b->rank,
+                       b->nranks);
+    if (plan->stage_bytes > r->stage_bytes)
+        return ry_fail(err, "the plan needs %llu bytes of staging memory, %llu are held",
+                       (unsigned long long)plan->stage_bytes, (unsigned long long)r->stage_bytes);
+    for (int i = 0; i < plan->nsteps; i++) {
+        const struct ry_step *s = &plan->steps[i];
+        bool reads = s->kind != RY_STEP_RECV, writes = s->kind != RY_STEP_SEND;
+        if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= b->nranks)) ||
+            (reads && !fits(plan, b, &s->from, s->bytes, false)) || (writes && !fits(plan, b, &s->to, s->bytes, true)))
+            return ry_fail(err, "step %d of the plan does not fit the job's buffers", i);
+    }
+    return 0;
+}
+
+/*
+ * Copies that follow each other go in one batch as long as none may depend on another. Send segments are never written; a
+ * batch that reads from the staging memory or the receive buffer does not write there as well, and staging memory is
+ * written in ascending order (what is not, is still right, in a batch of its own).
+ */
+struct copying {
+    struct batch batch;
+    bool reads[3], writes[3]; /* by enum ry_place */
+    uint64_t stage_end;
+};
+
+static int end_batch(struct copying *c, struct ry_err *err)
+{
+    memset(c->reads, 0, sizeof c->reads);
+    memset(c->writes, 0, sizeof c->writes);
+    c->stage_end = 0;
+    return batch_flush(&c->batch, err);
+}
+
+static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                struct ry_err *err)
+{
+    enum ry_place from = s->from.place, to = s->to.place;
+    bool overlaps = to == RY_AT_STAGE && s->to.offset < c->stage_end;
+    if ((overlaps || c->writes[from] || c->reads[to]) && end_batch(c, err))
+        return -1;
+    c->reads[from] = true;
+    c->writes[to] = true;
+    if (to == RY_AT_STAGE)
+        c->stage_end = s->to.offset + s->bytes;
+    if (batch_add(&c->batch, address(r, b, &s->to), address(r, b, &s->from), s->bytes, 0, err))
+        return -1;
+    return from == to ? end_batch(c, err) : 0; /* whatever comes next may depend on it */
+}
+
+/* The steps of one group, from `first` on: returns how many. */
+static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first, int *result)
+{
+    const struct ry_step *s = &plan->steps[first], *end = plan->steps + plan->nsteps;
+    int group = s->group;
+    if ((*result = r->nccl.group_start()))
+        return 0;
+    for (; s < end && s->kind != RY_STEP_COPY && s->group == group; s++) {
+        if (*result)
+            continue;
+        *result = s->kind == RY_STEP_SEND ?
+                      r->nccl.send(address(r, b, &s->from), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream) :
+                      r->nccl.recv(address(r, b, &s->to), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream);
+    }
+    int ended = r->nccl.group_end();
+    if (!*result)
+        *result = ended;
+    return (int)(s - plan->steps) - first;
+}
+
+int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err)
+{
+    struct copying copying = {.stage_end = 0};
+    *result = 0;
+    if (check(r, plan, b, err))
+        return -1;
+    if (plan->stage_bytes && staging_enter(r, b->stream, err))
+        return -1;
+    batch_start_copy(&copying.batch, r, b->stream);
+    int rc = 0;
+    for (int i = 0; i < plan->nsteps && !rc && !*result;) {
+        const struct ry_step *s = &plan->steps[i];
+        if (s->kind == RY_STEP_COPY) {
+            rc = copy(&copying, r, b, s, err);
+            i++;
+        } else if (!(rc = end_batch(&copying, err))) {
+            i += transfer(r, b, plan, i, result);
+        }
+    }
+    if (!rc && !*result)
+        rc = end_batch(&copying, err);
+    /* Even after a failure: what was enqueued may still use the memory. */
+    if (plan->stage_bytes && staging_leave(r, b->stream, rc ? NULL : err))
+        rc = -1;
+    return rc;
+}
