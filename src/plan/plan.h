@@ -40,7 +40,7 @@ int ry_relay(const struct ry_cluster *cluster, int from, int node);
 /*
  * The part of the byte matrix, beyond a rank's own row and column, that its plan depends on: cells (from, to) for `from` in
  * rows and `to` in cols, both ascending. For hierarchical: rows = the remote ranks that this rank relays for, cols = its
- * node's ranks. The yardmaster sends each rank just these cells.
+ * node's ranks; empty for a rank that is alone on its node. The yardmaster sends each rank just these cells.
  */
 struct ry_slice {
     int nrows, ncols;
@@ -50,6 +50,8 @@ struct ry_slice {
 /** Which cells rank `rank` needs; `cells` is allocated and zero. Freed by ry_slice_free(). -1 when out of memory. */
 int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
                   struct ry_err *err);
+/** Fill in the cells from the full matrix, matrix[from * nranks + to]. */
+void ry_slice_fill(struct ry_slice *slice, const uint64_t *matrix, int nranks);
 void ry_slice_free(struct ry_slice *slice);
 
 struct ry_plan_input {
@@ -104,9 +106,18 @@ struct ry_plan {
 struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err);
 void ry_plan_free(struct ry_plan *plan);
 
-/** Staging memory that this rank's plan would need, without building it: known before the verdict from its own row only
- *  up to what it relays; after it, exact. Used to say "not me" early when the limit is tight. */
-uint64_t ry_plan_stage_least(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send);
+/**
+ * Staging memory that a rank's plan needs, without building it: exactly ry_plan_stage_relay() + ry_plan_stage_pack().
+ * The first is what it relays for others, which only the full matrix tells (matrix[from * nranks + to]). The second is
+ * what it packs itself: its own row and addresses (NULL: all apart), so known to it before the verdict; 0 where the
+ * pieces for each node are neighbours in the send buffer. ry_plan_stage_bytes() is their sum where the addresses are
+ * not known: an upper bound. UINT64_MAX when the counts add up to more than 64 bits. Nothing is allocated; O(nranks)
+ * where the ranks of a node follow each other.
+ */
+uint64_t ry_plan_stage_relay(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix);
+uint64_t ry_plan_stage_pack(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send,
+                            const uintptr_t *send_at);
+uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix);
 
 /** The plan in words, one line per step or run of like steps ("group 0: send 1.0 MiB to rank 5 (node 1, rail 1) …"). */
 void ry_plan_explain(const struct ry_plan *plan, const struct ry_cluster *cluster, FILE *f);
