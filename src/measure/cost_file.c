@@ -66,7 +66,9 @@ struct field {
 #define LINK(which, label)                                                                                             \
     {label, "alpha_us", offsetof(struct ry_cost_model, link[which].alpha_us), 0},                                      \
         {label, "bytes_per_us", offsetof(struct ry_cost_model, link[which].bytes_per_us), 1e-3},                       \
-        {label, "message_us", offsetof(struct ry_cost_model, link[which].message_us), 0}
+    {                                                                                                                  \
+        label, "message_us", offsetof(struct ry_cost_model, link[which].message_us), 0                                 \
+    }
 #define MOST 1e12
 
 static const struct field fields[] = {
@@ -87,30 +89,35 @@ static double *value_of(struct ry_cost_model *m, const struct field *f)
 
 /* ---- reading ---- */
 
-static int from_json(struct ry_cost_model *m, const json_t *root, uint64_t fingerprint, const char *path, struct ry_err *err)
+static int from_json(struct ry_cost_model *m, const json_t *root, uint64_t fingerprint, const char *path,
+                     struct ry_err *err)
 {
     char mine[17];
     const char *format = json_string_value(json_object_get(root, "format"));
     const char *print = json_string_value(json_object_get(root, "fingerprint"));
     if (!format || strcmp(format, FORMAT) || json_integer_value(json_object_get(root, "version")) != VERSION)
-        return ry_fail(err, "%s: its format and version are not \"" FORMAT "\", %d: delete it and run railyard calibrate", path,
-                       VERSION);
+        return ry_fail(err,
+                       "%s: its format and version are not \"" FORMAT "\", %d: delete it and run railyard calibrate",
+                       path, VERSION);
     snprintf(mine, sizeof mine, "%016" PRIx64, fingerprint);
     if (!print || strcmp(print, mine))
-        return ry_fail(err, "%s: fingerprint is %.32s, not %s: it was renamed or damaged; delete it and run railyard calibrate",
-                       path, print ? print : "missing", mine);
+        return ry_fail(
+            err, "%s: fingerprint is %.32s, not %s: it was renamed or damaged; delete it and run railyard calibrate",
+            path, print ? print : "missing", mine);
     *m = (struct ry_cost_model){.measured = true};
     for (size_t i = 0; i < NFIELDS; i++) {
         const struct field *f = &fields[i];
         const json_t *o = f->object ? json_object_get(root, f->object) : root, *v = json_object_get(o, f->name);
         double x = json_number_value(v);
         if (!json_is_number(v) || !isfinite(x) || x < f->least || x > MOST)
-            return ry_fail(err, "%s: %s%s%s is missing or not a number from %g to %g: delete the file and run railyard calibrate",
-                           path, f->object ? f->object : "", f->object ? "." : "", f->name, f->least, MOST);
+            return ry_fail(
+                err, "%s: %s%s%s is missing or not a number from %g to %g: delete the file and run railyard calibrate",
+                path, f->object ? f->object : "", f->object ? "." : "", f->name, f->least, MOST);
         *value_of(m, f) = x;
     }
     for (int l = 0; l < RY_LINKS; l++)
-        m->link[l].measured = json_is_true(json_object_get(json_object_get(root, ry_link_name((enum ry_link)l)), "measured"));
+        m->link[l].measured =
+            json_is_true(json_object_get(json_object_get(root, ry_link_name((enum ry_link)l)), "measured"));
     return 0;
 }
 

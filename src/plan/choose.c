@@ -10,16 +10,16 @@
 #define TRIAL_WITHIN 1.25
 #define TRIAL_FIRST 16
 #define TRIAL_LAST 1024
-#define NEAR_CLASSES 3    /* a ratio is borrowed from size classes up to so far away */
-#define MOST_WRONG 4.6f   /* e to this, a hundredfold: beyond it something other than the model is wrong */
+#define NEAR_CLASSES 3  /* a ratio is borrowed from size classes up to so far away */
+#define MOST_WRONG 4.6f /* e to this, a hundredfold: beyond it something other than the model is wrong */
 
 static int class_of(uint64_t bytes)
 {
     return bytes ? 63 - __builtin_clzll(bytes) : 0;
 }
 
-void ry_cost_learn(struct ry_cost_learned *learned, enum ry_strategy strategy, uint64_t busiest_bytes, double estimated_us,
-                   double measured_us)
+void ry_cost_learn(struct ry_cost_learned *learned, enum ry_strategy strategy, uint64_t busiest_bytes,
+                   double estimated_us, double measured_us)
 {
     if (!(estimated_us > 0) || !(measured_us > 0) || !isfinite(estimated_us) || !isfinite(measured_us) ||
         (unsigned)strategy >= RY_STRATEGIES)
@@ -156,7 +156,8 @@ static bool time_for_trial(struct ry_cost_learned *learned, int class, double ot
 }
 
 void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,
-                    const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed, double margin)
+                    const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed,
+                    double margin)
 {
     struct ry_cost_parts parts[RY_STRATEGIES];
     double factor[RY_STRATEGIES];
@@ -199,7 +200,8 @@ void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model,
     else if (best == RY_HIERARCHICAL)
         say_gain(choice, direct, hier);
     else if (gain > 0 && doubt)
-        SAY(choice, "gains %.0f %%, but links are guessed: %.0f %% wanted; run railyard calibrate", 100 * gain, 100 * need);
+        SAY(choice, "gains %.0f %%, but links are guessed: %.0f %% wanted; run railyard calibrate", 100 * gain,
+            100 * need);
     else if (gain > 0)
         SAY(choice, "gains %.1f %%, less than %.1f %%", 100 * gain, 100 * need);
     else

@@ -16,8 +16,8 @@ const char *ry_link_name(enum ry_link link)
 /* ---- the guess ---- */
 
 /*
- * NCCL's transfers reach some 3/4 of what a link's data sheet says. What is not known is taken so that direct looks better
- * than it may be: slow links inside the node, cheap messages, a fast NIC.
+ * NCCL's transfers reach some 3/4 of what a link's data sheet says. What is not known is taken so that direct looks
+ * better than it may be: slow links inside the node, cheap messages, a fast NIC.
  */
 #define REACHED 0.75
 #define LOCAL_GBS 10.0 /* PCIe */
@@ -61,7 +61,9 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
     const double gbs = 1000 * REACHED; /* GB/s are 1000 bytes per microsecond */
     *model = (struct ry_cost_model){
         .link = {[RY_LINK_SELF] = {.alpha_us = 2, .bytes_per_us = 500e3, .message_us = 2},
-                 [RY_LINK_LOCAL] = {.alpha_us = 5, .bytes_per_us = (nvlink > 0 ? nvlink : LOCAL_GBS) * gbs, .message_us = 1},
+                 [RY_LINK_LOCAL] = {.alpha_us = 5,
+                                    .bytes_per_us = (nvlink > 0 ? nvlink : LOCAL_GBS) * gbs,
+                                    .message_us = 1},
                  [RY_LINK_NIC] = {.alpha_us = 15, .bytes_per_us = (nic > 0 ? nic : NIC_GBS) * gbs, .message_us = 2}},
         .nic_rank_bytes_per_us = (rank_nic > 0 ? rank_nic : NIC_GBS) * gbs,
         .group_us = 15,
@@ -92,7 +94,8 @@ static uint32_t count_nodes(const struct ry_cluster *c, int node, const uint64_t
     return n;
 }
 
-void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send, const uint64_t *recv)
+void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send,
+                const uint64_t *recv)
 {
     int node = cluster->node[rank];
     struct ry_load l = {.self = send[rank]};
@@ -160,8 +163,8 @@ static inline uint64_t more(uint64_t a, uint64_t b)
     return a > b ? a : b;
 }
 
-static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struct ry_load *loads, const uint64_t *relayed,
-                   int first, int n)
+static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struct ry_load *loads,
+                   const uint64_t *relayed, int first, int n)
 {
     memset(sum, 0, (size_t)n * sizeof *sum);
     for (int r = 0; r < c->nranks; r++) {
@@ -188,8 +191,8 @@ struct paces {
     double rank_per_byte; /* over the NIC, of one rank alone */
 };
 
-static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages, uint64_t bytes,
-                   double rank_bytes)
+static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
+                          uint64_t bytes, double rank_bytes)
 {
     if (!messages)
         return;
@@ -205,12 +208,13 @@ static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int no
 }
 
 /*
- * Two groups: one message for each remote node, beside the in-node segments; then what relays got goes on in the node, one
- * message for each piece, a relay's own pieces to itself. Loads do not tell who relays what. A node of S ranks is taken to
- * share its relaying evenly, but for `relayed` where that is known: 1/S of what comes in is at its target at once.
+ * Two groups: one message for each remote node, beside the in-node segments; then what relays got goes on in the node,
+ * one message for each piece, a relay's own pieces to itself. Loads do not tell who relays what. A node of S ranks is
+ * taken to share its relaying evenly, but for `relayed` where that is known: 1/S of what comes in is at its target at
+ * once.
  */
-static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, int node, int node_size, const struct node_sum *s,
-                        bool relays_known)
+static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, int node, int node_size,
+                               const struct node_sum *s, bool relays_known)
 {
     double share = 1.0 / node_size, others = 1 - share, in = number(s->in) * share;
     double relayed = relays_known ? number(s->most_relayed) : in * others;
@@ -236,8 +240,8 @@ static inline uint64_t busiest_way(const struct ry_load *l)
     return l->self + more(l->local_out + l->cross_out, l->local_in + l->cross_in);
 }
 
-uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m, const struct ry_cluster *c,
-                          const struct ry_load *loads, const uint64_t *relayed)
+uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
+                          const struct ry_cluster *c, const struct ry_load *loads, const uint64_t *relayed)
 {
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL];
     const struct paces k = {pace_of(m, RY_LINK_SELF), pace_of(m, RY_LINK_LOCAL), pace_of(m, RY_LINK_NIC),
@@ -258,7 +262,6 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     }
     *direct = (struct ry_cost_parts){.self = link_us(k.self, most_self > 0, number(most_self)),
                                      .local = local,
-                                     .groups = m->group_us,
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
@@ -273,15 +276,16 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
             relaying_us(hier, &k, first + i, c->node_size[first + i], &sum[i], relayed != NULL);
         }
     }
-    if (hier->forward > 0)
-        hier->groups += m->group_us;
-    /* Segments for one node are neighbours in memory if its ranks have neighbouring numbers; otherwise they are packed. */
+    /* Segments for one node are neighbours in memory if its ranks have neighbouring numbers; otherwise they are packed.
+     */
     if (hier->nic > 0 && runs != c->nnodes)
         hier->copies = link_us(k.self, c->nranks, number(most_out));
     hier->overhead += m->plan_us_per_rank * c->nranks;
     for (int s = 0; s < RY_STRATEGIES; s++) {
         struct ry_cost_parts *p = &parts[s];
-        p->total = p->groups + larger(p->self, larger(p->local, p->nic)) + p->copies + p->forward + p->overhead;
+        double links = larger(p->self, larger(p->local, p->nic));
+        p->groups = m->group_us * ((links > 0) + (p->forward > 0));
+        p->total = p->groups + links + p->copies + p->forward + p->overhead;
     }
     return busiest;
 }
@@ -294,8 +298,8 @@ uint64_t ry_cost_busiest(const struct ry_cluster *cluster, const struct ry_load 
     return most;
 }
 
-double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
-                        const uint64_t *relayed, enum ry_strategy strategy)
+double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster,
+                        const struct ry_load *loads, const uint64_t *relayed, enum ry_strategy strategy)
 {
     struct ry_cost_parts parts[RY_STRATEGIES];
     ry_cost_parts_of(parts, model, cluster, loads, relayed);
@@ -337,9 +341,9 @@ static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, s
         const struct ry_step *s = &plan->steps[w->next];
         if (s->kind == RY_STEP_COPY || s->group != group)
             return;
-        enum ry_link link = s->peer == plan->rank                         ? RY_LINK_SELF
+        enum ry_link link = s->peer == plan->rank                     ? RY_LINK_SELF
                             : c->node[s->peer] == c->node[plan->rank] ? RY_LINK_LOCAL
-                                                                          : RY_LINK_NIC;
+                                                                      : RY_LINK_NIC;
         add(s->kind == RY_STEP_SEND ? &w->out : &w->in, link, s->bytes);
     }
 }
