@@ -15,16 +15,24 @@
 enum ry_link { RY_LINK_SELF, RY_LINK_LOCAL, RY_LINK_NIC, RY_LINKS };
 const char *ry_link_name(enum ry_link link); /* "self", "local", "nic" */
 
+/*
+ * The model of one group of transfers: they start together, links work side by side, each link takes
+ *     alpha_us + messages * message_us + bytes / bytes_per_us        (Hockney; messages: the busier direction's, of one rank)
+ * and the group takes group_us and as long as its busiest link: max(in-node, across nodes), as in NetMoE. Groups, and
+ * copies between them, follow each other with all ranks in step. Transfers both ways at once do not slow each other.
+ */
 struct ry_cost_model {
     struct {
-        double alpha_us;    /* of one transfer over an idle link, beyond `message_us` */
+        double alpha_us;     /* of transfers over an idle link, beyond `message_us` */
         double bytes_per_us; /* SELF, LOCAL: one rank's, each way. NIC: shared by the ranks of a node, each way */
-        double message_us;  /* each further message of the same group, per rank */
+        double message_us;   /* each message of a group, per rank. SELF: each copy */
+        bool measured;       /* by railyard calibrate */
     } link[RY_LINKS];
-    double group_us;     /* of each NCCL group (a kernel launch) */
+    double nic_rank_bytes_per_us; /* the most that one rank alone gets out of its node's NIC, each way */
+    double group_us;              /* of each NCCL group (a kernel launch) */
     double agreement_us; /* manifest to verdict, as far as the exchange has to wait for it; direct pays it too once engaged */
-    double plan_us_per_rank; /* building a plan: times nranks */
-    bool measured;       /* by railyard calibrate, rather than guessed from the topology */
+    double plan_us_per_rank; /* building a plan: times nranks; direct needs none */
+    bool measured;           /* by railyard calibrate, at least in part, rather than guessed from the topology */
 };
 
 /** A guess from what the seats say (NVLink and NIC bandwidth), conservative where they say nothing. */
@@ -40,34 +48,64 @@ struct ry_load {
 void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send, const uint64_t *recv);
 
 /**
- * Estimate `strategy` for an exchange in which rank r has loads[r]. `relayed[r]` (may be NULL: assumed even among the
- * node's ranks) is what r relays for others, in bytes. With `engaged` the agreement is added.
+ * Estimate `strategy` for an exchange in which rank r has loads[r], agreement included (plain NCCL, not engaged: take
+ * model->agreement_us off direct's). `relayed[r]` (may be NULL: assumed even among the node's ranks) is what r relays
+ * for others, in bytes. O(nranks), no allocation.
  */
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
                         const uint64_t *relayed, enum ry_strategy strategy);
 
-/** The same from the steps themselves: all ranks' plans. For simulation and for tests of the estimate. */
+/** The same from the steps themselves: all ranks' plans, of one exchange. For simulation and for tests of the estimate.
+ *  NAN when out of memory. */
 double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_plan *const *plans);
 
-/* Learned while running, by the yardmaster: measured over estimated, per strategy and size class (power of two of the
-   busiest rank's bytes). */
-struct ry_cost_learned {
-    struct {
-        double log_ratio;  /* running mean */
-        uint32_t samples;
-    } at[RY_STRATEGIES][64];
+/*
+ * What the yardmaster of one communicator remembers, by strategy and size class (power of two of the busiest rank's bytes):
+ * how long exchanges took over how long they were estimated to take, and what was chosen. Zeroed at the start. Not locked.
+ *
+ * A measured duration holds waiting for late ranks, always too much and never too little. So (1) it should be the least among
+ * the ranks that had at least half of the busiest rank's bytes: who comes last waits for nobody. And (2) of the latest
+ * RY_COST_MEMORY ratios the lower quartile counts, not the mean: it stays put while up to three quarters of them are too
+ * high, and follows a change of the network within as many exchanges. Fewer than RY_COST_ENOUGH tell nothing yet. Where a
+ * strategy has not been measured, its ratio is taken from the nearest size class, or from the other strategies: what is
+ * wrong with the model of the links is wrong for all.
+ */
+#define RY_COST_CLASSES 64
+#define RY_COST_MEMORY 16
+#define RY_COST_ENOUGH 3
+struct ry_cost_cell {
+    float log_ratio[RY_COST_MEMORY]; /* natural logarithms; the one of sample i at i modulo RY_COST_MEMORY */
+    uint32_t samples;                /* ever */
 };
+struct ry_cost_class {
+    uint32_t turn, trial_at, gap; /* choices made, turn of the next trial, its distance from the last */
+    uint8_t incumbent;            /* 1 + the strategy chosen last, 0 none */
+};
+struct ry_cost_learned {
+    struct ry_cost_cell at[RY_STRATEGIES][RY_COST_CLASSES];
+    struct ry_cost_class size[RY_COST_CLASSES];
+};
+/** Ignored unless both times are above zero and finite. */
 void ry_cost_learn(struct ry_cost_learned *learned, enum ry_strategy strategy, uint64_t busiest_bytes, double estimated_us,
                    double measured_us);
+/** The most that any rank sends or gets, itself included. */
 uint64_t ry_cost_busiest(const struct ry_cluster *cluster, const struct ry_load *loads);
 
 struct ry_choice {
     enum ry_strategy strategy;
-    double us[RY_STRATEGIES]; /* corrected estimates */
+    bool trial;               /* not the fastest by all that is known, but close to it and to be measured again */
+    double model_us[RY_STRATEGIES]; /* what the model says: what ry_cost_learn() wants to be told as estimated */
+    double us[RY_STRATEGIES]; /* corrected by what was learned */
     char why[160];            /* "hierarchical 310 us, direct 420 us: NIC of node 1 sends 24 MiB in 6 instead of 12 messages" */
 };
-/** The fastest; direct unless another is at least `margin` (0.05: 5 %) faster, `learned` may be NULL. */
-void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, const struct ry_cost_learned *learned,
+/**
+ * The fastest; direct unless another is at least `margin` (0.05: 5 %) faster, or twice that and 10 % in doubt: the model was
+ * never measured and neither was the strategy. Once chosen for a size class it stays as long as it is not slower than
+ * direct, so that noise does not make the choice flap. A strategy that comes within 25 % of the best is tried now and then
+ * (after 16 choices, then 32, … up to 1024), since only what is tried can be learned.
+ * `learned` may be NULL: no corrections, hysteresis or trials. O(nranks), no allocation.
+ */
+void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,
                     const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed, double margin);
 
 #endif

@@ -1,0 +1,398 @@
+/* cost.c: see cost.h. How the loads of an exchange become microseconds, by strategy. Choosing is in choose.c. */
+#include "cost.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cost_parts.h"
+
+const char *ry_link_name(enum ry_link link)
+{
+    static const char *const names[RY_LINKS] = {"self", "local", "nic"};
+    return (unsigned)link < RY_LINKS ? names[link] : "?";
+}
+
+/* ---- the guess ---- */
+
+/*
+ * NCCL's transfers reach some 3/4 of what a link's data sheet says. What is not known is taken so that direct looks
+ * better than it may be: slow links inside the node, cheap messages, a fast NIC.
+ */
+#define REACHED 0.75
+#define LOCAL_GBS 10.0 /* PCIe */
+#define NIC_GBS 50.0
+
+/* Bandwidth of a node's NICs: those of its ranks, each name once. */
+static double node_nic_gbs(const struct ry_cluster *c, int node)
+{
+    double sum = 0;
+    for (int r = c->node_first[node]; r < c->nranks; r++) {
+        if (c->node[r] != node || c->seats[r].nic_gbs <= 0)
+            continue;
+        int twin = c->node_first[node];
+        while (twin < r && (c->node[twin] != node || strcmp(c->seats[twin].nic, c->seats[r].nic)))
+            twin++;
+        if (twin == r)
+            sum += c->seats[r].nic_gbs;
+    }
+    return sum;
+}
+
+void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster)
+{
+    double nvlink = 0, nic = 0, rank_nic = 0;
+    for (int r = 0; r < cluster->nranks; r++) {
+        const struct ry_seat *s = &cluster->seats[r];
+        if (s->nvlink_gbs > 0 && (!nvlink || s->nvlink_gbs < nvlink))
+            nvlink = s->nvlink_gbs;
+        if (s->nic_gbs > 0 && (!rank_nic || s->nic_gbs < rank_nic))
+            rank_nic = s->nic_gbs;
+    }
+    for (int n = 0; n < cluster->nnodes; n++) {
+        double gbs = node_nic_gbs(cluster, n);
+        if (gbs > 0 && (!nic || gbs < nic))
+            nic = gbs;
+    }
+    /* One rank without NVLink is enough to slow down all. */
+    for (int r = 0; r < cluster->nranks && nvlink > 0; r++)
+        if (cluster->seats[r].nvlink_gbs <= 0)
+            nvlink = LOCAL_GBS;
+    const double gbs = 1000 * REACHED; /* GB/s are 1000 bytes per microsecond */
+    *model = (struct ry_cost_model){
+        .link = {[RY_LINK_SELF] = {.alpha_us = 2, .bytes_per_us = 500e3, .message_us = 2},
+                 [RY_LINK_LOCAL] = {.alpha_us = 5,
+                                    .bytes_per_us = (nvlink > 0 ? nvlink : LOCAL_GBS) * gbs,
+                                    .message_us = 1},
+                 [RY_LINK_NIC] = {.alpha_us = 15, .bytes_per_us = (nic > 0 ? nic : NIC_GBS) * gbs, .message_us = 2}},
+        .nic_rank_bytes_per_us = (rank_nic > 0 ? rank_nic : NIC_GBS) * gbs,
+        .group_us = 15,
+        .agreement_us = 50,
+        .plan_us_per_rank = 0.2,
+    };
+}
+
+/* ---- loads ---- */
+
+#define SEEN_NODES 4096
+
+/* How many nodes other than `node` have a rank with bytes in `cells`. */
+static uint32_t count_nodes(const struct ry_cluster *c, int node, const uint64_t *cells)
+{
+    uint32_t n = 0;
+    for (int first = 0; first < c->nnodes; first += SEEN_NODES) {
+        uint64_t seen[SEEN_NODES / 64] = {0};
+        for (int r = 0; r < c->nranks; r++) {
+            int at = c->node[r] - first;
+            if (!cells[r] || c->node[r] == node || at < 0 || at >= SEEN_NODES)
+                continue;
+            uint64_t bit = UINT64_C(1) << (at % 64);
+            n += !(seen[at / 64] & bit);
+            seen[at / 64] |= bit;
+        }
+    }
+    return n;
+}
+
+void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send,
+                const uint64_t *recv)
+{
+    int node = cluster->node[rank];
+    struct ry_load l = {.self = send[rank]};
+    for (int r = 0; r < cluster->nranks; r++) {
+        if (r == rank)
+            continue;
+        if (cluster->node[r] == node) {
+            l.local_out += send[r];
+            l.local_in += recv[r];
+            l.local_sends += send[r] > 0;
+            l.local_recvs += recv[r] > 0;
+        } else {
+            l.cross_out += send[r];
+            l.cross_in += recv[r];
+            l.cross_sends += send[r] > 0;
+            l.cross_recvs += recv[r] > 0;
+        }
+    }
+    l.nodes_out = l.cross_sends ? count_nodes(cluster, node, send) : 0;
+    l.nodes_in = l.cross_recvs ? count_nodes(cluster, node, recv) : 0;
+    *load = l;
+}
+
+/* ---- estimates ---- */
+
+/* Counts stay below 2^63; converting from unsigned takes the processor several steps more. */
+static inline double number(uint64_t n)
+{
+    return (double)(int64_t)n;
+}
+
+struct pace { /* a link of the model, ready to be multiplied with */
+    double alpha, per_message, per_byte;
+};
+
+static struct pace pace_of(const struct ry_cost_model *m, enum ry_link link)
+{
+    return (struct pace){m->link[link].alpha_us, m->link[link].message_us, 1 / m->link[link].bytes_per_us};
+}
+
+static inline double link_us(struct pace p, double messages, double bytes)
+{
+    return messages > 0 ? p.alpha + messages * p.per_message + bytes * p.per_byte : 0;
+}
+
+static inline double larger(double a, double b)
+{
+    return a > b ? a : b;
+}
+
+/* Of the ranks of one node: sums, and of the rank that has most. */
+struct node_sum {
+    uint64_t out, in;             /* bytes across nodes */
+    uint64_t most_out, most_in;   /* of its busiest rank */
+    uint64_t most_relayed;        /* 0 where that is not known */
+    uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
+    uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
+};
+
+/* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
+#define CHUNK 512
+
+static inline uint64_t more(uint64_t a, uint64_t b)
+{
+    return a > b ? a : b;
+}
+
+static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struct ry_load *loads,
+                   const uint64_t *relayed, int first, int n)
+{
+    memset(sum, 0, (size_t)n * sizeof *sum);
+    for (int r = 0; r < c->nranks; r++) {
+        unsigned at = (unsigned)(c->node[r] - first);
+        if (at >= (unsigned)n)
+            continue;
+        const struct ry_load *l = &loads[r];
+        struct node_sum *s = &sum[at];
+        s->out += l->cross_out;
+        s->in += l->cross_in;
+        s->pieces += l->cross_recvs;
+        s->most_out = more(s->most_out, l->cross_out);
+        s->most_in = more(s->most_in, l->cross_in);
+        s->sends = l->cross_sends > s->sends ? l->cross_sends : s->sends;
+        s->recvs = l->cross_recvs > s->recvs ? l->cross_recvs : s->recvs;
+        s->nodes = l->nodes_out > s->nodes ? l->nodes_out : s->nodes;
+        if (relayed)
+            s->most_relayed = more(s->most_relayed, relayed[r]);
+    }
+}
+
+struct paces {
+    struct pace self, local, nic;
+    double rank_per_byte; /* over the NIC, of one rank alone */
+};
+
+static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
+                          uint64_t bytes, double rank_bytes)
+{
+    if (!messages)
+        return;
+    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte);
+    double us = k->nic.alpha + number(messages) * k->nic.per_message + transfer;
+    if (us <= p->nic)
+        return;
+    p->nic = us;
+    p->nic_node = node;
+    p->nic_in = in;
+    p->nic_bytes = bytes;
+    p->nic_messages = messages;
+}
+
+/*
+ * Two groups: one message for each remote node, beside the in-node segments; then what relays got goes on in the node,
+ * one message for each piece, a relay's own pieces to itself. Loads do not tell who relays what. A node of S ranks is
+ * taken to share its relaying evenly, but for `relayed` where that is known: 1/S of what comes in is at its target at
+ * once.
+ */
+static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, int node, int node_size,
+                               const struct node_sum *s, bool relays_known)
+{
+    double share = 1.0 / node_size, others = 1 - share, in = number(s->in) * share;
+    double relayed = relays_known ? number(s->most_relayed) : in * others;
+    /* The node hears of at least as many remote ranks as its best-connected rank does. */
+    uint64_t heard = (uint64_t)(int64_t)(s->recvs * share + 0.999);
+    nic_us(p, k, node, false, s->nodes, s->out, number(s->most_out));
+    nic_us(p, k, node, true, heard, s->in, relayed + in * share);
+    if (!s->in || node_size < 2)
+        return;
+    double gets = s->recvs * others, passes = number(s->pieces) * share * others;
+    double bytes = larger(relayed, number(s->most_in) * others);
+    double us = larger(link_us(k->local, larger(gets, passes), bytes),
+                       link_us(k->self, number(heard), number(s->most_in) * share));
+    if (us > p->forward) {
+        p->forward = us;
+        p->forward_node = node;
+        p->forward_bytes = (uint64_t)bytes;
+    }
+}
+
+static inline uint64_t busiest_way(const struct ry_load *l)
+{
+    return l->self + more(l->local_out + l->cross_out, l->local_in + l->cross_in);
+}
+
+uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
+                          const struct ry_cluster *c, const struct ry_load *loads, const uint64_t *relayed)
+{
+    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL];
+    const struct paces k = {pace_of(m, RY_LINK_SELF), pace_of(m, RY_LINK_LOCAL), pace_of(m, RY_LINK_NIC),
+                            1 / m->nic_rank_bytes_per_us};
+    uint64_t most_self = 0, most_out = 0, busiest = 0;
+    double local = 0;
+    int runs = 0, last = -1;
+    for (int r = 0; r < c->nranks; r++) {
+        const struct ry_load *l = &loads[r];
+        most_self = more(most_self, l->self);
+        most_out = more(most_out, l->cross_out);
+        busiest = more(busiest, busiest_way(l));
+        double out = link_us(k.local, l->local_sends, number(l->local_out));
+        double in = link_us(k.local, l->local_recvs, number(l->local_in));
+        local = larger(local, larger(out, in));
+        runs += c->node[r] != last;
+        last = c->node[r];
+    }
+    *direct = (struct ry_cost_parts){.self = link_us(k.self, most_self > 0, number(most_self)),
+                                     .local = local,
+                                     .overhead = m->agreement_us,
+                                     .nic_node = -1,
+                                     .forward_node = -1};
+    *hier = *direct;
+    for (int first = 0; first < c->nnodes; first += CHUNK) {
+        struct node_sum sum[CHUNK];
+        int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
+        sum_up(sum, c, loads, relayed, first, n);
+        for (int i = 0; i < n; i++) {
+            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out));
+            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in));
+            relaying_us(hier, &k, first + i, c->node_size[first + i], &sum[i], relayed != NULL);
+        }
+    }
+    /* Segments for one node are neighbours in memory if its ranks have neighbouring numbers; otherwise they are packed.
+     */
+    if (hier->nic > 0 && runs != c->nnodes)
+        hier->copies = link_us(k.self, c->nranks, number(most_out));
+    hier->overhead += m->plan_us_per_rank * c->nranks;
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        struct ry_cost_parts *p = &parts[s];
+        double links = larger(p->self, larger(p->local, p->nic));
+        p->groups = m->group_us * ((links > 0) + (p->forward > 0));
+        p->total = p->groups + links + p->copies + p->forward + p->overhead;
+    }
+    return busiest;
+}
+
+uint64_t ry_cost_busiest(const struct ry_cluster *cluster, const struct ry_load *loads)
+{
+    uint64_t most = 0;
+    for (int r = 0; r < cluster->nranks; r++)
+        most = more(most, busiest_way(&loads[r]));
+    return most;
+}
+
+double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster,
+                        const struct ry_load *loads, const uint64_t *relayed, enum ry_strategy strategy)
+{
+    struct ry_cost_parts parts[RY_STRATEGIES];
+    ry_cost_parts_of(parts, model, cluster, loads, relayed);
+    return parts[strategy].total;
+}
+
+/* ---- from the steps ---- */
+
+struct side {
+    double messages[RY_LINKS], bytes[RY_LINKS];
+};
+struct walker {
+    int next;            /* step */
+    struct side out, in; /* of the present group */
+};
+
+static void add(struct side *s, enum ry_link link, uint64_t bytes)
+{
+    s->messages[link]++;
+    s->bytes[link] += (double)bytes;
+}
+
+/* The copies that rank's plan has next, in microseconds. */
+static double copies_us(const struct ry_cost_model *m, const struct ry_plan *plan, struct walker *w)
+{
+    double n = 0, bytes = 0;
+    for (; w->next < plan->nsteps && plan->steps[w->next].kind == RY_STEP_COPY; w->next++) {
+        n++;
+        bytes += (double)plan->steps[w->next].bytes;
+    }
+    return link_us(pace_of(m, RY_LINK_SELF), n, bytes);
+}
+
+/* Its transfers of group `group`. */
+static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, struct walker *w, int group)
+{
+    w->out = w->in = (struct side){0};
+    for (; w->next < plan->nsteps; w->next++) {
+        const struct ry_step *s = &plan->steps[w->next];
+        if (s->kind == RY_STEP_COPY || s->group != group)
+            return;
+        enum ry_link link = s->peer == plan->rank                     ? RY_LINK_SELF
+                            : c->node[s->peer] == c->node[plan->rank] ? RY_LINK_LOCAL
+                                                                      : RY_LINK_NIC;
+        add(s->kind == RY_STEP_SEND ? &w->out : &w->in, link, s->bytes);
+    }
+}
+
+static double group_us(const struct ry_cost_model *m, const struct ry_cluster *c, const struct walker *walkers,
+                       double *node_bytes)
+{
+    double most = 0;
+    struct pace nic = pace_of(m, RY_LINK_NIC);
+    for (int in = 0; in < 2; in++) {
+        memset(node_bytes, 0, (size_t)c->nnodes * sizeof *node_bytes);
+        for (int r = 0; r < c->nranks; r++)
+            node_bytes[c->node[r]] += (in ? walkers[r].in : walkers[r].out).bytes[RY_LINK_NIC];
+        for (int r = 0; r < c->nranks; r++) {
+            const struct side *s = in ? &walkers[r].in : &walkers[r].out;
+            for (int link = RY_LINK_SELF; link <= RY_LINK_LOCAL; link++)
+                most = larger(most, link_us(pace_of(m, (enum ry_link)link), s->messages[link], s->bytes[link]));
+            if (s->messages[RY_LINK_NIC] > 0)
+                most = larger(most, nic.alpha + s->messages[RY_LINK_NIC] * nic.per_message +
+                                        larger(node_bytes[c->node[r]] * nic.per_byte,
+                                               s->bytes[RY_LINK_NIC] / m->nic_rank_bytes_per_us));
+        }
+    }
+    return most > 0 ? most + m->group_us : 0;
+}
+
+double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_plan *const *plans)
+{
+    int n = cluster->nranks, groups = n ? plans[0]->ngroups : 0;
+    struct walker *walkers = calloc((size_t)(n ? n : 1), sizeof *walkers);
+    double *node_bytes = calloc((size_t)(n ? n : 1), sizeof *node_bytes);
+    double us = NAN;
+    if (!walkers || !node_bytes)
+        goto out;
+    us = model->agreement_us;
+    if (n && plans[0]->strategy != RY_DIRECT)
+        us += model->plan_us_per_rank * n;
+    for (int g = 0; g <= groups; g++) {
+        double copies = 0;
+        for (int r = 0; r < n; r++) {
+            copies = larger(copies, copies_us(model, plans[r], &walkers[r]));
+            take_group(cluster, plans[r], &walkers[r], g);
+        }
+        us += copies;
+        if (g < groups)
+            us += group_us(model, cluster, walkers, node_bytes);
+    }
+out:
+    free(walkers);
+    free(node_bytes);
+    return us;
+}

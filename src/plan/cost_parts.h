@@ -1,0 +1,26 @@
+/*
+ * cost_parts.h: what an estimate is made of, so that a choice can say why. Shared by cost.c and choose.c only.
+ */
+#ifndef RY_PLAN_COST_PARTS_H
+#define RY_PLAN_COST_PARTS_H
+
+#include "cost.h"
+
+/* Microseconds. Links of the first group work side by side; all else follows one after the other. */
+struct ry_cost_parts {
+    double total, groups, self, local, nic, copies, forward, overhead;
+    /* the busiest NIC: bytes in that direction, messages of its rank that has most; -1 where nothing crosses */
+    int nic_node;
+    bool nic_in;
+    uint64_t nic_bytes, nic_messages;
+    /* the node that takes longest to pass on what came, and its busiest rank's bytes; -1 where nothing is passed on */
+    int forward_node;
+    uint64_t forward_bytes;
+};
+
+/** All strategies' estimates: see ry_cost_estimate(). At once, since they need the same sums.
+ *  Returns ry_cost_busiest(). */
+uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *model,
+                          const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed);
+
+#endif
