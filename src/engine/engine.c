@@ -38,6 +38,7 @@
 _Static_assert(TICKET_AT + sizeof(struct ry_ticket) <= RY_NCCL_ID_BYTES, "a ticket fits into a unique id");
 
 struct comm {
+    struct ry_comm_face face; /* first: the preload reads it */
     struct comm *next;
     uint64_t key; /* the same on all ranks; its hexadecimal form is the id in traces */
     struct ry_comm_info info;
