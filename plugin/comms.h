@@ -25,7 +25,7 @@ struct ry_comm {
     int nranks, rank, device;
     _Atomic int pending; /* enum ry_pending: not 0 while nranks, the rest and `engine` are not known */
     _Atomic bool aborted, revoked;
-    _Atomic int offering; /* threads that hold an exchange back and have not given it to NCCL yet */
+    _Atomic int offering;             /* threads that hold an exchange back and have not given it to NCCL yet */
     _Atomic uint32_t splits, shrinks; /* children made so far; all ranks count alike */
     /* what comm_created needs, kept while pending */
     enum ry_birth birth;
@@ -36,13 +36,14 @@ struct ry_comm {
     uint8_t unique_id[RY_NCCL_ID_BYTES];
     char name[64];
     _Atomic uint64_t calls[RY_CALLS], bytes[RY_CALLS], exchanges, plain_groups;
-    /* p2p calls to each peer [0 .. nranks) and from each [nranks .. 2 nranks), beyond those of exchanges; NULL: none yet */
+    /* p2p calls to each peer [0 .. nranks) and from each [nranks .. 2 nranks), beyond those of exchanges; NULL: none
+     * yet */
     _Atomic(uint32_t *) p2p;
     _Atomic bool miscounted; /* there was no memory for them */
 };
 
-/* Counting, on the job's way. NCCL wants the calls on one communicator one after the other, whatever thread makes them: no
-   locked instruction is needed. */
+/* Counting, on the job's way. NCCL wants the calls on one communicator one after the other, whatever thread makes them:
+   no locked instruction is needed. */
 static inline void ry_comms_add_to(_Atomic uint64_t *counter, uint64_t n)
 {
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);

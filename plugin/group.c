@@ -109,7 +109,8 @@ static void count_alltoall(struct ry_comm *c)
         ry_comms_p2p(c, i & 1, i >> 1);
 }
 
-/* What was noted belongs to no exchange: its calls count for the ordinals, the engine may want to know, NCCL gets them. */
+/* What was noted belongs to no exchange: its calls count for the ordinals, the engine may want to know, NCCL gets them.
+ */
 static void spoil(struct ry_group *g)
 {
     for (int i = 0; i < g->ordered; i++)
@@ -142,7 +143,8 @@ static void turn_to(struct ry_group *g, ncclComm_t comm, cudaStream_t stream, en
     g->capture = what;
     g->stream = stream;
     g->mixed_types = false;
-    /* alone, a send or receive is no exchange; a communicator that does not block may answer "in progress" to each call */
+    /* alone, a send or receive is no exchange; a communicator that does not block may answer "in progress" to each call
+     */
     g->hold = ry_group_wanted(g->comm) && g->comm->blocking && !atomic_load(&g->comm->miscounted) &&
               (g->depth || what == RY_CAPTURE_CALL);
     if (!++g->epoch) { /* wrapped: old marks could look new */
@@ -214,12 +216,13 @@ void ry_group_other(struct ry_group *g)
     g->capture = RY_CAPTURE_MIXED;
 }
 
-ncclResult_t ry_group_replay(struct ry_group *g, ncclResult_t (*pass)(const struct ry_group *g, int direction, int peer))
+ncclResult_t ry_group_replay(struct ry_group *g,
+                             ncclResult_t (*pass)(const struct ry_group *g, int direction, int peer))
 {
     ncclResult_t r = ncclSuccess;
     int held = g->held;
     g->held = 0;
-    for (int i = 0; i < held && r == ncclSuccess; i++)
+    for (int i = 0; i < held && (r == ncclSuccess || r == ncclInProgress); i++)
         r = g->ordered ? pass(g, g->order[i] & 1, (int)(g->order[i] >> 1)) : pass(g, 2, -1);
     return r;
 }

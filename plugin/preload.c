@@ -6,12 +6,12 @@
  * (comms.c), anything done with an exchange (the engine).
  *
  * The way of one exchange: ncclGroupStart → ncclSend/ncclRecv, noted by group.c and passed on at once → the outermost
- * ncclGroupEnd: begin_exchange() asks group.c whether it was an exchange and tells the engine; end_exchange() does so again
- * after the real call. Where the engine wants to carry it out by itself, group.c keeps the calls back, and offer_exchange()
- * gives it to the engine, or to NCCL after all.
+ * ncclGroupEnd: begin_exchange() asks group.c whether it was an exchange and tells the engine; end_exchange() does so
+ * again after the real call. Where the engine wants to carry it out by itself, group.c keeps the calls back, and
+ * offer_exchange() gives it to the engine, or to NCCL after all.
  *
- * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in plain
- * NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
+ * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in
+ * plain NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
  */
 #include <dlfcn.h>
 #include <limits.h>
@@ -66,17 +66,24 @@ static inline bool watching(const struct ry_group *g)
 static ncclResult_t pass_one(const struct ry_group *g, int d, int peer)
 {
     if (d == 2)
-        return ry_real.ncclAlltoAll(g->buf[0][0], g->buf[1][0], g->count[0][0], (ncclDataType_t)g->type, g->nccl, g->stream);
+        return ry_real.ncclAlltoAll(g->buf[0][0], g->buf[1][0], g->count[0][0], (ncclDataType_t)g->type, g->nccl,
+                                    g->stream);
     ncclDataType_t type = (ncclDataType_t)g->peer_type[d][peer];
     return d ? ry_real.ncclRecv(g->buf[1][peer], g->count[1][peer], type, peer, g->nccl, g->stream)
              : ry_real.ncclSend(g->buf[0][peer], g->count[0][peer], type, peer, g->nccl, g->stream);
 }
 
-/* To NCCL with what is held, within the group that is open there. A failure is kept until a call of the job can return it. */
+/*
+ * To NCCL with what is held, within the group that is open there. A failure is kept until a call of the job can return
+ * it. NCCL must not see a communicator that another thread has aborted: its handle may be gone.
+ */
 static __attribute__((noinline)) void pass_held_on(struct ry_group *g)
 {
+    ncclResult_t r = ncclInternalError; /* as NCCL's own waits end */
     g->inside++;
-    ncclResult_t r = ry_group_replay(g, pass_one);
+    if (!atomic_load(&g->comm->aborted))
+        r = ry_group_replay(g, pass_one);
+    g->held = 0;
     g->inside--;
     if (g->failed == ncclSuccess)
         g->failed = r;
@@ -542,9 +549,9 @@ static void aborting(struct ry_group *g, struct ry_comm *c)
 }
 
 /*
- * A thread that holds an exchange back would go to NCCL with the handle as soon as the engine lets go of it, and must not
- * after NCCL has freed it; once `aborted` is seen it does not. It may also be in NCCL, on the engine's behalf, where only the
- * abort frees it: so this does not wait for long.
+ * A thread that holds an exchange back would go to NCCL with the handle as soon as the engine lets go of it, and must
+ * not after NCCL has freed it; once `aborted` is seen it does not. It may also be in NCCL, on the engine's behalf,
+ * where only the abort frees it: so this does not wait for long.
  */
 static void wait_for_offers(struct ry_comm *c)
 {
@@ -649,8 +656,8 @@ static inline void begin_exchange(struct ry_group *g, struct running *run)
 }
 
 /*
- * An exchange whose calls NCCL has not seen. The job's group, open there and empty, is ended first: the engine makes groups of
- * its own. What the engine does not want gets a new one.
+ * An exchange whose calls NCCL has not seen. The job's group, open there and empty, is ended first: the engine makes
+ * groups of its own. What the engine does not want gets a new one.
  */
 static __attribute__((noinline)) ncclResult_t offer_exchange(struct ry_group *g, struct running *run, bool grouped)
 {
@@ -662,13 +669,10 @@ static __attribute__((noinline)) ncclResult_t offer_exchange(struct ry_group *g,
         tell_begin(g, run);
         go = !offer(g, run, &r);
     }
-    if (go && atomic_load(&c->aborted)) {
-        r = ncclInternalError; /* as NCCL's own waits end */
-        go = false;
-    }
-    r = go ? ncclSuccess : r;
     if (go && grouped)
         r = REAL(ncclGroupStart);
+    else if (go)
+        r = ncclSuccess;
     if (go && r == ncclSuccess)
         pass_held_on(g);
     g->held = 0;
@@ -735,7 +739,8 @@ API ncclResult_t ncclGroupSimulateEnd(ncclSimInfo_t *info)
         ry_group_other(g);
     if (g->held)
         pass_held_on(g);
-    ncclResult_t failed = take_failure(g), r = REAL(ncclGroupSimulateEnd, info); /* ends the group; nothing of it is run */
+    ncclResult_t failed = take_failure(g),
+                 r = REAL(ncclGroupSimulateEnd, info); /* ends the group; nothing of it is run */
     g->depth -= g->depth > 0;
     if (!g->depth) {
         g->calls[0] = g->calls[1] = 0, g->bytes[0] = g->bytes[1] = 0;
@@ -801,7 +806,8 @@ API ncclResult_t ncclAlltoAll(const void *send, void *recv, size_t count, ncclDa
     }
     struct running run;
     begin_exchange(g, &run);
-    ncclResult_t r = g->held ? offer_exchange(g, &run, false) : REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
+    ncclResult_t r =
+        g->held ? offer_exchange(g, &run, false) : REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
     end_exchange(g, &run, r);
     return r;
 }
@@ -822,7 +828,8 @@ API ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclD
     PASS_UNLESS_WATCHING(ncclAllGather, send, recv, count, type, comm, stream)
     note_call(g, RY_CALL_ALLGATHER, count, type, comm);
     RETURN_IF_KEPT(g);
-    if ((type == ncclInt64 || type == ncclUint64) && hooks.int64_allgather && !atomic_load_explicit(&paused, memory_order_relaxed)) {
+    if ((type == ncclInt64 || type == ncclUint64) && hooks.int64_allgather &&
+        !atomic_load_explicit(&paused, memory_order_relaxed)) {
         struct ry_comm *c = ry_comms_get(comm);
         if (c && c->engine) {
             g->inside++;

@@ -1,6 +1,7 @@
 /*
- * hold_cases.c: groups that are held back, seen from below (what NCCL gets, in which order) and from behind (what the engine is
- * told), by spy.h. Every byte received is checked. One case per run, named by the argument; run by hold_check.sh.
+ * hold_cases.c: groups that are held back, seen from below (what NCCL gets, in which order) and from behind (what the
+ * engine is told), by spy.h. Every byte received is checked. One case per run, named by the argument; run by
+ * hold_check.sh.
  */
 #include <dlfcn.h>
 #include <pthread.h>
@@ -64,8 +65,8 @@ static struct traffic issue(ncclComm_t comm, int salt, const char *mark)
         NCCL(ncclSend(t.out[r], no, ncclInt32, r, comm, NULL));
         if (!(i % 2))
             NCCL(ncclRecv(t.in[r], ni, ncclInt32, r, comm, NULL));
-        w += (size_t)snprintf(t.words + w, sizeof t.words - w, i % 2 ? "%sr%d%s s%d%s" : "%ss%d%s r%d%s", i ? " " : "", r,
-                              mark, r, mark);
+        w += (size_t)snprintf(t.words + w, sizeof t.words - w, i % 2 ? "%sr%d%s s%d%s" : "%ss%d%s r%d%s", i ? " " : "",
+                              r, mark, r, mark);
     }
     return t;
 }
@@ -97,7 +98,8 @@ static void told(bool held, bool one_call, uint64_t ordinal, int salt)
     CHECK(s->held == held && s->one_call == one_call, "held %d, one call %d", s->held, s->one_call);
     CHECK(s->ordinal == ordinal, "%lu instead of %lu", s->ordinal, ordinal);
     for (int r = 0; r < who.world && !one_call; r++)
-        CHECK(s->send_count[r] == elements(who.rank, r, salt) && s->recv_count[r] == elements(r, who.rank, salt), "peer %d", r);
+        CHECK(s->send_count[r] == elements(who.rank, r, salt) && s->recv_count[r] == elements(r, who.rank, salt),
+              "peer %d", r);
 }
 
 static void alltoall(ncclComm_t comm, bool grouped)
@@ -452,8 +454,8 @@ static void alone(void)
 }
 
 /*
- * Take the words that are no NCCL calls out of a line; how many of them were `stray`. Within the outermost group what is held may
- * come after the start of an inner one, which is nothing to NCCL: those go to the line's end.
+ * Take the words that are no NCCL calls out of a line; how many of them were `stray`. Within the outermost group what
+ * is held may come after the start of an inner one, which is nothing to NCCL: those go to the line's end.
  */
 static int without_hooks(char *line)
 {
@@ -492,7 +494,8 @@ static void confusing(void)
     static const struct {
         const char *name;
         void (*run)(void);
-        int strays, other; /* of a, with those of b; -1: at least one. other: p2p to the next rank that is counted, -1: any */
+        int strays,
+            other; /* of a, with those of b; -1: at least one. other: p2p to the next rank that is counted, -1: any */
     } cases[] = {{"ring", ring, 1, 1},
                  {"star", star, 1, -1},
                  {"nearly an exchange on one rank", nearly_on_one, 1, -1},
@@ -537,7 +540,8 @@ static void confusing(void)
             uint32_t counted = spy_latest.sent[next] - before[0], other = (uint32_t)cases[i].other;
             if (cases[i].other == -2)
                 other = (uint32_t)who.world;
-            CHECK(cases[i].other == -1 || counted == other, "%s, hold %d: %u sends counted", cases[i].name, on, counted);
+            CHECK(cases[i].other == -1 || counted == other, "%s, hold %d: %u sends counted", cases[i].name, on,
+                  counted);
         }
         CHECK(!strcmp(line[0], line[1]), "%s: NCCL gets '%s' when held, else '%s'", cases[i].name, line[1], line[0]);
     }
@@ -670,7 +674,7 @@ static void ends(void)
         CHECK(waited != ncclSuccess, "an exchange that was aborted went well");
         if (round < 2) { /* NCCL must not see a communicator that is gone */
             CHECK(waited == ncclInternalError, "%d", waited);
-            snprintf(want, sizeof want, "%sbegin take end%d", round ? "" : "( ) ", waited);
+            snprintf(want, sizeof want, round ? "begin take end%d" : "( ) begin take ( ) end%d", waited);
             CHECK(!strncmp(waiter_line, want, strlen(want)), "'%s' instead of '%s'", waiter_line, want);
             CHECK(!waiter_line[strlen(want)] || !strcmp(waiter_line + strlen(want), " ended"), "'%s'", waiter_line);
         } else {

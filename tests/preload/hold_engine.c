@@ -1,6 +1,6 @@
 /*
- * hold_engine.c: an engine for tests, to lie beside librailyard.so under the engine's name. It holds communicators when the
- * program says so, and takes or declines exchanges as told by spy_how, with NCCL's own functions.
+ * hold_engine.c: an engine for tests, to lie beside librailyard.so under the engine's name. It holds communicators when
+ * the program says so, and takes or declines exchanges as told by spy_how, with NCCL's own functions.
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -73,8 +73,13 @@ static void comm_ended(void *comm, enum ry_death how, const struct ry_comm_count
 static void *exchange_begin(void *comm, const struct ry_exchange *x)
 {
     struct spy_exchange *s = &spy_latest;
-    *s = (struct spy_exchange){.nranks = x->nranks, .rank = x->rank, .type = x->type, .held = x->held,
-                               .one_call = x->one_call, .counted = x->sent && x->received, .ordinal = x->ordinal};
+    *s = (struct spy_exchange){.nranks = x->nranks,
+                               .rank = x->rank,
+                               .type = x->type,
+                               .held = x->held,
+                               .one_call = x->one_call,
+                               .counted = x->sent && x->received,
+                               .ordinal = x->ordinal};
     for (int r = 0; r < x->nranks; r++) {
         s->send_count[r] = x->send_count[r];
         s->recv_count[r] = x->recv_count[r];
@@ -161,11 +166,11 @@ static void comm_aborting(void *comm)
 
 int railyard_engine_open(const struct ry_host *host, struct ry_hooks *hooks, char *why, size_t why_size);
 
-__attribute__((visibility("default"))) int railyard_engine_open(const struct ry_host *host, struct ry_hooks *hooks, char *why,
-                                                                size_t why_size)
+__attribute__((visibility("default"))) int railyard_engine_open(const struct ry_host *host, struct ry_hooks *hooks,
+                                                                char *why, size_t why_size)
 {
-    engine.start = (ncclResult_t (*)(void))host->find("ncclGroupStart");
-    engine.end = (ncclResult_t (*)(void))host->find("ncclGroupEnd");
+    engine.start = (ncclResult_t(*)(void))host->find("ncclGroupStart");
+    engine.end = (ncclResult_t(*)(void))host->find("ncclGroupEnd");
     engine.send = (__typeof__(engine.send))host->find("ncclSend");
     engine.recv = (__typeof__(engine.recv))host->find("ncclRecv");
     if (host->version != RY_HOOKS_VERSION || !engine.start || !engine.end || !engine.send || !engine.recv)

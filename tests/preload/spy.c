@@ -69,12 +69,12 @@ static const char *of(ncclComm_t comm)
 SPY(ncclGroupStart, (void), (), "(")
 SPY(ncclGroupEnd, (void), (), ")")
 SPY(ncclGroupSimulateEnd, (ncclSimInfo_t * info), (info), "~")
-SPY(ncclSend, (const void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s), (b, n, t, peer, c, s),
-    "s%d%s", peer, of(c))
+SPY(ncclSend, (const void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
+    (b, n, t, peer, c, s), "s%d%s", peer, of(c))
 SPY(ncclRecv, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s), (b, n, t, peer, c, s),
     "r%d%s", peer, of(c))
-SPY(ncclAlltoAll, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s), (b, r, n, t, c, s),
-    "A%s", of(c))
+SPY(ncclAlltoAll, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s),
+    (b, r, n, t, c, s), "A%s", of(c))
 SPY(ncclAllReduce, (const void *b, void *r, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c, cudaStream_t s),
     (b, r, n, t, op, c, s), "R%s", of(c))
 SPY(ncclBroadcast, (const void *b, void *r, size_t n, ncclDataType_t t, int root, ncclComm_t c, cudaStream_t s),
@@ -84,10 +84,10 @@ SPY(ncclAllGather, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm
 SPY(ncclCommInitRank, (ncclComm_t * c, int n, ncclUniqueId id, int rank), (c, n, id, rank), "I")
 
 /* One-sided calls are newer than the emulated NCCL; this one only shows where in the order it came. */
-EXPORT ncclResult_t pncclPutSignal(const void *b, size_t n, ncclDataType_t t, int peer, ncclWindow_t w, size_t at, int sig,
-                                   int ctx, unsigned int flags, ncclComm_t c, cudaStream_t s);
-EXPORT ncclResult_t pncclPutSignal(const void *b, size_t n, ncclDataType_t t, int peer, ncclWindow_t w, size_t at, int sig,
-                                   int ctx, unsigned int flags, ncclComm_t c, cudaStream_t s)
+EXPORT ncclResult_t pncclPutSignal(const void *b, size_t n, ncclDataType_t t, int peer, ncclWindow_t w, size_t at,
+                                   int sig, int ctx, unsigned int flags, ncclComm_t c, cudaStream_t s);
+EXPORT ncclResult_t pncclPutSignal(const void *b, size_t n, ncclDataType_t t, int peer, ncclWindow_t w, size_t at,
+                                   int sig, int ctx, unsigned int flags, ncclComm_t c, cudaStream_t s)
 {
     spy_note("P%s", of(c));
     return ncclSuccess;

@@ -1,13 +1,13 @@
 /*
  * spy.h: what the tests of held groups use to look from below and from behind.
  *
- * Owns: a library that lies between librailyard.so and the emulated NCCL, and writes down the calls that NCCL gets, in words,
- * per thread; the test engine (hold_engine.c) writes its hooks into the same line. Also how the program tells that engine what
- * to do. Not: the engine, nor the cases.
+ * Owns: a library that lies between librailyard.so and the emulated NCCL, and writes down the calls that NCCL gets, in
+ * words, per thread; the test engine (hold_engine.c) writes its hooks into the same line. Also how the program tells
+ * that engine what to do. Not: the engine, nor the cases.
  *
  * Words: ( and ) start and end a group, ~ simulates its end, s2 and r2 send to and receive from rank 2, A all-to-all,
- * R all-reduce, B broadcast, G all-gather, I the making of a communicator, P put-signal; with ' on the communicator that
- * spy_other names. Hooks have a name of their own: begin, take, end, stray, aborting, ended.
+ * R all-reduce, B broadcast, G all-gather, I the making of a communicator, P put-signal; with ' on the communicator
+ * that spy_other names. Hooks have a name of their own: begin, take, end, stray, aborting, ended.
  */
 #ifndef RY_TESTS_SPY_H
 #define RY_TESTS_SPY_H
