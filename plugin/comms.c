@@ -2,6 +2,7 @@
 #include "comms.h"
 
 #include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define SLOTS 4096u      /* communicators alive at once */
@@ -64,6 +65,7 @@ void ry_comms_put(struct ry_comm *c)
         return;
     if (ry_comms_last)
         ry_comms_last(c);
+    free(atomic_exchange_explicit(&c->p2p, NULL, memory_order_relaxed));
     atomic_store_explicit(&c->refs, 0, memory_order_release);
 }
 
@@ -82,7 +84,11 @@ static void clear(struct ry_comm *c)
     c->engine = NULL;
     c->nranks = c->rank = c->device = -1;
     atomic_store_explicit(&c->pending, RY_ASKING, memory_order_relaxed); /* by who adds it */
-    c->aborted = c->revoked = c->has_id = c->has_name = false;
+    c->has_id = c->has_name = false;
+    atomic_store_explicit(&c->aborted, false, memory_order_relaxed);
+    atomic_store_explicit(&c->revoked, false, memory_order_relaxed);
+    atomic_store_explicit(&c->miscounted, false, memory_order_relaxed);
+    atomic_store_explicit(&c->offering, 0, memory_order_relaxed);
     c->blocking = true;
     c->parent = NULL;
     c->ordinal = 0;
@@ -146,6 +152,24 @@ void ry_comms_remove(struct ry_comm *c)
     pthread_mutex_unlock(&lock);
     if (nccl)
         ry_comms_put(c);
+}
+
+void ry_comms_p2p(struct ry_comm *c, int direction, int peer)
+{
+    if (atomic_load_explicit(&c->pending, memory_order_acquire) != RY_SETTLED || peer < 0 || peer >= c->nranks)
+        return;
+    uint32_t *p = atomic_load_explicit(&c->p2p, memory_order_acquire);
+    if (__builtin_expect(!p, 0)) {
+        uint32_t *fresh = calloc(2 * (size_t)c->nranks, sizeof *fresh);
+        if (!fresh)
+            return atomic_store(&c->miscounted, true);
+        if (atomic_compare_exchange_strong(&c->p2p, &p, fresh))
+            p = fresh;
+        else
+            free(fresh);
+    }
+    p += (direction ? c->nranks : 0) + peer;
+    __atomic_store_n(p, __atomic_load_n(p, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
 }
 
 void ry_comms_counts(const struct ry_comm *c, struct ry_comm_counts *out)

@@ -24,7 +24,8 @@ struct ry_comm {
     void *engine;         /* handle of the engine, NULL: not followed */
     int nranks, rank, device;
     _Atomic int pending; /* enum ry_pending: not 0 while nranks, the rest and `engine` are not known */
-    bool aborted, revoked;
+    _Atomic bool aborted, revoked;
+    _Atomic int offering;             /* threads that hold an exchange back and have not given it to NCCL yet */
     _Atomic uint32_t splits, shrinks; /* children made so far; all ranks count alike */
     /* what comm_created needs, kept while pending */
     enum ry_birth birth;
@@ -35,7 +36,18 @@ struct ry_comm {
     uint8_t unique_id[RY_NCCL_ID_BYTES];
     char name[64];
     _Atomic uint64_t calls[RY_CALLS], bytes[RY_CALLS], exchanges, plain_groups;
+    /* p2p calls to each peer [0 .. nranks) and from each [nranks .. 2 nranks), beyond those of exchanges; NULL: none
+     * yet */
+    _Atomic(uint32_t *) p2p;
+    _Atomic bool miscounted; /* there was no memory for them */
 };
+
+/* Counting, on the job's way. NCCL wants the calls on one communicator one after the other, whatever thread makes them:
+   no locked instruction is needed. */
+static inline void ry_comms_add_to(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
 
 /** The entry of a live communicator, with no reference taken: good for counting. NULL if it is not followed. */
 struct ry_comm *ry_comms_find(const void *nccl);
@@ -50,6 +62,9 @@ void ry_comms_remove(struct ry_comm *comm);
 
 /** Called with an entry whose last reference went; it is free afterwards. Set once, before the first entry. */
 extern void (*ry_comms_last)(struct ry_comm *comm);
+
+/** Count a send to (direction 0) or receive from (1) `peer` that belongs to no exchange. */
+void ry_comms_p2p(struct ry_comm *comm, int direction, int peer);
 
 void ry_comms_counts(const struct ry_comm *comm, struct ry_comm_counts *out);
 

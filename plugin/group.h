@@ -6,7 +6,9 @@
  * counts of calls per communicator. Not: calling NCCL, nor the engine (preload.c).
  *
  * A communicator that is only watched has its calls passed on at once, in the job's order: capturing just notes them.
- * Nothing here locks; memory is allocated when a thread meets a larger communicator than before.
+ * One whose face says `hold` has them kept back as long as the group may still become an exchange; the moment it
+ * cannot, ry_group_no_exchange passes on what was held, before the call that spoilt it. Nothing here locks; memory is
+ * allocated when a thread meets a larger communicator than before.
  */
 #ifndef RY_PLUGIN_GROUP_H
 #define RY_PLUGIN_GROUP_H
@@ -29,6 +31,10 @@ struct ry_group {
     void *nccl;           /* the communicator of the group's first call */
     struct ry_comm *comm; /* its entry, with a reference; NULL if it is not followed */
     void *stream;
+    bool hold;    /* its face said so at the group's first call: calls are kept back while this may be an exchange */
+    bool strayed; /* the engine knows of p2p of `comm` in this group that is no exchange */
+    int held;     /* calls kept back: the first of `order`, or one ncclAlltoAll */
+    ncclResult_t failed; /* of the first held call that NCCL refused when it was passed on at last */
     int calls[2];       /* noted since the last tally */
     uint64_t bytes[2];
     bool mixed_types;
@@ -39,6 +45,9 @@ struct ry_group {
     uint64_t *count[2];
     void **buf[2];
     uint8_t *peer_type[2];
+    uint64_t *scaled[2]; /* counts in bytes, where types are mixed */
+    uint32_t *order;     /* the group's sends (2 * peer) and receives (2 * peer + 1) in the job's order */
+    int ordered;
     /* communicators made in this group: their handles are written by NCCL until the group has ended */
     struct ry_birth_note *births;
     int nbirths, births_capacity;
@@ -60,6 +69,16 @@ struct ry_birth_note {
 
 extern __thread struct ry_group ry_group __attribute__((tls_model("initial-exec")));
 
+/**
+ * Implemented by who calls NCCL and the engine (preload.c). p2p of g->comm turned out to belong to no exchange, while
+ * its calls were held or the engine wants them held: tell the engine if `tell`, pass on what is held (ry_group_replay).
+ */
+void ry_group_no_exchange(struct ry_group *g, bool tell);
+/** Does the engine want the calls of this communicator held? */
+bool ry_group_wanted(const struct ry_comm *comm);
+
+/* After each of these: with g->held > 0 the call is kept back and must not be passed on; with g->failed set one that
+   was held failed, and this one must return that instead. */
 /** Note a send (direction 0) or receive (1). */
 void ry_group_p2p(struct ry_group *g, int direction, const void *buf, size_t count, int type, int peer, ncclComm_t comm,
                   cudaStream_t stream);
@@ -68,9 +87,13 @@ void ry_group_alltoall(struct ry_group *g, const void *send, void *recv, size_t 
                        cudaStream_t stream);
 /** Note any other call: the group is no exchange. */
 void ry_group_other(struct ry_group *g);
+/** Give every held call to `pass`, in the job's order, until one fails; none is held afterwards. Direction 2: the
+ * ncclAlltoAll. */
+ncclResult_t ry_group_replay(struct ry_group *g,
+                             ncclResult_t (*pass)(const struct ry_group *g, int direction, int peer));
 /**
  * The outermost group is about to end. If it is an exchange, `x` describes it (pointing into `g`, valid until
- * ry_group_reset) and g->comm is its communicator: true.
+ * ry_group_reset) and g->comm is its communicator: true. If it is none, what was held has been passed on.
  */
 bool ry_group_exchange(struct ry_group *g, struct ry_exchange *x);
 /** Forget the group: after it has ended. */

@@ -6,11 +6,12 @@
  * (comms.c), anything done with an exchange (the engine).
  *
  * The way of one exchange: ncclGroupStart → ncclSend/ncclRecv, noted by group.c and passed on at once → the outermost
- * ncclGroupEnd: begin_exchange() asks group.c whether it was an exchange and tells the engine; end_exchange() does so again
- * after the real call.
+ * ncclGroupEnd: begin_exchange() asks group.c whether it was an exchange and tells the engine; end_exchange() does so
+ * again after the real call. Where the engine wants to carry it out by itself, group.c keeps the calls back, and
+ * offer_exchange() gives it to the engine, or to NCCL after all.
  *
- * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in plain
- * NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
+ * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in
+ * plain NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
  */
 #include <dlfcn.h>
 #include <limits.h>
@@ -20,14 +21,17 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <time.h>
 
 #include "base/log.h"
 #include "group.h"
+#include "railyard.h"
 #include "real.h"
 
 enum { UNBORN, WATCHING, PASSIVE };
 static _Atomic int state = UNBORN;
 static struct ry_hooks hooks;
+static _Atomic int paused;
 
 /* ---- starting ---- */
 
@@ -57,13 +61,78 @@ static inline bool watching(const struct ry_group *g)
     return atomic_load_explicit(&state, memory_order_relaxed) == WATCHING && !g->inside;
 }
 
+/* ---- calls held back ---- */
+
+static ncclResult_t pass_one(const struct ry_group *g, int d, int peer)
+{
+    if (d == 2)
+        return ry_real.ncclAlltoAll(g->buf[0][0], g->buf[1][0], g->count[0][0], (ncclDataType_t)g->type, g->nccl,
+                                    g->stream);
+    ncclDataType_t type = (ncclDataType_t)g->peer_type[d][peer];
+    return d ? ry_real.ncclRecv(g->buf[1][peer], g->count[1][peer], type, peer, g->nccl, g->stream)
+             : ry_real.ncclSend(g->buf[0][peer], g->count[0][peer], type, peer, g->nccl, g->stream);
+}
+
+/*
+ * To NCCL with what is held, within the group that is open there. A failure is kept until a call of the job can return
+ * it. NCCL must not see a communicator that another thread has aborted: its handle may be gone.
+ */
+static __attribute__((noinline)) void pass_held_on(struct ry_group *g)
+{
+    ncclResult_t r = ncclInternalError; /* as NCCL's own waits end */
+    g->inside++;
+    if (!atomic_load(&g->comm->aborted))
+        r = ry_group_replay(g, pass_one);
+    g->held = 0;
+    g->inside--;
+    if (g->failed == ncclSuccess)
+        g->failed = r;
+}
+
+static ncclResult_t take_failure(struct ry_group *g)
+{
+    ncclResult_t r = g->failed;
+    g->failed = ncclSuccess;
+    return r;
+}
+
+void ry_group_no_exchange(struct ry_group *g, bool tell)
+{
+    if (tell && hooks.stray) {
+        g->inside++;
+        hooks.stray(g->comm->engine);
+        g->inside--;
+    }
+    if (g->held)
+        pass_held_on(g);
+}
+
 /* The beginning of every intercepted function: only calls that the job itself makes, while we watch, go further. */
 #define PASS_UNLESS_WATCHING(name, ...)                                                                                \
     struct ry_group *g = &ry_group;                                                                                    \
     if (!started() || !ry_real.name)                                                                                   \
         return ry_real_missing(#name);                                                                                 \
-    if (!watching(g))                                                                                                  \
-        return ry_real.name(__VA_ARGS__);
+    if (!watching(g)) {                                                                                                \
+        if (__builtin_expect(g->held, 0) && !g->inside)                                                                \
+            pass_held_on(g);                                                                                           \
+        return ry_real.name(__VA_ARGS__);                                                                              \
+    }
+
+/* Where a call was noted in a group: it is held back, or others were and NCCL refused one of them. */
+#define RETURN_IF_KEPT(g)                                                                                              \
+    do {                                                                                                               \
+        if (__builtin_expect(g->held | (int)g->failed, 0))                                                             \
+            return take_failure(g);                                                                                    \
+    } while (0)
+
+/* At the beginning of what cannot be part of an exchange. */
+#define NO_EXCHANGE(g)                                                                                                 \
+    do {                                                                                                               \
+        if (g->depth) {                                                                                                \
+            ry_group_other(g);                                                                                         \
+            RETURN_IF_KEPT(g);                                                                                         \
+        }                                                                                                              \
+    } while (0)
 
 /* The real function. What NCCL calls of its own public functions meanwhile is not the job's doing. */
 #define REAL(name, ...)                                                                                                \
@@ -301,9 +370,7 @@ static inline void settle(struct ry_group *g, ncclComm_t comm)
 /* Outside a group a communicator is there when the call returns; inside, when the group has ended. */
 static ncclResult_t born(struct ry_group *g, ncclResult_t r)
 {
-    if (g->depth)
-        ry_group_other(g);
-    else
+    if (!g->depth)
         adopt_all(g, r);
     return r;
 }
@@ -384,6 +451,7 @@ API ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
 API ncclResult_t ncclCommInitRank(ncclComm_t *comm, int nranks, ncclUniqueId id, int rank)
 {
     PASS_UNLESS_WATCHING(ncclCommInitRank, comm, nranks, id, rank)
+    NO_EXCHANGE(g);
     struct ry_birth_note *b = note_init(g, comm, nranks, rank, &id, NULL);
     ncclResult_t r = REAL(ncclCommInitRank, comm, nranks, id, rank);
     unborn(g, r, b);
@@ -393,6 +461,7 @@ API ncclResult_t ncclCommInitRank(ncclComm_t *comm, int nranks, ncclUniqueId id,
 API ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int nranks, ncclUniqueId id, int rank, ncclConfig_t *config)
 {
     PASS_UNLESS_WATCHING(ncclCommInitRankConfig, comm, nranks, id, rank, config)
+    NO_EXCHANGE(g);
     struct ry_birth_note *b = note_init(g, comm, nranks, rank, &id, config);
     ncclResult_t r = REAL(ncclCommInitRankConfig, comm, nranks, id, rank, config);
     unborn(g, r, b);
@@ -403,6 +472,7 @@ API ncclResult_t ncclCommInitRankScalable(ncclComm_t *newcomm, int nranks, int r
                                           ncclConfig_t *config)
 {
     PASS_UNLESS_WATCHING(ncclCommInitRankScalable, newcomm, nranks, rank, nids, ids, config)
+    NO_EXCHANGE(g);
     struct ry_birth_note *b = nids > 0 && ids ? note_init(g, newcomm, nranks, rank, &ids[0], config) : NULL;
     ncclResult_t r = REAL(ncclCommInitRankScalable, newcomm, nranks, rank, nids, ids, config);
     unborn(g, r, b);
@@ -412,6 +482,7 @@ API ncclResult_t ncclCommInitRankScalable(ncclComm_t *newcomm, int nranks, int r
 API ncclResult_t ncclCommInitAll(ncclComm_t *comms, int ndev, const int *devlist)
 {
     PASS_UNLESS_WATCHING(ncclCommInitAll, comms, ndev, devlist)
+    NO_EXCHANGE(g);
     static _Atomic uint32_t ordinal;
     open_engine();
     uint32_t o = atomic_fetch_add(&ordinal, 1);
@@ -432,6 +503,7 @@ API ncclResult_t ncclCommInitAll(ncclComm_t *comms, int ndev, const int *devlist
 API ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *newcomm, ncclConfig_t *config)
 {
     PASS_UNLESS_WATCHING(ncclCommSplit, comm, color, key, newcomm, config)
+    NO_EXCHANGE(g);
     struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SPLIT, color, config);
     ncclResult_t r = REAL(ncclCommSplit, comm, color, key, newcomm, config);
     unborn(g, r, b);
@@ -442,6 +514,7 @@ API ncclResult_t ncclCommShrink(ncclComm_t comm, int *exclude, int nexclude, ncc
                                 int flags)
 {
     PASS_UNLESS_WATCHING(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags)
+    NO_EXCHANGE(g);
     struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SHRINK, 0, config);
     ncclResult_t r = REAL(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags);
     unborn(g, r, b);
@@ -453,39 +526,72 @@ API ncclResult_t ncclCommShrink(ncclComm_t comm, int *exclude, int nexclude, ncc
 API ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
     PASS_UNLESS_WATCHING(ncclCommFinalize, comm)
+    NO_EXCHANGE(g);
     return REAL(ncclCommFinalize, comm); /* it lives on until it is destroyed */
 }
 
 /* Out of the table before NCCL frees the handle: another thread may be given the same address at once. */
-static void ended(ncclComm_t comm, bool aborted)
+static void ended(ncclComm_t comm)
 {
     struct ry_comm *c = ry_comms_find(comm);
-    if (!c)
+    if (c)
+        ry_comms_remove(c);
+}
+
+/* Another thread may wait for the engine's word on this communicator: end that wait. */
+static void aborting(struct ry_group *g, struct ry_comm *c)
+{
+    if (atomic_load(&c->pending) != RY_SETTLED || !c->engine || !hooks.comm_aborting)
         return;
-    c->aborted = aborted;
-    ry_comms_remove(c);
+    g->inside++;
+    hooks.comm_aborting(c->engine);
+    g->inside--;
+}
+
+/*
+ * A thread that holds an exchange back would go to NCCL with the handle as soon as the engine lets go of it, and must
+ * not after NCCL has freed it; once `aborted` is seen it does not. It may also be in NCCL, on the engine's behalf,
+ * where only the abort frees it: so this does not wait for long.
+ */
+static void wait_for_offers(struct ry_comm *c)
+{
+    for (int i = 0; i < 200 && atomic_load(&c->offering); i++)
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 }
 
 API ncclResult_t ncclCommDestroy(ncclComm_t comm)
 {
     PASS_UNLESS_WATCHING(ncclCommDestroy, comm)
-    ended(comm, false);
+    NO_EXCHANGE(g);
+    ended(comm);
     return REAL(ncclCommDestroy, comm);
 }
 
 API ncclResult_t ncclCommAbort(ncclComm_t comm)
 {
     PASS_UNLESS_WATCHING(ncclCommAbort, comm)
-    ended(comm, true);
+    NO_EXCHANGE(g);
+    struct ry_comm *c = ry_comms_get(comm);
+    if (c) {
+        atomic_store(&c->aborted, true);
+        aborting(g, c);
+        wait_for_offers(c);
+        ry_comms_remove(c);
+        ry_comms_put(c);
+    }
     return REAL(ncclCommAbort, comm);
 }
 
 API ncclResult_t ncclCommRevoke(ncclComm_t comm, int flags)
 {
     PASS_UNLESS_WATCHING(ncclCommRevoke, comm, flags)
-    struct ry_comm *c = ry_comms_find(comm); /* stays: it can still be split, shrunk and must be destroyed */
-    if (c)
-        c->revoked = true;
+    NO_EXCHANGE(g);
+    struct ry_comm *c = ry_comms_get(comm); /* stays: it can still be split, shrunk and must be destroyed */
+    if (c) {
+        atomic_store(&c->revoked, true);
+        aborting(g, c);
+        ry_comms_put(c);
+    }
     return REAL(ncclCommRevoke, comm, flags);
 }
 
@@ -502,36 +608,100 @@ API ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *now)
 /* ---- groups and exchanges ---- */
 
 struct running {
-    bool on;
+    bool on;   /* it is an exchange */
+    bool told; /* the engine knows of it */
     void *cookie;
     struct ry_exchange x;
 };
 
-static inline void begin_exchange(struct ry_group *g, struct running *run)
+/* While paused the engine sees nothing, but what the other ranks may wait for. */
+static inline bool unseen(const struct ry_comm *c)
 {
+    return atomic_load_explicit(&paused, memory_order_relaxed) && !ry_group_wanted(c);
+}
+
+static inline void tell_begin(struct ry_group *g, struct running *run)
+{
+    run->told = g->comm->engine && (g->held || !unseen(g->comm));
     run->cookie = NULL;
-    run->on = ry_group_exchange(g, &run->x);
-    if (!run->on || !g->comm->engine || !hooks.exchange_begin)
+    if (!run->told || !hooks.exchange_begin)
         return;
     g->inside++;
     run->cookie = hooks.exchange_begin(g->comm->engine, &run->x);
     g->inside--;
 }
 
+static inline bool offer(struct ry_group *g, struct running *run, ncclResult_t *r)
+{
+    int result = ncclSuccess;
+    if (!run->told || !hooks.exchange_take)
+        return false;
+    g->inside++;
+    bool taken = hooks.exchange_take(g->comm->engine, &run->x, run->cookie, &result) && run->x.held;
+    g->inside--;
+    if (taken)
+        *r = (ncclResult_t)result;
+    return taken;
+}
+
+static inline void begin_exchange(struct ry_group *g, struct running *run)
+{
+    run->told = false;
+    run->on = ry_group_exchange(g, &run->x);
+    if (!run->on || run->x.held)
+        return;
+    ncclResult_t none;
+    tell_begin(g, run);
+    offer(g, run, &none);
+}
+
+/*
+ * An exchange whose calls NCCL has not seen. The job's group, open there and empty, is ended first: the engine makes
+ * groups of its own. What the engine does not want gets a new one.
+ */
+static __attribute__((noinline)) ncclResult_t offer_exchange(struct ry_group *g, struct running *run, bool grouped)
+{
+    struct ry_comm *c = g->comm;
+    atomic_fetch_add(&c->offering, 1);
+    ncclResult_t empty = grouped ? REAL(ncclGroupEnd) : ncclSuccess, r = empty;
+    bool go = r == ncclSuccess || r == ncclInProgress;
+    if (go) {
+        tell_begin(g, run);
+        go = !offer(g, run, &r);
+    }
+    if (go && grouped)
+        r = REAL(ncclGroupStart);
+    else if (go)
+        r = ncclSuccess;
+    if (go && r == ncclSuccess)
+        pass_held_on(g);
+    g->held = 0;
+    atomic_fetch_sub(&c->offering, 1);
+    if (go && grouped && r == ncclSuccess)
+        r = REAL(ncclGroupEnd);
+    ncclResult_t failed = take_failure(g);
+    return failed != ncclSuccess ? failed : r != ncclSuccess ? r : empty;
+}
+
 static inline void end_exchange(struct ry_group *g, struct running *run, ncclResult_t r)
 {
     if (run->on) {
-        if (r == ncclSuccess || r == ncclInProgress)
-            atomic_fetch_add_explicit(&g->comm->exchanges, 1, memory_order_relaxed);
-        if (g->comm->engine && hooks.exchange_end) {
+        if (run->told && hooks.exchange_end) {
             g->inside++;
             hooks.exchange_end(g->comm->engine, &run->x, run->cookie, (int)r);
             g->inside--;
         }
+        if (r == ncclSuccess || r == ncclInProgress)
+            ry_comms_add_to(&g->comm->exchanges, 1);
     } else if (g->comm && g->calls[0] + g->calls[1]) {
-        atomic_fetch_add_explicit(&g->comm->plain_groups, 1, memory_order_relaxed);
+        ry_comms_add_to(&g->comm->plain_groups, 1);
     }
     ry_group_reset(g);
+}
+
+API int railyard_pause(int on)
+{
+    return atomic_exchange(&paused, on != 0);
 }
 
 API ncclResult_t ncclGroupStart(void)
@@ -553,7 +723,9 @@ API ncclResult_t ncclGroupEnd(void)
     struct running run;
     begin_exchange(g, &run);
     g->depth = 0;
-    ncclResult_t r = REAL(ncclGroupEnd);
+    ncclResult_t r = g->held ? offer_exchange(g, &run, true) : REAL(ncclGroupEnd);
+    if (__builtin_expect(g->failed, 0)) /* of what was held until now; NCCL says the same, if all is well */
+        r = take_failure(g);
     end_exchange(g, &run, r);
     if (__builtin_expect(g->nbirths, 0))
         adopt_all(g, r);
@@ -563,14 +735,19 @@ API ncclResult_t ncclGroupEnd(void)
 API ncclResult_t ncclGroupSimulateEnd(ncclSimInfo_t *info)
 {
     PASS_UNLESS_WATCHING(ncclGroupSimulateEnd, info)
-    ncclResult_t r = REAL(ncclGroupSimulateEnd, info); /* ends the group; nothing of it is run */
+    if (g->depth > 1)
+        ry_group_other(g);
+    if (g->held)
+        pass_held_on(g);
+    ncclResult_t failed = take_failure(g),
+                 r = REAL(ncclGroupSimulateEnd, info); /* ends the group; nothing of it is run */
     g->depth -= g->depth > 0;
     if (!g->depth) {
         g->calls[0] = g->calls[1] = 0, g->bytes[0] = g->bytes[1] = 0;
         ry_group_reset(g);
         adopt_all(g, ncclInvalidUsage);
     }
-    return r;
+    return failed != ncclSuccess ? failed : r;
 }
 
 /* A send or receive outside any group is one call, never an exchange. */
@@ -579,8 +756,10 @@ static inline void note_p2p(struct ry_group *g, int direction, const void *buf, 
 {
     settle(g, comm);
     ry_group_p2p(g, direction, buf, count, (int)type, peer, comm, stream);
-    if (!g->depth)
+    if (!g->depth) {
+        ry_group_other(g);
         ry_group_reset(g);
+    }
 }
 
 API ncclResult_t ncclSend(const void *buf, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
@@ -588,6 +767,7 @@ API ncclResult_t ncclSend(const void *buf, size_t count, ncclDataType_t type, in
 {
     PASS_UNLESS_WATCHING(ncclSend, buf, count, type, peer, comm, stream)
     note_p2p(g, 0, buf, count, type, peer, comm, stream);
+    RETURN_IF_KEPT(g);
     return REAL(ncclSend, buf, count, type, peer, comm, stream);
 }
 
@@ -595,6 +775,7 @@ API ncclResult_t ncclRecv(void *buf, size_t count, ncclDataType_t type, int peer
 {
     PASS_UNLESS_WATCHING(ncclRecv, buf, count, type, peer, comm, stream)
     note_p2p(g, 1, buf, count, type, peer, comm, stream);
+    RETURN_IF_KEPT(g);
     return REAL(ncclRecv, buf, count, type, peer, comm, stream);
 }
 
@@ -619,11 +800,14 @@ API ncclResult_t ncclAlltoAll(const void *send, void *recv, size_t count, ncclDa
                                   count * ry_nccl_type_bytes((int)type) * (size_t)(c->nranks > 0 ? c->nranks - 1 : 0),
                                   memory_order_relaxed);
     ry_group_alltoall(g, send, recv, count, (int)type, comm, stream);
-    if (g->depth)
+    if (g->depth) {
+        RETURN_IF_KEPT(g);
         return REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
+    }
     struct running run;
     begin_exchange(g, &run);
-    ncclResult_t r = REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
+    ncclResult_t r =
+        g->held ? offer_exchange(g, &run, false) : REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
     end_exchange(g, &run, r);
     return r;
 }
@@ -643,7 +827,9 @@ API ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclD
 {
     PASS_UNLESS_WATCHING(ncclAllGather, send, recv, count, type, comm, stream)
     note_call(g, RY_CALL_ALLGATHER, count, type, comm);
-    if ((type == ncclInt64 || type == ncclUint64) && hooks.int64_allgather) {
+    RETURN_IF_KEPT(g);
+    if ((type == ncclInt64 || type == ncclUint64) && hooks.int64_allgather &&
+        !atomic_load_explicit(&paused, memory_order_relaxed)) {
         struct ry_comm *c = ry_comms_get(comm);
         if (c && c->engine) {
             g->inside++;
@@ -661,6 +847,7 @@ API ncclResult_t ncclAllReduce(const void *send, void *recv, size_t count, ncclD
 {
     PASS_UNLESS_WATCHING(ncclAllReduce, send, recv, count, type, op, comm, stream)
     note_call(g, RY_CALL_ALLREDUCE, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclAllReduce, send, recv, count, type, op, comm, stream);
 }
 
@@ -669,6 +856,7 @@ API ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclD
 {
     PASS_UNLESS_WATCHING(ncclBroadcast, send, recv, count, type, root, comm, stream)
     note_call(g, RY_CALL_BROADCAST, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclBroadcast, send, recv, count, type, root, comm, stream);
 }
 
@@ -676,6 +864,7 @@ API ncclResult_t ncclBcast(void *buf, size_t count, ncclDataType_t type, int roo
 {
     PASS_UNLESS_WATCHING(ncclBcast, buf, count, type, root, comm, stream)
     note_call(g, RY_CALL_BROADCAST, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclBcast, buf, count, type, root, comm, stream);
 }
 
@@ -684,6 +873,7 @@ API ncclResult_t ncclReduce(const void *send, void *recv, size_t count, ncclData
 {
     PASS_UNLESS_WATCHING(ncclReduce, send, recv, count, type, op, root, comm, stream)
     note_call(g, RY_CALL_REDUCE, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclReduce, send, recv, count, type, op, root, comm, stream);
 }
 
@@ -692,6 +882,7 @@ API ncclResult_t ncclReduceScatter(const void *send, void *recv, size_t count, n
 {
     PASS_UNLESS_WATCHING(ncclReduceScatter, send, recv, count, type, op, comm, stream)
     note_call(g, RY_CALL_REDUCESCATTER, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclReduceScatter, send, recv, count, type, op, comm, stream);
 }
 
@@ -700,6 +891,7 @@ API ncclResult_t ncclGather(const void *send, void *recv, size_t count, ncclData
 {
     PASS_UNLESS_WATCHING(ncclGather, send, recv, count, type, root, comm, stream)
     note_call(g, RY_CALL_GATHER, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclGather, send, recv, count, type, root, comm, stream);
 }
 
@@ -708,6 +900,7 @@ API ncclResult_t ncclScatter(const void *send, void *recv, size_t count, ncclDat
 {
     PASS_UNLESS_WATCHING(ncclScatter, send, recv, count, type, root, comm, stream)
     note_call(g, RY_CALL_SCATTER, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclScatter, send, recv, count, type, root, comm, stream);
 }
 
@@ -717,6 +910,7 @@ API ncclResult_t ncclPutSignal(const void *local, size_t count, ncclDataType_t t
 {
     PASS_UNLESS_WATCHING(ncclPutSignal, local, count, type, peer, window, offset, signal, ctx, flags, comm, stream)
     note_call(g, RY_CALL_ONESIDED, count, type, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclPutSignal, local, count, type, peer, window, offset, signal, ctx, flags, comm, stream);
 }
 
@@ -724,6 +918,7 @@ API ncclResult_t ncclSignal(int peer, int signal, int ctx, unsigned int flags, n
 {
     PASS_UNLESS_WATCHING(ncclSignal, peer, signal, ctx, flags, comm, stream)
     note_call(g, RY_CALL_ONESIDED, 0, ncclInt8, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclSignal, peer, signal, ctx, flags, comm, stream);
 }
 
@@ -731,5 +926,6 @@ API ncclResult_t ncclWaitSignal(int n, ncclWaitSignalDesc_t *descs, ncclComm_t c
 {
     PASS_UNLESS_WATCHING(ncclWaitSignal, n, descs, comm, stream)
     note_call(g, RY_CALL_ONESIDED, 0, ncclInt8, comm);
+    RETURN_IF_KEPT(g);
     return REAL(ncclWaitSignal, n, descs, comm, stream);
 }

@@ -31,6 +31,14 @@ railyard, preload = find("railyard"), find("librailyard.so")
 if os.path.dirname(find("librailyard-engine.so")) != os.path.dirname(preload):
     sys.exit("the engine does not lie beside librailyard.so")
 find("libnccl.so.2"), find("railyard-bench"), find("railyard.1")
+program = os.path.join(work, "pauses.c")  # a program that knows of Railyard runs without it, too
+with open(program, "w") as f:
+    f.write("#include <railyard.h>\nint main(void) { return railyard_pause ? 10 + railyard_pause(1) : 3; }\n")
+run(["cc", "-Wall", "-Werror", "-I", os.path.dirname(find("railyard.h")), program, "-o", program[:-2]])
+for env, want in (({}, 3), ({"LD_PRELOAD": preload}, 10)):
+    got = subprocess.run([program[:-2]], env={**os.environ, **env}).returncode
+    if got != want:
+        sys.exit(f"railyard_pause with {env}: {got} instead of {want}")
 prefix = os.path.dirname(os.path.dirname(railyard))
 pc = find("railyard.pc")
 version = run(["pkg-config", "--modversion", pc]).strip()

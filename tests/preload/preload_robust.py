@@ -7,6 +7,7 @@ Prints SKIP and why, and exits 77, where the machine lacks what a case needs.
 import glob
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -257,6 +258,22 @@ def case_other_programs():
         # a command may start many programs of its own (python3 as a shell script that looks for the interpreter, say)
         if medians["librailyard.so"] - medians["an empty library"] > max(1000, 0.2 * medians["an empty library"]):
             fail("starting takes a millisecond, and a fifth, longer than with an empty library preloaded")
+
+
+def case_exports():
+    """The NCCL functions that we stand in front of, what plugin/railyard.h declares, and nothing else."""
+    top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path.insert(0, os.path.join(top, "tests"))
+    import nccl_versions
+    with open(os.path.join(top, "plugin", "railyard.h"), encoding="utf-8") as f:
+        declared = re.findall(r"^\w[\w ]* \**(railyard_\w+)\(", f.read(), re.M)
+    wanted = set(nccl_versions.our_functions()) | set(declared)
+    listed = run(["nm", "-D", "--defined-only", PRELOAD]).stdout.splitlines()
+    exported = {line.split()[-1] for line in listed if not re.match(r"\w+ [Aa] ", line)}
+    if "railyard_pause" not in declared or len(wanted) < 28:
+        fail(f"not all could be read from the headers: {sorted(wanted)}")
+    if exported != wanted:
+        fail(f"exported, but not declared: {sorted(exported - wanted)}; declared, but not exported: {sorted(wanted - exported)}")
 
 
 def main():
