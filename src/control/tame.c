@@ -1,0 +1,145 @@
+/*
+ * tame.c: see tame.h.
+ */
+#include "control/tame.h"
+
+#include <dirent.h>
+#include <dlfcn.h>
+#include <ifaddrs.h>
+#include <link.h>
+#include <net/if.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucs/debug/debug.h>
+#include <ucs/debug/log_def.h>
+
+#include "base/log.h"
+#include "control/watch.h"
+
+/* Not in every release's public headers; done without where they are missing. */
+extern __typeof__(ucs_debug_disable_signal) ucs_debug_disable_signal __attribute__((weak));
+extern __typeof__(ucs_log_push_handler) ucs_log_push_handler __attribute__((weak));
+
+static bool inside(const struct dl_phdr_info *info, const void *at)
+{
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *p = &info->dlpi_phdr[i];
+        uintptr_t base = info->dlpi_addr + p->p_vaddr;
+        if (p->p_type == PT_LOAD && (uintptr_t)at >= base && (uintptr_t)at - base < p->p_memsz)
+            return true;
+    }
+    return false;
+}
+
+struct order {
+    const void *ucs;
+    int seen; /* 1: us, 2: UCX, whichever comes first */
+};
+
+static int who_is_first(struct dl_phdr_info *info, size_t size, void *arg)
+{
+    struct order *o = arg;
+    o->seen = inside(info, (void *)ry_tame_ucx) ? 1 : inside(info, o->ucs) ? 2 : 0;
+    return o->seen;
+}
+
+/* Objects are listed in the order in which they were loaded: what comes after us was loaded for us. */
+static bool ucx_came_with_us(void)
+{
+    struct order o = {.ucs = (void *)ucs_status_string};
+    dl_iterate_phdr(who_is_first, &o);
+    return o.seen == 1;
+}
+
+static ucs_log_func_rc_t to_our_log(const char *file, unsigned line, const char *function, ucs_log_level_t level,
+                                    const ucs_log_component_config_t *component, const char *message, va_list ap)
+{
+    char text[400];
+    if (level <= UCS_LOG_LEVEL_WARN || ry_log_enabled(RY_LOG_DEBUG)) {
+        vsnprintf(text, sizeof text, message, ap);
+        ry_log(level == UCS_LOG_LEVEL_FATAL ? RY_LOG_ERROR : RY_LOG_DEBUG, "UCX: %s", text);
+    }
+    return UCS_LOG_FUNC_RC_STOP;
+}
+
+static void return_signals(void)
+{
+    Dl_info ucs, at;
+    if (!ucs_debug_disable_signal || !dladdr((void *)ucs_status_string, &ucs))
+        return;
+    for (int s = 1; s < NSIG; s++) {
+        struct sigaction now;
+        if (!sigaction(s, NULL, &now) && now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN &&
+            dladdr((void *)now.sa_sigaction, &at) && at.dli_fbase == ucs.dli_fbase)
+            ucs_debug_disable_signal(s);
+    }
+}
+
+static void tame_library(void)
+{
+    if (!ucx_came_with_us())
+        return;
+    if (!getenv("UCX_HANDLE_ERRORS"))
+        return_signals();
+    if (ucs_log_push_handler && !getenv("UCX_LOG_LEVEL"))
+        ucs_log_push_handler(to_our_log);
+}
+
+static void add(char *list, size_t size, const char *name, const char *port)
+{
+    size_t used = strlen(list);
+    snprintf(list + used, size - used, "%s%s%s%s", used ? "," : "", name, port ? ":" : "", port ? port : "");
+}
+
+/* Interfaces that NCCL would use, loopback (UCX takes it within a host only), and all ports of RDMA devices. */
+static void list_devices(char *list, size_t size)
+{
+    struct if_nameindex *all = if_nameindex();
+    *list = '\0';
+    for (const struct if_nameindex *i = all; i && i->if_index; i++)
+        if (!strcmp(i->if_name, "lo") || ry_watch_wants(i->if_name))
+            add(list, size, i->if_name, NULL);
+    if (all)
+        if_freenameindex(all);
+    DIR *devices = opendir("/sys/class/infiniband");
+    for (struct dirent *d; devices && (d = readdir(devices));) {
+        char path[512];
+        snprintf(path, sizeof path, "/sys/class/infiniband/%s/ports", d->d_name);
+        DIR *ports = *d->d_name == '.' ? NULL : opendir(path);
+        for (struct dirent *p; ports && (p = readdir(ports));)
+            if (*p->d_name != '.')
+                add(list, size, d->d_name, p->d_name);
+        if (ports)
+            closedir(ports);
+    }
+    if (devices)
+        closedir(devices);
+}
+
+static void prefer(ucp_config_t *config, const char *name, const char *value)
+{
+    char variable[64];
+    snprintf(variable, sizeof variable, "UCX_%s", name);
+    if (!getenv(variable))
+        ucp_config_modify(config, name, value);
+}
+
+void ry_tame_ucx(ucp_config_t *config)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    char devices[2048];
+    pthread_once(&once, tame_library);
+    list_devices(devices, sizeof devices);
+    prefer(config, "TLS", "self,sm,tcp,ib"); /* nothing of CUDA or ROCm: messages are in host memory */
+    prefer(config, "NET_DEVICES", devices);
+    /* Without this shared memory is not used where errors are to be handled. That UCX is slow to notice a death there is
+       what the watch is for; for the same reason there is no keepalive, which would wake every process now and then. */
+    prefer(config, "POSIX_ERROR_HANDLING", "y");
+    prefer(config, "KEEPALIVE_INTERVAL", "inf");
+    /* No cache of registered memory, so no hooks in malloc and munmap: our messages are small and are copied. */
+    prefer(config, "IB_REG_METHODS", "direct");
+    prefer(config, "MAX_EAGER_LANES", "1"); /* or fragments of one message could overtake another */
+}
