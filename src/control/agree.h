@@ -85,8 +85,8 @@ struct ry_verdict {
     const char *reason; /* why direct although engaged; "" otherwise. For logs */
     uint64_t waited_ns; /* of the time since ry_agree_exchange(): from this rank's manifest reaching the yardmaster to
                            the decision, so waiting for other ranks; the rest is messages. 0 where END decided */
-    const void *extra;  /* the rank's slice of the matrices and whatever else the policy sent it, aligned to 8; NULL on
-                           direct */
+    const void *extra;  /* the rank's slice of the matrices and whatever else the policy sent it, aligned to 8; NULL if it
+                           sent nothing, and whenever direct was not its choice */
     size_t extra_bytes;
 };
 
@@ -110,7 +110,7 @@ void ry_agree_free(struct ry_agree *a);
  * Cheap; the caller mirrors it into the preload's flag after every call on the machine. */
 bool ry_agree_hold(const struct ry_agree *a);
 
-enum ry_path { RY_GO_DIRECT, RY_WAIT_VERDICT };
+enum ry_way { RY_GO_DIRECT, RY_WAIT_VERDICT };
 /**
  * Exchange `number` (0, 1, … in the order of this rank) is about to be issued, with `m`. RY_GO_DIRECT: pass it on;
  * nothing to wait for (also whenever m->not_me). RY_WAIT_VERDICT: ask ry_agree_verdict() until it answers; whoever does
@@ -120,7 +120,7 @@ enum ry_path { RY_GO_DIRECT, RY_WAIT_VERDICT };
  * (opaque, for the policy; may be NULL with 0 bytes). As most exchanges are not asked about, it had better sum up all
  * since the last one asked about.
  */
-enum ry_path ry_agree_exchange(struct ry_agree *a, uint64_t number, const struct ry_manifest *m, const void *seen,
+enum ry_way ry_agree_exchange(struct ry_agree *a, uint64_t number, const struct ry_manifest *m, const void *seen,
                                size_t seen_bytes);
 /** Would exchange `number` carry SEEN? To spare the work of making up what it says. */
 bool ry_agree_wants_seen(const struct ry_agree *a, uint64_t number);
@@ -156,8 +156,8 @@ struct ry_policy {
     bool (*worth)(void *context, uint64_t number, const void *const *seen, const size_t *seen_bytes);
     /** Decide exchange: the strategy (0 … 255); *verify; *last: no longer worth it, go back to observing. */
     int (*choose)(void *context, const struct ry_agreed *x, bool *verify, bool *last);
-    /** What to tell `rank` with the verdict just chosen: *size bytes, owned by the policy, valid until its next call.
-     */
+    /** What to tell `rank` with the verdict just chosen, direct (0) as well: *size bytes, owned by the policy, valid
+     * until its next call; NULL: nothing. */
     const void *(*slice)(void *context, const struct ry_agreed *x, int strategy, int rank, size_t *size);
 };
 struct ry_yard_config {

@@ -138,7 +138,7 @@ static void observe(struct ry_agree *a)
     a->over = false;
 }
 
-enum ry_path ry_agree_exchange(struct ry_agree *a, uint64_t number, const struct ry_manifest *m, const void *seen,
+enum ry_way ry_agree_exchange(struct ry_agree *a, uint64_t number, const struct ry_manifest *m, const void *seen,
                                size_t seen_bytes)
 {
     if (a->waiting) /* the caller gave up on a wait: what others were told about that exchange, it cannot know */

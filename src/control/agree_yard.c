@@ -396,7 +396,7 @@ static void decide(struct ry_yard *y)
     for (int r = 0; r < n; r++) {
         size_t bytes = 0;
         const void *slice = NULL;
-        if (strategy && y->policy.slice)
+        if (y->policy.slice)
             slice = y->policy.slice(y->policy.context, &x, strategy, r, &bytes);
         if (!slice)
             bytes = 0;

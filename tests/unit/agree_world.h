@@ -219,7 +219,7 @@ static inline void world_cut(struct world *w, int r, bool yard_hears, bool rank_
 }
 
 /* Rank `r`'s next exchange, all sizes 64 but for what `m` says (NULL: nothing else). */
-static inline enum ry_path world_exchange(struct world *w, int r, const struct ry_manifest *as)
+static inline enum ry_way world_exchange(struct world *w, int r, const struct ry_manifest *as)
 {
     uint64_t bytes[MOST_RANKS], x = w->next[r]++, note = x * 100 + (uint64_t)r;
     for (int i = 0; i < w->n; i++)
