@@ -99,7 +99,7 @@ int ry_agree_get(struct ry_agree_msg *m, const void *bytes, size_t size, int nra
             p += 8 * n;
         }
         left -= need;
-    } else if (left && (!rule->extra || (m->flags & RY_FLAG_NOT_ME) || (m->kind == RY_SAY_VERDICT && !m->value))) {
+    } else if (left && (!rule->extra || (m->flags & RY_FLAG_NOT_ME))) {
         return ry_fail(err, "agreement: message '%c' is %zu bytes too long", m->kind, left);
     }
     m->extra = left ? p : NULL;

@@ -73,6 +73,10 @@ static void message(void *context, int from, const void *bytes, size_t size)
         r = ry_agree_message(t->agree, p + 1, size - 1, &err);
     else
         r = ry_fail(&err, "a message of %zu bytes for nobody here", size);
+    if (r && t->yard)
+        ry_yard_lost(t->yard, ry_now_ns(), from);
+    if (r) /* whatever it meant to say will not be said again */
+        ry_agree_leave(t->agree);
     settle(t);
     pthread_mutex_unlock(&t->lock);
     if (r)
