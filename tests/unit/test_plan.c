@@ -86,7 +86,7 @@ START_TEST(large_jobs)
         int (*node)(int, int, int);
         int sparse; /* one cell in so many */
     } jobs[] = {{256, 32, blocks, 1},   {256, 19, anywhere, 1},   {1024, 128, blocks, 16},
-                {1024, 128, dealt, 32}, {4096, 512, blocks, 512}, {4096, 300, uneven, 2048}};
+                {1024, 128, dealt, 32}, {4096, 512, blocks, 512}, {2048, 300, uneven, 256}};
     for (size_t k = 0; k < sizeof jobs / sizeof *jobs; k++) {
         int n = jobs[k].n;
         struct job job = {.n = n, .cluster = cluster_of(n, jobs[k].node, jobs[k].nodes)};
