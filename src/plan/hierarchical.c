@@ -264,10 +264,13 @@ static int stage_all(const struct ry_cluster *c, const uint64_t *matrix, uint64_
         members[sums[c->node[r]].start + (uint32_t)c->local[r]] = r;
     for (int from = 0; from < c->nranks; from++) {
         const uint64_t *cells = matrix + (size_t)from * (size_t)c->nranks;
-        for (int p = 0; p < c->nranks; p++) {
-            struct sum *s = &sums[c->node[p]];
-            s->bytes = ry_sum(s->bytes, cells[p]);
-            s->pieces += cells[p] > 0;
+        for (int p = 0; p < c->nranks;) { /* node after node, or what follows each other of one */
+            struct sum *s = &sums[c->node[p]], run = *s;
+            for (int node = c->node[p]; p < c->nranks && c->node[p] == node; p++) {
+                run.bytes = ry_sum(run.bytes, cells[p]);
+                run.pieces += cells[p] > 0;
+            }
+            *s = run;
         }
         for (int n = 0; n < c->nnodes; n++) {
             struct sum *s = &sums[n];

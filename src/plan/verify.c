@@ -7,108 +7,11 @@
  * send buffer they hold, so the work grows with the number of steps, not of bytes. Receive segments need no such
  * memory: only the right byte may ever be written there, and it is checked when it is.
  */
-#include "verify.h"
-
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* A byte of a send buffer: `off` into segment `seg`; where addresses are known, seg is -1 and `off` the address, so
-   that it does not matter by which segment it was reached. */
-struct token {
-    int rank, seg;
-    uint64_t off;
-};
-struct span { /* [lo, hi) of some memory holds the bytes from `token` on */
-    uint64_t lo, hi;
-    struct token token;
-};
-struct spans { /* sorted, apart from each other */
-    struct span *v;
-    size_t n, cap;
-};
-
-/* What a step of a group touches. */
-struct touch {
-    int space; /* RECV_BY_ADDRESS, STAGE, or the receive segment */
-    int step;
-    bool write;
-    uint64_t lo, hi;
-};
-#define STAGE (-1)
-#define RECV_BY_ADDRESS (-2)
-
-struct machine {
-    int n;
-    const uint64_t *matrix;
-    struct ry_plan *const *plans;
-    const uintptr_t *const *send_at, *const *recv_at;
-    struct ry_err *err;
-
-    /* Receive segments that are not empty, by rank, then peer: which peer, what of it is written. */
-    size_t *seg_start; /* [n + 1] */
-    int *seg_from;
-    struct spans *seg;
-    struct spans *stage; /* [n] */
-
-    /* Transfers, by rank, then step. */
-    size_t *first; /* [n + 1] */
-    struct transfer {
-        int rank, step;
-        bool started;
-        size_t partner;
-    } * transfers;
-
-    /* The machine. */
-    struct state {
-        int step;    /* next to do; of a group: its first */
-        int end;     /* one past the group that is running */
-        size_t next; /* transfer of that step */
-        size_t left; /* transfers of the running group that have not met their partner */
-    } * states;
-    int *queue, head, queued;
-
-    struct span *pieces; /* scratch: what a transfer or copy carries, lo and hi counted from its start */
-    size_t npieces, pieces_cap;
-    struct touch *touches; /* scratch */
-    size_t touches_cap;
-};
-
-static int no_memory(struct machine *m)
-{
-    return ry_fail(m->err, "verifying a plan: no memory");
-}
-
-/* Grow `*v` to hold `want` elements. */
-static int room(struct machine *m, void *v, size_t *cap, size_t want, size_t each)
-{
-    if (want <= *cap)
-        return 0;
-    size_t grown = *cap * 2 > want ? *cap * 2 : want < 4 ? want : want + 4;
-    void *p = realloc(*(void **)v, grown * each);
-    if (!p)
-        return no_memory(m);
-    *(void **)v = p;
-    *cap = grown;
-    return 0;
-}
-
-/* "rank 3, step 7 (group 1: receive 4096 bytes from rank 2)" */
-struct text {
-    char s[160];
-};
-static struct text name(const struct machine *m, int rank, int i)
-{
-    struct text t;
-    const struct ry_step *s = &m->plans[rank]->steps[i];
-    if (s->kind == RY_STEP_COPY)
-        snprintf(t.s, sizeof t.s, "rank %d, step %d (copy %" PRIu64 " bytes)", rank, i, s->bytes);
-    else
-        snprintf(t.s, sizeof t.s, "rank %d, step %d (group %d: %s %" PRIu64 " bytes %s rank %d)", rank, i, s->group,
-                 s->kind == RY_STEP_SEND ? "send" : "receive", s->bytes, s->kind == RY_STEP_SEND ? "to" : "from",
-                 s->peer);
-    return t;
-}
+#include "verify_internal.h"
 
 static struct text token_name(struct token is)
 {
@@ -165,232 +68,12 @@ static int spans_put(struct machine *m, struct spans *s, struct span put)
     else if (j < s->n && s->v[j].lo == put.hi && same(token_after(put.token, put.hi - put.lo), s->v[j].token))
         put.hi = s->v[j++].hi;
     parts[at] = put;
-    if (room(m, &s->v, &s->cap, s->n - (j - i) + n, sizeof *s->v))
+    if (ry_verify_room(m, &s->v, &s->cap, s->n - (j - i) + n, sizeof *s->v))
         return -1;
     memmove(s->v + i + n, s->v + j, (s->n - j) * sizeof *s->v);
     memcpy(s->v + i, parts, n * sizeof *parts);
     s->n = s->n - (j - i) + n;
     return 0;
-}
-
-/* ---- places ---- */
-
-static uint64_t segment_bytes(const struct machine *m, enum ry_place place, int rank, int peer)
-{
-    size_t from = (size_t)(place == RY_AT_SEND ? rank : peer), to = (size_t)(place == RY_AT_SEND ? peer : rank);
-    return m->matrix[from * (size_t)m->n + to];
-}
-
-/* Addresses of a rank's segments; NULL: unknown, and they all lie apart. */
-static const uintptr_t *addresses(const struct machine *m, enum ry_place place, int rank)
-{
-    const uintptr_t *const *at = place == RY_AT_SEND ? m->send_at : m->recv_at;
-    return at ? at[rank] : NULL;
-}
-
-/* The segment that holds the byte at `address`, tried from `after` on since neighbours mostly follow each other; -1:
- * none. */
-static int segment_at(const struct machine *m, enum ry_place place, int rank, int after, uint64_t address)
-{
-    const uintptr_t *at = addresses(m, place, rank);
-    for (int k = 1; at && k < m->n; k++) {
-        int p = (after + k) % m->n;
-        if (at[p] <= address && address - at[p] < segment_bytes(m, place, rank, p))
-            return p;
-    }
-    return -1;
-}
-
-/*
- * Takes the next part of [*at, + *left) that lies in one segment of the send or receive buffer: returns its length and
- * moves on both; *seg and *offset tell where it is. 0: it runs over the end of the segment, with nothing behind it.
- */
-static uint64_t next_part(const struct machine *m, int rank, struct ry_at *at, uint64_t *left, int *seg,
-                          uint64_t *offset)
-{
-    uint64_t bytes = segment_bytes(m, at->place, rank, at->peer);
-    if (at->offset == bytes && addresses(m, at->place, rank)) {
-        uint64_t address = addresses(m, at->place, rank)[at->peer] + bytes;
-        int next = segment_at(m, at->place, rank, at->peer, address);
-        if (next < 0)
-            return 0;
-        *at = (struct ry_at){at->place, next, address - addresses(m, at->place, rank)[next]};
-        bytes = segment_bytes(m, at->place, rank, next);
-    }
-    if (at->offset >= bytes)
-        return 0;
-    *seg = at->peer;
-    *offset = at->offset;
-    uint64_t part = bytes - at->offset < *left ? bytes - at->offset : *left;
-    at->offset += part;
-    *left -= part;
-    return part;
-}
-
-/* Does a step's place lie inside the memory that it names? */
-static int check_range(struct machine *m, int rank, int step, struct ry_at at, uint64_t bytes)
-{
-    static const char *const what[] = {"send segment", "receive segment", "staging memory"};
-    if ((unsigned)at.place > RY_AT_STAGE)
-        return ry_fail(m->err, "%s: names no place", name(m, rank, step).s);
-    if (at.place == RY_AT_STAGE) {
-        uint64_t size = m->plans[rank]->stage_bytes;
-        if (at.peer != -1)
-            return ry_fail(m->err, "%s: a place in staging memory with a peer, %d", name(m, rank, step).s, at.peer);
-        if (at.offset > size || bytes > size - at.offset)
-            return ry_fail(m->err, "%s: overruns staging memory: offset %" PRIu64 " in %" PRIu64 " bytes",
-                           name(m, rank, step).s, at.offset, size);
-        return 0;
-    }
-    if (at.peer < 0 || at.peer >= m->n)
-        return ry_fail(m->err, "%s: %s %d does not exist", name(m, rank, step).s, what[at.place], at.peer);
-    struct ry_at walk = at;
-    uint64_t left = bytes, offset;
-    bool inside = at.offset < segment_bytes(m, at.place, rank, at.peer);
-    for (int seg; inside && left;)
-        inside = next_part(m, rank, &walk, &left, &seg, &offset) > 0;
-    if (!inside)
-        return ry_fail(m->err, "%s: overruns %s %d of %" PRIu64 " bytes, from offset %" PRIu64 " on",
-                       name(m, rank, step).s, what[at.place], walk.peer, segment_bytes(m, at.place, rank, walk.peer),
-                       at.offset);
-    return 0;
-}
-
-/* ---- each plan by itself ---- */
-
-static int by_place(const void *a, const void *b)
-{
-    const struct touch *x = a, *y = b;
-    if (x->space != y->space)
-        return x->space < y->space ? -1 : 1;
-    return x->lo != y->lo ? (x->lo < y->lo ? -1 : 1) : (x->step > y->step) - (x->step < y->step);
-}
-
-/* Two that touch the same memory, one of them writing? `*one` and `*other` are their `step`s, `*at` where. Sorts. */
-static bool collide(struct touch *t, size_t n, int *one, int *other, uint64_t *at)
-{
-    if (n < 2)
-        return false;
-    qsort(t, n, sizeof *t, by_place);
-    const struct touch *any = NULL, *write = NULL; /* so far: what reaches furthest in this space */
-    for (size_t i = 0; i < n; i++) {
-        if (any && any->space != t[i].space)
-            any = write = NULL;
-        const struct touch *before = t[i].write ? any : write;
-        if (before && before->hi > t[i].lo) {
-            *one = before->step;
-            *other = t[i].step;
-            *at = t[i].lo;
-            return true;
-        }
-        if (!any || t[i].hi > any->hi)
-            any = &t[i];
-        if (t[i].write && (!write || t[i].hi > write->hi))
-            write = &t[i];
-    }
-    return false;
-}
-
-static struct touch touch_of(const struct machine *m, int rank, int step, struct ry_at at, bool write)
-{
-    uint64_t bytes = m->plans[rank]->steps[step].bytes;
-    const uintptr_t *addr = at.place == RY_AT_STAGE ? NULL : addresses(m, at.place, rank);
-    uint64_t lo = at.offset + (addr ? addr[at.peer] : 0);
-    int space = at.place == RY_AT_STAGE ? STAGE : addr ? RECV_BY_ADDRESS : at.peer;
-    return (struct touch){space, step, write, lo, lo + bytes};
-}
-
-/* Steps [from, to) are one group. Send buffers are only read, so they cannot collide. */
-static int check_group(struct machine *m, int rank, int from, int to)
-{
-    const struct ry_step *steps = m->plans[rank]->steps;
-    size_t n = 0;
-    int one, other;
-    uint64_t at;
-    if (room(m, &m->touches, &m->touches_cap, (size_t)(to - from), sizeof *m->touches))
-        return -1;
-    for (int i = from; i < to; i++)
-        if (steps[i].kind == RY_STEP_RECV)
-            m->touches[n++] = touch_of(m, rank, i, steps[i].to, true);
-        else if (steps[i].from.place != RY_AT_SEND)
-            m->touches[n++] = touch_of(m, rank, i, steps[i].from, false);
-    if (collide(m->touches, n, &one, &other, &at))
-        return ry_fail(m->err, "%s and step %d of the same group touch the same memory, at offset %" PRIu64,
-                       name(m, rank, one).s, other, at);
-    return 0;
-}
-
-/* Buffers that overlap cannot be proved: what is received first may be sent later. */
-static int check_buffers(struct machine *m, int rank)
-{
-    const uintptr_t *recv = addresses(m, RY_AT_RECV, rank), *send = addresses(m, RY_AT_SEND, rank);
-    size_t n = 0;
-    int one, other;
-    uint64_t at;
-    if (!recv)
-        return 0;
-    if (room(m, &m->touches, &m->touches_cap, 2 * (size_t)m->n, sizeof *m->touches))
-        return -1;
-    for (int p = 0; p < m->n; p++) {
-        uint64_t in = segment_bytes(m, RY_AT_RECV, rank, p), out = segment_bytes(m, RY_AT_SEND, rank, p);
-        if (in)
-            m->touches[n++] = (struct touch){0, p, true, recv[p], recv[p] + in};
-        if (send && out)
-            m->touches[n++] = (struct touch){0, p, false, send[p], send[p] + out};
-    }
-    if (collide(m->touches, n, &one, &other, &at))
-        return ry_fail(m->err, "rank %d: its buffers overlap: the segments of peers %d and %d", rank, one, other);
-    return 0;
-}
-
-static int check_plan(struct machine *m, int rank)
-{
-    const struct ry_plan *p = m->plans[rank];
-    int group = -1, start = 0;
-    if (!p)
-        return ry_fail(m->err, "rank %d: has no plan", rank);
-    if (p->rank != rank || p->nranks != m->n)
-        return ry_fail(m->err, "rank %d: its plan is for rank %d of %d, not of %d", rank, p->rank, p->nranks, m->n);
-    if (p->strategy != m->plans[0]->strategy || p->ngroups != m->plans[0]->ngroups)
-        return ry_fail(m->err, "rank %d: its plan is %s in %d groups, that of rank 0 %s in %d", rank,
-                       ry_strategy_name(p->strategy), p->ngroups, ry_strategy_name(m->plans[0]->strategy),
-                       m->plans[0]->ngroups);
-    if (check_buffers(m, rank))
-        return -1;
-    for (int i = 0; i < p->nsteps; i++) {
-        const struct ry_step *s = &p->steps[i];
-        bool copy = s->kind == RY_STEP_COPY;
-        if ((unsigned)s->kind > RY_STEP_RECV)
-            return ry_fail(m->err, "rank %d, step %d: is of no known kind", rank, i);
-        if (!s->bytes)
-            return ry_fail(m->err, "%s: nothing to do", name(m, rank, i).s);
-        if (copy ? s->peer != -1 || s->group != -1
-                 : s->peer < 0 || s->peer >= m->n || s->group < 0 || s->group >= p->ngroups)
-            return ry_fail(m->err, "%s: peer %d and group %d do not exist", name(m, rank, i).s, s->peer, s->group);
-        /* Consecutive transfers of one group are one group; no group comes again after something else. */
-        bool goes_on = i && !copy && p->steps[i - 1].kind != RY_STEP_COPY && s->group == group;
-        if (!copy && !goes_on && s->group <= group)
-            return ry_fail(m->err, "%s: comes after group %d was begun", name(m, rank, i).s, group);
-        if (!goes_on) {
-            if (check_group(m, rank, start, i))
-                return -1;
-            start = copy ? i + 1 : i;
-        }
-        group = copy ? group : s->group;
-        if ((s->kind != RY_STEP_SEND && check_range(m, rank, i, s->to, s->bytes)) ||
-            (s->kind != RY_STEP_RECV && check_range(m, rank, i, s->from, s->bytes)))
-            return -1;
-        if (s->kind != RY_STEP_SEND && s->to.place == RY_AT_SEND)
-            return ry_fail(m->err, "%s: writes into send segment %d", name(m, rank, i).s, s->to.peer);
-        if (copy && s->from.place != RY_AT_SEND) {
-            struct touch t[2] = {touch_of(m, rank, i, s->to, true), touch_of(m, rank, i, s->from, false)};
-            int one, other;
-            uint64_t at;
-            if (collide(t, 2, &one, &other, &at))
-                return ry_fail(m->err, "%s: onto itself, at offset %" PRIu64, name(m, rank, i).s, at);
-        }
-    }
-    return check_group(m, rank, start, p->nsteps);
 }
 
 /* ---- sends against receives ---- */
@@ -418,11 +101,12 @@ static int pair(struct machine *m, int to, const size_t *sends, size_t nsends, s
         const struct transfer *r = i < nrecvs ? &m->transfers[recvs[i]] : NULL;
         int from = r ? step_of(m, recvs[i])->peer : -1;
         if (s && (!r || s->rank < from))
-            return ry_fail(m->err, "%s: rank %d has no receive for it", name(m, s->rank, s->step).s, to);
+            return ry_fail(m->err, "%s: rank %d has no receive for it", ry_verify_name(m, s->rank, s->step).s, to);
         if (!s || s->rank > from)
-            return ry_fail(m->err, "%s: rank %d sends nothing for it", name(m, to, r->step).s, from);
+            return ry_fail(m->err, "%s: rank %d sends nothing for it", ry_verify_name(m, to, r->step).s, from);
         if (step_of(m, sends[i])->bytes != step_of(m, recvs[i])->bytes)
-            return ry_fail(m->err, "%s: is met by %s", name(m, s->rank, s->step).s, name(m, to, r->step).s);
+            return ry_fail(m->err, "%s: is met by %s", ry_verify_name(m, s->rank, s->step).s,
+                           ry_verify_name(m, to, r->step).s);
         m->transfers[sends[i]].partner = recvs[i];
         m->transfers[recvs[i]].partner = sends[i];
     }
@@ -492,7 +176,7 @@ static struct spans *segment(struct machine *m, int rank, int from)
 static int add_piece(struct machine *m, uint64_t bytes, struct token token)
 {
     uint64_t lo = m->npieces ? m->pieces[m->npieces - 1].hi : 0;
-    if (room(m, &m->pieces, &m->pieces_cap, m->npieces + 1, sizeof *m->pieces))
+    if (ry_verify_room(m, &m->pieces, &m->pieces_cap, m->npieces + 1, sizeof *m->pieces))
         return -1;
     m->pieces[m->npieces++] = (struct span){lo, lo + bytes, token};
     return 0;
@@ -512,7 +196,7 @@ static int read_from(struct machine *m, int rank, int step)
         for (size_t i = spans_find(st, at.offset); left; i++) {
             if (i == st->n || st->v[i].lo > at.offset)
                 return ry_fail(m->err, "%s: reads what was never written, at offset %" PRIu64 " of staging memory",
-                               name(m, rank, step).s, at.offset);
+                               ry_verify_name(m, rank, step).s, at.offset);
             uint64_t part = st->v[i].hi - at.offset < left ? st->v[i].hi - at.offset : left;
             if (add_piece(m, part, token_after(st->v[i].token, at.offset - st->v[i].lo)))
                 return -1;
@@ -522,12 +206,12 @@ static int read_from(struct machine *m, int rank, int step)
         return 0;
     }
     for (int from; left;) {
-        uint64_t part = next_part(m, rank, &at, &left, &from, &offset);
+        uint64_t part = ry_verify_part(m, rank, &at, &left, &from, &offset);
         const struct spans *seg = segment(m, rank, from);
         size_t i = spans_find(seg, offset);
         if (i == seg->n || seg->v[i].lo > offset || seg->v[i].hi < offset + part)
             return ry_fail(m->err, "%s: reads what was never written, at offset %" PRIu64 " of receive segment %d",
-                           name(m, rank, step).s, offset, from);
+                           ry_verify_name(m, rank, step).s, offset, from);
         if (add_piece(m, part, sent(m, from, rank, offset)))
             return -1;
     }
@@ -550,13 +234,13 @@ static int write_to(struct machine *m, int rank, int step)
     uint64_t left = s->bytes, offset;
     size_t k = 0;
     for (int from; left;) {
-        uint64_t done = s->bytes - left, part = next_part(m, rank, &at, &left, &from, &offset);
+        uint64_t done = s->bytes - left, part = ry_verify_part(m, rank, &at, &left, &from, &offset);
         for (; k < m->npieces && m->pieces[k].lo < done + part; k++) {
             uint64_t lo = m->pieces[k].lo > done ? m->pieces[k].lo : done;
             struct token is = token_after(m->pieces[k].token, lo - m->pieces[k].lo);
             if (!same(is, sent(m, from, rank, offset + (lo - done))))
                 return ry_fail(m->err, "%s: wrong source: offset %" PRIu64 " of receive segment %d gets %s",
-                               name(m, rank, step).s, offset + (lo - done), from, token_name(is).s);
+                               ry_verify_name(m, rank, step).s, offset + (lo - done), from, token_name(is).s);
             if (m->pieces[k].hi > done + part)
                 break; /* goes on in the next segment */
         }
@@ -564,7 +248,7 @@ static int write_to(struct machine *m, int rank, int step)
         size_t i = spans_find(seg, offset);
         if (i < seg->n && seg->v[i].lo < offset + part)
             return ry_fail(m->err, "%s: offset %" PRIu64 " of receive segment %d is written twice",
-                           name(m, rank, step).s, seg->v[i].lo > offset ? seg->v[i].lo : offset, from);
+                           ry_verify_name(m, rank, step).s, seg->v[i].lo > offset ? seg->v[i].lo : offset, from);
         if (spans_put(m, seg, (struct span){offset, offset + part, {0, 0, offset}}))
             return -1;
     }
@@ -702,7 +386,7 @@ int ry_plan_verify_at(const struct ry_cluster *cluster, const uint64_t *matrix, 
     m.queue = calloc(n, sizeof *m.queue);
     int rc = m.seg_start && m.first && m.stage && m.states && m.queue ? 0 : no_memory(&m);
     for (int r = 0; !rc && r < m.n; r++)
-        rc = check_plan(&m, r);
+        rc = ry_verify_plan(&m, r);
     rc = rc || list_segments(&m) || pair_all(&m) || run_all(&m) ? -1 : 0;
 
     for (size_t i = 0; m.seg && i < m.seg_start[n]; i++)
