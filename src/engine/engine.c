@@ -29,6 +29,7 @@
 #include "control/rendezvous.h"
 #include "device/device.h"
 #include "hooks.h"
+#include "measure/seat.h"
 #include "record/record.h"
 #include "row_width.h"
 #include "sampler.h"
@@ -153,32 +154,6 @@ static void device_known(void)
     pthread_mutex_unlock(&engine.lock);
 }
 
-static void take_seat(struct ry_seat *seat, int rank, int ordinal)
-{
-    *seat = (struct ry_seat){.version = RY_SEAT_VERSION,
-                             .settings_hash = engine.settings_hash,
-                             .rank = rank,
-                             .pid = (int32_t)getpid(),
-                             .railyard = RAILYARD_VERSION};
-    ry_node_identity(seat->node);
-    gethostname(seat->host, sizeof seat->host - 1);
-    struct ry_device_id id;
-    if (!engine.device || ordinal < 0 || engine.device->identify(ordinal, &id, NULL))
-        return;
-    memcpy(seat->gpu_name, id.name, sizeof seat->gpu_name);
-    memcpy(seat->gpu_pci, id.pci, sizeof seat->gpu_pci);
-    memcpy(seat->gpu_uuid, id.uuid, sizeof seat->gpu_uuid);
-    const struct ry_topo_gpu *gpu = engine.topo && *id.pci ? ry_topo_gpu_by_pci(engine.topo, id.pci) : NULL;
-    if (!gpu)
-        return;
-    seat->nvlink_gbs = gpu->nvlink_gbs;
-    if (gpu->nearest_nic >= 0) {
-        const struct ry_topo_nic *nic = ry_topo_nic(engine.topo, gpu->nearest_nic);
-        memcpy(seat->nic, nic->name, sizeof seat->nic);
-        seat->nic_gbs = nic->gbs;
-    }
-}
-
 /* ---- communicators ---- */
 
 static void id_text(uint64_t key, char out[17])
@@ -297,7 +272,7 @@ static void *comm_created(const struct ry_comm_info *info)
     }
     c->info = *info;
     c->key = communicator_key(info, parent);
-    take_seat(&c->seat, info->rank, info->device);
+    ry_seat_take(&c->seat, engine.device, engine.topo, info->rank, info->device, engine.settings_hash);
     if (engine.record)
         c->record = begin_recording(c, parent);
     pthread_mutex_lock(&engine.lock);
