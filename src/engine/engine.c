@@ -18,8 +18,9 @@
 #include <xxhash.h>
 
 #include "base/clock.h"
-#include "engine.h"
 #include "base/thread.h"
+#include "engine.h"
+#include "measure/seat.h"
 
 #define TICKET_AT 64 /* where in a unique id our ticket lies: NCCL's own handle ends before */
 _Static_assert(TICKET_AT + sizeof(struct ry_ticket) <= RY_NCCL_ID_BYTES, "a ticket fits into a unique id");
@@ -98,34 +99,6 @@ static void parts_known(void)
         start_parts();
     ry_engine.parts_tried = true;
     pthread_mutex_unlock(&ry_engine.lock);
-}
-
-static void take_seat(struct ry_seat *seat, const struct ry_comm_info *info)
-{
-    int ordinal = info->device;
-    *seat = (struct ry_seat){.version = RY_SEAT_VERSION,
-                             .settings_hash = ry_engine.settings_hash,
-                             .rank = info->rank,
-                             .pid = (int32_t)getpid(),
-                             .able = ry_reissue_able(info),
-                             .railyard = RAILYARD_VERSION};
-    ry_node_identity(seat->node);
-    gethostname(seat->host, sizeof seat->host - 1);
-    struct ry_device_id id;
-    if (!ry_engine.device || ordinal < 0 || ry_engine.device->identify(ordinal, &id, NULL))
-        return;
-    memcpy(seat->gpu_name, id.name, sizeof seat->gpu_name);
-    memcpy(seat->gpu_pci, id.pci, sizeof seat->gpu_pci);
-    memcpy(seat->gpu_uuid, id.uuid, sizeof seat->gpu_uuid);
-    const struct ry_topo_gpu *gpu = ry_engine.topo && *id.pci ? ry_topo_gpu_by_pci(ry_engine.topo, id.pci) : NULL;
-    if (!gpu)
-        return;
-    seat->nvlink_gbs = gpu->nvlink_gbs;
-    if (gpu->nearest_nic >= 0) {
-        const struct ry_topo_nic *nic = ry_topo_nic(ry_engine.topo, gpu->nearest_nic);
-        memcpy(seat->nic, nic->name, sizeof seat->nic);
-        seat->nic_gbs = nic->gbs;
-    }
 }
 
 /* ---- communicators ---- */
@@ -258,7 +231,8 @@ static void *comm_created(const struct ry_comm_info *info)
     c->info = *info;
     c->key = communicator_key(info, parent);
     snprintf(c->id, sizeof c->id, "%016llx", (unsigned long long)c->key);
-    take_seat(&c->seat, info);
+    ry_seat_take(&c->seat, ry_engine.device, ry_engine.topo, info->rank, info->device, ry_engine.settings_hash);
+    c->seat.able = ry_reissue_able(info);
     if (ry_engine.record)
         c->record = begin_recording(c, parent);
     pthread_mutex_lock(&ry_engine.lock);

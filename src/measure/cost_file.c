@@ -76,6 +76,8 @@ static const struct field fields[] = {
     LINK(RY_LINK_LOCAL, "local"),
     LINK(RY_LINK_NIC, "nic"),
     {"nic", "rank_bytes_per_us", offsetof(struct ry_cost_model, nic_rank_bytes_per_us), 1e-3},
+    {"copy", "each_us", offsetof(struct ry_cost_model, copy_us), 0},
+    {"copy", "bytes_per_us", offsetof(struct ry_cost_model, copy_bytes_per_us), 1e-3},
     {NULL, "group_us", offsetof(struct ry_cost_model, group_us), 0},
     {NULL, "agreement_us", offsetof(struct ry_cost_model, agreement_us), 0},
     {NULL, "plan_us_per_rank", offsetof(struct ry_cost_model, plan_us_per_rank), 0},
@@ -179,6 +181,8 @@ static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluste
                              "made", when, "railyard", RAILYARD_VERSION);
     for (int l = 0; root && l < RY_LINKS; l++)
         json_object_set_new(root, ry_link_name((enum ry_link)l), json_pack("{s:b}", "measured", m.link[l].measured));
+    if (root)
+        json_object_set_new(root, "copy", json_object());
     for (size_t i = 0; root && i < NFIELDS; i++) {
         const struct field *f = &fields[i];
         json_object_set_new(f->object ? json_object_get(root, f->object) : root, f->name, json_real(*value_of(&m, f)));

@@ -133,7 +133,7 @@ static void say_loss(struct ry_choice *c, const struct ry_cost_parts *direct, co
 
 static bool usable(const struct ry_cost_model *m)
 {
-    bool good = m->nic_rank_bytes_per_us > 0 && isfinite(m->nic_rank_bytes_per_us);
+    bool good = m->nic_rank_bytes_per_us > 0 && isfinite(m->nic_rank_bytes_per_us) && m->copy_bytes_per_us > 0;
     for (int l = 0; l < RY_LINKS; l++)
         good = good && m->link[l].bytes_per_us > 0 && isfinite(m->link[l].bytes_per_us);
     return good;

@@ -60,12 +60,14 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
             nvlink = LOCAL_GBS;
     const double gbs = 1000 * REACHED; /* GB/s are 1000 bytes per microsecond */
     *model = (struct ry_cost_model){
-        .link = {[RY_LINK_SELF] = {.alpha_us = 2, .bytes_per_us = 500e3, .message_us = 2},
+        .link = {[RY_LINK_SELF] = {.bytes_per_us = 100e3, .message_us = 1},
                  [RY_LINK_LOCAL] = {.alpha_us = 5,
                                     .bytes_per_us = (nvlink > 0 ? nvlink : LOCAL_GBS) * gbs,
                                     .message_us = 1},
                  [RY_LINK_NIC] = {.alpha_us = 15, .bytes_per_us = (nic > 0 ? nic : NIC_GBS) * gbs, .message_us = 2}},
         .nic_rank_bytes_per_us = (rank_nic > 0 ? rank_nic : NIC_GBS) * gbs,
+        .copy_us = 3,
+        .copy_bytes_per_us = 300e3,
         .group_us = 15,
         .agreement_us = 50,
         .plan_us_per_rank = 0.2,
@@ -279,7 +281,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     /* Segments for one node are neighbours in memory if its ranks have neighbouring numbers; otherwise they are packed.
      */
     if (hier->nic > 0 && runs != c->nnodes)
-        hier->copies = link_us(k.self, c->nranks, number(most_out));
+        hier->copies = c->nranks * m->copy_us + number(most_out) / m->copy_bytes_per_us;
     hier->overhead += m->plan_us_per_rank * c->nranks;
     for (int s = 0; s < RY_STRATEGIES; s++) {
         struct ry_cost_parts *p = &parts[s];
@@ -330,7 +332,7 @@ static double copies_us(const struct ry_cost_model *m, const struct ry_plan *pla
         n++;
         bytes += (double)plan->steps[w->next].bytes;
     }
-    return link_us(pace_of(m, RY_LINK_SELF), n, bytes);
+    return n * m->copy_us + bytes / m->copy_bytes_per_us;
 }
 
 /* Its transfers of group `group`. */

@@ -22,14 +22,15 @@ const char *ry_link_name(enum ry_link link); /* "self", "local", "nic" */
  * copies between them, follow each other with all ranks in step. Transfers both ways at once do not slow each other.
  */
 struct ry_cost_model {
-    struct {
+    struct ry_cost_link {
         double alpha_us;     /* of transfers over an idle link, beyond `message_us` */
         double bytes_per_us; /* SELF, LOCAL: one rank's, each way. NIC: shared by the ranks of a node, each way */
-        double message_us;   /* each message of a group, per rank. SELF: each copy */
+        double message_us;   /* each message of a group, per rank */
         bool measured;       /* by railyard calibrate */
     } link[RY_LINKS];
     double nic_rank_bytes_per_us; /* the most that one rank alone gets out of its node's NIC, each way */
-    double group_us;              /* of each NCCL group (a kernel launch) */
+    double copy_us, copy_bytes_per_us; /* of each copy between groups; SELF is what goes through NCCL */
+    double group_us;                   /* of each NCCL group (a kernel launch) */
     double agreement_us; /* manifest to verdict, as far as the exchange has to wait for it; direct pays it too once engaged */
     double plan_us_per_rank; /* building a plan: times nranks; direct needs none */
     bool measured;           /* by railyard calibrate, at least in part, rather than guessed from the topology */

@@ -93,6 +93,8 @@ static const struct ry_cost_model typical = {
              [RY_LINK_LOCAL] = {.alpha_us = 5, .bytes_per_us = 200e3, .message_us = 1},
              [RY_LINK_NIC] = {.alpha_us = 40, .bytes_per_us = 3e3, .message_us = 10}},
     .nic_rank_bytes_per_us = 2e3,
+    .copy_us = 3,
+    .copy_bytes_per_us = 1e6,
     .group_us = 15,
     .agreement_us = 50,
     .plan_us_per_rank = 0.2,

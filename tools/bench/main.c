@@ -55,20 +55,6 @@ static void open_device(struct ry_bench *b)
     RY_DEVICE(b, event_create, &b->after);
 }
 
-/*
- * Where torchrun itself listens on MASTER_PORT (its workers are meant to use its store), the next port is taken, by all
- * ranks alike.
- */
-static void avoid_torchrun(void)
-{
-    const char *agent = getenv("TORCHELASTIC_USE_AGENT_STORE"), *port = getenv("MASTER_PORT");
-    char next[16];
-    if (!agent || strcmp(agent, "True") || !port)
-        return;
-    snprintf(next, sizeof next, "%d", atoi(port) % 65535 + 1);
-    setenv("MASTER_PORT", next, 1);
-}
-
 static void open_communicator(struct ry_bench *b)
 {
     const struct ry_bench_options *o = &b->options;
@@ -77,7 +63,7 @@ static void open_communicator(struct ry_bench *b)
     RY_NCCL(b, ncclGetVersion, &b->nccl_version);
     if (b->rank == 0)
         RY_NCCL(b, ncclGetUniqueId, &id);
-    avoid_torchrun();
+    ry_rendezvous_beside_torchrun();
     if (ry_rendezvous(&o->ranks, &id, sizeof id, RENDEZVOUS_SECONDS, &err))
         ry_bench_die(b, "%s", err.msg);
     RY_NCCL(b, ncclCommInitRank, &b->comm, b->ranks, id, b->rank);

@@ -8,6 +8,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -150,4 +151,14 @@ int ry_rendezvous(const struct ry_ranks *who, void *data, size_t bytes, double t
     }
     freeaddrinfo(to);
     return rc;
+}
+
+void ry_rendezvous_beside_torchrun(void)
+{
+    const char *agent = getenv("TORCHELASTIC_USE_AGENT_STORE"), *port = getenv("MASTER_PORT");
+    char next[16];
+    if (!agent || strcmp(agent, "True") || !port)
+        return;
+    snprintf(next, sizeof next, "%d", atoi(port) % 65535 + 1);
+    setenv("MASTER_PORT", next, 1);
 }

@@ -25,4 +25,10 @@ int ry_ranks_from_env(struct ry_ranks *out, struct ry_err *err);
  */
 int ry_rendezvous(const struct ry_ranks *who, void *data, size_t bytes, double timeout_s, struct ry_err *err);
 
+/**
+ * Where torchrun itself listens on MASTER_PORT (its workers are meant to use its store), take the next port; all ranks alike,
+ * before the first ry_rendezvous().
+ */
+void ry_rendezvous_beside_torchrun(void);
+
 #endif

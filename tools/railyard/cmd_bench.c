@@ -1,6 +1,6 @@
 /*
- * cmd_bench.c: `railyard bench`: becomes railyard-bench, which is a program of its own since it links NCCL and this
- * tool does not. Options, help and the advice on how to start it are all there.
+ * cmd_bench.c: `railyard bench` and `railyard calibrate`: become railyard-bench and railyard-calibrate, which are programs of
+ * their own since they link NCCL and this tool does not. Options, help and the advice on how to start them are all there.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -11,11 +11,11 @@
 #include "command.h"
 #include "where.h"
 
-int cmd_bench(int argc, char **argv)
+static int become(enum ry_where program, char **argv)
 {
     char path[4096], emu[4096];
     struct ry_err err;
-    if (ry_where(RY_WHERE_BENCH, path, &err))
+    if (ry_where(program, path, &err))
         return command_fail(argv[0], "%s", err.msg);
     /*
      * Started as no rank of a job, it gives help or advice. That must not fail for lack of an NCCL to load: let it find
@@ -31,4 +31,14 @@ int cmd_bench(int argc, char **argv)
     }
     execv(path, argv);
     return command_fail(argv[0], "cannot run %s: %s", path, strerror(errno));
+}
+
+int cmd_bench(int argc, char **argv)
+{
+    return become(RY_WHERE_BENCH, argv);
+}
+
+int cmd_calibrate(int argc, char **argv)
+{
+    return become(RY_WHERE_CALIBRATE, argv);
 }

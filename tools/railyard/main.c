@@ -13,6 +13,7 @@ static const struct command {
     int (*run)(int argc, char **argv);
 } commands[] = {
     {"bench", "exchange as mixture-of-experts layers do, check every byte, time it", cmd_bench},
+    {"calibrate", "measure what the cluster's links cost, and keep it for jobs that run there", cmd_calibrate},
     {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
     {"topo", "show this node's topology, or a saved one: text, JSON, hwloc XML or a picture", cmd_topo},
@@ -35,7 +36,7 @@ static void usage(FILE *f)
 {
     fprintf(f, "Usage: railyard COMMAND [OPTION...]\n\nSee every all-to-all of an NCCL job, and what the machine is made of.\n\n");
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-        fprintf(f, "  %-8s %s\n", commands[i].name, commands[i].help);
+        fprintf(f, "  %-9s %s\n", commands[i].name, commands[i].help);
     fprintf(f, "\n'railyard COMMAND --help' tells more. The library itself is used by LD_PRELOAD: see the README.\n");
 }
 

@@ -14,6 +14,7 @@ int ry_where(enum ry_where what, char out[4096], struct ry_err *err)
         [RY_WHERE_PRELOAD] = {RY_BIN_TO_LIB "/librailyard.so", "../../plugin/librailyard.so"},
         [RY_WHERE_EMU_DIR] = {RY_BIN_TO_LIB "/railyard/emu", "../emu"},
         [RY_WHERE_BENCH] = {RY_BIN_TO_LIBEXEC "/railyard/railyard-bench", "../bench/railyard-bench"},
+        [RY_WHERE_CALIBRATE] = {RY_BIN_TO_LIBEXEC "/railyard/railyard-calibrate", "../calibrate/railyard-calibrate"},
         [RY_WHERE_TOOL_DIR] = {".", "."},
     };
     char dir[PATH_MAX], tried[2][PATH_MAX + 128];
