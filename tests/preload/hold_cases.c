@@ -687,6 +687,7 @@ static void ends(void)
     a = world_comm();
     hold(a, true);
     NCCL(exchange(a, 1, NULL));
+    barrier(b);
     spy_line();
     NCCL(ncclCommAbort(a));
     SEEN("aborting ended");
@@ -705,6 +706,7 @@ static void ends(void)
     SEEN("stray s%d r%d", who.rank, who.rank);
     NCCL(ncclGroupEnd());
     NCCL(ncclCommDestroy(a));
+    barrier(b); /* a rank that has left is a dead one to those who are still busy */
     NCCL(ncclCommDestroy(b));
 }
 
