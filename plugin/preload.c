@@ -631,13 +631,14 @@ static inline void tell_begin(struct ry_group *g, struct running *run)
     g->inside--;
 }
 
+/* True: the engine has done it, with result *r. Means nothing where NCCL has the calls already. */
 static inline bool offer(struct ry_group *g, struct running *run, ncclResult_t *r)
 {
     int result = ncclSuccess;
     if (!run->told || !hooks.exchange_take)
         return false;
     g->inside++;
-    bool taken = hooks.exchange_take(g->comm->engine, &run->x, run->cookie, &result) && run->x.held;
+    bool taken = hooks.exchange_take(g->comm->engine, &run->x, run->cookie, &result);
     g->inside--;
     if (taken)
         *r = (ncclResult_t)result;
