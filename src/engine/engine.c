@@ -206,7 +206,7 @@ static uint64_t communicator_key(const struct ry_comm_info *info, const struct c
 }
 
 /* The rendezvous is over: runs on its thread. */
-static void seats_swapped(void *context, const void *all, const char *why)
+static void seats_swapped(void *context, const void *all, const void *extra, size_t extra_size, const char *why)
 {
     struct comm *c = context;
     char id[17];
@@ -273,9 +273,9 @@ static void meet(struct comm *c, const struct comm *parent)
         c->ticket = parent->ticket;
     }
     if (!*err.msg && !ry_rendezvous_attend(engine.rendezvous, &c->ticket, c->key, c->info.nranks, c->info.rank, &c->seat,
-                                           sizeof c->seat, engine.settings.patience, seats_swapped, c, &err))
+                                           sizeof c->seat, NULL, 0, engine.settings.patience, seats_swapped, c, &err))
         return;
-    seats_swapped(c, NULL, err.msg);
+    seats_swapped(c, NULL, NULL, 0, err.msg);
 }
 
 static void *comm_created(const struct ry_comm_info *info)
