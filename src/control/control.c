@@ -137,6 +137,8 @@ struct address_head {
     uint32_t watch_size, ucx_size;
 };
 
+const char ry_line_left[] = "it has left the communicator";
+
 static void list_init(struct list *l)
 {
     l->first = NULL;
@@ -363,7 +365,7 @@ static void line_take(struct ry_line *l, struct item *i)
     }
     w->in++;
     if (i->h.kind == BYE) {
-        way_lost(l, w, "it has left the communicator");
+        way_lost(l, w, ry_line_left);
     } else if (i->h.kind == DATA) {
         list_put(&l->inbox, i);
         line_ready(l);
@@ -695,6 +697,15 @@ bool ry_control_poll(struct ry_control *c)
     any |= dispatch(c);
     pthread_mutex_unlock(&c->lock);
     return any;
+}
+
+void ry_control_rest(struct ry_control *c)
+{
+    atomic_store_explicit(&c->polled_at, 0, memory_order_relaxed);
+    pthread_mutex_lock(&c->lock);
+    if (c->napping)
+        eventfd_write(c->wake, 1);
+    pthread_mutex_unlock(&c->lock);
 }
 
 /* ---- the thread ---- */

@@ -37,10 +37,12 @@ void ry_control_stop(struct ry_control *control);
 /** The worker's address, to be handed to others: owned by `control`. */
 const void *ry_control_address(const struct ry_control *control, size_t *size);
 
+extern const char ry_line_left[];
+
 struct ry_line_handlers {
     void *context;
     void (*message)(void *context, int from, const void *bytes, size_t size); /* `bytes` valid during the call */
-    /** Rank `peer` cannot be reached any more (on other ranks than the yardmaster: the yardmaster). Called once per peer. */
+    /** Rank `peer` cannot be reached any more; `why` is ry_line_left if it closed its line in good order (on other ranks than the yardmaster: the yardmaster). Called once per peer. */
     void (*lost)(void *context, int peer, const char *why);
     /** The time asked for by ry_line_wake_at() has come. */
     void (*timer)(void *context, uint64_t now_ns);
@@ -63,5 +65,8 @@ void ry_line_send(struct ry_line *line, int to, const void *bytes, size_t size);
 void ry_line_wake_at(struct ry_line *line, uint64_t ns);
 /** Drive the worker from this thread for a moment: true if something happened. For a thread that waits. */
 bool ry_control_poll(struct ry_control *control);
+/** That thread stops driving it, and waits in another way: the progress thread, which rests while others drive, takes over at
+ *  once. */
+void ry_control_rest(struct ry_control *control);
 
 #endif

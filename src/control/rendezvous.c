@@ -34,10 +34,13 @@ struct hello {
     uint8_t cookie[16];
     uint64_t key;
     uint32_t nranks, rank, size, patience_ms;
+    uint32_t extra, spare; /* bytes after the record: rank 0's only */
 };
 struct answer {
     uint32_t failed; /* 0: the records of all ranks follow, else a text */
-    uint32_t size;
+    uint32_t size;   /* of what follows first */
+    uint32_t extra;  /* of rank 0's, which follows that */
+    uint32_t spare;
 };
 
 struct payload { /* an answer on its way to many */
@@ -52,6 +55,8 @@ struct meeting {
     uint32_t nranks, size, arrived;
     bool *present;
     char *all;
+    char *extra; /* rank 0's, once it is here */
+    uint32_t extra_size;
     struct payload *answer; /* made when the meeting is over; the meeting stays until its visitors have it */
 };
 
@@ -75,8 +80,8 @@ struct guest {
     struct payload *out;
     size_t sent;
     struct answer answer;
-    size_t got, expected;
-    char *in;
+    size_t got, expected, extra_at;
+    char *in; /* all, then from extra_at on rank 0's extra */
     ry_rendezvous_done done;
     void *context;
     bool over;
@@ -151,26 +156,36 @@ static void missing_text(const struct meeting *m, char *text, size_t size)
     append(text, size, item);
 }
 
-static struct payload *make_answer(bool failed, const void *bytes, size_t size)
+static struct payload *make_answer(bool failed, const void *bytes, size_t size, const void *extra, uint32_t extra_size)
 {
-    struct payload *p = malloc(sizeof *p + sizeof(struct answer) + size);
+    struct payload *p = malloc(sizeof *p + sizeof(struct answer) + size + extra_size);
     if (!p)
         return NULL;
-    struct answer a = {.failed = failed, .size = (uint32_t)size};
+    struct answer a = {.failed = failed, .size = (uint32_t)size, .extra = extra_size};
     p->users = 0;
-    p->size = sizeof a + size;
+    p->size = sizeof a + size + extra_size;
     memcpy(p->bytes, &a, sizeof a);
     memcpy(p->bytes + sizeof a, bytes, size);
+    if (extra_size)
+        memcpy(p->bytes + sizeof a + size, extra, extra_size);
     return p;
 }
 
 static void refuse(struct visitor *v, const char *why)
 {
-    v->out = make_answer(true, why, strlen(why));
+    v->out = make_answer(true, why, strlen(why), NULL, 0);
     if (v->out)
         v->out->users = 1;
     else
         v->gone = true;
+}
+
+static void meeting_free(struct meeting *m)
+{
+    free(m->all);
+    free(m->present);
+    free(m->extra);
+    free(m);
 }
 
 /* Everybody is there, or time is up: answer all who wait. */
@@ -178,10 +193,10 @@ static void conclude(struct ry_rendezvous *rv, struct meeting *m)
 {
     char text[256];
     if (m->arrived == m->nranks) {
-        m->answer = make_answer(false, m->all, (size_t)m->nranks * m->size);
+        m->answer = make_answer(false, m->all, (size_t)m->nranks * m->size, m->extra, m->extra_size);
     } else {
         missing_text(m, text, sizeof text);
-        m->answer = make_answer(true, text, strlen(text));
+        m->answer = make_answer(true, text, strlen(text), NULL, 0);
     }
     for (struct visitor *v = rv->visitors; v; v = v->next) {
         if (v->meeting != m || v->out)
@@ -201,9 +216,7 @@ static void conclude(struct ry_rendezvous *rv, struct meeting *m)
         *p = m->next;
         break;
     }
-    free(m->all);
-    free(m->present);
-    free(m);
+    meeting_free(m);
 }
 
 static struct meeting *find_meeting(struct ry_rendezvous *rv, const struct hello *h)
@@ -219,9 +232,7 @@ static struct meeting *find_meeting(struct ry_rendezvous *rv, const struct hello
     m->all = calloc(h->nranks, h->size);
     m->present = calloc(h->nranks, sizeof *m->present);
     if (!m->all || !m->present) {
-        free(m->all);
-        free(m->present);
-        free(m);
+        meeting_free(m);
         return NULL;
     }
     m->next = rv->meetings;
@@ -240,7 +251,13 @@ static void seat_visitor(struct ry_rendezvous *rv, struct visitor *v)
         return refuse(v, "two ranks with one number");
     m->present[v->hello.rank] = true;
     memcpy(m->all + (size_t)v->hello.rank * m->size, v->record, m->size);
-    free(v->record);
+    if (v->hello.extra) { /* rank 0: what comes after its record is for all */
+        memmove(v->record, v->record + m->size, v->hello.extra);
+        m->extra = v->record;
+        m->extra_size = v->hello.extra;
+    } else {
+        free(v->record);
+    }
     v->record = NULL;
     v->meeting = m;
     if (++m->arrived == m->nranks)
@@ -254,7 +271,7 @@ static void visitor_reads(struct ry_rendezvous *rv, struct visitor *v)
         size_t body = v->got - sizeof v->hello; /* only used when !head */
         char sink[64];
         void *to = head ? (char *)&v->hello + v->got : v->record ? v->record + body : sink;
-        size_t want = head ? sizeof v->hello - v->got : v->record ? v->hello.size - body : sizeof sink;
+        size_t want = head ? sizeof v->hello - v->got : v->record ? v->hello.size + v->hello.extra - body : sizeof sink;
         ssize_t n = recv(v->fd, to, want, 0);
         if (n <= 0) {
             if (n == 0 || (errno != EAGAIN && errno != EINTR))
@@ -270,12 +287,12 @@ static void visitor_reads(struct ry_rendezvous *rv, struct visitor *v)
             const struct hello *h = &v->hello;
             if (memcmp(h->cookie, rv->ticket.cookie, sizeof h->cookie) || !h->nranks || h->rank >= h->nranks ||
                 !h->size || h->size > MAX_BYTES || (uint64_t)h->nranks * h->size > MAX_ALL ||
-                !(v->record = malloc(h->size))) {
+                h->extra > (h->rank ? 0 : RY_RENDEZVOUS_EXTRA_MAX) || !(v->record = malloc(h->size + h->extra))) {
                 v->gone = true;
                 return;
             }
         }
-        if (v->got == sizeof v->hello + v->hello.size) {
+        if (v->got == sizeof v->hello + v->hello.size + v->hello.extra) {
             v->deadline = UINT64_MAX; /* the meeting's counts from now on */
             seat_visitor(rv, v);
             return;
@@ -398,13 +415,30 @@ static void guest_writes(struct guest *g)
     }
 }
 
+/* Where the n-th byte after the answer's head goes; `room` is how many may be written there. */
+static char *guest_place(const struct guest *g, size_t n, size_t *room)
+{
+    bool extra = n >= g->answer.size;
+    *room = g->answer.size - n + (extra ? g->answer.extra : 0);
+    return g->in + (extra ? g->extra_at + (n - g->answer.size) : n);
+}
+
+static bool guest_makes_room(struct guest *g)
+{
+    const struct answer *a = &g->answer;
+    if (a->failed ? a->size >= sizeof g->why || a->extra : a->size != g->expected || a->extra > RY_RENDEZVOUS_EXTRA_MAX)
+        return false;
+    g->extra_at = ((size_t)a->size + 15) & ~(size_t)15;
+    return (g->in = malloc(g->extra_at + a->extra + 1)) != NULL;
+}
+
 static void guest_reads(struct guest *g)
 {
     for (;;) {
         bool head = g->got < sizeof g->answer;
-        char *to = head ? (char *)&g->answer + g->got : g->in + (g->got - sizeof g->answer);
-        size_t want = head ? sizeof g->answer - g->got : sizeof g->answer + g->answer.size - g->got;
-        ssize_t n = recv(g->fd, to, want, 0);
+        size_t room = sizeof g->answer - g->got;
+        char *to = head ? (char *)&g->answer + g->got : guest_place(g, g->got - sizeof g->answer, &room);
+        ssize_t n = recv(g->fd, to, room, 0);
         if (n == 0)
             return guest_fails(g, "the process that made the communicator's id went away");
         if (n < 0) {
@@ -413,12 +447,9 @@ static void guest_reads(struct guest *g)
             return;
         }
         g->got += (size_t)n;
-        if (g->got == sizeof g->answer) {
-            if ((g->answer.failed ? g->answer.size >= sizeof g->why : g->answer.size != g->expected) ||
-                !(g->in = malloc((size_t)g->answer.size + 1)))
-                return guest_fails(g, "an answer of the wrong size: do all ranks run the same version of Railyard?");
-        }
-        if (g->got == sizeof g->answer + g->answer.size) {
+        if (g->got == sizeof g->answer && !guest_makes_room(g))
+            return guest_fails(g, "an answer of the wrong size: do all ranks run the same version of Railyard?");
+        if (g->got == sizeof g->answer + g->answer.size + g->answer.extra) {
             g->over = true;
             if (g->answer.failed)
                 snprintf(g->why, sizeof g->why, "%.*s", (int)g->answer.size, g->in);
@@ -436,13 +467,18 @@ static void guest_free(struct guest *g)
 }
 
 int ry_rendezvous_attend(struct ry_rendezvous *rv, const struct ry_ticket *ticket, uint64_t key, int nranks, int rank,
-                         const void *bytes, size_t size, double seconds, ry_rendezvous_done done, void *context,
-                         struct ry_err *err)
+                         const void *bytes, size_t size, const void *extra, size_t extra_size, double seconds,
+                         ry_rendezvous_done done, void *context, struct ry_err *err)
 {
+    if (rank)
+        extra_size = 0;
     if (!ry_ticket_valid(ticket))
         return ry_fail(err, "nobody hosts: Railyard was not preloaded in the process that made the communicator's id");
     if (size > MAX_BYTES || (uint64_t)nranks * size > MAX_ALL)
         return ry_fail(err, "%d ranks with %zu bytes each are too many to swap", nranks, size);
+    if (extra_size > RY_RENDEZVOUS_EXTRA_MAX)
+        return ry_fail(err, "rank 0's address has %zu bytes, more than %u: name fewer devices in UCX_NET_DEVICES", extra_size,
+                       RY_RENDEZVOUS_EXTRA_MAX);
     struct sockaddr_storage at = {0};
     socklen_t len;
     if (ticket->family == 4) {
@@ -455,9 +491,9 @@ int ry_rendezvous_attend(struct ry_rendezvous *rv, const struct ry_ticket *ticke
         memcpy(&in->sin6_addr, ticket->address, 16);
     }
     struct guest *g = calloc(1, sizeof *g);
-    struct hello h = {.key = key, .nranks = (uint32_t)nranks, .rank = (uint32_t)rank, .size = (uint32_t)size,
+    struct hello h = {.key = key, .nranks = (uint32_t)nranks, .rank = (uint32_t)rank, .size = (uint32_t)size, .extra = (uint32_t)extra_size,
                       .patience_ms = seconds < 4e6 ? (uint32_t)(seconds * 1000) : 4000000000u};
-    struct payload *out = malloc(sizeof *out + sizeof h + size);
+    struct payload *out = malloc(sizeof *out + sizeof h + size + extra_size);
     int fd = socket(at.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (!g || !out || fd < 0 || (connect(fd, (struct sockaddr *)&at, len) && errno != EINPROGRESS)) {
         ry_fail(err, "cannot reach the process that made the communicator's id: %s", strerror(errno));
@@ -469,9 +505,11 @@ int ry_rendezvous_attend(struct ry_rendezvous *rv, const struct ry_ticket *ticke
     }
     memcpy(h.cookie, ticket->cookie, sizeof h.cookie);
     out->users = 1;
-    out->size = sizeof h + size;
+    out->size = sizeof h + size + extra_size;
     memcpy(out->bytes, &h, sizeof h);
     memcpy(out->bytes + sizeof h, bytes, size);
+    if (extra_size)
+        memcpy(out->bytes + sizeof h + size, extra, extra_size);
     g->fd = fd, g->out = out, g->done = done, g->context = context;
     g->expected = (size_t)nranks * size;
     g->deadline = ry_now_ns() + (uint64_t)h.patience_ms * 1000000u + GRACE_NS;
@@ -517,7 +555,8 @@ static void dismiss_guests(struct ry_rendezvous *rv)
             bool ok = !*g->why;
             rv->running = g->context;
             pthread_mutex_unlock(&rv->lock);
-            g->done(g->context, ok ? g->in : NULL, ok ? NULL : g->why);
+            g->done(g->context, ok ? g->in : NULL, ok && g->answer.extra ? g->in + g->extra_at : NULL, ok ? g->answer.extra : 0,
+                    ok ? NULL : g->why);
             pthread_mutex_lock(&rv->lock);
             rv->running = NULL;
             pthread_cond_broadcast(&rv->idle);
@@ -670,9 +709,7 @@ void ry_rendezvous_stop(struct ry_rendezvous *rv)
         next = g->next, guest_free(g);
     for (struct meeting *m = rv->meetings, *next; m; m = next) {
         next = m->next;
-        free(m->all);
-        free(m->present);
-        free(m);
+        meeting_free(m);
     }
     if (rv->listener >= 0)
         close(rv->listener);

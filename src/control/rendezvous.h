@@ -1,5 +1,6 @@
 /*
- * rendezvous.h: the ranks of a communicator swap a small record each, without the job noticing.
+ * rendezvous.h: the ranks of a communicator swap a small record each, without the job noticing, and all get one more from
+ * rank 0.
  *
  * Owns: the ticket that tells where to meet, and the one thread that hosts and attends meetings over TCP. Not: what is
  * swapped, nor what is done with it.
@@ -36,7 +37,7 @@ struct ry_ticket {
     uint8_t address[16];
     uint8_t cookie[16];
 };
-#define RY_TICKET_VERSION 1
+#define RY_TICKET_VERSION 2
 bool ry_ticket_valid(const struct ry_ticket *ticket);
 
 /** Start the thread. NULL with `err` on failure. */
@@ -49,18 +50,21 @@ int ry_rendezvous_host(struct ry_rendezvous *rv, const struct sockaddr *address,
                        struct ry_err *err);
 
 /**
- * How a meeting ended. all != NULL: `size` bytes from each rank, in rank order, owned by the caller of this callback. NULL:
- * `why` says which ranks are missing or what failed. Called once, on the rendezvous thread.
+ * How a meeting ended. all != NULL: `size` bytes from each rank, in rank order, owned by the caller of this callback, and the
+ * `extra_size` bytes that rank 0 brought besides (`extra` is NULL if none; aligned for any type). NULL: `why` says which
+ * ranks are missing or what failed. Called once, on the rendezvous thread.
  */
-typedef void (*ry_rendezvous_done)(void *context, const void *all, const char *why);
+typedef void (*ry_rendezvous_done)(void *context, const void *all, const void *extra, size_t extra_size, const char *why);
 
 /**
  * Meet the `nranks` ranks that use the same `ticket` and `key`, bringing `size` bytes (equal on all ranks, copied), waiting at
- * most `seconds`. Returns at once; -1 with `err` if that could not even be tried (`done` is then not called).
+ * most `seconds`. Rank 0's `extra` (of any size up to RY_RENDEZVOUS_EXTRA_MAX, copied) goes to everybody, so that an address
+ * that only rank 0's matters of is not sent once per rank to each; other ranks' is not even sent. Returns at once; -1 with `err` if that could not even be tried (`done` is then not called).
  */
 int ry_rendezvous_attend(struct ry_rendezvous *rv, const struct ry_ticket *ticket, uint64_t key, int nranks, int rank,
-                         const void *bytes, size_t size, double seconds, ry_rendezvous_done done, void *context,
-                         struct ry_err *err);
+                         const void *bytes, size_t size, const void *extra, size_t extra_size, double seconds,
+                         ry_rendezvous_done done, void *context, struct ry_err *err);
+#define RY_RENDEZVOUS_EXTRA_MAX (64u << 10)
 
 /** Forget the meetings of `context`: when this returns, its `done` is not running and will not be called. */
 void ry_rendezvous_cancel(struct ry_rendezvous *rv, void *context);

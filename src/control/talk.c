@@ -2,14 +2,18 @@
 #include "talk.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/clock.h"
 
 /* How long a waiting thread drives the network by itself before it sleeps: a verdict usually comes in less, and being woken
-   twice (the progress thread, then this one) costs more than that. */
-#define SPIN_NS 50000u
+   twice (the progress thread, then this one) costs more than most verdicts take. Where a process has few CPUs the thread would
+   only keep them from those it waits for. */
+#define SPIN_NS 2000000u
+#define SPIN_NS_FEW_CPUS 20000u
+#define FEW_CPUS 4
 
 /* The first byte of every message: whom it is for, since rank 0 is both a rank and the yardmaster. */
 enum { FOR_YARDMASTER = 'y', FOR_RANK = 'r' };
@@ -21,6 +25,7 @@ struct ry_talk {
     struct ry_agree *agree;
     struct ry_yard *yard; /* on rank 0 */
     struct ry_line *line;
+    uint64_t spin_ns;
     char *out; /* a message with its first byte */
     size_t out_size;
 };
@@ -122,7 +127,9 @@ struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err 
     struct ry_talk *t = calloc(1, sizeof *t);
     if (!t)
         return ry_fail(err, "out of memory"), NULL;
+    cpu_set_t cpus;
     t->config = *config;
+    t->spin_ns = !sched_getaffinity(0, sizeof cpus, &cpus) && CPU_COUNT(&cpus) < FEW_CPUS ? SPIN_NS_FEW_CPUS : SPIN_NS;
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->decided, NULL);
     t->agree = ry_agree_new(config->nranks, config->rank, 0, &(struct ry_agree_port){t, rank_sends});
@@ -167,14 +174,18 @@ bool ry_talk_exchange(struct ry_talk *t, uint64_t number, const struct ry_manife
     pthread_mutex_lock(&t->lock);
     enum ry_way way = ry_agree_exchange(t->agree, number, m, seen, seen_bytes);
     settle(t);
-    bool there = way == RY_WAIT_VERDICT && ry_agree_verdict(t->agree, verdict);
+    bool there = way == RY_WAIT_VERDICT && ry_agree_verdict(t->agree, verdict), driving = true;
     while (way == RY_WAIT_VERDICT && !there) {
-        if (ry_now_ns() - began < SPIN_NS) {
-            pthread_mutex_unlock(&t->lock);
-            ry_control_poll(t->config.control);
-            pthread_mutex_lock(&t->lock);
-        } else {
+        if (!driving) {
             pthread_cond_wait(&t->decided, &t->lock);
+        } else {
+            driving = ry_now_ns() - began < t->spin_ns;
+            pthread_mutex_unlock(&t->lock);
+            if (driving)
+                ry_control_poll(t->config.control);
+            else
+                ry_control_rest(t->config.control);
+            pthread_mutex_lock(&t->lock);
         }
         there = ry_agree_verdict(t->agree, verdict);
     }
@@ -204,12 +215,5 @@ void ry_talk_quit(struct ry_talk *t)
     pthread_mutex_lock(&t->lock);
     ry_agree_leave(t->agree);
     settle(t);
-    pthread_mutex_unlock(&t->lock);
-}
-
-void ry_talk_locked(struct ry_talk *t, void (*f)(void *context), void *context)
-{
-    pthread_mutex_lock(&t->lock);
-    f(context);
     pthread_mutex_unlock(&t->lock);
 }

@@ -50,7 +50,5 @@ void ry_talk_stray(struct ry_talk *talk);
 void ry_talk_abort(struct ry_talk *talk, const char *reason);
 /** This rank wants no more of it (a mismatch found): ends the engagement for all ranks, in order. */
 void ry_talk_quit(struct ry_talk *talk);
-/** Call `f(context)` under the lock that the policy is called under: for what changes the policy's state. */
-void ry_talk_locked(struct ry_talk *talk, void (*f)(void *context), void *context);
 
 #endif

@@ -94,35 +94,50 @@ static void add(char *list, size_t size, const char *name, const char *port)
     snprintf(list + used, size - used, "%s%s%s%s", used ? "," : "", name, port ? ":" : "", port ? port : "");
 }
 
-/* Interfaces that NCCL would use, loopback (UCX takes it within a host only), and all ports of RDMA devices. */
-static void list_devices(char *list, size_t size)
+/* Interfaces that NCCL would use and loopback (UCX takes it within a host only); all ports of RDMA devices. Only what is
+   there: UCX warns of others. Returns whether there is RDMA. */
+static bool list_devices(char *list, size_t size)
 {
-    struct if_nameindex *all = if_nameindex();
+    struct ifaddrs *all = NULL;
+    bool rdma = false;
     *list = '\0';
-    for (const struct if_nameindex *i = all; i && i->if_index; i++)
-        if (!strcmp(i->if_name, "lo") || ry_watch_wants(i->if_name))
-            add(list, size, i->if_name, NULL);
-    if (all)
-        if_freenameindex(all);
+    if (getifaddrs(&all))
+        all = NULL;
+    for (const struct ifaddrs *i = all; i; i = i->ifa_next) {
+        unsigned need = IFF_UP | IFF_RUNNING;
+        bool before = false;
+        if (!i->ifa_addr || (i->ifa_addr->sa_family != AF_INET && i->ifa_addr->sa_family != AF_INET6) ||
+            (i->ifa_flags & need) != need || (!(i->ifa_flags & IFF_LOOPBACK) && !ry_watch_wants(i->ifa_name)))
+            continue;
+        for (const struct ifaddrs *j = all; j != i; j = j->ifa_next)
+            before |= !strcmp(j->ifa_name, i->ifa_name) && j->ifa_addr &&
+                      (j->ifa_addr->sa_family == AF_INET || j->ifa_addr->sa_family == AF_INET6);
+        if (!before)
+            add(list, size, i->ifa_name, NULL);
+    }
+    freeifaddrs(all);
     DIR *devices = opendir("/sys/class/infiniband");
     for (struct dirent *d; devices && (d = readdir(devices));) {
         char path[512];
         snprintf(path, sizeof path, "/sys/class/infiniband/%s/ports", d->d_name);
         DIR *ports = *d->d_name == '.' ? NULL : opendir(path);
-        for (struct dirent *p; ports && (p = readdir(ports));)
-            if (*p->d_name != '.')
-                add(list, size, d->d_name, p->d_name);
+        for (struct dirent *p; ports && (p = readdir(ports));) {
+            if (*p->d_name == '.')
+                continue;
+            add(list, size, d->d_name, p->d_name);
+            rdma = true;
+        }
         if (ports)
             closedir(ports);
     }
     if (devices)
         closedir(devices);
+    return rdma;
 }
 
-static void prefer(ucp_config_t *config, const char *name, const char *value)
+/* Transports' own settings are known here by the name within their table, to the user by the variable's. */
+static void prefer(ucp_config_t *config, const char *variable, const char *name, const char *value)
 {
-    char variable[64];
-    snprintf(variable, sizeof variable, "UCX_%s", name);
     if (!getenv(variable))
         ucp_config_modify(config, name, value);
 }
@@ -132,14 +147,17 @@ void ry_tame_ucx(ucp_config_t *config)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     char devices[2048];
     pthread_once(&once, tame_library);
-    list_devices(devices, sizeof devices);
-    prefer(config, "TLS", "self,sm,tcp,ib"); /* nothing of CUDA or ROCm: messages are in host memory */
-    prefer(config, "NET_DEVICES", devices);
+    bool rdma = list_devices(devices, sizeof devices);
+    /* Nothing of CUDA or ROCm: messages are in host memory. */
+    prefer(config, "UCX_TLS", "TLS", rdma ? "self,sm,tcp,ib" : "self,sm,tcp");
+    if (*devices)
+        prefer(config, "UCX_NET_DEVICES", "NET_DEVICES", devices);
     /* Without this shared memory is not used where errors are to be handled. That UCX is slow to notice a death there is
        what the watch is for; for the same reason there is no keepalive, which would wake every process now and then. */
-    prefer(config, "POSIX_ERROR_HANDLING", "y");
-    prefer(config, "KEEPALIVE_INTERVAL", "inf");
+    prefer(config, "UCX_POSIX_ERROR_HANDLING", "MM_ERROR_HANDLING", "y");
+    prefer(config, "UCX_KEEPALIVE_INTERVAL", "KEEPALIVE_INTERVAL", "inf");
     /* No cache of registered memory, so no hooks in malloc and munmap: our messages are small and are copied. */
-    prefer(config, "IB_REG_METHODS", "direct");
-    prefer(config, "MAX_EAGER_LANES", "1"); /* or fragments of one message could overtake another */
+    if (rdma)
+        prefer(config, "UCX_IB_REG_METHODS", "REG_METHODS", "direct");
+    prefer(config, "UCX_MAX_EAGER_LANES", "MAX_EAGER_LANES", "1"); /* or fragments of one message could overtake another */
 }

@@ -136,19 +136,12 @@ static void look_for_others(const struct comm *c, const struct ry_cluster *map)
     }
 }
 
-struct hello { struct ry_seat seat; uint32_t size; uint8_t address[1020]; };
 /* The rendezvous is over: runs on its thread. */
-static void seats_swapped(void *context, const void *all, const char *why)
+static void seats_swapped(void *context, const void *all, const void *address, size_t address_size, const char *why)
 {
     struct comm *c = context;
     struct ry_err err;
-    const struct hello *h = all;
-    struct ry_seat *seats = calloc((size_t)c->info.nranks, sizeof *seats);
-    for (int i = 0; h && i < c->info.nranks; i++) seats[i] = h[i].seat;
-    struct ry_cluster *map = all ? ry_cluster_build(seats, c->info.nranks, &err) : NULL;
-    free(seats);
-    const void *address = h ? h[0].address : NULL;
-    size_t address_size = h ? h[0].size : 0;
+    struct ry_cluster *map = all ? ry_cluster_build(all, c->info.nranks, &err) : NULL;
     if (all && !map)
         why = err.msg;
     if (map) {
@@ -190,8 +183,6 @@ static void meet(struct comm *c, const struct comm *parent)
     struct ry_err err = {""};
     size_t address_size;
     const void *address = ry_reissue_address(c, &address_size);
-    struct hello h = {.seat = c->seat, .size = (uint32_t)address_size};
-    if (address) memcpy(h.address, address, address_size);
     if (c->info.birth == RY_BIRTH_INIT_ALL) {
         struct sockaddr_in here = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
         pthread_mutex_lock(&ry_engine.lock);
@@ -205,10 +196,10 @@ static void meet(struct comm *c, const struct comm *parent)
     } else if (parent) {
         c->ticket = parent->ticket;
     }
-    if (!*err.msg && !ry_rendezvous_attend(ry_engine.rendezvous, &c->ticket, c->key, c->info.nranks, c->info.rank, &h,
-                                           sizeof h, ry_engine.settings.patience, seats_swapped, c, &err))
+    if (!*err.msg && !ry_rendezvous_attend(ry_engine.rendezvous, &c->ticket, c->key, c->info.nranks, c->info.rank, &c->seat,
+                                           sizeof c->seat, address, address_size, ry_engine.settings.patience, seats_swapped, c, &err))
         return;
-    seats_swapped(c, NULL, err.msg);
+    seats_swapped(c, NULL, NULL, 0, err.msg);
 }
 
 static void *comm_created(const struct ry_comm_info *info)

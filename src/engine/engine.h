@@ -39,7 +39,10 @@ struct reissue {
     uint64_t staging_wanted; /* by the latest verdict */
     bool quit;               /* a mismatch was found: never again */
     _Atomic bool aborted;
-    struct ry_waits waits; /* for verdicts */
+    struct ry_waits waits;    /* for verdicts */
+    struct ry_waits messages; /* the same without the waiting for other ranks: what agreeing itself takes */
+    _Atomic uint64_t measured; /* 1 + the latest exchange whose duration is known, and that */
+    _Atomic double measured_us;
     uint64_t carried_out[RY_STRATEGIES], verified;
 };
 

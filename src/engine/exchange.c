@@ -106,11 +106,15 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
 static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                   struct ry_verdict *verdict)
 {
-    struct ry_side side = {.staging = 0};
+    struct ry_side side = {.measured = atomic_load(&r->measured)};
     bool able = x->held && !now.captured && !r->quit;
     if (able)
         grow_staging(c, r, x->stream);
+    side.measured_us = atomic_load(&r->measured_us);
+    side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.staging = ry_run_staging(r->runner);
+    for (int i = 0; i < RY_STRATEGIES; i++)
+        side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv);
     struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
                             .one_call = x->one_call,
@@ -125,6 +129,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
         return false;
     ry_waits_add(&r->waits, now.waited_us);
+    ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
     return true;
 }
 
@@ -198,26 +203,16 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
 /* ---- end ---- */
 
 /* On the sampler's thread. */
-struct measured {
-    struct ry_chooser *chooser;
-    uint64_t number;
-    double us;
-};
-
-static void learn(void *context)
-{
-    const struct measured *m = context;
-    ry_chooser_measured(m->chooser, m->number, m->us);
-}
-
 static void exchange_took(void *context, uint64_t number, double us)
 {
     struct comm *c = context;
     struct reissue *r = atomic_load(&c->reissue);
     if (c->record)
         ry_record_duration(ry_engine.record, c->record, number, us);
-    if (r && r->chooser)
-        ry_talk_locked(r->talk, learn, &(struct measured){r->chooser, number, us});
+    if (r) { /* goes to the yardmaster with the next manifest */
+        atomic_store(&r->measured_us, us);
+        atomic_store(&r->measured, number + 1);
+    }
 }
 
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)

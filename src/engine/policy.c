@@ -2,47 +2,102 @@
 #include "policy.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/log.h"
 
-#define MARGIN 0.05       /* a strategy must promise as much over direct */
-#define DIRECT_IN_ROW 64  /* engaged exchanges without a better strategy than direct, after which it is not worth agreeing */
-#define RECENT 64         /* choices remembered until their duration is known */
+#define MARGIN 0.05   /* a strategy must promise as much over direct */
+#define ACCOUNT 64    /* engaged exchanges after which it is asked whether agreeing still pays */
+#define RECENT 64     /* choices remembered until their duration is known */
+
+struct recent {
+    uint64_t number, busiest;
+    enum ry_strategy strategy;
+    double us;    /* the model's own estimate, without the agreement */
+    double least; /* duration measured by those who reported */
+    int reported; /* ranks */
+};
 
 struct ry_chooser {
     struct ry_policy_config config;
     char name[24];
     struct ry_cost_learned learned;
     struct ry_chooser_counts counts;
-    int direct_in_row;
-    uint64_t engaged; /* exchanges decided, for verify */
-    struct {
-        uint64_t number, busiest;
-        enum ry_strategy strategy;
-        double us; /* the model's own estimate, uncorrected */
-    } recent[RECENT];
+    double saved_us; /* since the account was opened: what plain NCCL would have taken, less what was chosen */
+    int accounted;
+    uint64_t reissued; /* exchanges, for verify */
+    struct recent recent[RECENT];
+    uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
-    struct ry_load *loads;    /* [nranks] */
-    uint64_t *relayed, *need; /* [nranks] bytes; need: of staging */
+    struct ry_side *sides;            /* [nranks] */
+    struct ry_load *loads;            /* [nranks] */
+    uint64_t *relayed, *need, *spare; /* [nranks] bytes; need: of staging */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
     char *order;                            /* what one rank is told */
     size_t order_size;
 };
 
-static bool get_loads(struct ry_chooser *c, const void *const *extra, const size_t *bytes, uint64_t *staging)
+static bool get_sides(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
 {
     for (int r = 0; r < c->config.map->nranks; r++) {
-        struct ry_side side;
-        if (bytes[r] != sizeof side)
+        if (bytes[r] != sizeof c->sides[r])
             return false;
-        memcpy(&side, extra[r], sizeof side);
-        c->loads[r] = side.load;
-        if (staging)
-            staging[r] = side.staging;
+        memcpy(&c->sides[r], extra[r], sizeof c->sides[r]);
+        c->loads[r] = c->sides[r].load;
     }
     return true;
+}
+
+/* ---- learning ---- */
+
+/*
+ * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too: what
+ * counts is the least among those with much to do (cost.h).
+ */
+static void learn(struct ry_chooser *c)
+{
+    int n = c->config.map->nranks;
+    double agreement = 0;
+    for (int r = 0; r < n; r++) {
+        const struct ry_side *s = &c->sides[r];
+        if (s->messages_us > agreement)
+            agreement = s->messages_us;
+        if (!s->measured || s->measured == c->measured[r])
+            continue;
+        c->measured[r] = s->measured;
+        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
+        if (k->number != s->measured - 1)
+            continue;
+        if (s->measured_us > 0 && s->measured_us < k->least)
+            k->least = s->measured_us;
+        if (++k->reported == n)
+            ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+    }
+    if (agreement > 0)
+        c->config.model.agreement_us = agreement;
+}
+
+static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
+{
+    c->recent[number % RECENT] = (struct recent){.number = number,
+                                                 .busiest = ry_cost_busiest(c->config.map, c->loads),
+                                                 .strategy = choice->strategy,
+                                                 .us = choice->model_us[choice->strategy] - c->config.model.agreement_us,
+                                                 .least = INFINITY};
+}
+
+/* Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ. */
+static bool pays(struct ry_chooser *c, const struct ry_choice *choice)
+{
+    c->saved_us += choice->us[RY_DIRECT] - c->config.model.agreement_us - choice->us[choice->strategy];
+    if (++c->accounted < ACCOUNT)
+        return true;
+    bool pays = c->saved_us > 0;
+    c->saved_us = 0;
+    c->accounted = 0;
+    return pays;
 }
 
 /* What each rank passes on for others, from the matrix. */
@@ -81,72 +136,80 @@ static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
 static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
 {
     struct ry_chooser *c = context;
-    (void)number;
     if (c->config.forced >= 0)
         return true; /* direct, too: that is how the agreement's own price is measured */
-    if (!get_loads(c, seen, bytes, NULL))
+    if (!get_sides(c, seen, bytes))
         return false;
     struct ry_choice choice;
-    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, NULL, MARGIN);
-    return choice.strategy != RY_DIRECT;
+    struct ry_cost_learned learned = c->learned; /* asking is not choosing: nothing may be remembered of it */
+    ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
+    double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
+    bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
+    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
+           yes ? "worth agreeing on" : "not worth agreeing on", choice.why, plain);
+    return yes;
+}
+
+/* Staging memory: what each rank still needs for the strategy goes to c->need. True if nobody needs any more. */
+static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix, char *why, size_t size)
+{
+    int n = c->config.map->nranks;
+    bool enough = true;
+    memset(c->need, 0, (size_t)n * sizeof *c->need);
+    if (strategy == RY_DIRECT)
+        return true;
+    if (ry_plan_stage_all(c->config.map, strategy, matrix, c->need, c->spare, NULL))
+        return snprintf(why, size, "out of memory for the verdict"), false;
+    for (int r = 0; r < n; r++) {
+        uint64_t need = c->need[r] + c->sides[r].pack[strategy];
+        bool over = need > c->config.staging_limit || need < c->need[r];
+        c->need[r] = need > c->sides[r].staging && !over ? need : 0;
+        if (over)
+            snprintf(why, size, "%s would need %" PRIu64 " bytes of staging memory on rank %d: more than RAILYARD_STAGING",
+                     ry_strategy_name(strategy), need, r);
+        else if (c->need[r])
+            snprintf(why, size, "%s, once the ranks hold enough staging memory", ry_strategy_name(strategy));
+        enough &= !over && !c->need[r];
+    }
+    return enough;
 }
 
 static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
 {
     struct ry_chooser *c = context;
-    struct ry_choice choice = {.strategy = RY_DIRECT};
-    uint64_t *held = c->need;
-    if (!get_loads(c, x->extra, x->extra_bytes, held)) {
+    struct ry_choice choice;
+    if (!get_sides(c, x->extra, x->extra_bytes)) {
         *last = true;
         return RY_DIRECT;
     }
+    learn(c);
     find_relayed(c, x->matrix);
     ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, c->relayed, MARGIN);
     if (c->config.forced >= 0) {
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
         choice.strategy = (enum ry_strategy)c->config.forced;
     }
-    bool enough = true;
-    for (int r = 0; r < x->nranks; r++) {
-        uint64_t need = choice.strategy == RY_DIRECT ? 0 : ry_plan_stage_bytes(c->config.map, r, choice.strategy, x->matrix);
-        enough &= need <= held[r];
-        c->need[r] = need > held[r] ? need : 0;
-    }
-    if (enough && !prepare(c, choice.strategy)) {
+    if (!enough_staging(c, choice.strategy, x->matrix, choice.why, sizeof choice.why)) {
+        c->counts.short_of_staging++;
+        choice.strategy = RY_DIRECT;
+    } else if (!prepare(c, choice.strategy)) {
         snprintf(choice.why, sizeof choice.why, "out of memory for the verdict");
         choice.strategy = RY_DIRECT;
     }
-    if (!enough) {
-        snprintf(choice.why, sizeof choice.why, "%s, once the ranks hold enough staging memory",
-                 ry_strategy_name(choice.strategy));
-        c->counts.short_of_staging++;
-        for (int r = 0; r < x->nranks; r++)
-            if (c->need[r] > c->config.staging_limit)
-                snprintf(choice.why, sizeof choice.why, "rank %d would need %" PRIu64 " bytes of staging: over RAILYARD_STAGING",
-                         r, c->need[r]);
-        choice.strategy = RY_DIRECT;
-    }
-    c->recent[x->number % RECENT].number = x->number;
-    c->recent[x->number % RECENT].busiest = ry_cost_busiest(c->config.map, c->loads);
-    c->recent[x->number % RECENT].strategy = choice.strategy;
-    c->recent[x->number % RECENT].us =
-        ry_cost_estimate(&c->config.model, c->config.map, c->loads, c->relayed, choice.strategy);
+    remember(c, x->number, &choice);
     c->counts.chosen[choice.strategy]++;
-    c->direct_in_row = choice.strategy == RY_DIRECT ? c->direct_in_row + 1 : 0;
-    *last = c->config.forced < 0 && c->direct_in_row >= DIRECT_IN_ROW;
-    if (*last)
-        c->direct_in_row = 0;
-    *verify = choice.strategy != RY_DIRECT && c->config.verify && c->engaged++ % c->config.verify == 0;
+    *last = !pays(c, &choice) && c->config.forced < 0;
+    *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
-           *last ? "; not worth agreeing any more" : "");
+           *last ? "; agreeing does not pay any more" : "");
     return (int)choice.strategy;
 }
 
 static const void *slice(void *context, const struct ry_agreed *x, int strategy, int rank, size_t *size)
 {
     struct ry_chooser *c = context;
-    const struct ry_slice *s = &c->slices[strategy][rank];
+    const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
     struct ry_order order = {.staging_wanted = c->need[rank]};
     size_t cells = (size_t)s->nrows * (size_t)s->ncols;
     *size = 0;
@@ -173,10 +236,11 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
         for (int i = 0; i < RECENT; i++)
             c->recent[i].number = UINT64_MAX;
     }
-    if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->relayed = calloc(n, sizeof *c->relayed)) ||
-        !(c->need = calloc(n, sizeof *c->need)) || !(c->order = malloc(c->order_size = sizeof(struct ry_order)))) {
+    if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
+        !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
+        !(c->spare = calloc(n, sizeof *c->spare)) || !(c->measured = calloc(n, sizeof *c->measured)) ||
+        !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
         goto no_memory;
-    }
     for (int i = 0; i < RY_STRATEGIES; i++)
         if (!(c->slices[i] = calloc(n, sizeof *c->slices[i])))
             goto no_memory;
@@ -199,6 +263,9 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->loads);
     free(c->relayed);
     free(c->need);
+    free(c->spare);
+    free(c->sides);
+    free(c->measured);
     free(c->order);
     free(c);
 }
@@ -206,13 +273,6 @@ void ry_chooser_free(struct ry_chooser *c)
 struct ry_policy ry_chooser_policy(struct ry_chooser *c)
 {
     return (struct ry_policy){.context = c, .worth = worth, .choose = choose, .slice = slice};
-}
-
-void ry_chooser_measured(struct ry_chooser *c, uint64_t number, double us)
-{
-    size_t i = number % RECENT;
-    if (c->recent[i].number == number)
-        ry_cost_learn(&c->learned, c->recent[i].strategy, c->recent[i].busiest, c->recent[i].us, us);
 }
 
 void ry_chooser_counts(const struct ry_chooser *c, struct ry_chooser_counts *out)

@@ -16,7 +16,11 @@
 /* What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory. */
 struct ry_side {
     struct ry_load load;
-    uint64_t staging; /* bytes that it holds */
+    uint64_t staging;             /* bytes that it holds */
+    uint64_t pack[RY_STRATEGIES]; /* staging that it needs for what it packs itself: ry_plan_stage_pack() */
+    uint64_t measured;            /* 1 + the latest exchange that was timed here, 0: none yet */
+    double measured_us;           /* how long that took on the device */
+    double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
 };
 
 /* What a verdict adds, followed by the cells of the rank's slice (none for direct). */
@@ -38,9 +42,6 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
 void ry_chooser_free(struct ry_chooser *c);
 /** The callbacks, with `c` as their context. */
 struct ry_policy ry_chooser_policy(struct ry_chooser *c);
-
-/** Exchange `number` took `us` on this rank's device: learn from it, if it was one of the latest chosen. */
-void ry_chooser_measured(struct ry_chooser *c, uint64_t number, double us);
 
 struct ry_chooser_counts {
     uint64_t chosen[RY_STRATEGIES]; /* exchanges by strategy, while engaged */

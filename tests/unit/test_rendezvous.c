@@ -30,15 +30,20 @@ struct outcome {
     char why[256];
     uint64_t all[N];
     int nranks;
+    size_t extra_size;
+    unsigned char extra[RY_RENDEZVOUS_EXTRA_MAX];
 };
 static struct outcome outcomes[N];
 
-static void done(void *context, const void *all, const char *why)
+static void done(void *context, const void *all, const void *extra, size_t extra_size, const char *why)
 {
     struct outcome *o = context;
     pthread_mutex_lock(&o->lock);
     o->calls++;
     o->ok = all != NULL;
+    o->extra_size = extra_size;
+    if (extra)
+        memcpy(o->extra, extra, extra_size);
     if (all)
         memcpy(o->all, all, (size_t)o->nranks * sizeof *o->all);
     else
@@ -69,11 +74,17 @@ static uint64_t word(int rank)
     return 0x1111111111111111u * (uint64_t)(rank + 1);
 }
 
-static int attend(int i, uint64_t key, int nranks, int rank, double seconds)
+static int attend_with(int i, uint64_t key, int nranks, int rank, double seconds, const void *extra, size_t extra_size)
 {
     uint64_t mine = word(rank);
     outcomes[i].nranks = nranks;
-    return ry_rendezvous_attend(rv[i], &ticket, key, nranks, rank, &mine, sizeof mine, seconds, done, &outcomes[i], &err);
+    return ry_rendezvous_attend(rv[i], &ticket, key, nranks, rank, &mine, sizeof mine, extra, extra_size, seconds, done,
+                                &outcomes[i], &err);
+}
+
+static int attend(int i, uint64_t key, int nranks, int rank, double seconds)
+{
+    return attend_with(i, key, nranks, rank, seconds, NULL, 0);
 }
 
 static void wait_for(struct outcome *o)
@@ -105,6 +116,68 @@ START_TEST(everybody_hears_everybody)
         ck_assert_msg(outcomes[i].ok, "%s", outcomes[i].why);
         for (int r = 0; r < N; r++)
             ck_assert_uint_eq(outcomes[i].all[r], word(r));
+    }
+}
+END_TEST
+
+/* Of the extras only rank 0's gets around, whatever its size. */
+START_TEST(rank_0_brings_more)
+{
+    static unsigned char extra[RY_RENDEZVOUS_EXTRA_MAX + 1];
+    for (size_t i = 0; i < sizeof extra; i++)
+        extra[i] = (unsigned char)(i * 7 + i / 256);
+    const size_t sizes[] = {0, 1, 331, RY_RENDEZVOUS_EXTRA_MAX};
+    for (unsigned k = 0; k < 4; k++) {
+        for (int i = N - 1; i >= 0; i--) {
+            outcomes[i].calls = 0;
+            ck_assert_int_eq(attend_with(i, 40 + k, N, i, 10, extra + i, i ? 100 : sizes[k]), 0);
+        }
+        for (int i = 0; i < N; i++) {
+            wait_for(&outcomes[i]);
+            ck_assert_msg(outcomes[i].ok, "%s", outcomes[i].why);
+            ck_assert_uint_eq(outcomes[i].extra_size, sizes[k]);
+            ck_assert_mem_eq(outcomes[i].extra, extra, sizes[k]);
+            for (int r = 0; r < N; r++)
+                ck_assert_uint_eq(outcomes[i].all[r], word(r));
+        }
+    }
+    ck_assert_int_eq(attend_with(0, 50, N, 0, 10, extra, sizeof extra), -1);
+    ck_assert_ptr_nonnull(strstr(err.msg, "address"));
+    /* An outcome without all ranks has no extra. */
+    outcomes[0].calls = 0;
+    attend_with(0, 51, N, 0, 0.2, extra, 100);
+    wait_for(&outcomes[0]);
+    ck_assert(!outcomes[0].ok);
+    ck_assert_uint_eq(outcomes[0].extra_size, 0);
+}
+END_TEST
+
+/* Whoever knows the cookie and still talks nonsense is shown the door before anything is kept for it. */
+START_TEST(absurd_sizes_are_refused)
+{
+    struct {
+        uint8_t cookie[16];
+        uint64_t key;
+        uint32_t nranks, rank, size, patience_ms, extra, spare;
+    } hellos[] = {{.nranks = 2, .rank = 0, .size = 8, .extra = RY_RENDEZVOUS_EXTRA_MAX + 1},
+                  {.nranks = 2, .rank = 1, .size = 8, .extra = 1},
+                  {.nranks = 2, .rank = 1, .size = UINT32_MAX, .extra = 0},
+                  {.nranks = UINT32_MAX, .rank = 1, .size = 4096, .extra = 0},
+                  {.nranks = 2, .rank = 0, .size = 0, .extra = 8}};
+    for (unsigned i = 0; i < sizeof hellos / sizeof *hellos; i++) {
+        char c;
+        int fd = knock();
+        memcpy(hellos[i].cookie, ticket.cookie, sizeof ticket.cookie);
+        hellos[i].key = 60, hellos[i].patience_ms = 60000;
+        ck_assert_int_eq(send(fd, &hellos[i], sizeof hellos[i], MSG_NOSIGNAL), sizeof hellos[i]);
+        ck_assert_int_le(recv(fd, &c, 1, 0), 0);
+        close(fd);
+    }
+    for (int i = 0; i < 2; i++)
+        attend(i, 60, 2, i, 10);
+    for (int i = 0; i < 2; i++) {
+        wait_for(&outcomes[i]);
+        ck_assert_msg(outcomes[i].ok, "%s", outcomes[i].why);
     }
 }
 END_TEST
@@ -289,6 +362,8 @@ int main(void)
     tcase_set_timeout(t, 30);
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, everybody_hears_everybody);
+    tcase_add_test(t, rank_0_brings_more);
+    tcase_add_test(t, absurd_sizes_are_refused);
     tcase_add_test(t, meetings_do_not_mix);
     tcase_add_test(t, missing_ranks_are_named);
     tcase_add_test(t, disagreement_is_refused);
