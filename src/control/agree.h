@@ -26,10 +26,10 @@
  * lost, communicator aborted, communicator ending: every wait ends at once with "direct", and nothing of this
  * communicator is ever waited for again. Each proposal opens an epoch, carried by every message, so that what comes
  * late or twice from an earlier one is recognized. Why all ranks take the same path: a verdict other than direct needs
- * the manifests of all ranks for that exchange, so all wait for it, and it is sent to all at once; END names the first
- * undecided exchange, so a rank that END reaches before a verdict given earlier goes on waiting for that verdict. The
- * order in which messages of one pair arrive therefore matters only for how soon, never for what; but none may be lost
- * without ry_yard_lost() on the one side and ry_agree_fail() on the other.
+ * the manifests of all ranks for that exchange, so all wait for it, and it is sent to all at once; END names an
+ * exchange below which all is answered, so a rank that END reaches before a verdict given earlier goes on waiting for
+ * that verdict. The order in which messages of one pair arrive therefore matters only for how soon, never for what; but
+ * none may be lost without ry_yard_lost() on the one side and ry_agree_fail() on the other.
  *
  * The same exchange? Numbers can drift apart when a group looks like an exchange on one rank only. NCCL matches p2p by
  * order within each pair. So a manifest tells for each peer how many sends and receives this rank has issued on the

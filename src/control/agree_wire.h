@@ -17,7 +17,7 @@
  *   to a rank
  *   PROPOSE                  m               -                 -
  *   VERDICT (value: strategy) exchange       watch             b: nanoseconds waited; the policy's, none on direct
- *   END                      first undecided watch             -
+ *   END                      first unanswered watch             -
  *
  * `watch` is the number from which SEEN is wanted again (RY_AGREE_NEVER: no more). The policy's part always begins at a
  * multiple of 8.

@@ -206,7 +206,7 @@ static uint64_t lowest(const struct ry_yard *y)
 /* The epoch is over: everything not decided yet goes direct. `watch`: from which exchange on SEEN is wanted again. */
 static void end_epoch(struct ry_yard *y, enum ry_agree_reason why, uint64_t watch)
 {
-    uint64_t undecided = y->nin > 0 ? y->gathering : lowest(y);
+    uint64_t unanswered = lowest(y); /* every rank has its verdicts for all exchanges below */
     if (y->state == PROPOSED)
         y->counts.aborts++;
     if (y->nin > 0) {
@@ -218,7 +218,7 @@ static void end_epoch(struct ry_yard *y, enum ry_agree_reason why, uint64_t watc
     forget_manifests(y);
     collect_seen_at(y, watch);
     say_all(y, &(struct ry_agree_msg){
-                   .kind = RY_SAY_END, .reason = (uint8_t)why, .epoch = y->epoch, .number = undecided, .a = watch});
+                   .kind = RY_SAY_END, .reason = (uint8_t)why, .epoch = y->epoch, .number = unanswered, .a = watch});
 }
 
 /* It ended badly: wait longer before the next proposal, or for ever. */
@@ -525,7 +525,7 @@ static void manifest(struct ry_yard *y, int rank, const struct ry_agree_msg *m)
     } else {
         gather(y, rank, m);
     }
-    s->at = m->number + 1;
+    s->at = m->number + 1; /* only now: an END sent above must find this exchange unanswered */
     if (active(y) && y->wasted >= NEVER_ABLE)
         end_badly(y, RY_WHY_NEVER_ABLE);
 }

@@ -16,6 +16,10 @@
 
 #define MOST_RANKS 8
 
+/* As ck_assert_msg(), which makes a system call for each assertion that holds: too slow for what is checked all the
+ * time. */
+#define MUST(what, ...) ((what) ? (void)0 : ck_abort_msg(__VA_ARGS__))
+
 struct letter {
     int from, to; /* ranks; the yardmaster, beside its own rank, is YARD */
     size_t size;
@@ -48,6 +52,7 @@ struct world {
     struct ry_yard *yard;
     struct pen pen[MOST_RANKS], yard_pen;
     bool silent[MOST_RANKS]; /* failed or left: sends nothing any more */
+    bool down[MOST_RANKS];   /* the connection is broken: letters vanish, whether or not its ends know */
     bool cut[MOST_RANKS];    /* the yardmaster was told that it is lost */
     bool spoke[MOST_RANKS];  /* its first letter was delivered */
     struct letter *mail;     /* in the order of sending */
@@ -62,14 +67,16 @@ static inline void world_send(void *context, int to, const void *bytes, size_t s
     struct pen *p = context;
     struct world *w = p->w;
     if (p->who == YARD) {
-        ck_assert_msg(to >= 0 && to < w->n, "the yardmaster writes to rank %d of %d", to, w->n);
-        ck_assert_msg(w->spoke[to], "the yardmaster writes to rank %d, which it never heard", to);
-        ck_assert_msg(!w->cut[to], "the yardmaster writes to rank %d, which is lost", to);
+        MUST(to >= 0 && to < w->n, "the yardmaster writes to rank %d of %d", to, w->n);
+        MUST(w->spoke[to], "the yardmaster writes to rank %d, which it never heard", to);
+        MUST(!w->cut[to], "the yardmaster writes to rank %d, which is lost", to);
     } else {
-        ck_assert_msg(to == w->yardmaster, "rank %d writes to rank %d, which is not the yardmaster", p->who, to);
-        ck_assert_msg(!w->silent[p->who], "rank %d writes although it is through", p->who);
+        MUST(to == w->yardmaster, "rank %d writes to rank %d, which is not the yardmaster", p->who, to);
+        MUST(!w->silent[p->who], "rank %d writes although it is through", p->who);
         w->sent_to_yard++;
     }
+    if (w->down[p->who == YARD ? to : p->who])
+        return;
     if (w->nmail == w->room)
         w->mail = realloc(w->mail, (size_t)(w->room = w->room ? 2 * w->room : 64) * sizeof *w->mail);
     struct letter *l = &w->mail[w->nmail++];
@@ -83,9 +90,9 @@ static inline bool world_worth(void *context, uint64_t number, const void *const
     for (int r = 0; r < w->n; r++)
         if (seen[r] && !w->lean.bent) { /* every rank told of this very exchange */
             uint64_t v;
-            ck_assert_uint_eq(bytes[r], sizeof v);
+            MUST(bytes[r] == sizeof v, "rank %d's SEEN is %zu bytes", r, bytes[r]);
             memcpy(&v, seen[r], sizeof v);
-            ck_assert_uint_eq(v, number * 100 + (uint64_t)r);
+            MUST(v == number * 100 + (uint64_t)r, "rank %d's SEEN is of another exchange", r);
         }
     w->lean.asked++;
     return w->lean.worth;
@@ -94,11 +101,12 @@ static inline bool world_worth(void *context, uint64_t number, const void *const
 static inline int world_choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
 {
     struct world *w = context;
-    ck_assert_int_eq(x->nranks, w->n);
+    MUST(x->nranks == w->n, "%d ranks", x->nranks);
     for (int r = 0; r < w->n; r++)
         if (x->extra[r] && !w->lean.bent) {
-            ck_assert_uint_eq(x->extra_bytes[r], 8);
-            ck_assert_uint_eq(*(const uint64_t *)x->extra[r], x->number * 100 + (uint64_t)r);
+            MUST(x->extra_bytes[r] == 8, "rank %d's part is %zu bytes", r, x->extra_bytes[r]);
+            MUST(*(const uint64_t *)x->extra[r] == x->number * 100 + (uint64_t)r,
+                 "rank %d's part is of another exchange", r);
         }
     memcpy(w->lean.matrix, x->matrix, sizeof(uint64_t) * (size_t)(w->n * w->n));
     w->lean.chosen++;
@@ -125,14 +133,14 @@ static inline void world_open(struct world *w, int n, int yardmaster, int engage
         w->pen[r] = (struct pen){w, r};
         struct ry_agree_port port = {&w->pen[r], world_send};
         w->rank[r] = ry_agree_new(n, r, yardmaster, &port);
-        ck_assert_ptr_nonnull(w->rank[r]);
+        MUST(w->rank[r], "out of memory");
     }
     w->yard_pen = (struct pen){w, YARD};
     struct ry_agree_port port = {&w->yard_pen, world_send};
     struct ry_policy policy = {w, world_worth, world_choose, world_slice};
     struct ry_yard_config config = {n, engage_after, patience};
     w->yard = ry_yard_new(&config, &policy, &port);
-    ck_assert_ptr_nonnull(w->yard);
+    MUST(w->yard, "out of memory");
 }
 
 static inline void world_close(struct world *w)
@@ -145,7 +153,7 @@ static inline void world_close(struct world *w)
     ry_yard_free(w->yard);
 }
 
-/* Letter `i` arrives; it stays in the list (to come once more) if `again`. */
+/* Letter `i` arrives. If `again`, a copy of it stays in the list to come once more. */
 static inline void world_deliver(struct world *w, int i, bool again)
 {
     struct letter l = w->mail[i];
@@ -158,9 +166,9 @@ static inline void world_deliver(struct world *w, int i, bool again)
     struct ry_err err = {""};
     if (l.to == YARD) {
         w->spoke[l.from] = true;
-        ck_assert_msg(ry_yard_message(w->yard, w->now, l.from, l.bytes, l.size, &err) == 0, "%s", err.msg);
+        MUST(ry_yard_message(w->yard, w->now, l.from, l.bytes, l.size, &err) == 0, "%s", err.msg);
     } else {
-        ck_assert_msg(ry_agree_message(w->rank[l.to], l.bytes, l.size, &err) == 0, "%s", err.msg);
+        MUST(ry_agree_message(w->rank[l.to], l.bytes, l.size, &err) == 0, "%s", err.msg);
     }
     free(l.bytes);
 }
@@ -208,6 +216,7 @@ static inline void world_cut(struct world *w, int r, bool yard_hears, bool rank_
             free(w->mail[i].bytes);
             memmove(w->mail + i, w->mail + i + 1, (size_t)(--w->nmail - i) * sizeof *w->mail);
         }
+    w->down[r] = true;
     if (yard_hears) {
         ry_yard_lost(w->yard, w->now, r);
         w->cut[r] = true;

@@ -379,6 +379,27 @@ START_TEST(group_begun_before_the_promise_ends_at_m)
 }
 END_TEST
 
+/* An exchange decided by "not me" that a rank has yet to come to is answered by an END that was sent before. */
+START_TEST(end_meets_a_rank_behind_a_not_me)
+{
+    open_world(3);
+    engage();
+    struct ry_manifest no = {.not_me = true};
+    world_exchange(&w, 0, &no);
+    world_exchange(&w, 1, NULL);
+    world_flush(&w);
+    direct(1, false, RY_WHY_NOT_ME);
+    world_exchange(&w, 1, NULL); /* the next one */
+    world_flush(&w);
+    ry_agree_stray(w.rank[0]);
+    world_flush_but(&w, 2, false);
+    direct(1, true, RY_WHY_STRAY);
+    ck_assert_int_eq(world_exchange(&w, 2, NULL), RY_WAIT_VERDICT);
+    world_flush(&w);
+    direct(2, true, RY_WHY_STRAY);
+}
+END_TEST
+
 /* not_me while the proposal is still open, then it fails: everything is direct, before and after. */
 START_TEST(not_me_in_an_open_proposal)
 {
@@ -1042,6 +1063,7 @@ int main(void)
     tcase_add_test(t, late_rank_meets_the_end_on_its_way);
     tcase_add_test(t, not_me_goes_on_and_nobody_waits_for_it);
     tcase_add_test(t, group_begun_before_the_promise_ends_at_m);
+    tcase_add_test(t, end_meets_a_rank_behind_a_not_me);
     tcase_add_test(t, not_me_in_an_open_proposal);
     tcase_add_test(t, not_me_for_thousands_of_exchanges);
     tcase_add_test(t, not_me_window_wraps);
