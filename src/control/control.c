@@ -2,13 +2,13 @@
  * control.c: see control.h.
  *
  * One mutex, `lock`, guards everything here and is held around every call of UCX, by the progress thread, by threads
- * that send, and by those that lend a hand: UCX then needs no locks (which would spin) of its own, and the order of messages
- * is the order in which senders took it. UCX's callbacks run under it and only put messages into a line's inbox; the line's
- * handlers are called afterwards, without it (dispatch()).
+ * that send, and by those that lend a hand: UCX then needs no locks (which would spin) of its own, and the order of
+ * messages is the order in which senders took it. UCX's callbacks run under it and only put messages into a line's
+ * inbox; the line's handlers are called afterwards, without it (dispatch()).
  *
- * Another process is a *peer*, under the number of its slot in `peers`. To a yardmaster's process we make the peer; those who
- * made us theirs get another slot here, even if it is the same process. A peer begins with a tie (watch.h); what is sent
- * before that is up waits, so that whoever is heard of is also watched.
+ * Another process is a *peer*, under the number of its slot in `peers`. To a yardmaster's process we make the peer;
+ * those who made us theirs get another slot here, even if it is the same process. A peer begins with a tie (watch.h);
+ * what is sent before that is up waits, so that whoever is heard of is also watched.
  */
 #include "control/control.h"
 
@@ -32,10 +32,10 @@
 #include "control/watch.h"
 
 #define AM_ID 0
-#define NAP_NS 500000ull             /* between looks while others poll, or UCX cannot sleep */
-#define FLUSH_NS 100000000ull        /* what closing may take */
-#define UNCLAIMED_NS 60000000000ull  /* messages to a line that is not open here are kept so long, */
-#define UNCLAIMED_BYTES (64u << 20)  /* and so many bytes of them */
+#define NAP_NS 500000ull            /* between looks while others poll, or UCX cannot sleep */
+#define FLUSH_NS 100000000ull       /* what closing may take */
+#define UNCLAIMED_NS 60000000000ull /* messages to a line that is not open here are kept so long, */
+#define UNCLAIMED_BYTES (64u << 20) /* and so many bytes of them */
 
 enum kind { HELLO, DATA, BYE };
 
@@ -71,12 +71,12 @@ struct peer {
     struct ry_control *control;
     uint64_t uid;
     uint32_t slot, theirs;
-    bool ours;       /* we made it: it is where a yardmaster lives */
+    bool ours; /* we made it: it is where a yardmaster lives */
     bool up, gone;
     struct ry_tie *tie;
     ucp_ep_h ep; /* made when the first message is sent */
     bool ep_failed;
-    void *address; /* UCX's */
+    void *address;            /* UCX's */
     struct out *queue, **end; /* sent before it was up */
     unsigned flying;
     char why[RY_WATCH_REASON];
@@ -125,9 +125,9 @@ struct ry_control {
     struct list unclaimed;
     size_t unclaimed_bytes;
     bool broken_eps;
-    uint64_t asleep_until;     /* 0: the thread is awake */
-    bool napping;              /* asleep, but looks again within NAP_NS */
-    _Atomic uint32_t ready;    /* lines with something to tell */
+    uint64_t asleep_until;  /* 0: the thread is awake */
+    bool napping;           /* asleep, but looks again within NAP_NS */
+    _Atomic uint32_t ready; /* lines with something to tell */
     _Atomic uint64_t polled_at;
 };
 
@@ -331,7 +331,8 @@ static void turn_away(struct ry_control *c, const struct item *i)
 {
     if (i->h.kind == BYE || !i->peer)
         return;
-    struct header h = {.key = i->h.key, .uid = c->uid, .from = i->h.to, .to = i->h.from, .seq = UINT32_MAX, .kind = BYE};
+    struct header h = {
+        .key = i->h.key, .uid = c->uid, .from = i->h.to, .to = i->h.from, .seq = UINT32_MAX, .kind = BYE};
     send_to_peer(i->peer, &h, NULL, 0);
 }
 
@@ -427,7 +428,8 @@ static struct peer *peer_new(struct ry_control *c, uint64_t uid, const void *ucx
     return c->peers[c->npeers++] = p;
 }
 
-static int64_t on_arrived(void *context, struct ry_tie *tie, uint64_t uid, uint32_t number, const void *card, size_t card_size)
+static int64_t on_arrived(void *context, struct ry_tie *tie, uint64_t uid, uint32_t number, const void *card,
+                          size_t card_size)
 {
     struct peer *p = peer_new(context, uid, card, card_size);
     if (!p)
@@ -509,7 +511,8 @@ static int join_yardmaster(struct ry_line *l, const void *address, size_t size, 
             uid = ry_watch_uid((const char *)address + sizeof head, head.watch_size);
     }
     if (!uid)
-        return ry_fail(err, "no address of a yardmaster in %zu bytes: do all ranks run the same version of Railyard?", size);
+        return ry_fail(err, "no address of a yardmaster in %zu bytes: do all ranks run the same version of Railyard?",
+                       size);
     if (uid == l->control->uid)
         l->way[0].here = true;
     else if (!(l->way[0].peer = peer_at(l->control, address, &head, uid, err)))
@@ -547,7 +550,8 @@ struct ry_line *ry_line_open(struct ry_control *c, uint64_t key, int nranks, int
         ry_fail(err, "out of memory for a line of %d ranks", nranks);
         return NULL;
     }
-    l->control = c, l->on = *handlers, l->key = key, l->nranks = (uint32_t)nranks, l->rank = (uint32_t)rank, l->ways = ways;
+    l->control = c, l->on = *handlers, l->key = key, l->nranks = (uint32_t)nranks, l->rank = (uint32_t)rank,
+    l->ways = ways;
     l->wake_at = UINT64_MAX;
     list_init(&l->inbox);
     pthread_mutex_lock(&c->lock);
@@ -792,7 +796,8 @@ static int start_ucx(struct ry_control *c, struct ry_err *err)
     ucp_config_release(config);
     if (st != UCS_OK)
         goto fail;
-    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE, .thread_mode = UCS_THREAD_MODE_SERIALIZED};
+    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
     ucp_am_handler_param_t hp = {.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
                                                UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG,
                                  .id = AM_ID,
