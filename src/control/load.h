@@ -17,12 +17,13 @@
 #include <string.h>
 #include <unistd.h>
 
-/** dlopen() that keeps UCX's hands still. The copy is not freed: other threads may have got pointers into it. */
+/** dlopen() that keeps UCX's hands still. The copy is not freed: other threads may be reading it. For a few calls in a process. */
 static inline void *ry_load_quietly(const char *path, int flags)
 {
     static char *const quiet[] = {"UCX_MEM_EVENTS=n", "UCX_HANDLE_ERRORS=none", "UCX_DEBUG_SIGNO=0",
                                   "UCX_VFS_ENABLE=n"};
     enum { QUIET = sizeof quiet / sizeof *quiet };
+    static char **kept; /* for leak checkers */
     char **before = environ, **copy;
     size_t n = 0, used;
     while (before && before[n])
@@ -41,7 +42,8 @@ static inline void *ry_load_quietly(const char *path, int flags)
             copy[used++] = quiet[i];
     }
     copy[used] = NULL;
-    __atomic_store_n(&environ, copy, __ATOMIC_RELEASE);
+    kept = copy;
+    __atomic_store_n(&environ, kept, __ATOMIC_RELEASE);
     void *library = dlopen(path, flags);
     /* Left as it is where somebody called setenv() meanwhile: that made an environment of its own. */
     __atomic_compare_exchange_n(&environ, &copy, before, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);

@@ -534,14 +534,14 @@ static void *keeps_sending(void *arg)
 {
     struct ear *e = arg;
     uint64_t n = 0;
-    while (atomic_load(&go_on)) {
+    do {
         ry_line_send(e->line, 0, &n, sizeof n);
         n++;
         if (n % 32 == 0)
             ry_control_poll(control);
         if (n % 256 == 0)
             usleep(100);
-    }
+    } while (atomic_load(&go_on));
     return NULL;
 }
 
@@ -562,6 +562,7 @@ static void comes_and_goes(int rank)
         usleep(1000);
         free(e); /* a callback now would be seen */
     }
+    wait_until(atomic_load(&shared->step[0]), 40); /* a process that ends is lost for another reason */
     ry_control_stop(control);
 }
 
@@ -586,6 +587,7 @@ START_TEST(closing_while_messages_fly)
         ck_assert_msg(strstr(e[round].why, "left"), "%s", e[round].why);
         leave(&e[round]);
     }
+    atomic_store(&shared->step[0], 1);
     for (int r = 1; r < 4; r++)
         reap(r);
     ry_control_stop(control);
