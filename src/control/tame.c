@@ -94,8 +94,8 @@ static void add(char *list, size_t size, const char *name, const char *port)
     snprintf(list + used, size - used, "%s%s%s%s", used ? "," : "", name, port ? ":" : "", port ? port : "");
 }
 
-/* Interfaces that NCCL would use and loopback (UCX takes it within a host only); all ports of RDMA devices. Only what is
-   there: UCX warns of others. Returns whether there is RDMA. */
+/* Interfaces that NCCL would use and loopback (UCX takes it within a host only); all ports of RDMA devices. Only what
+   is there: UCX warns of others. Returns whether there is RDMA. */
 static bool list_devices(char *list, size_t size)
 {
     struct ifaddrs *all = NULL;
@@ -152,12 +152,14 @@ void ry_tame_ucx(ucp_config_t *config)
     prefer(config, "UCX_TLS", "TLS", rdma ? "self,sm,tcp,ib" : "self,sm,tcp");
     if (*devices)
         prefer(config, "UCX_NET_DEVICES", "NET_DEVICES", devices);
-    /* Without this shared memory is not used where errors are to be handled. That UCX is slow to notice a death there is
-       what the watch is for; for the same reason there is no keepalive, which would wake every process now and then. */
+    /* Without this shared memory is not used where errors are to be handled. That UCX is slow to notice a death there
+       is what the watch is for; for the same reason there is no keepalive, which would wake every process now and then.
+     */
     prefer(config, "UCX_POSIX_ERROR_HANDLING", "MM_ERROR_HANDLING", "y");
     prefer(config, "UCX_KEEPALIVE_INTERVAL", "KEEPALIVE_INTERVAL", "inf");
     /* No cache of registered memory, so no hooks in malloc and munmap: our messages are small and are copied. */
     if (rdma)
         prefer(config, "UCX_IB_REG_METHODS", "REG_METHODS", "direct");
-    prefer(config, "UCX_MAX_EAGER_LANES", "MAX_EAGER_LANES", "1"); /* or fragments of one message could overtake another */
+    prefer(config, "UCX_MAX_EAGER_LANES", "MAX_EAGER_LANES",
+           "1"); /* or fragments of one message could overtake another */
 }

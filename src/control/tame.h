@@ -1,9 +1,9 @@
 /*
  * tame.h: UCX as a guest in somebody else's process.
  *
- * Owns: that UCX, where it is there only on our behalf, leaves no signal handlers and prints nothing, and the settings with
- * which our own context uses neither device memory nor memory hooks. Nothing is done to the environment; what the user
- * set in UCX_* stays; a UCX that the job itself has brought along keeps its handlers and its log.
+ * Owns: that UCX, where it is there only on our behalf, leaves no signal handlers and prints nothing, and the settings
+ * with which our own context uses neither device memory nor memory hooks. Nothing is done to the environment; what the
+ * user set in UCX_* stays; a UCX that the job itself has brought along keeps its handlers and its log.
  */
 #ifndef RY_CONTROL_TAME_H
 #define RY_CONTROL_TAME_H

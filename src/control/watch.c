@@ -245,7 +245,8 @@ static bool address_valid(const void *bytes, size_t size, struct address *a)
         return false;
     memset(a, 0, sizeof *a);
     memcpy(a, bytes, size);
-    return !memcmp(a->magic, "RYWATCH1", 8) && a->places <= MAX_PLACES && size == ADDRESS_BYTES(a->places) && a->uid && a->port;
+    return !memcmp(a->magic, "RYWATCH1", 8) && a->places <= MAX_PLACES && size == ADDRESS_BYTES(a->places) && a->uid &&
+           a->port;
 }
 
 uint64_t ry_watch_uid(const void *bytes, size_t size)
@@ -363,7 +364,8 @@ static bool try_next(struct ry_watch *w, struct ry_tie *t, uint64_t now)
         if (t->fd < 0)
             continue;
         tune(t->fd);
-        if ((!connect(t->fd, (struct sockaddr *)&at, len) || errno == EINPROGRESS) && !mind(w, t, EPOLLOUT, EPOLL_CTL_ADD)) {
+        if ((!connect(t->fd, (struct sockaddr *)&at, len) || errno == EINPROGRESS) &&
+            !mind(w, t, EPOLLOUT, EPOLL_CTL_ADD)) {
             t->state = CONNECTING;
             set_deadline(w, t, now + ATTEMPT_NS);
             return true;
@@ -388,7 +390,8 @@ struct ry_tie *ry_watch_tie(struct ry_watch *w, const void *bytes, size_t size, 
     t->to = to;
     t->mine = mine;
     if (!try_next(w, t, ry_now_ns())) {
-        ry_fail(err, "cannot connect to the yardmaster's process: %s", to.places ? strerror(errno) : "it has no network address");
+        ry_fail(err, "cannot connect to the yardmaster's process: %s",
+                to.places ? strerror(errno) : "it has no network address");
         ry_watch_untie(w, t);
         bury(w);
         return NULL;
@@ -430,7 +433,8 @@ static void hear_answer(struct ry_watch *w, struct ry_tie *t, uint64_t now)
         return;
     if (n > 0 && t->in.answer.uid == t->to.uid) {
         if (t->in.answer.full)
-            return tie_gone(w, t, "its process has no room for one more connection (see its limit on open files, ulimit -n)");
+            return tie_gone(w, t,
+                            "its process has no room for one more connection (see its limit on open files, ulimit -n)");
         t->state = TIED;
         set_deadline(w, t, UINT64_MAX);
         w->hooks.tied(w->hooks.context, t->mine, t->in.answer.number);
@@ -441,7 +445,8 @@ static void hear_answer(struct ry_watch *w, struct ry_tie *t, uint64_t now)
         tie_gone(w, t, "its process went away");
 }
 
-/* Descriptors belong to the job: half of what the process may open is the most that we take, UCX's beside each of ours. */
+/* Descriptors belong to the job: half of what the process may open is the most that we take, UCX's beside each of ours.
+ */
 static bool crowded(const struct ry_watch *w)
 {
     struct rlimit limit;
@@ -462,16 +467,17 @@ static void hear_hello(struct ry_watch *w, struct ry_tie *t)
         t->got += (size_t)n;
         const struct hello *h = &t->in.hello;
         if (t->got == sizeof *h) {
-            if (memcmp(h->cookie, w->self.cookie, sizeof h->cookie) || !h->uid || !h->card_size || h->card_size > MAX_CARD ||
-                !(t->card = malloc(h->card_size)))
+            if (memcmp(h->cookie, w->self.cookie, sizeof h->cookie) || !h->uid || !h->card_size ||
+                h->card_size > MAX_CARD || !(t->card = malloc(h->card_size)))
                 return tie_gone(w, t, "");
         }
         if (t->got > sizeof *h && t->got == sizeof *h + h->card_size)
             break;
     }
     struct answer a = {.uid = w->self.uid, .full = crowded(w)};
-    int64_t mine = a.full ? -1 : w->hooks.arrived(w->hooks.context, t, t->in.hello.uid, t->in.hello.number, t->card,
-                                                   t->in.hello.card_size);
+    int64_t mine = a.full ? -1
+                          : w->hooks.arrived(w->hooks.context, t, t->in.hello.uid, t->in.hello.number, t->card,
+                                             t->in.hello.card_size);
     a.number = (uint32_t)mine;
     a.full = mine < 0;
     ssize_t n = send(t->fd, &a, sizeof a, MSG_NOSIGNAL);
@@ -605,7 +611,8 @@ struct ry_watch *ry_watch_start(const struct ry_watch_hooks *hooks, uint64_t uid
                                 struct ry_err *err)
 {
     if (card_size > MAX_CARD) {
-        ry_fail(err, "UCX's address of this process is too large (%zu bytes): name fewer devices in UCX_NET_DEVICES", card_size);
+        ry_fail(err, "UCX's address of this process is too large (%zu bytes): name fewer devices in UCX_NET_DEVICES",
+                card_size);
         return NULL;
     }
     pthread_once(&held.once, watch_forks);

@@ -2,14 +2,16 @@
  * watch.h: telling at once when another process is gone.
  *
  * Owns: one idle TCP connection (a *tie*) between two processes that exchange control messages, and the handshake on it
- * in which they learn each other's number and UCX address. Nothing travels on it afterwards: the kernel of whoever dies closes
- * it, the moment the process dies, and the other side hears of it within a round trip. Not: the messages (control.c).
+ * in which they learn each other's number and UCX address. Nothing travels on it afterwards: the kernel of whoever dies
+ * closes it, the moment the process dies, and the other side hears of it within a round trip. Not: the messages
+ * (control.c).
  *
  * Why this beside UCX, which has error handlers. Seen with 1.13.1: over shared memory UCX leaves it to its keepalive,
  * which looks for /proc/PID, so that a process that was killed counts as alive until its parent has waited for it (a
- * launcher may take seconds), and which means a wake-up per interval in every process; RDMA transports notice when a message
- * was sent again for seconds; TCP hears nothing while a forked child (a data loader) still holds a copy of the socket.
- * Here a child gives up its copies in fork(). A process that is merely stopped keeps its ties: its kernel answers.
+ * launcher may take seconds), and which means a wake-up per interval in every process; RDMA transports notice when a
+ * message was sent again for seconds; TCP hears nothing while a forked child (a data loader) still holds a copy of the
+ * socket. Here a child gives up its copies in fork(). A process that is merely stopped keeps its ties: its kernel
+ * answers.
  *
  * Threads: none of its own, and no lock: the owner calls everything under one lock of its own, and polls ry_watch_fd().
  * Hooks are called from inside ry_watch_drive() only.
@@ -30,8 +32,10 @@ struct ry_tie;
 
 struct ry_watch_hooks {
     void *context;
-    /** Process `uid` made a tie to us and calls it `number`; `card` is its UCX address. Returns our number for it, or -1. */
-    int64_t (*arrived)(void *context, struct ry_tie *tie, uint64_t uid, uint32_t number, const void *card, size_t card_size);
+    /** Process `uid` made a tie to us and calls it `number`; `card` is its UCX address. Returns our number for it, or
+     * -1. */
+    int64_t (*arrived)(void *context, struct ry_tie *tie, uint64_t uid, uint32_t number, const void *card,
+                       size_t card_size);
     /** The process that `mine` was tied to answered: it calls us `theirs`. */
     void (*tied)(void *context, uint32_t mine, uint32_t theirs);
     /** The tie is broken (and freed), or could not be made. */

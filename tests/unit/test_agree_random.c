@@ -207,7 +207,7 @@ static void begin_exchange(int r, const struct op *o)
                             .received = beside ? received : NULL,
                             .extra = &note,
                             .extra_bytes = sizeof note};
-    enum ry_path path = ry_agree_exchange(w->rank[r], x, &m, &note, sizeof note);
+    enum ry_way path = ry_agree_exchange(w->rank[r], x, &m, &note, sizeof note);
     if (o->twice && path == RY_GO_DIRECT)
         MUST(ry_agree_exchange(w->rank[r], x, &m, &note, sizeof note) == RY_GO_DIRECT, "an exchange begun twice waits");
     MUST(!m.not_me || path == RY_GO_DIRECT, "rank %d waits although it said 'not me'", r);
