@@ -456,6 +456,7 @@ static void exchange(struct world *w, struct side *sides, int number)
     uint64_t *matrix = calloc((size_t)(n * n), sizeof *matrix), base = draw(5) ? 100 : 5000;
     enum ry_strategy strategy = draw(4) ? RY_HIERARCHICAL : RY_DIRECT;
     struct ry_plan **plans = calloc((size_t)n, sizeof(void *));
+    bool too_little = false;
     for (int i = 0; i < n * n; i++)
         matrix[i] = draw(4) ? draw(base) : 0;
     for (int r = 0; r < n; r++) {
@@ -467,7 +468,7 @@ static void exchange(struct world *w, struct side *sides, int number)
         side_start(&sides[r], matrix, n, r, number, w->streams[r][s]);
         plans[r] = plan_of(w->cluster, matrix, &sides[r], strategy);
         if (ry_run_staging_grow(w->runners[r], plans[r]->stage_bytes, sides[r].b.stream, &err))
-            strategy = RY_STRATEGIES;
+            too_little = true;
     }
     bool verify = draw(3) == 0;
     /* In a verified exchange one byte of the second run may arrive wrong: where it does is the exchange's number. */
@@ -478,7 +479,7 @@ static void exchange(struct world *w, struct side *sides, int number)
     for (int r = 0; r < n; r++) {
         struct side *s = &sides[r];
         uint64_t checks = (uint64_t)w->runners[r]->nchecks;
-        if (strategy == RY_STRATEGIES) {
+        if (too_little) { /* the verdict for all: direct */
             ry_plan_free(plans[r]);
             plans[r] = plan_of(w->cluster, matrix, s, RY_DIRECT);
         }
