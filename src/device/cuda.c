@@ -1,8 +1,8 @@
 /*
  * cuda.c: the CUDA backend, on the driver API opened at run time.
  *
- * Owns: finding libcuda.so.1 and the driver calls, which context each call runs in, a memory pool for each device, loading
- * kernels. Not: NCCL, what kernels do.
+ * Owns: finding libcuda.so.1 and the driver calls, which context each call runs in, a memory pool for each device,
+ * loading kernels. Not: NCCL, what kernels do.
  *
  * Contexts: only primary contexts are used, the ones the CUDA runtime of the job uses as well, so that pointers and
  * streams are common property. A call about a stream runs in that stream's context, a call about an event in the
@@ -291,7 +291,8 @@ static int current_device(struct ry_err *err)
 {
     CUdevice device;
     TRY(err, ctx_device, &device);
-    return device < RY_DEVICES ? device : ry_fail(err, "CUDA device %d is beyond the %d that are served", device, RY_DEVICES);
+    return device < RY_DEVICES ? device
+                               : ry_fail(err, "CUDA device %d is beyond the %d that are served", device, RY_DEVICES);
 }
 
 static int make_pool(struct pool *pool, int device, struct ry_err *err)
@@ -559,8 +560,8 @@ static int cuda_event_record(struct ry_event *ev, void *stream, struct ry_err *e
 }
 
 /*
- * Asking about events is among what CUDA refuses a thread while another one captures in the global mode, and the refusal
- * would spoil that capture. In the relaxed mode the thread may; the mode is exchanged for that, and back.
+ * Asking about events is among what CUDA refuses a thread while another one captures in the global mode, and the
+ * refusal would spoil that capture. In the relaxed mode the thread may; the mode is exchanged for that, and back.
  */
 static int cuda_event_done(struct ry_event *ev, bool *done, struct ry_err *err)
 {

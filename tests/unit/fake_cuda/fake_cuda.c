@@ -3,8 +3,8 @@
  *
  * Owns: what the backend may get wrong without a GPU noticing soon: which context is current in each call. It is
  * stricter than the real driver: memory, streams, events and functions belong to a context, and a call outside of that
- * context fails. Kernels are run, too: emulate.cpp compiles their source for the host. Not: asynchronous work; everything
- * is done when the call returns.
+ * context fails. Kernels are run, too: emulate.cpp compiles their source for the host. Not: asynchronous work;
+ * everything is done when the call returns.
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -371,8 +371,9 @@ EXPORT CUresult CUDAAPI cuFuncGetAttribute(int *value, CUfunction_attribute what
     return CUDA_SUCCESS;
 }
 
-EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                                       unsigned bz, unsigned shared, CUstream stream, void **params, void **extra)
+EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                       unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params,
+                                       void **extra)
 {
     CUresult r = check_stream(stream);
     if (r)
