@@ -63,6 +63,7 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
     CALL(host_alloc, "cuMemHostAlloc", (void **, size_t, unsigned))                                                    \
     CALL(host_free, "cuMemFreeHost", (void *))                                                                         \
     CALL(module_load, "cuModuleLoadData", (CUmodule *, const void *))                                                  \
+    CALL(module_unload, "cuModuleUnload", (CUmodule))                                                                  \
     CALL(module_function, "cuModuleGetFunction", (CUfunction *, CUmodule, const char *))                               \
     CALL(function_attribute, "cuFuncGetAttribute", (int *, CUfunction_attribute, CUfunction))                          \
     CALL(launch, "cuLaunchKernel",                                                                                     \
@@ -324,16 +325,27 @@ static int make_pool(struct pool *pool, int device, struct ry_err *err)
 static int load(const struct ry_kernels *kernels, int device, struct ry_err *err)
 {
     CUmodule module;
+    if (kernels->n > RY_KERNELS)
+        return ry_fail(err, "%d kernels in one image, %d are served", kernels->n, RY_KERNELS);
     if (!kernels->image)
         return ry_fail(err, "this Railyard was built without nvcc: build it where the CUDA toolkit is");
+    CUfunction function[RY_KERNELS];
     TRY(err, module_load, &module, kernels->image);
     for (int i = 0; i < kernels->n; i++) {
-        CUfunction function;
         int registers;
-        TRY(err, module_function, &function, module, kernels->kernel[i]->name);
-        TRY(err, function_attribute, &registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function);
-        kernels->kernel[i]->loaded[device] = function;
+        const char *call = symbol_module_function;
+        CUresult r = cu.module_function(&function[i], module, kernels->kernel[i]->name);
+        if (!r) {
+            call = symbol_function_attribute;
+            r = cu.function_attribute(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function[i]);
+        }
+        if (r) {
+            cu.module_unload(module);
+            return fail(err, call, r);
+        }
     }
+    for (int i = 0; i < kernels->n; i++)
+        kernels->kernel[i]->loaded[device] = function[i];
     return 0;
 }
 

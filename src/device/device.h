@@ -39,7 +39,8 @@ struct ry_kernel {
     void (*host)(const void *param);
     _Atomic(void *) loaded[RY_DEVICES]; /* the CUDA backend's */
 };
-/* Kernels that travel together. Static: once loaded they stay so. */
+#define RY_KERNELS 16
+/* Up to RY_KERNELS kernels that travel together. Static: once loaded they stay so. */
 struct ry_kernels {
     const void *image; /* fatbin; NULL where the build had no nvcc: cannot be loaded on CUDA then */
     struct ry_kernel *const *kernel;

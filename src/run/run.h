@@ -2,12 +2,11 @@
  * run.h: carrying out a plan.
  *
  * Owns: turning a plan's steps into NCCL calls and device copies on the caller's stream; staging memory; running an
- * exchange both ways and comparing (verify mode). Not: building the plan (plan/), deciding (control/), the device
- * itself.
+ * exchange both ways and comparing (verify mode). Not: building the plan (plan/), deciding (control/), the device itself.
  *
- * Everything is enqueued on the exchange's own stream and communicator, in order: work that the job enqueued before is
- * seen, work that it enqueues after waits. Nothing here synchronizes the host, but ry_run_verify()'s answer is fetched
- * later, without blocking, by ry_run_checks(). NCCL is called through the table, never by its public names.
+ * Everything is enqueued on the exchange's own stream and communicator, in order: work that the job enqueued before is seen,
+ * work that it enqueues after waits. Nothing here synchronizes the host, but ry_run_verify()'s answer is fetched later,
+ * without blocking, by ry_run_checks(). NCCL is called through the table, never by its public names.
  *
  * Thread-safety: a struct ry_runner may be used by one thread at a time for one communicator, as NCCL itself; different
  * runners are independent. The staging limit is shared by all runners of the process.
@@ -46,22 +45,21 @@ struct ry_buffers {
 struct ry_runner; /* one per communicator */
 struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, void *comm,
                                 struct ry_err *err);
-/** The communicator ends (`aborted`: its stream may never get there). Staging memory still in use is given back in
- * stream order. */
+/** The communicator ends (`aborted`: its stream may never get there). Staging memory still in use is given back in stream order. */
 void ry_runner_free(struct ry_runner *runner, bool aborted);
 
 /*
- * Staging memory. Once a verdict is out nobody can back down, so a rank must hold its memory before it says that it is
- * able. Each runner keeps one buffer, taken from the device's stream-ordered pool and grown between exchanges: a
- * manifest tells how much is held, the yardmaster knows what every rank would need, decides direct where it is too
- * little and tells the need, and the rank grows before its next manifest.
+ * Staging memory. Once a verdict is out nobody can back down, so a rank must hold its memory before it says that it is able.
+ * Each runner keeps one buffer, taken from the device's stream-ordered pool and grown between exchanges: a manifest tells how
+ * much is held, the yardmaster knows what every rank would need, decides direct where it is too little and tells the need, and
+ * the rank grows before its next manifest.
  */
 /** Bytes of staging that all runners of this process may hold together (RAILYARD_STAGING); 0: none. */
 void ry_run_staging_limit(uint64_t bytes);
 /** What this runner holds now. */
 uint64_t ry_run_staging(const struct ry_runner *runner);
-/** Hold at least `bytes` (growing in generous steps), in order of `stream`. -1 with `err` at the limit or out of
- * memory: what was held stays. */
+/** Hold at least `bytes` (growing in generous steps), in order of `stream`. -1 with `err` at the limit or out of memory:
+ *  what was held stays. */
 int ry_run_staging_grow(struct ry_runner *runner, uint64_t bytes, void *stream, struct ry_err *err);
 
 /**
@@ -71,21 +69,19 @@ int ry_run_staging_grow(struct ry_runner *runner, uint64_t bytes, void *stream, 
 bool ry_run_safe(const struct ry_buffers *b);
 
 /**
- * Enqueue the plan, whose stage_bytes must be held. 0: enqueued, *result is the first ncclResult_t that was not
- * ncclSuccess, or 0. -1 with `err`: the device refused a copy or the plan does not fit, and the stream is in an unknown
- * state: the caller must make the job's call fail, since the other ranks go on.
+ * Enqueue the plan, whose stage_bytes must be held. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
+ * -1 with `err`: the device refused a copy or the plan does not fit, and the stream is in an unknown state: the caller must make the
+ * job's call fail, since the other ranks go on.
  */
-int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, int *result,
-           struct ry_err *err);
+int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err);
 
 /**
- * The same, then the exchange once more directly into scratch memory, and a comparison on the device. All ranks do this
- * for the same exchange (the verdict says so), since the second run needs all of them. Where scratch cannot be had on a
- * rank, that rank receives the second run into its own receive buffers and its comparison is skipped (said once).
- * `number` names the exchange in the answer.
+ * The same, then the exchange once more directly into scratch memory, and a comparison on the device. All ranks do this for the
+ * same exchange (the verdict says so), since the second run needs all of them. Where scratch cannot be had on a rank, that rank receives the
+ * second run into its own receive buffers and its comparison is skipped (said once). `number` names the exchange in the answer.
  */
-int ry_run_verify(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, uint64_t number,
-                  int *result, struct ry_err *err);
+int ry_run_verify(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, uint64_t number, int *result,
+                  struct ry_err *err);
 
 struct ry_mismatch {
     uint64_t number;
