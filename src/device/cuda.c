@@ -1,21 +1,14 @@
 /*
  * cuda.c: the CUDA backend, on the driver API opened at run time.
  *
- * Owns: finding libcuda.so.1 and the driver calls, which context each call runs in, a memory pool for each device, loading
- * kernels. Not: NCCL, what kernels do.
+ * Owns: finding libcuda.so.1 and the driver calls, and which context each call runs in. Not: memory in stream order and
+ * kernels (cuda_order.c), NCCL.
  *
  * Contexts: only primary contexts are used, the ones the CUDA runtime of the job uses as well, so that pointers and
  * streams are common property. A call about a stream runs in that stream's context, a call about an event in the
  * event's, a call about memory in the memory's; `use` and a thread's own current context decide the rest, and a thread
  * that has neither gets device 0, as with the CUDA runtime. Primary contexts, once retained, are kept until the process
  * ends: releasing them could tear down what the job still uses.
- *
- * The pool of alloc_async is our own rather than the device's default one, which belongs to the job (PyTorch's
- * cudaMallocAsync backend sets its threshold and reads its statistics; its own caching allocator does not use it). Two
- * settings make it a good neighbour. Release threshold 0: what we gave back goes to the driver at the next
- * synchronization, where the job's allocator can have it; the few blocks that we keep, we keep allocated. No internal
- * dependencies: the driver may not make one stream wait for another to reuse memory, since the streams are those of
- * different communicators, and two ranks that tie them to each other in different order never end.
  */
 #include "device.h"
 
@@ -36,77 +29,14 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
 #include <stdlib.h>
 #include <string.h>
 
-#include <cuda.h>
+#include "cuda_driver.h"
 
-/* Driver calls: our name, the exported symbol (versioned: cuda.h's macros would pick by header, the file has both). */
-#define DRIVER_CALLS(CALL)                                                                                             \
-    CALL(init, "cuInit", (unsigned))                                                                                   \
-    CALL(device_count, "cuDeviceGetCount", (int *))                                                                    \
-    CALL(device_get, "cuDeviceGet", (CUdevice *, int))                                                                 \
-    CALL(device_name, "cuDeviceGetName", (char *, int, CUdevice))                                                      \
-    CALL(device_pci, "cuDeviceGetPCIBusId", (char *, int, CUdevice))                                                   \
-    CALL(device_uuid, "cuDeviceGetUuid_v2", (CUuuid *, CUdevice))                                                      \
-    CALL(primary_retain, "cuDevicePrimaryCtxRetain", (CUcontext *, CUdevice))                                          \
-    CALL(ctx_push, "cuCtxPushCurrent_v2", (CUcontext))                                                                 \
-    CALL(ctx_pop, "cuCtxPopCurrent_v2", (CUcontext *))                                                                 \
-    CALL(ctx_get, "cuCtxGetCurrent", (CUcontext *))                                                                    \
-    CALL(ctx_set, "cuCtxSetCurrent", (CUcontext))                                                                      \
-    CALL(ctx_device, "cuCtxGetDevice", (CUdevice *))                                                                   \
-    CALL(pointer_attribute, "cuPointerGetAttribute", (void *, CUpointer_attribute, CUdeviceptr))                       \
-    CALL(mem_alloc, "cuMemAlloc_v2", (CUdeviceptr *, size_t))                                                          \
-    CALL(mem_free, "cuMemFree_v2", (CUdeviceptr))                                                                      \
-    CALL(pool_create, "cuMemPoolCreate", (CUmemoryPool *, const CUmemPoolProps *))                                     \
-    CALL(pool_set, "cuMemPoolSetAttribute", (CUmemoryPool, CUmemPool_attribute, void *))                               \
-    CALL(pool_destroy, "cuMemPoolDestroy", (CUmemoryPool))                                                             \
-    CALL(mem_alloc_async, "cuMemAllocFromPoolAsync", (CUdeviceptr *, size_t, CUmemoryPool, CUstream))                  \
-    CALL(mem_free_async, "cuMemFreeAsync", (CUdeviceptr, CUstream))                                                    \
-    CALL(host_alloc, "cuMemHostAlloc", (void **, size_t, unsigned))                                                    \
-    CALL(host_free, "cuMemFreeHost", (void *))                                                                         \
-    CALL(module_load, "cuModuleLoadData", (CUmodule *, const void *))                                                  \
-    CALL(module_function, "cuModuleGetFunction", (CUfunction *, CUmodule, const char *))                               \
-    CALL(function_attribute, "cuFuncGetAttribute", (int *, CUfunction_attribute, CUfunction))                          \
-    CALL(launch, "cuLaunchKernel",                                                                                     \
-         (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **,         \
-          void **))                                                                                                    \
-    CALL(mem_copy, "cuMemcpyAsync", (CUdeviceptr, CUdeviceptr, size_t, CUstream))                                      \
-    CALL(mem_set, "cuMemsetD8Async", (CUdeviceptr, unsigned char, size_t, CUstream))                                   \
-    CALL(stream_create, "cuStreamCreate", (CUstream *, unsigned))                                                      \
-    CALL(stream_destroy, "cuStreamDestroy_v2", (CUstream))                                                             \
-    CALL(stream_sync, "cuStreamSynchronize", (CUstream))                                                               \
-    CALL(stream_wait, "cuStreamWaitEvent", (CUstream, CUevent, unsigned))                                              \
-    CALL(stream_ctx, "cuStreamGetCtx", (CUstream, CUcontext *))                                                        \
-    CALL(stream_capturing, "cuStreamIsCapturing", (CUstream, CUstreamCaptureStatus *))                                 \
-    CALL(capture_mode, "cuThreadExchangeStreamCaptureMode", (CUstreamCaptureMode *))                                   \
-    CALL(event_create, "cuEventCreate", (CUevent *, unsigned))                                                         \
-    CALL(event_record, "cuEventRecord", (CUevent, CUstream))                                                           \
-    CALL(event_query, "cuEventQuery", (CUevent))                                                                       \
-    CALL(event_elapsed, "cuEventElapsedTime", (float *, CUevent, CUevent))                                             \
-    CALL(event_destroy, "cuEventDestroy_v2", (CUevent))                                                                \
-    CALL(error_name, "cuGetErrorName", (CUresult, const char **))                                                      \
-    CALL(error_text, "cuGetErrorString", (CUresult, const char **))
-
-static struct driver {
-#define MEMBER(field, symbol, args) CUresult(CUDAAPI *field) args;
-    DRIVER_CALLS(MEMBER)
-#undef MEMBER
-} cu;
+struct ry_cuda_driver ry_cuda_driver;
 
 static CUcontext primary[RY_DEVICES];
 static pthread_mutex_t primary_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static struct pool {
-    _Atomic(CUmemoryPool) memory; /* set last */
-    CUstream freeing;             /* ours, for giving back behind an event */
-} pools[RY_DEVICES];
-static pthread_mutex_t prepare_lock = PTHREAD_MUTEX_INITIALIZER;
-
-struct ry_event {
-    CUevent event; /* NULL until it is first recorded, if it was created on a thread without a context */
-    CUcontext ctx; /* in which `event` was made */
-    unsigned flags;
-};
-
-static int fail(struct ry_err *err, const char *call, CUresult r)
+int ry_cuda_fail(struct ry_err *err, const char *call, CUresult r)
 {
     const char *name = NULL, *text = NULL;
     if (cu.error_name(r, &name) || !name)
@@ -116,24 +46,13 @@ static int fail(struct ry_err *err, const char *call, CUresult r)
     return ry_fail(err, "%s: %s (%d), %s", call, name, (int)r, text);
 }
 
-/* Call the driver; on failure return through `fail` with the call's own name. */
-#define TRY(err, field, ...)                                                                                           \
-    do {                                                                                                               \
-        CUresult r_ = cu.field(__VA_ARGS__);                                                                           \
-        if (r_)                                                                                                        \
-            return fail(err, symbol_##field, r_);                                                                      \
-    } while (0)
-#define NAME(field, symbol, args) __attribute__((unused)) static const char symbol_##field[] = symbol;
-DRIVER_CALLS(NAME)
-#undef NAME
-
 /* Capture errors say that somebody captures somewhere: not ours to touch. 900 … 908 in every CUDA so far. */
 static bool is_capture_error(CUresult r)
 {
     return r >= CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED && r <= CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD;
 }
 
-static int primary_context(int ordinal, CUcontext *out, struct ry_err *err)
+int ry_cuda_primary(int ordinal, CUcontext *out, struct ry_err *err)
 {
     if (ordinal < 0 || ordinal >= RY_DEVICES)
         return ry_fail(err, "no CUDA device %d", ordinal);
@@ -144,9 +63,9 @@ static int primary_context(int ordinal, CUcontext *out, struct ry_err *err)
         CUcontext ctx;
         CUresult r = cu.device_get(&device, ordinal);
         if (r)
-            rc = fail(err, symbol_device_get, r);
+            rc = ry_cuda_fail(err, symbol_device_get, r);
         else if ((r = cu.primary_retain(&ctx, device)))
-            rc = fail(err, symbol_primary_retain, r);
+            rc = ry_cuda_fail(err, symbol_primary_retain, r);
         else
             primary[ordinal] = ctx;
     }
@@ -156,10 +75,10 @@ static int primary_context(int ordinal, CUcontext *out, struct ry_err *err)
 }
 
 /* The thread's own context; device 0's where it has none, as the CUDA runtime would choose. */
-static int own_context(CUcontext *out, struct ry_err *err)
+int ry_cuda_own(CUcontext *out, struct ry_err *err)
 {
     TRY(err, ctx_get, out);
-    return *out ? 0 : primary_context(0, out, err);
+    return *out ? 0 : ry_cuda_primary(0, out, err);
 }
 
 /* NULL, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD exist in every context and mean the thread's. */
@@ -168,10 +87,10 @@ static bool is_special(void *stream)
     return (uintptr_t)stream <= (uintptr_t)CU_STREAM_PER_THREAD;
 }
 
-static int stream_context(void *stream, CUcontext *out, struct ry_err *err)
+int ry_cuda_context_of(void *stream, CUcontext *out, struct ry_err *err)
 {
     if (is_special(stream))
-        return own_context(out, err);
+        return ry_cuda_own(out, err);
     TRY(err, stream_ctx, stream, out);
     return 0;
 }
@@ -183,30 +102,17 @@ static CUcontext memory_context(const void *p)
     return cu.pointer_attribute(&ctx, CU_POINTER_ATTRIBUTE_CONTEXT, (CUdeviceptr)(uintptr_t)p) ? NULL : ctx;
 }
 
-static int enter(CUcontext ctx, struct ry_err *err)
+int ry_cuda_enter(CUcontext ctx, struct ry_err *err)
 {
     TRY(err, ctx_push, ctx);
     return 0;
 }
 
-static void leave(void)
+void ry_cuda_leave(void)
 {
     CUcontext ignored;
     cu.ctx_pop(&ignored);
 }
-
-/* Enter, call, leave: the result of the driver call becomes -1 with its name. */
-#define IN_CONTEXT(err, ctx, field, ...)                                                                               \
-    ({                                                                                                                 \
-        int rc_ = enter(ctx, err);                                                                                     \
-        if (!rc_) {                                                                                                    \
-            CUresult r_ = cu.field(__VA_ARGS__);                                                                       \
-            leave();                                                                                                   \
-            if (r_)                                                                                                    \
-                rc_ = fail(err, symbol_##field, r_);                                                                   \
-        }                                                                                                              \
-        rc_;                                                                                                           \
-    })
 
 static int cuda_count(int *n, struct ry_err *err)
 {
@@ -235,7 +141,7 @@ static int cuda_identify(int ordinal, struct ry_device_id *out, struct ry_err *e
 static int cuda_use(int ordinal, struct ry_err *err)
 {
     CUcontext ctx;
-    if (primary_context(ordinal, &ctx, err))
+    if (ry_cuda_primary(ordinal, &ctx, err))
         return -1;
     TRY(err, ctx_set, ctx);
     return 0;
@@ -248,7 +154,7 @@ static int cuda_alloc(void **out, size_t bytes, struct ry_err *err)
     *out = NULL;
     if (!bytes)
         return 0;
-    if (own_context(&ctx, err) || IN_CONTEXT(err, ctx, mem_alloc, &p, bytes))
+    if (ry_cuda_own(&ctx, err) || IN_CONTEXT(err, ctx, mem_alloc, &p, bytes))
         return -1;
     *out = (void *)(uintptr_t)p;
     return 0;
@@ -269,7 +175,7 @@ static int cuda_copy(void *dst, const void *src, size_t bytes, void *stream, str
     CUcontext ctx;
     if (!bytes)
         return 0;
-    if (stream_context(stream, &ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err))
         return -1;
     return IN_CONTEXT(err, ctx, mem_copy, (CUdeviceptr)(uintptr_t)dst, (CUdeviceptr)(uintptr_t)src, bytes, stream);
 }
@@ -279,187 +185,9 @@ static int cuda_fill(void *dst, unsigned char value, size_t bytes, void *stream,
     CUcontext ctx;
     if (!bytes)
         return 0;
-    if (stream_context(stream, &ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err))
         return -1;
     return IN_CONTEXT(err, ctx, mem_set, (CUdeviceptr)(uintptr_t)dst, value, bytes, stream);
-}
-
-/* ---- in stream order ---- */
-
-/* The device of the context that is current: inside enter() and leave(). */
-static int current_device(struct ry_err *err)
-{
-    CUdevice device;
-    TRY(err, ctx_device, &device);
-    return device < RY_DEVICES ? device : ry_fail(err, "CUDA device %d is beyond the %d that are served", device, RY_DEVICES);
-}
-
-static int make_pool(struct pool *pool, int device, struct ry_err *err)
-{
-    CUmemPoolProps props = {.allocType = CU_MEM_ALLOCATION_TYPE_PINNED,
-                            .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device}};
-    CUmemoryPool memory;
-    cuuint64_t threshold = 0;
-    int no = 0;
-    TRY(err, pool_create, &memory, &props);
-    CUresult r;
-    if ((r = cu.pool_set(memory, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &threshold)) ||
-        (r = cu.pool_set(memory, CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES, &no))) {
-        cu.pool_destroy(memory);
-        return fail(err, symbol_pool_set, r);
-    }
-    if ((r = cu.stream_create(&pool->freeing, CU_STREAM_NON_BLOCKING))) {
-        cu.pool_destroy(memory);
-        return fail(err, symbol_stream_create, r);
-    }
-    pool->memory = memory;
-    return 0;
-}
-
-/*
- * With lazy loading (the default) a function is loaded when it is first asked for or launched, and that may wait for
- * kernels under way: NCCL's, which wait for other ranks. So all are asked for here, attributes included.
- */
-static int load(const struct ry_kernels *kernels, int device, struct ry_err *err)
-{
-    CUmodule module;
-    if (!kernels->image)
-        return ry_fail(err, "this Railyard was built without nvcc: build it where the CUDA toolkit is");
-    TRY(err, module_load, &module, kernels->image);
-    for (int i = 0; i < kernels->n; i++) {
-        CUfunction function;
-        int registers;
-        TRY(err, module_function, &function, module, kernels->kernel[i]->name);
-        TRY(err, function_attribute, &registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function);
-        kernels->kernel[i]->loaded[device] = function;
-    }
-    return 0;
-}
-
-static bool is_loaded(const struct ry_kernels *kernels, int device)
-{
-    for (int i = 0; i < kernels->n; i++)
-        if (!kernels->kernel[i]->loaded[device])
-            return false;
-    return true;
-}
-
-static int cuda_prepare(int ordinal, const struct ry_kernels *kernels, struct ry_err *err)
-{
-    CUcontext ctx;
-    if ((ordinal < 0 ? own_context(&ctx, err) : primary_context(ordinal, &ctx, err)) || enter(ctx, err))
-        return -1;
-    /* Another thread may be capturing a graph, which this need not spoil. */
-    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-    cu.capture_mode(&mode);
-    pthread_mutex_lock(&prepare_lock);
-    int device = current_device(err), rc = device < 0 ? -1 : 0;
-    if (!rc && !pools[device].memory)
-        rc = make_pool(&pools[device], device, err);
-    if (!rc && kernels && !is_loaded(kernels, device))
-        rc = load(kernels, device, err);
-    pthread_mutex_unlock(&prepare_lock);
-    cu.capture_mode(&mode);
-    leave();
-    return rc;
-}
-
-static int cuda_alloc_async(void **out, size_t bytes, void *stream, struct ry_err *err)
-{
-    CUcontext ctx;
-    CUdeviceptr p;
-    *out = NULL;
-    if (!bytes)
-        return 0;
-    if (stream_context(stream, &ctx, err) || enter(ctx, err))
-        return -1;
-    int device = current_device(err), rc = device < 0 ? -1 : 0;
-    CUmemoryPool pool = rc ? NULL : pools[device].memory;
-    if (!rc && !pool)
-        rc = ry_fail(err, "CUDA device %d was not prepared", device);
-    CUresult r = rc ? CUDA_SUCCESS : cu.mem_alloc_async(&p, bytes, pool, stream);
-    leave();
-    if (rc || r)
-        return rc ? rc : fail(err, symbol_mem_alloc_async, r);
-    *out = (void *)(uintptr_t)p;
-    return 0;
-}
-
-static int cuda_free_async(void *p, void *stream, struct ry_err *err)
-{
-    CUcontext ctx;
-    if (!p)
-        return 0;
-    if (stream_context(stream, &ctx, err))
-        return -1;
-    return IN_CONTEXT(err, ctx, mem_free_async, (CUdeviceptr)(uintptr_t)p, stream);
-}
-
-/*
- * A stream of our own waits for the event, so that neither the host nor a stream of the job does. Should an event never
- * come to pass, what is freed behind it stays where it is, and so does what other communicators free after that: no
- * process lives on for long with kernels that never end.
- */
-static int cuda_free_after(void *p, struct ry_event *ev, struct ry_err *err)
-{
-    if (!p)
-        return 0;
-    if (!ev->event)
-        return ry_fail(err, "an event that was never recorded");
-    if (enter(ev->ctx, err))
-        return -1;
-    int device = current_device(err);
-    CUstream freeing = device >= 0 && pools[device].memory ? pools[device].freeing : NULL;
-    const char *call = symbol_stream_wait;
-    CUresult r = CUDA_SUCCESS;
-    int rc = device < 0 ? -1 : freeing ? 0 : ry_fail(err, "CUDA device %d was not prepared", device);
-    if (!rc && !(r = cu.stream_wait(freeing, ev->event, 0))) {
-        call = symbol_mem_free_async;
-        r = cu.mem_free_async((CUdeviceptr)(uintptr_t)p, freeing);
-    }
-    leave();
-    return r ? fail(err, call, r) : rc;
-}
-
-static int cuda_pinned_alloc(void **out, size_t bytes, struct ry_err *err)
-{
-    CUcontext ctx;
-    *out = NULL;
-    if (!bytes)
-        return 0;
-    if (own_context(&ctx, err))
-        return -1;
-    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-    cu.capture_mode(&mode);
-    int rc = IN_CONTEXT(err, ctx, host_alloc, out, bytes, CU_MEMHOSTALLOC_PORTABLE);
-    cu.capture_mode(&mode);
-    return rc;
-}
-
-static int cuda_pinned_free(void *p, struct ry_err *err)
-{
-    CUcontext ctx;
-    if (!p)
-        return 0;
-    if (own_context(&ctx, err))
-        return -1;
-    return IN_CONTEXT(err, ctx, host_free, p);
-}
-
-static int cuda_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream,
-                       struct ry_err *err)
-{
-    CUcontext ctx;
-    if (stream_context(stream, &ctx, err) || enter(ctx, err))
-        return -1;
-    int device = current_device(err);
-    CUfunction function = device < 0 ? NULL : kernel->loaded[device];
-    void *params[] = {(void *)(uintptr_t)param};
-    CUresult r = function ? cu.launch(function, grid, 1, 1, block, 1, 1, 0, stream, params, NULL) : CUDA_SUCCESS;
-    leave();
-    if (function)
-        return r ? fail(err, symbol_launch, r) : 0;
-    return device < 0 ? -1 : ry_fail(err, "kernel %s was not loaded on CUDA device %d", kernel->name, device);
 }
 
 static int cuda_stream_create(void **stream, struct ry_err *err)
@@ -468,7 +196,7 @@ static int cuda_stream_create(void **stream, struct ry_err *err)
     CUstream s;
     *stream = NULL;
     /* non-blocking: must not wait for what the job puts on the legacy default stream */
-    if (own_context(&ctx, err) || IN_CONTEXT(err, ctx, stream_create, &s, CU_STREAM_NON_BLOCKING))
+    if (ry_cuda_own(&ctx, err) || IN_CONTEXT(err, ctx, stream_create, &s, CU_STREAM_NON_BLOCKING))
         return -1;
     *stream = s;
     return 0;
@@ -479,7 +207,7 @@ static int cuda_stream_destroy(void *stream, struct ry_err *err)
     CUcontext ctx;
     if (is_special(stream))
         return ry_fail(err, "the default stream cannot be destroyed");
-    if (stream_context(stream, &ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err))
         return -1;
     return IN_CONTEXT(err, ctx, stream_destroy, stream);
 }
@@ -487,7 +215,7 @@ static int cuda_stream_destroy(void *stream, struct ry_err *err)
 static int cuda_stream_sync(void *stream, struct ry_err *err)
 {
     CUcontext ctx;
-    if (stream_context(stream, &ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err))
         return -1;
     return IN_CONTEXT(err, ctx, stream_sync, stream);
 }
@@ -497,12 +225,12 @@ static int cuda_stream_capturing(void *stream, bool *capturing, struct ry_err *e
     CUcontext ctx;
     CUstreamCaptureStatus status;
     *capturing = true; /* whatever cannot be found out is treated as captured */
-    if (stream_context(stream, &ctx, err) || enter(ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err) || ry_cuda_enter(ctx, err))
         return -1;
     CUresult r = cu.stream_capturing(stream, &status);
-    leave();
+    ry_cuda_leave();
     if (r)
-        return is_capture_error(r) ? 0 : fail(err, symbol_stream_capturing, r);
+        return is_capture_error(r) ? 0 : ry_cuda_fail(err, symbol_stream_capturing, r);
     *capturing = status != CU_STREAM_CAPTURE_STATUS_NONE;
     return 0;
 }
@@ -550,7 +278,7 @@ static int cuda_event_create_untimed(struct ry_event **out, struct ry_err *err)
 static int cuda_event_record(struct ry_event *ev, void *stream, struct ry_err *err)
 {
     CUcontext ctx;
-    if (stream_context(stream, &ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err))
         return -1;
     /* An event belongs to one context, and so must the stream: move it where the stream is. */
     if (ev->ctx != ctx && make_event(ev, ctx, err))
@@ -559,8 +287,8 @@ static int cuda_event_record(struct ry_event *ev, void *stream, struct ry_err *e
 }
 
 /*
- * Asking about events is among what CUDA refuses a thread while another one captures in the global mode, and the refusal
- * would spoil that capture. In the relaxed mode the thread may; the mode is exchanged for that, and back.
+ * Asking about events is among what CUDA refuses a thread while another one captures in the global mode, and the
+ * refusal would spoil that capture. In the relaxed mode the thread may; the mode is exchanged for that, and back.
  */
 static int cuda_event_done(struct ry_event *ev, bool *done, struct ry_err *err)
 {
@@ -569,15 +297,15 @@ static int cuda_event_done(struct ry_event *ev, bool *done, struct ry_err *err)
         *done = true; /* never recorded: nothing before it, as CUDA has it */
         return 0;
     }
-    if (enter(ev->ctx, err))
+    if (ry_cuda_enter(ev->ctx, err))
         return -1;
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     cu.capture_mode(&mode);
     CUresult r = cu.event_query(ev->event);
     cu.capture_mode(&mode);
-    leave();
+    ry_cuda_leave();
     if (r && r != CUDA_ERROR_NOT_READY)
-        return fail(err, symbol_event_query, r);
+        return ry_cuda_fail(err, symbol_event_query, r);
     *done = r == CUDA_SUCCESS;
     return 0;
 }
@@ -604,7 +332,7 @@ static int cuda_stream_wait(void *stream, struct ry_event *ev, struct ry_err *er
     CUcontext ctx;
     if (!ev->event)
         return 0;
-    if (stream_context(stream, &ctx, err))
+    if (ry_cuda_context_of(stream, &ctx, err))
         return -1;
     return IN_CONTEXT(err, ctx, stream_wait, stream, ev->event, 0);
 }
@@ -628,7 +356,7 @@ static int open_driver(struct ry_err *err)
         const char *symbol;
         size_t offset;
     } calls[] = {
-#define ROW(field, symbol, args) {symbol, offsetof(struct driver, field)},
+#define ROW(field, symbol, args) {symbol, offsetof(struct ry_cuda_driver, field)},
         DRIVER_CALLS(ROW)
 #undef ROW
     };
@@ -660,13 +388,13 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
         .release = cuda_release,
         .copy = cuda_copy,
         .fill = cuda_fill,
-        .alloc_async = cuda_alloc_async,
-        .free_async = cuda_free_async,
-        .free_after = cuda_free_after,
-        .pinned_alloc = cuda_pinned_alloc,
-        .pinned_free = cuda_pinned_free,
-        .prepare = cuda_prepare,
-        .launch = cuda_launch,
+        .alloc_async = ry_cuda_alloc_async,
+        .free_async = ry_cuda_free_async,
+        .free_after = ry_cuda_free_after,
+        .pinned_alloc = ry_cuda_pinned_alloc,
+        .pinned_free = ry_cuda_pinned_free,
+        .prepare = ry_cuda_prepare,
+        .launch = ry_cuda_launch,
         .stream_create = cuda_stream_create,
         .stream_destroy = cuda_stream_destroy,
         .stream_sync = cuda_stream_sync,

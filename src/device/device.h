@@ -31,15 +31,16 @@ struct ry_event; /* owned by whoever created it */
 #define RY_DEVICES 64 /* CUDA ordinals that are served */
 
 /*
- * A kernel takes one parameter, a structure of at most 4096 bytes, by value: the driver copies it at the launch, so it needs
- * no memory that would have to outlive the call. `host` does the same on host memory.
+ * A kernel takes one parameter, a structure of at most 4096 bytes, by value: the driver copies it at the launch, so it
+ * needs no memory that would have to outlive the call. `host` does the same on host memory.
  */
 struct ry_kernel {
     const char *name;
     void (*host)(const void *param);
     _Atomic(void *) loaded[RY_DEVICES]; /* the CUDA backend's */
 };
-/* Kernels that travel together. Static: once loaded they stay so. */
+#define RY_KERNELS 16
+/* Up to RY_KERNELS kernels that travel together. Static: once loaded they stay so. */
 struct ry_kernels {
     const void *image; /* fatbin; NULL where the build had no nvcc: cannot be loaded on CUDA then */
     struct ry_kernel *const *kernel;
@@ -63,9 +64,10 @@ struct ry_device {
     int (*fill)(void *dst, unsigned char value, size_t bytes, void *stream, struct ry_err *err);
 
     /**
-     * Memory in stream order, from a pool that is ours alone: usable by what `stream` does after the call, and handed back
-     * when `stream` gets there. The job's own pools and their statistics are not touched; what is handed back goes to the
-     * driver at the next synchronization, so that the job's allocator can have it. Fails, without waiting, when out of memory.
+     * Memory in stream order, from a pool that is ours alone: usable by what `stream` does after the call, and handed
+     * back when `stream` gets there. The job's own pools and their statistics are not touched; what is handed back goes
+     * to the driver at the next synchronization, so that the job's allocator can have it. Fails, without waiting, when
+     * out of memory.
      */
     int (*alloc_async)(void **out, size_t bytes, void *stream, struct ry_err *err);
     int (*free_async)(void *p, void *stream, struct ry_err *err);
@@ -76,8 +78,8 @@ struct ry_device {
     int (*pinned_free)(void *p, struct ry_err *err);
 
     /**
-     * Get device `ordinal` (-1: the thread's own) ready for alloc_async and for launching `kernels` (may be NULL). May wait for
-     * the device, which is why neither of the two ever does this by itself. Repeating it is cheap.
+     * Get device `ordinal` (-1: the thread's own) ready for alloc_async and for launching `kernels` (may be NULL). May
+     * wait for the device, which is why neither of the two ever does this by itself. Repeating it is cheap.
      */
     int (*prepare)(int ordinal, const struct ry_kernels *kernels, struct ry_err *err);
     int (*launch)(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream,
@@ -102,7 +104,8 @@ struct ry_device {
     int (*event_elapsed)(struct ry_event *a, struct ry_event *b, double *us, struct ry_err *err);
     void (*event_destroy)(struct ry_event *ev);
 
-    /** Allow the calling thread's driver calls while another thread captures a graph (a watcher thread calls it once). */
+    /** Allow the calling thread's driver calls while another thread captures a graph (a watcher thread calls it once).
+     */
     void (*relax_thread)(void);
 };
 

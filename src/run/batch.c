@@ -1,8 +1,8 @@
 /*
  * batch.c: many small copies or comparisons in one launch.
  *
- * Owns: collecting segments into the table of segments.h, launching the kernel of kernels.cu, and the kernels' twins for
- * host memory. Not: which segments depend on each other (the caller flushes in between).
+ * Owns: collecting segments into the table of segments.h, launching the kernel of kernels.cu, and the kernels' twins
+ * for host memory. Not: which segments depend on each other (the caller flushes in between).
  */
 #include "internal.h"
 
@@ -82,7 +82,8 @@ int batch_flush(struct batch *batch, struct ry_err *err)
     /* One segment alone is what the driver's own copy is for; without kernels, all are. */
     if (batch->kernel == &copy_kernel && (n == 1 || !batch->runner->kernels)) {
         for (uint32_t i = 0; i < n; i++)
-            if (device->copy((void *)(uintptr_t)t->a[i], (const void *)(uintptr_t)t->b[i], t->bytes[i], batch->stream, err))
+            if (device->copy((void *)(uintptr_t)t->a[i], (const void *)(uintptr_t)t->b[i], t->bytes[i], batch->stream,
+                             err))
                 return -1;
         return 0;
     }

@@ -1,12 +1,12 @@
 /*
  * checks.c: an exchange done both ways, and whether the bytes are the same.
  *
- * Owns: the second, direct run, the scratch memory it goes to, comparing on the device, and the answers on their way to the host.
- * Not: what a mismatch leads to.
+ * Owns: the second, direct run, the scratch memory it goes to, comparing on the device, and the answers on their way to
+ * the host. Not: what a mismatch leads to.
  *
  * An answer is one word that the stream copies to pinned memory, and an event after it. Pinned memory is taken when a
- * runner is made and belongs to the process for good: taking or giving it back may wait for the device, which a rank must not
- * do while others wait for it, and a communicator that was aborted may still have a copy under way to it.
+ * runner is made and belongs to the process for good: taking or giving it back may wait for the device, which a rank
+ * must not do while others wait for it, and a communicator that was aborted may still have a copy under way to it.
  */
 #include "internal.h"
 
@@ -16,9 +16,9 @@
 
 #include "base/log.h"
 
-#define SLAB 4096      /* bytes of pinned memory that are taken at once */
-#define PER_RUNNER 16  /* comparisons under way at most: further ones are left out */
-#define ALIGN 256      /* of each segment in scratch memory: copies there are then as fast as they get */
+#define SLAB 4096     /* bytes of pinned memory that are taken at once */
+#define PER_RUNNER 16 /* comparisons under way at most: further ones are left out */
+#define ALIGN 256     /* of each segment in scratch memory: copies there are then as fast as they get */
 
 struct check {
     struct check *next;
@@ -28,8 +28,8 @@ struct check {
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct check *idle;   /* ready for use */
-static struct check *orphan; /* their runner has gone, but the device may still write */
+static struct check *idle;               /* ready for use */
+static struct check *orphan;             /* their runner has gone, but the device may still write */
 static const struct ry_device *slabs_of; /* a process has one kind of device */
 
 int checks_prepare(const struct ry_device *device, struct ry_err *err)
@@ -141,7 +141,8 @@ static int scratch_take(struct scratch *s, struct ry_runner *r, const struct ry_
     s->recv = malloc((size_t)b->nranks * sizeof *s->recv);
     if (!s->recv)
         ry_fail(err, "out of memory");
-    if (!s->recv || !(s->check = take(r->device, err)) || r->device->alloc_async(&s->memory, s->bytes, b->stream, err)) {
+    if (!s->recv || !(s->check = take(r->device, err)) ||
+        r->device->alloc_async(&s->memory, s->bytes, b->stream, err)) {
         if (s->check)
             put_back(s->check, &idle);
         free(s->recv);
@@ -199,7 +200,8 @@ int ry_run_verify(struct ry_runner *r, const struct ry_plan *plan, const struct 
         r->newest = s.check;
         r->nchecks++;
     } else {
-        r->device->event_destroy(s.check->event); /* a copy may be under way, with no event after it: never used again */
+        r->device->event_destroy(
+            s.check->event); /* a copy may be under way, with no event after it: never used again */
     }
     if (r->device->free_async(s.memory, b->stream, &lost))
         ry_info("%llu bytes of scratch memory are lost: %s", (unsigned long long)s.bytes, lost.msg);

@@ -2,9 +2,9 @@
  * kernels.cu: copying and comparing the segments of a table (segments.h) at memory bandwidth, at any alignment.
  *
  * A block takes tile after tile. In a tile, memory at `a` is reached in 16-byte words from its own alignment on; bytes
- * before the first and after the last whole word go one by one. Where `b` lies otherwise aligned, each of its words is put
- * together from the two aligned ones that it straddles: both are read coalesced, and the second comes out of the cache, since
- * the neighbouring thread reads it as its first. No byte outside of a segment is read.
+ * before the first and after the last whole word go one by one. Where `b` lies otherwise aligned, each of its words is
+ * put together from the two aligned ones that it straddles: both are read coalesced, and the second comes out of the
+ * cache, since the neighbouring thread reads it as its first. No byte outside of a segment is read.
  *
  * The twins for host memory are in batch.c.
  */
@@ -41,10 +41,12 @@ static __device__ uint32_t segment_of(const ry_segments &t, uint32_t tile)
 static __device__ part part_of(const ry_segments &t, uint32_t segment, uint32_t tile)
 {
     uint64_t skew = t.a[segment] % WORD; /* tiles are counted from the whole word that `a` begins in */
-    uint64_t from = (uint64_t)(tile - t.first_tile[segment]) * RY_TILE, to = from + RY_TILE, end = skew + t.bytes[segment];
+    uint64_t from = (uint64_t)(tile - t.first_tile[segment]) * RY_TILE, to = from + RY_TILE,
+             end = skew + t.bytes[segment];
     from = from > skew ? from - skew : 0;
     to = (to < end ? to : end) - skew;
-    return part{(byte *)t.a[segment] + from, (const byte *)t.b[segment] + from, from, t.bytes[segment] - from, (uint32_t)(to - from)};
+    return part{(byte *)t.a[segment] + from, (const byte *)t.b[segment] + from, from, t.bytes[segment] - from,
+                (uint32_t)(to - from)};
 }
 
 /* Bytes `shift` to `shift` + 15 of the 32 in (low, high), shift = 4 words + bits / 8. */
@@ -80,8 +82,8 @@ static __device__ uint4 by_bytes(const byte *b)
 }
 
 /*
- * Hand every byte of a part to `op`: op.word(a, b's 16 bytes, offset) for whole words of `a`, op.one(a, b's byte, offset) for what is
- * left at the ends.
+ * Hand every byte of a part to `op`: op.word(a, b's 16 bytes, offset) for whole words of `a`, op.one(a, b's byte,
+ * offset) for what is left at the ends.
  */
 template <class Op> static __device__ void each(const part &p, Op &op)
 {

@@ -60,7 +60,8 @@ void ry_runner_free(struct ry_runner *r, bool aborted)
 {
     if (!r)
         return;
-    /* Aborted or not, nothing waits: memory is given back behind an event. If that never comes, the memory never does. */
+    /* Aborted or not, nothing waits: memory is given back behind an event. If that never comes, the memory never does.
+     */
     if (aborted && r->stage)
         ry_debug("staging memory of an aborted communicator: %llu bytes", (unsigned long long)r->stage_bytes);
     checks_free(r);
@@ -139,20 +140,22 @@ bool ry_run_safe(const struct ry_buffers *b)
 
 static void *address(const struct ry_runner *r, const struct ry_buffers *b, const struct ry_at *at)
 {
-    char *base = at->place == RY_AT_STAGE ? r->stage :
-                 at->place == RY_AT_SEND ? (char *)(uintptr_t)b->send[at->peer] : b->recv[at->peer];
+    char *base = at->place == RY_AT_STAGE  ? r->stage
+                 : at->place == RY_AT_SEND ? (char *)(uintptr_t)b->send[at->peer]
+                                           : b->recv[at->peer];
     return base + at->offset;
 }
 
-static bool fits(const struct ry_plan *plan, const struct ry_buffers *b, const struct ry_at *at, uint64_t bytes, bool written)
+static bool fits(const struct ry_plan *plan, const struct ry_buffers *b, const struct ry_at *at, uint64_t bytes,
+                 bool written)
 {
     if (at->place == RY_AT_STAGE)
         return bytes <= plan->stage_bytes && at->offset <= plan->stage_bytes - bytes;
     if (at->peer < 0 || at->peer >= b->nranks || (written && at->place == RY_AT_SEND))
         return false;
     /* Its end may lie in a later segment: the plan knew the addresses. */
-    return at->place == RY_AT_SEND ? b->send[at->peer] && at->offset < b->send_bytes[at->peer] :
-                                     b->recv[at->peer] && at->offset < b->recv_bytes[at->peer];
+    return at->place == RY_AT_SEND ? b->send[at->peer] && at->offset < b->send_bytes[at->peer]
+                                   : b->recv[at->peer] && at->offset < b->recv_bytes[at->peer];
 }
 
 /* Before anything is enqueued: after that there is no way back. */
@@ -175,8 +178,8 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
 }
 
 /*
- * Copies that follow each other go in one batch as long as none may depend on another. Send segments are never written; a
- * batch that reads from the staging memory or the receive buffer does not write there as well, and staging memory is
+ * Copies that follow each other go in one batch as long as none may depend on another. Send segments are never written;
+ * a batch that reads from the staging memory or the receive buffer does not write there as well, and staging memory is
  * written in ascending order (what is not, is still right, in a batch of its own).
  */
 struct copying {
@@ -219,9 +222,9 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
     for (; s < end && s->kind != RY_STEP_COPY && s->group == group; s++) {
         if (*result)
             continue;
-        *result = s->kind == RY_STEP_SEND ?
-                      r->nccl.send(address(r, b, &s->from), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream) :
-                      r->nccl.recv(address(r, b, &s->to), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream);
+        *result = s->kind == RY_STEP_SEND
+                      ? r->nccl.send(address(r, b, &s->from), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream)
+                      : r->nccl.recv(address(r, b, &s->to), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream);
     }
     int ended = r->nccl.group_end();
     if (!*result)

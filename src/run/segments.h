@@ -1,13 +1,13 @@
 /*
  * segments.h: what the kernels of kernels.cu are given, in C and in CUDA C: a table of memory segments, by value.
  *
- * The table travels as the kernel's parameter (4 KiB at most, the limit that every driver keeps). The driver copies it at
- * the launch, so there is no ring of pinned memory that could run full and make the host wait, no copy to the device
- * ahead of the kernel and no event to tell when an entry may be reused: stream order is the launch's own. Longer lists take one
- * launch for every RY_SEGMENTS.
+ * The table travels as the kernel's parameter (4 KiB at most, the limit that every driver keeps). The driver copies it
+ * at the launch, so there is no ring of pinned memory that could run full and make the host wait, no copy to the device
+ * ahead of the kernel and no event to tell when an entry may be reused: stream order is the launch's own. Longer lists
+ * take one launch for every RY_SEGMENTS.
  *
- * Work is dealt out in tiles: RY_TILE bytes of the first address's memory, counted from that address rounded down to 16, so
- * that every tile but the ends of a segment is whole 16-byte words there.
+ * Work is dealt out in tiles: RY_TILE bytes of the first address's memory, counted from that address rounded down to
+ * 16, so that every tile but the ends of a segment is whole 16-byte words there.
  */
 #ifndef RY_RUN_SEGMENTS_H
 #define RY_RUN_SEGMENTS_H

@@ -1,14 +1,14 @@
 /*
  * staging.c: the memory in which a plan lays down what it passes on.
  *
- * Owns: each runner's one buffer, its growth, the order between the streams that use it, the limit of the process, giving
- * it back. Not: what lies in it.
+ * Owns: each runner's one buffer, its growth, the order between the streams that use it, the limit of the process,
+ * giving it back. Not: what lies in it.
  *
- * The streams are the job's, which may destroy one as soon as it likes: none is touched after the call that named it. The order
- * is kept by an event recorded after each use. Waiting for it ties the next exchange's stream to the last one's, as NCCL itself
- * does for two streams of one communicator; streams of different communicators are never tied to each other, since two
- * ranks that did so in different order would wait for each other for ever. (That is also why the pool may not reuse
- * memory across streams by making one wait for the other: see device/cuda.c.)
+ * The streams are the job's, which may destroy one as soon as it likes: none is touched after the call that named it.
+ * The order is kept by an event recorded after each use. Waiting for it ties the next exchange's stream to the last
+ * one's, as NCCL itself does for two streams of one communicator; streams of different communicators are never tied to
+ * each other, since two ranks that did so in different order would wait for each other for ever. (That is also why the
+ * pool may not reuse memory across streams by making one wait for the other: see device/cuda.c.)
  */
 #include "internal.h"
 
@@ -60,7 +60,9 @@ static void *take(struct ry_runner *r, uint64_t bytes, uint64_t had, void *strea
 {
     void *stage;
     if (!staging_reserve(bytes - had)) {
-        ry_fail(err, "%llu bytes of staging memory are needed, but %llu of the process's %llu are in use: raise RAILYARD_STAGING",
+        ry_fail(err,
+                "%llu bytes of staging memory are needed, but %llu of the process's %llu are in use: raise "
+                "RAILYARD_STAGING",
                 (unsigned long long)bytes, (unsigned long long)held, (unsigned long long)limit);
         return NULL;
     }

@@ -1,6 +1,6 @@
 /*
- * on_devices.h: runs a set of Check tests on host memory and, where there is a GPU (or the fake driver), on CUDA; a machine
- * without one skips visibly.
+ * on_devices.h: runs a set of Check tests on host memory and, where there is a GPU (or the fake driver), on CUDA; a
+ * machine without one skips visibly.
  */
 #ifndef RY_TESTS_ON_DEVICES_H
 #define RY_TESTS_ON_DEVICES_H

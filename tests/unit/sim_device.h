@@ -3,9 +3,9 @@
  *
  * Owns: queues of what was enqueued, a scheduler that draws which stream goes on, and the rules that a GPU would not
  * enforce: memory is used only between its allocation and its release in stream order, a destroyed stream is not named
- * again, segments of one launch are done in any order. Breaking one ends the test. NCCL's groups: sends leave when the group's
- * turn on its communicator comes, and the group ends when all its receives are there.
- * One thread; ranks take turns. Everything that is allocated lives until sim_end().
+ * again, segments of one launch are done in any order. Breaking one ends the test. NCCL's groups: sends leave when the
+ * group's turn on its communicator comes, and the group ends when all its receives are there. One thread; ranks take
+ * turns. Everything that is allocated lives until sim_end().
  */
 #ifndef RY_TESTS_SIM_DEVICE_H
 #define RY_TESTS_SIM_DEVICE_H
@@ -27,7 +27,8 @@ struct sim_block { /* memory of the device */
 };
 
 struct ry_event {
-    uint64_t recorded, done; /* versions */
+    uint64_t recorded;    /* how often */
+    bool happened[65536]; /* each of those times; [0]: never recorded */
 };
 
 struct sim_part { /* a send or a receive */
@@ -129,7 +130,8 @@ static inline void sim_access(const void *at, size_t bytes)
     for (struct sim_block *b = sim.blocks; b; b = b->next)
         if ((const char *)at >= b->at && (const char *)at < b->at + b->bytes) {
             sim_check((const char *)at + bytes <= b->at + b->bytes, "%zu bytes run over the end of a block", bytes);
-            sim_check(b->ready && !b->gone, "memory is used %s", b->gone ? "after it was given back" : "before it is there");
+            sim_check(b->ready && !b->gone, "memory is used %s",
+                      b->gone ? "after it was given back" : "before it is there");
         }
 }
 
@@ -172,8 +174,8 @@ static inline bool sim_group(struct sim_op *op)
             at = &(*at)->next;
         m = *at;
         *at = m->next;
-        sim_check(m->bytes == p->bytes, "rank %d expects %zu bytes from rank %d, which sends %zu", c->rank, p->bytes, m->from,
-                  m->bytes);
+        sim_check(m->bytes == p->bytes, "rank %d expects %zu bytes from rank %d, which sends %zu", c->rank, p->bytes,
+                  m->from, m->bytes);
         if (op->group + 1 == c->corrupt.group && p->peer == c->corrupt.peer)
             m->data[c->corrupt.offset] ^= 0x10;
         sim_access(p->at, p->bytes);
@@ -196,7 +198,8 @@ static inline void sim_launch(struct sim_op *op)
         if (one.answer)
             sim_access((void *)(uintptr_t)one.answer, 8);
         op->kernel->host(&one);
-        t->a[i] = t->a[left - 1], t->b[i] = t->b[left - 1], t->bytes[i] = t->bytes[left - 1], t->tag[i] = t->tag[left - 1];
+        t->a[i] = t->a[left - 1], t->b[i] = t->b[left - 1], t->bytes[i] = t->bytes[left - 1],
+        t->tag[i] = t->tag[left - 1];
     }
 }
 
@@ -223,10 +226,10 @@ static inline bool sim_step(struct sim_stream *s)
         memset(op->block->at, 0xdd, op->block->bytes);
         break;
     case SIM_RECORD:
-        op->event->done = op->version;
+        op->event->happened[op->version] = true;
         break;
     case SIM_WAIT:
-        if (op->event->done < op->version)
+        if (!op->event->happened[op->version])
             return false;
         break;
     case SIM_LAUNCH:
@@ -353,8 +356,8 @@ static int sim_launch_later(struct ry_kernel *kernel, unsigned grid, unsigned bl
     struct sim_op *op = sim_push(stream, SIM_LAUNCH);
     op->kernel = kernel;
     memcpy(&op->table, param, sizeof op->table);
-    sim_check(grid > 0 && grid <= RY_GRID && block == RY_BLOCK && op->table.n > 0, "a launch of %u x %u for %u segments",
-              grid, block, op->table.n);
+    sim_check(grid > 0 && grid <= RY_GRID && block == RY_BLOCK && op->table.n > 0,
+              "a launch of %u x %u for %u segments", grid, block, op->table.n);
     return 0;
 }
 
@@ -376,6 +379,7 @@ static int sim_event_create(struct ry_event **ev, struct ry_err *e)
 {
     sim_check(sim.nevents < 4096, "too many events");
     *ev = sim.events[sim.nevents++] = calloc(1, sizeof **ev);
+    (*ev)->happened[0] = true;
     return 0;
 }
 
@@ -383,12 +387,13 @@ static int sim_event_record(struct ry_event *ev, void *stream, struct ry_err *e)
 {
     struct sim_op *op = sim_push(stream, SIM_RECORD);
     op->event = ev, op->version = ++ev->recorded;
+    sim_check(ev->recorded < sizeof ev->happened, "an event is recorded too often");
     return 0;
 }
 
 static int sim_event_done(struct ry_event *ev, bool *done, struct ry_err *e)
 {
-    *done = ev->done == ev->recorded;
+    *done = ev->happened[ev->recorded];
     return 0;
 }
 
@@ -426,8 +431,8 @@ static int sim_group_start(void)
 
 static int sim_transfer(bool send, void *at, size_t bytes, int type, int peer, void *comm, void *stream)
 {
-    sim_check(sim.group.depth == 1 && type == 1 && bytes && at, "a transfer of type %d, %zu bytes in %d groups", type, bytes,
-              sim.group.depth);
+    sim_check(sim.group.depth == 1 && type == 1 && bytes && at, "a transfer of type %d, %zu bytes in %d groups", type,
+              bytes, sim.group.depth);
     sim_check(!sim.group.nparts || (sim.group.comm == comm && sim.group.stream == stream), "a group of two streams");
     sim.group.comm = comm;
     sim.group.stream = stream;

@@ -1,7 +1,7 @@
 /*
- * test_kernels.c: the kernels of run/ against memmove() and memcmp(), at all alignments and around all sizes at which they
- * change their way, on every backend that this machine has. On a real GPU it also prints how fast they are beside a plain copy,
- * and does what takes more memory than a test here should.
+ * test_kernels.c: the kernels of run/ against memmove() and memcmp(), at all alignments and around all sizes at which
+ * they change their way, on every backend that this machine has. On a real GPU it also prints how fast they are beside
+ * a plain copy, and does what takes more memory than a test here should.
  */
 #include <check.h>
 #include <dlfcn.h>
@@ -47,8 +47,8 @@ struct piece {
     size_t a, b, bytes; /* where in two buffers */
 };
 
-static const size_t sizes[] = {1,     2,     3,         15,        16,           17,           31,    32,    33,  47, 64,
-                               100,   255,   4096,      16368,     RY_TILE - 1,  RY_TILE,      RY_TILE + 1, 16400, 40001};
+static const size_t sizes[] = {1,  2,   3,   15,   16,    17,          31,      32,          33,    47,
+                               64, 100, 255, 4096, 16368, RY_TILE - 1, RY_TILE, RY_TILE + 1, 16400, 40001};
 enum { SIZES = sizeof sizes / sizeof *sizes, SHIFTS = 16, PIECES = SIZES * SHIFTS * SHIFTS };
 
 /* Every size at every pair of alignments, with a few bytes between that nobody may touch. */
@@ -154,14 +154,13 @@ START_TEST(comparisons)
         end = end > PIECES ? PIECES : end;
         flip((char *)a + pieces[i].a + at);
         flip((char *)b + pieces[j].b + at_2);
-        uint64_t want = (uint64_t)i << RY_DIFFERENCE_BITS | at,
-                 second = (uint64_t)j << RY_DIFFERENCE_BITS | at_2;
+        uint64_t want = (uint64_t)i << RY_DIFFERENCE_BITS | at, second = (uint64_t)j << RY_DIFFERENCE_BITS | at_2;
         if (j >= first && j < end && second < want)
             want = second;
         uint64_t got = compared(pieces, first, end, a, b, answer);
         if (i != j || at != at_2) /* else the two may have cancelled each other */
-            ck_assert_msg(got == want, "piece %zu (%zu bytes) at %zu and %zu at %zu: %llx, not %llx", i, pieces[i].bytes, at, j,
-                          at_2, (unsigned long long)got, (unsigned long long)want);
+            ck_assert_msg(got == want, "piece %zu (%zu bytes) at %zu and %zu at %zu: %llx, not %llx", i,
+                          pieces[i].bytes, at, j, at_2, (unsigned long long)got, (unsigned long long)want);
         ok(device->copy((char *)a + pieces[i].a + at, from + pieces[i].a + at, 1, stream, &err));
         ok(device->copy((char *)b + pieces[j].b + at_2, other + pieces[j].b + at_2, 1, stream, &err));
     }
@@ -306,8 +305,9 @@ START_TEST(speed)
     static const struct {
         size_t pieces, bytes, shift;
     } cases[] = {
-        {1, 1 << 30, 0}, {64, 4 << 20, 0},  {64, 4 << 20, 2},  {64, 4 << 20, 1},  {1024, 256 << 10, 0}, {1024, 256 << 10, 4},
-        {64, 64 << 10, 0}, {64, 64 << 10, 2}, {64, 4 << 10, 0}, {256, 1 << 10, 0}, {1024, 512, 2},      {8, 1 << 20, 0},
+        {1, 1 << 30, 0},      {64, 4 << 20, 0},     {64, 4 << 20, 2},  {64, 4 << 20, 1},
+        {1024, 256 << 10, 0}, {1024, 256 << 10, 4}, {64, 64 << 10, 0}, {64, 64 << 10, 2},
+        {64, 4 << 10, 0},     {256, 1 << 10, 0},    {1024, 512, 2},    {8, 1 << 20, 0},
     };
     if (!is_real())
         return;
@@ -315,7 +315,8 @@ START_TEST(speed)
     struct ry_device_id id;
     ok(device->identify(0, &id, &err));
     printf("%s: medians of 15; bytes moved count twice (read and written, or read from both)\n"
-           "%22s %5s   %20s   %20s   %20s\n", id.name, "pieces", "shift", "copies one by one", "one batch", "comparison");
+           "%22s %5s   %20s   %20s   %20s\n",
+           id.name, "pieces", "shift", "copies one by one", "one batch", "comparison");
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct work w = {.pieces = cases[i].pieces, .bytes = cases[i].bytes, .shift = cases[i].shift};
         w.stride = (w.bytes + 511) / 256 * 256;

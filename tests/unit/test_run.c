@@ -1,6 +1,6 @@
 /*
- * test_run.c: running plans: what NCCL is told, errors, staging memory, stream order, verify mode. On a simulated device whose
- * streams run late (sim_device.h), since on host memory every order would seem right.
+ * test_run.c: running plans: what NCCL is told, errors, staging memory, stream order, verify mode. On a simulated
+ * device whose streams run late (sim_device.h), since on host memory every order would seem right.
  */
 #include <check.h>
 #include <stdarg.h>
@@ -57,7 +57,8 @@ static int tell_copy(void *dst, const void *src, size_t bytes, void *stream, str
 {
     return tell(" c%zu", bytes) ? ry_fail(e, "no copy") : 0;
 }
-static int tell_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream, struct ry_err *e)
+static int tell_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, const void *param, void *stream,
+                       struct ry_err *e)
 {
     const struct ry_segments *t = param;
     return tell(" %s%u", kernel->name + 3, t->n) ? ry_fail(e, "no launch") : 0;
@@ -89,12 +90,30 @@ static void telling_start(void)
     ry_run_staging_limit(1 << 30);
 }
 
-#define AT_SEND(p, o) {RY_AT_SEND, p, o}
-#define AT_RECV(p, o) {RY_AT_RECV, p, o}
-#define AT_STAGE(o) {RY_AT_STAGE, -1, o}
-#define COPY(t, f, n) {.kind = RY_STEP_COPY, .group = -1, .peer = -1, .to = t, .from = f, .bytes = n}
-#define SEND(g, p, f, n) {.kind = RY_STEP_SEND, .group = g, .peer = p, .from = f, .bytes = n}
-#define RECV(g, p, t, n) {.kind = RY_STEP_RECV, .group = g, .peer = p, .to = t, .bytes = n}
+#define AT_SEND(p, o)                                                                                                  \
+    {                                                                                                                  \
+        RY_AT_SEND, p, o                                                                                               \
+    }
+#define AT_RECV(p, o)                                                                                                  \
+    {                                                                                                                  \
+        RY_AT_RECV, p, o                                                                                               \
+    }
+#define AT_STAGE(o)                                                                                                    \
+    {                                                                                                                  \
+        RY_AT_STAGE, -1, o                                                                                             \
+    }
+#define COPY(t, f, n)                                                                                                  \
+    {                                                                                                                  \
+        .kind = RY_STEP_COPY, .group = -1, .peer = -1, .to = t, .from = f, .bytes = n                                  \
+    }
+#define SEND(g, p, f, n)                                                                                               \
+    {                                                                                                                  \
+        .kind = RY_STEP_SEND, .group = g, .peer = p, .from = f, .bytes = n                                             \
+    }
+#define RECV(g, p, t, n)                                                                                               \
+    {                                                                                                                  \
+        .kind = RY_STEP_RECV, .group = g, .peer = p, .to = t, .bytes = n                                               \
+    }
 
 #define HUGE (UINT64_C(5) << 30)
 static const void *two_sends[] = {(void *)0x100000, (void *)0x200000};
@@ -125,16 +144,13 @@ START_TEST(what_nccl_is_told)
 {
     telling_start();
     struct ry_step steps[] = {
-        COPY(AT_STAGE(0), AT_SEND(0, 0), 10),
-        COPY(AT_STAGE(10), AT_SEND(0, 10), 20),
-        SEND(0, 1, AT_SEND(1, 0), HUGE),
-        RECV(0, 1, AT_RECV(1, 0), HUGE),
-        SEND(1, 0, AT_SEND(0, 16), 5),
-        RECV(1, 0, AT_RECV(0, 32), 5),
+        COPY(AT_STAGE(0), AT_SEND(0, 0), 10), COPY(AT_STAGE(10), AT_SEND(0, 10), 20), SEND(0, 1, AT_SEND(1, 0), HUGE),
+        RECV(0, 1, AT_RECV(1, 0), HUGE),      SEND(1, 0, AT_SEND(0, 16), 5),          RECV(1, 0, AT_RECV(0, 32), 5),
         COPY(AT_RECV(0, 40), AT_STAGE(0), 7),
     };
-    run_told(steps, 7, 64, 0, 0,
-             " w copy_segments2( s1:5368709120@200000/1 r1:5368709120@3000000000/1)( s0:5@100010/1 r0:5@1000000020/1) c7 e");
+    run_told(
+        steps, 7, 64, 0, 0,
+        " w copy_segments2( s1:5368709120@200000/1 r1:5368709120@3000000000/1)( s0:5@100010/1 r0:5@1000000020/1) c7 e");
     run_told(steps + 2, 4, 0, 0, 0,
              "( s1:5368709120@200000/1 r1:5368709120@3000000000/1)( s0:5@100010/1 r0:5@1000000020/1)");
     run_told(steps, 0, 0, 0, 0, "");
@@ -182,8 +198,8 @@ START_TEST(misfits)
     telling_start();
     struct ry_step good = SEND(0, 1, AT_SEND(1, 0), 4);
     struct ry_step bad[] = {
-        SEND(0, 2, AT_SEND(1, 0), 4),        SEND(0, -1, AT_SEND(1, 0), 4),       RECV(0, 1, AT_RECV(2, 0), 4),
-        RECV(0, 1, AT_SEND(1, 0), 4),        SEND(0, 1, AT_SEND(0, 1000), 4),     RECV(0, 1, AT_STAGE(61), 4),
+        SEND(0, 2, AT_SEND(1, 0), 4),        SEND(0, -1, AT_SEND(1, 0), 4),        RECV(0, 1, AT_RECV(2, 0), 4),
+        RECV(0, 1, AT_SEND(1, 0), 4),        SEND(0, 1, AT_SEND(0, 1000), 4),      RECV(0, 1, AT_STAGE(61), 4),
         RECV(0, 1, AT_STAGE(UINT64_MAX), 4), COPY(AT_RECV(0, 0), AT_STAGE(0), 65), COPY(AT_SEND(0, 0), AT_STAGE(0), 4),
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -296,7 +312,8 @@ START_TEST(staging)
     ok(ry_run_staging_grow(b, 5 * M, s1, &err)); /* as much as there is */
     ck_assert_uint_eq(ry_run_staging(b), 5 * M);
     ck_assert_int_eq(ry_run_staging_grow(b, 7 * M, s1, &err), -1);
-    ck_assert_msg(strstr(err.msg, "7340032 bytes") && strstr(err.msg, "9437184 of the process's 10485760"), "%s", err.msg);
+    ck_assert_msg(strstr(err.msg, "7340032 bytes") && strstr(err.msg, "9437184 of the process's 10485760"), "%s",
+                  err.msg);
     ck_assert_uint_eq(ry_run_staging(b), 5 * M);
     ry_runner_free(a, false);
     sim.most = 6 * M;
@@ -419,8 +436,12 @@ static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t 
     struct ry_slice slice;
     ok(ry_slice_init(&slice, cluster, s->b.rank, strategy, &err));
     ry_slice_fill(&slice, matrix, cluster->nranks);
-    struct ry_plan_input in = {.cluster = cluster, .rank = s->b.rank, .strategy = strategy, .send = s->b.send_bytes,
-                               .recv = s->b.recv_bytes, .slice = &slice};
+    struct ry_plan_input in = {.cluster = cluster,
+                               .rank = s->b.rank,
+                               .strategy = strategy,
+                               .send = s->b.send_bytes,
+                               .recv = s->b.recv_bytes,
+                               .slice = &slice};
     if (draw(2)) {
         in.send_at = (const uintptr_t *)s->send;
         in.recv_at = (const uintptr_t *)s->recv;
@@ -444,8 +465,9 @@ static void look(struct world *w)
                 continue;
             w->bad++;
             uint64_t hidden = bad.number - 1000; /* numbered so that all of it is told */
-            sim_check(hidden / 100000 == (uint64_t)bad.peer && hidden % 100000 == bad.offset, "%llu: peer %d, offset %llu",
-                      (unsigned long long)bad.number, bad.peer, (unsigned long long)bad.offset);
+            sim_check(hidden / 100000 == (uint64_t)bad.peer && hidden % 100000 == bad.offset,
+                      "%llu: peer %d, offset %llu", (unsigned long long)bad.number, bad.peer,
+                      (unsigned long long)bad.offset);
         } while (wrong);
     }
 }
@@ -456,6 +478,7 @@ static void exchange(struct world *w, struct side *sides, int number)
     uint64_t *matrix = calloc((size_t)(n * n), sizeof *matrix), base = draw(5) ? 100 : 5000;
     enum ry_strategy strategy = draw(4) ? RY_HIERARCHICAL : RY_DIRECT;
     struct ry_plan **plans = calloc((size_t)n, sizeof(void *));
+    bool too_little = false;
     for (int i = 0; i < n * n; i++)
         matrix[i] = draw(4) ? draw(base) : 0;
     for (int r = 0; r < n; r++) {
@@ -467,7 +490,7 @@ static void exchange(struct world *w, struct side *sides, int number)
         side_start(&sides[r], matrix, n, r, number, w->streams[r][s]);
         plans[r] = plan_of(w->cluster, matrix, &sides[r], strategy);
         if (ry_run_staging_grow(w->runners[r], plans[r]->stage_bytes, sides[r].b.stream, &err))
-            strategy = RY_STRATEGIES;
+            too_little = true;
     }
     bool verify = draw(3) == 0;
     /* In a verified exchange one byte of the second run may arrive wrong: where it does is the exchange's number. */
@@ -478,13 +501,14 @@ static void exchange(struct world *w, struct side *sides, int number)
     for (int r = 0; r < n; r++) {
         struct side *s = &sides[r];
         uint64_t checks = (uint64_t)w->runners[r]->nchecks;
-        if (strategy == RY_STRATEGIES) {
+        if (too_little) { /* the verdict for all: direct */
             ry_plan_free(plans[r]);
             plans[r] = plan_of(w->cluster, matrix, s, RY_DIRECT);
         }
         sim_copy(s->memory, s->source, s->bytes, s->b.stream, NULL); /* the job's work before ... */
         if (verify)
-            ok(ry_run_verify(w->runners[r], plans[r], &s->b, 1000 + (uint64_t)bad_peer * 100000 + bad_at, &result, &err));
+            ok(ry_run_verify(w->runners[r], plans[r], &s->b, 1000 + (uint64_t)bad_peer * 100000 + bad_at, &result,
+                             &err));
         else
             ok(ry_run(w->runners[r], plans[r], &s->b, &result, &err));
         ck_assert_int_eq(result, 0);

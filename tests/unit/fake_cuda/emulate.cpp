@@ -57,7 +57,7 @@ template <void (*kernel)(const ry_segments)> static void run(unsigned grid, unsi
 
 void (*emulated(const char *name))(unsigned, unsigned, const void *)
 {
-    return !strcmp(name, "ry_copy_segments")    ? run<ry_copy_segments> :
-           !strcmp(name, "ry_compare_segments") ? run<ry_compare_segments> :
-                                                  nullptr;
+    return !strcmp(name, "ry_copy_segments")      ? run<ry_copy_segments>
+           : !strcmp(name, "ry_compare_segments") ? run<ry_compare_segments>
+                                                  : nullptr;
 }

@@ -3,8 +3,8 @@
  *
  * Owns: what the backend may get wrong without a GPU noticing soon: which context is current in each call. It is
  * stricter than the real driver: memory, streams, events and functions belong to a context, and a call outside of that
- * context fails. Kernels are run, too: emulate.cpp compiles their source for the host. Not: asynchronous work; everything
- * is done when the call returns.
+ * context fails. Kernels are run, too: emulate.cpp compiles their source for the host. Not: asynchronous work;
+ * everything is done when the call returns.
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -46,14 +46,17 @@ struct CUmemPoolHandle_st {
     cuuint64_t threshold;
     uint64_t bytes; /* allocated from it */
 };
-struct CUmod_st {
-    CUcontext ctx;
-};
 struct CUfunc_st {
+    CUfunction next; /* of the module */
     CUcontext ctx;
     void (*run)(unsigned grid, unsigned block, const void *param);
     bool loaded; /* not only looked up: launching would load it, which may wait for other kernels */
 };
+static struct CUmod_st {
+    CUmodule next;
+    CUcontext ctx;
+    CUfunction functions;
+} *modules;
 #define MAGIC UINT64_C(0xfa4ecbdafa4ecbda)
 #define HEADER 256 /* keeps the alignment of what follows */
 
@@ -349,6 +352,24 @@ EXPORT CUresult CUDAAPI cuModuleLoadData(CUmodule *module, const void *image)
         return CUDA_ERROR_INVALID_IMAGE;
     *module = calloc(1, sizeof **module);
     (*module)->ctx = current();
+    (*module)->next = modules;
+    modules = *module;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult CUDAAPI cuModuleUnload(CUmodule module)
+{
+    if (module->ctx != current())
+        return CUDA_ERROR_INVALID_CONTEXT;
+    CUmodule *at = &modules;
+    while (*at != module)
+        at = &(*at)->next;
+    *at = module->next;
+    for (CUfunction f = module->functions, next; f; f = next) {
+        next = f->next;
+        free(f);
+    }
+    free(module);
     return CUDA_SUCCESS;
 }
 
@@ -356,10 +377,12 @@ EXPORT CUresult CUDAAPI cuModuleGetFunction(CUfunction *function, CUmodule modul
 {
     if (module->ctx != current())
         return CUDA_ERROR_INVALID_CONTEXT;
+    if (!emulated(name))
+        return CUDA_ERROR_NOT_FOUND;
     *function = calloc(1, sizeof **function);
-    (*function)->ctx = module->ctx;
-    (*function)->run = emulated(name);
-    return (*function)->run ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    **function = (struct CUfunc_st){.next = module->functions, .ctx = module->ctx, .run = emulated(name)};
+    module->functions = *function;
+    return CUDA_SUCCESS;
 }
 
 EXPORT CUresult CUDAAPI cuFuncGetAttribute(int *value, CUfunction_attribute what, CUfunction function)
@@ -371,8 +394,9 @@ EXPORT CUresult CUDAAPI cuFuncGetAttribute(int *value, CUfunction_attribute what
     return CUDA_SUCCESS;
 }
 
-EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                                       unsigned bz, unsigned shared, CUstream stream, void **params, void **extra)
+EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                       unsigned by, unsigned bz, unsigned shared, CUstream stream, void **params,
+                                       void **extra)
 {
     CUresult r = check_stream(stream);
     if (r)
