@@ -24,6 +24,7 @@
 #include <time.h>
 
 #include "base/log.h"
+#include "control/load.h"
 #include "group.h"
 #include "railyard.h"
 #include "real.h"
@@ -186,7 +187,7 @@ static bool load_engine(char *why, size_t size)
     const char *slash = strrchr(self.dli_fname, '/');
     int dir = slash ? (int)(slash - self.dli_fname + 1) : 0;
     snprintf(path, sizeof path, "%.*slibrailyard-engine.so", dir, self.dli_fname);
-    void *engine = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    void *engine = ry_load_quietly(path, RTLD_NOW | RTLD_LOCAL); /* it brings UCX along */
     if (!engine)
         return snprintf(why, size, "%s", dlerror()), false;
     ry_engine_open_fn open_engine = (ry_engine_open_fn)dlsym(engine, RY_ENGINE_ENTRY);
