@@ -148,7 +148,7 @@ START_TEST(comparisons)
     ok(device->copy(a, from, n, stream, &err));
     ok(device->copy(b, other, n, stream, &err));
     ck_assert_uint_eq(compared(pieces, 0, PIECES, a, b, answer), RY_NO_DIFFERENCE);
-    for (int round = 0; round < 400; round++) {
+    for (int round = 0; round < 150; round++) {
         size_t i = draw(PIECES), j = draw(PIECES), first = i < 60 ? 0 : i - draw(60), end = i + 1 + draw(60);
         size_t at = draw(4) ? draw(pieces[i].bytes) : draw(2) ? 0 : pieces[i].bytes - 1, at_2 = draw(pieces[j].bytes);
         end = end > PIECES ? PIECES : end;

@@ -3,6 +3,7 @@
  * device whose streams run late (sim_device.h), since on host memory every order would seem right.
  */
 #include <check.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -652,6 +653,120 @@ START_TEST(aborted)
 }
 END_TEST
 
+/* A comparison under way outlives its runner: nobody else gets the memory that its answer goes to. */
+START_TEST(late_answers)
+{
+    struct world w, w2;
+    struct side sides[2];
+    uint64_t matrix[1] = {500}, equal;
+    struct ry_mismatch bad;
+    int result;
+    sim_begin();
+    ry_run_staging_limit(UINT64_C(1) << 30);
+    world_start(&w, 1, 1);
+    world_start(&w2, 1, 1);
+    struct world *of[] = {&w, &w2};
+    const struct check *used[2];
+    struct sim_comm *comms[] = {w.comms, w2.comms};
+    comms[1]->world = 7; /* so that their messages are told apart */
+    for (int i = 0; i < 2; i++) {
+        side_start(&sides[i], matrix, 1, 0, i, of[i]->streams[0][0]);
+        struct ry_plan *plan = plan_of(of[i]->cluster, matrix, &sides[i], RY_DIRECT);
+        sim_copy(sides[i].memory, sides[i].source, sides[i].bytes, sides[i].b.stream, NULL);
+        ok(ry_run_verify(of[i]->runners[0], plan, &sides[i].b, 1, &result, &err));
+        sim_copy(sides[i].seen, sides[i].memory, sides[i].bytes, sides[i].b.stream, NULL);
+        ry_plan_free(plan);
+        used[i] = of[i]->runners[0]->oldest;
+        ck_assert_ptr_nonnull(used[i]);
+        if (i == 0) {
+            w.comms = NULL;
+            world_end(&w, false);
+        }
+    }
+    ck_assert_ptr_ne(used[0], used[1]);
+    ck_assert(sim_run(UINT64_MAX));
+    ck_assert(!ry_run_checks(w2.runners[0], &equal, &bad));
+    ck_assert_uint_eq(equal, 1);
+    w2.comms = NULL;
+    world_end(&w2, false);
+    for (int i = 0; i < 2; i++) {
+        side_check(&sides[i], i);
+        free(comms[i]);
+    }
+    sim_end();
+}
+END_TEST
+
+/* Runners of several threads share the limit and the memory of answers: for ThreadSanitizer, too. */
+static int nothing(void)
+{
+    return 0;
+}
+static __thread struct {
+    const void *from;
+    size_t bytes;
+} sent; /* to itself, which is all that these do */
+static int keep(const void *buf, size_t bytes, int type, int peer, void *comm, void *stream)
+{
+    sent.from = buf, sent.bytes = bytes;
+    return 0;
+}
+static int deliver(void *buf, size_t bytes, int type, int peer, void *comm, void *stream)
+{
+    memcpy(buf, sent.from, bytes);
+    return 0;
+}
+
+static void *one_thread(void *arg)
+{
+    static const struct ry_nccl alone = {nothing, nothing, keep, deliver, NULL};
+    struct ry_err e;
+    unsigned char out[3000], in[3000];
+    const void *send[] = {out};
+    void *recv[] = {in};
+    uint64_t bytes[] = {sizeof out}, more, equal = 0, verified = 0;
+    struct ry_step steps[] = {COPY(AT_STAGE(0), AT_SEND(0, 0), 3000), SEND(0, 0, AT_STAGE(0), 3000),
+                              RECV(0, 0, AT_RECV(0, 0), 3000)};
+    struct ry_plan plan = {.nranks = 1, .stage_bytes = 3000, .nsteps = 3, .steps = steps};
+    struct ry_buffers b = {1, 0, send, recv, bytes, bytes, NULL};
+    struct ry_mismatch bad;
+    int result;
+    memset(out, (int)(uintptr_t)arg, sizeof out);
+    for (int round = 0; round < 200; round++) {
+        struct ry_runner *r = ry_runner_new(&alone, ry_device_host(), 0, NULL, &e);
+        if (!r)
+            return (void *)1;
+        for (int i = 0; i < 5 && !ry_run_staging_grow(r, 3000, NULL, &e); i++) {
+            if (ry_run_verify(r, &plan, &b, (uint64_t)i, &result, &e) || result || memcmp(in, out, sizeof in))
+                return (void *)2;
+            verified++;
+            if (i < 4 && ry_run_checks(r, &more, &bad))
+                return (void *)3;
+            equal += i < 4 ? more : 0;
+        }
+        ry_runner_free(r, round % 2);
+    }
+    return equal && equal < verified ? NULL : (void *)4;
+}
+
+START_TEST(threads)
+{
+    pthread_t thread[4];
+    ry_run_staging_limit(3 << 20); /* not enough for all */
+    for (int i = 0; i < 4; i++)
+        ck_assert_int_eq(pthread_create(&thread[i], NULL, one_thread, (void *)(uintptr_t)(i + 1)), 0);
+    for (int i = 0; i < 4; i++) {
+        void *wrong;
+        pthread_join(thread[i], &wrong);
+        ck_assert_msg(!wrong, "thread %d: %d", i, (int)(uintptr_t)wrong);
+    }
+    /* Everything was given back. */
+    struct ry_runner *r = ry_runner_new(&telling, ry_device_host(), 0, NULL, &err);
+    ok(ry_run_staging_grow(r, 3 << 20, NULL, &err));
+    ry_runner_free(r, false);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("run");
@@ -667,6 +782,8 @@ int main(void)
     tcase_add_test(t, without_kernels);
     tcase_add_test(t, too_many_comparisons);
     tcase_add_test(t, aborted);
+    tcase_add_test(t, late_answers);
+    tcase_add_test(t, threads);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
     srunner_run_all(r, CK_NORMAL);
