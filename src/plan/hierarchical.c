@@ -16,6 +16,8 @@
  * source: to merge them both sides would have to hold them as neighbours, but sources lie apart at the relay (each
  * message carries other pieces between), and the receiver cannot know otherwise.
  */
+#include <stdlib.h>
+
 #include "strategy.h"
 
 static bool row(const struct ry_cluster *c, int rank, int other)
@@ -242,5 +244,48 @@ static uint64_t stage_pack(const struct ry_cluster *c, int rank, const uint64_t 
     return stage;
 }
 
-const struct ry_strategy_ops ry_hierarchical_ops = {"hierarchical", row,         column,    most_steps,
-                                                    build,          stage_relay, stage_pack};
+/* Each row of the matrix once, added up by node. */
+static int stage_all(const struct ry_cluster *c, const uint64_t *matrix, uint64_t *relay, uint64_t *pack,
+                     struct ry_err *err)
+{
+    struct sum {
+        uint64_t bytes;
+        uint32_t pieces, start; /* the node's ranks begin there in `members` */
+    } *sums = calloc((size_t)c->nnodes, sizeof *sums);
+    int *members = malloc((size_t)c->nranks * sizeof *members);
+    if (!sums || !members) {
+        free(sums);
+        free(members);
+        return ry_fail(err, "no memory for the staging needs of %d ranks", c->nranks);
+    }
+    for (int n = 0, at = 0; n < c->nnodes; at += c->node_size[n++])
+        sums[n].start = (uint32_t)at;
+    for (int r = 0; r < c->nranks; r++)
+        members[sums[c->node[r]].start + (uint32_t)c->local[r]] = r;
+    for (int from = 0; from < c->nranks; from++) {
+        const uint64_t *cells = matrix + (size_t)from * (size_t)c->nranks;
+        for (int p = 0; p < c->nranks;) { /* node after node, or what follows each other of one */
+            struct sum *s = &sums[c->node[p]], run = *s;
+            for (int node = c->node[p]; p < c->nranks && c->node[p] == node; p++) {
+                run.bytes = ry_sum(run.bytes, cells[p]);
+                run.pieces += cells[p] > 0;
+            }
+            *s = run;
+        }
+        for (int n = 0; n < c->nnodes; n++) {
+            struct sum *s = &sums[n];
+            int to = members[s->start + (uint32_t)(c->local[from] % c->node_size[n])];
+            if (n != c->node[from] && s->bytes != cells[to])
+                relay[to] = ry_sum(relay[to], ry_stage_room(s->bytes));
+            if (n != c->node[from] && s->pieces > 1)
+                pack[from] = ry_sum(pack[from], ry_stage_room(s->bytes));
+            s->bytes = s->pieces = 0;
+        }
+    }
+    free(sums);
+    free(members);
+    return 0;
+}
+
+const struct ry_strategy_ops ry_hierarchical_ops = {"hierarchical", row,         column,     most_steps,
+                                                    build,          stage_relay, stage_pack, stage_all};

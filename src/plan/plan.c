@@ -108,6 +108,15 @@ uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry
                   ry_plan_stage_pack(cluster, rank, strategy, row, NULL));
 }
 
+int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strategy, const uint64_t *matrix,
+                      uint64_t *relay, uint64_t *pack, struct ry_err *err)
+{
+    const struct ry_strategy_ops *ops = strategies[strategy];
+    memset(relay, 0, (size_t)cluster->nranks * sizeof *relay);
+    memset(pack, 0, (size_t)cluster->nranks * sizeof *pack);
+    return ops->stage_all ? ops->stage_all(cluster, matrix, relay, pack, err) : 0;
+}
+
 /* The slice against what its layout must be and against the own column: both tell what comes from a row's rank. */
 static int check_slice(const struct ry_plan_input *in, struct ry_err *err)
 {

@@ -118,6 +118,9 @@ uint64_t ry_plan_stage_relay(const struct ry_cluster *cluster, int rank, enum ry
 uint64_t ry_plan_stage_pack(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send,
                             const uintptr_t *send_at);
 uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix);
+/** Both parts for all ranks in one go through the matrix (pack: all apart), [nranks] each. -1 when out of memory. */
+int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strategy, const uint64_t *matrix, uint64_t *relay,
+                      uint64_t *pack, struct ry_err *err);
 
 /** The plan in words, one line per step or run of like steps ("group 0: send 1.0 MiB to rank 5 (node 1, rail 1) …"). */
 void ry_plan_explain(const struct ry_plan *plan, const struct ry_cluster *cluster, FILE *f);

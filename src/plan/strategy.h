@@ -33,9 +33,11 @@ struct ry_strategy_ops {
     size_t (*most_steps)(const struct ry_building *b);
     /* Fills plan->steps, nsteps, ngroups, stage_bytes; -1 with err. The input was checked by plan.c. */
     int (*build)(struct ry_building *b);
-    /* See ry_plan_stage_relay(), ry_plan_stage_pack(). NULL: 0. */
+    /* See ry_plan_stage_relay(), _pack(), _all() (the results are zero before). NULL: no staging memory at all. */
     uint64_t (*stage_relay)(const struct ry_cluster *cluster, int rank, const uint64_t *matrix);
     uint64_t (*stage_pack)(const struct ry_cluster *cluster, int rank, const uint64_t *send, const uintptr_t *send_at);
+    int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, uint64_t *relay, uint64_t *pack,
+                     struct ry_err *err);
 };
 extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops;
 

@@ -16,6 +16,7 @@ static const struct command {
     {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
     {"topo", "show this node's topology, or a saved one: text, JSON, hwloc XML or a picture", cmd_topo},
+    {"explain", "show the plan of an exchange in words and as a picture, and what it changes", cmd_explain},
     {"report", "report what a job recorded: who sent how much to whom", cmd_report},
 };
 

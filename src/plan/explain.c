@@ -1,0 +1,209 @@
+/* explain.c: ry_plan_explain(): one rank's plan in words. Owns the words; knows no strategy, only steps. */
+#include <inttypes.h>
+#include <string.h>
+
+#include "plan.h"
+
+#define SINGLY 8 /* so many steps of one kind get a line each; more are summed up */
+
+struct text {
+    char s[120];
+};
+
+/* Exact while short: people compare these with their counts. */
+static struct text size(uint64_t bytes)
+{
+    static const char *const units[] = {"kB", "MB", "GB", "TB", "PB", "EB"};
+    struct text t;
+    double v = (double)bytes / 1000;
+    int u = 0;
+    if (bytes < 100000) {
+        snprintf(t.s, sizeof t.s, "%" PRIu64 " B", bytes);
+        return t;
+    }
+    for (; v >= 999.5; u++)
+        v /= 1000;
+    snprintf(t.s, sizeof t.s, "%.*f %s", v >= 99.95 ? 0 : v >= 9.995 ? 1 : 2, v, units[u]);
+    return t;
+}
+
+enum link { ACROSS, IN_NODE, SELF };
+static enum link link_of(const struct ry_plan *p, const struct ry_cluster *c, const struct ry_step *s)
+{
+    return s->peer < 0 || s->peer == p->rank ? SELF : c->node[s->peer] == c->node[p->rank] ? IN_NODE : ACROSS;
+}
+
+/* The rank whose message, received before step `i`, lies at this offset of the staging memory; -1: it was packed here.
+ */
+static int origin(const struct ry_plan *p, int i, uint64_t offset)
+{
+    int from = -1;
+    for (int k = 0; k < i; k++) {
+        const struct ry_at *to = &p->steps[k].to;
+        if (p->steps[k].kind != RY_STEP_SEND && to->place == RY_AT_STAGE && to->offset <= offset &&
+            offset - to->offset < p->steps[k].bytes)
+            from = p->steps[k].kind == RY_STEP_RECV ? p->steps[k].peer : -1;
+    }
+    return from;
+}
+
+static struct text place(const struct ry_plan *p, int i, const struct ry_at *at)
+{
+    struct text t = {""};
+    const struct ry_step *s = &p->steps[i];
+    int from;
+    switch (at->place) {
+    case RY_AT_SEND:
+        if (at->offset || at->peer != s->peer)
+            snprintf(t.s, sizeof t.s, "from the segment for rank %d on", at->peer);
+        break;
+    case RY_AT_RECV:
+        if (at->offset || at->peer != s->peer)
+            snprintf(t.s, sizeof t.s, "what rank %d sent", at->peer);
+        break;
+    case RY_AT_STAGE:
+        from = s->kind == RY_STEP_SEND ? origin(p, i, at->offset) : -1;
+        if (from >= 0)
+            snprintf(t.s, sizeof t.s, "what rank %d sent, from staging at %" PRIu64, from, at->offset);
+        else
+            snprintf(t.s, sizeof t.s, "%s staging at %" PRIu64, s->kind == RY_STEP_SEND ? "packed in" : "into",
+                     at->offset);
+        break;
+    }
+    return t;
+}
+
+static void single(const struct ry_plan *p, const struct ry_cluster *c, int i, FILE *f)
+{
+    const struct ry_step *s = &p->steps[i];
+    if (s->kind == RY_STEP_COPY) {
+        static const char *const what[] = {"of what goes to rank", "of what came from rank", "of staging"};
+        fprintf(f, "    copy %s %s", size(s->bytes).s, what[s->from.place]);
+        if (s->from.peer >= 0)
+            fprintf(f, " %d%s", s->from.peer, s->from.offset ? "," : "");
+        if (s->from.offset || s->from.peer < 0)
+            fprintf(f, " at %" PRIu64, s->from.offset);
+        if (s->to.place == RY_AT_STAGE)
+            fprintf(f, " into staging at %" PRIu64 "\n", s->to.offset);
+        else
+            fprintf(f, " into the segment from rank %d at %" PRIu64 "\n", s->to.peer, s->to.offset);
+        return;
+    }
+    bool sends = s->kind == RY_STEP_SEND;
+    fprintf(f, "    %s %s %s ", sends ? "send" : "receive", size(s->bytes).s, sends ? "to" : "from");
+    switch (link_of(p, c, s)) {
+    case SELF:
+        fputs("itself", f);
+        break;
+    case IN_NODE:
+        fprintf(f, "rank %d in the node", s->peer);
+        break;
+    case ACROSS:
+        fprintf(f, "rank %d (node %d, rail %d)", s->peer, c->node[s->peer], c->local[s->peer]);
+    }
+    struct text where = place(p, i, sends ? &s->from : &s->to);
+    fprintf(f, "%s%s\n", *where.s ? ": " : "", where.s);
+}
+
+/* Those steps among [from, to) that are of the same kind, link and place as step `first`. */
+static bool like(const struct ry_plan *p, const struct ry_cluster *c, int first, int i)
+{
+    const struct ry_step *a = &p->steps[first], *b = &p->steps[i];
+    return a->kind == b->kind && link_of(p, c, a) == link_of(p, c, b) &&
+           (a->kind == RY_STEP_SEND || a->to.place == b->to.place) &&
+           (a->kind == RY_STEP_RECV || a->from.place == b->from.place);
+}
+
+static void together(const struct ry_plan *p, const struct ry_cluster *c, int first, int to, int count, FILE *f)
+{
+    static const char *const links[] = {"in other nodes", "in the node", ""};
+    const struct ry_step *s = &p->steps[first];
+    enum link link = link_of(p, c, s);
+    uint64_t total = 0, least = UINT64_MAX, most = 0;
+    for (int i = first; i < to; i++)
+        if (like(p, c, first, i)) {
+            uint64_t bytes = p->steps[i].bytes;
+            total += bytes;
+            least = bytes < least ? bytes : least;
+            most = bytes > most ? bytes : most;
+        }
+    if (s->kind == RY_STEP_COPY) {
+        fprintf(f, "    copy %s in %d pieces%s%s", size(total).s, count,
+                s->from.place == RY_AT_SEND ? " of the send buffer" : "",
+                s->to.place == RY_AT_STAGE ? " into staging" : "");
+    } else {
+        bool sends = s->kind == RY_STEP_SEND;
+        const struct ry_at *at = sends ? &s->from : &s->to;
+        fprintf(f, "    %s %s in %d messages %s ", sends ? "send" : "receive", size(total).s, count,
+                sends ? "to" : "from");
+        if (link == SELF)
+            fputs("itself", f);
+        else
+            fprintf(f, "ranks %s", links[link]);
+        if (at->place == RY_AT_STAGE)
+            fprintf(f, ", %s staging", sends ? "from" : "into");
+    }
+    if (least == most)
+        fprintf(f, ", %s each", size(least).s);
+    else
+        fprintf(f, ", %s to %s each", size(least).s, size(most).s);
+    /* Whom: each one once, the first few; some come several times. */
+    int shown[SINGLY], n = 0;
+    for (int i = first; s->kind != RY_STEP_COPY && link != SELF && i < to; i++) {
+        int k = 0, peer = p->steps[i].peer;
+        while (k < n && shown[k] != peer)
+            k++;
+        if (k < n || !like(p, c, first, i))
+            continue;
+        if (n == SINGLY) {
+            fputs(", …", f);
+            break;
+        }
+        fprintf(f, "%s%d", n ? ", " : ": ", peer);
+        shown[n++] = peer;
+    }
+    fputc('\n', f);
+}
+
+/* Steps [from, to): copies, or one group, in which order means nothing. */
+static void part(const struct ry_plan *p, const struct ry_cluster *c, int from, int to, FILE *f)
+{
+    for (int first = from; first < to; first++) {
+        bool fresh = true;
+        int count = 0;
+        for (int i = from; i < first && fresh; i++)
+            fresh = !like(p, c, i, first);
+        for (int i = first; i < to && fresh; i++)
+            count += like(p, c, first, i);
+        if (fresh && count > SINGLY)
+            together(p, c, first, to, count, f);
+        for (int i = first; i < to && fresh && count <= SINGLY; i++)
+            if (like(p, c, first, i))
+                single(p, c, i, f);
+    }
+}
+
+void ry_plan_explain(const struct ry_plan *p, const struct ry_cluster *c, FILE *f)
+{
+    int copies = 0, groups = 0;
+    for (int i = 0; i < p->nsteps; i++)
+        copies += p->steps[i].kind == RY_STEP_COPY;
+    fprintf(f, "rank %d of %d (node %d, rail %d): %s, %d copies and %d transfers in %d group%s, %s of staging memory\n",
+            p->rank, p->nranks, c->node[p->rank], c->local[p->rank], ry_strategy_name(p->strategy), copies,
+            p->nsteps - copies, p->ngroups, p->ngroups == 1 ? "" : "s", size(p->stage_bytes).s);
+    for (int i = 0, end; i < p->nsteps; i = end) {
+        bool copy = p->steps[i].kind == RY_STEP_COPY;
+        for (end = i; end < p->nsteps && (p->steps[end].kind == RY_STEP_COPY) == copy &&
+                      p->steps[end].group == p->steps[i].group;)
+            end++;
+        for (; !copy && groups < p->steps[i].group; groups++)
+            fprintf(f, "  group %d: nothing\n", groups);
+        if (copy)
+            fprintf(f, "  %s:\n", groups ? "then" : "first");
+        else
+            fprintf(f, "  group %d:\n", groups++);
+        part(p, c, i, end, f);
+    }
+    for (; groups < p->ngroups; groups++)
+        fprintf(f, "  group %d: nothing\n", groups);
+}

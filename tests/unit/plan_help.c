@@ -1,0 +1,364 @@
+/* plan_help.c: see plan_help.h. */
+#include "plan_help.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static unsigned seed;
+
+/* ---- random jobs ---- */
+
+static uint64_t state;
+uint64_t rnd(uint64_t below)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (state * UINT64_C(0x2545F4914F6CDD1D) >> 20) % below;
+}
+
+struct ry_cluster *cluster_of(int n, int (*node)(int rank, int n, int nodes), int nodes)
+{
+    struct ry_err err = {""};
+    struct ry_seat *s = calloc((size_t)n, sizeof *s);
+    for (int r = 0; r < n; r++) {
+        s[r].rank = r;
+        snprintf(s[r].node, sizeof s[r].node, "n%d", node(r, n, nodes));
+    }
+    struct ry_cluster *c = ry_cluster_build(s, n, &err);
+    ck_assert_msg(c != NULL, "%s", err.msg);
+    free(s);
+    return c;
+}
+
+int blocks(int r, int n, int nodes)
+{
+    return (int)((long)r * nodes / n);
+}
+int dealt(int r, int n, int nodes)
+{
+    return r % nodes;
+}
+int anywhere(int r, int n, int nodes)
+{
+    return (int)rnd((uint64_t)nodes);
+}
+/* node 0 has half of the ranks, node 1 a quarter, … */
+int uneven(int r, int n, int nodes)
+{
+    int node = 0;
+    for (int left = n, begin = 0; node < nodes - 1 && r >= begin + (left + 1) / 2; node++) {
+        begin += (left + 1) / 2;
+        left -= (left + 1) / 2;
+    }
+    return node;
+}
+
+struct ry_cluster *random_cluster(int n)
+{
+    static int (*const how[])(int, int, int) = {blocks, dealt, anywhere, uneven};
+    int nodes = rnd(8) == 0 ? 1 : rnd(8) == 0 ? n : 1 + (int)rnd((uint64_t)n);
+    return cluster_of(n, how[rnd(4)], nodes);
+}
+
+static uint64_t *random_matrix(int n, uint64_t most)
+{
+    uint64_t *m = calloc((size_t)n * (size_t)n, sizeof *m);
+    int how = (int)rnd(7), special = (int)rnd((uint64_t)n), zero_row = (int)rnd((uint64_t)n),
+        zero_col = (int)rnd((uint64_t)n);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < n; j++) {
+            uint64_t *cell = &m[(size_t)i * (size_t)n + (size_t)j], any = 1 + rnd(most);
+            switch (how) {
+            case 0: /* uniform */
+                *cell = most;
+                break;
+            case 1: /* all to one */
+                *cell = j == special ? any : 0;
+                break;
+            case 2: /* one to all */
+                *cell = i == special ? any : 0;
+                break;
+            case 3: /* sparse */
+                *cell = rnd(8) == 0 ? any : 0;
+                break;
+            case 4: /* empty rows and columns */
+                *cell = i == zero_row || j == zero_col ? 0 : any;
+                break;
+            case 5: /* skewed */
+                *cell = 1 + any / (1 + (uint64_t)((i + j) % n) * (uint64_t)(1 + (i + j) % n));
+                break;
+            default:
+                *cell = any;
+            }
+        }
+    return m;
+}
+
+/* Lay the segments `bytes` (stride apart in the matrix) out in memory from `base` on. Returns how much that takes. */
+static uint64_t lay_out(uintptr_t *at, int n, const uint64_t *bytes, int stride, uintptr_t base,
+                        const struct ry_cluster *c, int how)
+{
+    uintptr_t end = base;
+    int *order = malloc((size_t)n * sizeof *order), k = 0;
+    for (int node = 0; node < c->nnodes; node++)
+        for (int r = 0; r < n; r++)
+            if (how == 1 && c->node[r] == node)
+                order[k++] = r; /* by node: the neighbours that hierarchical hopes for, however the ranks are dealt */
+    for (int r = 0; how != 1 && r < n; r++)
+        order[r] = r;
+    for (int i = n - 1; how == 2 && i > 0; i--) { /* in any order */
+        int j = (int)rnd((uint64_t)i + 1), t = order[i];
+        order[i] = order[j];
+        order[j] = t;
+    }
+    for (int i = 0; i < n; i++) {
+        if (how == 3 && rnd(3) == 0) /* gaps here and there */
+            end += 1 + rnd(64);
+        at[order[i]] = end;
+        end += bytes[(size_t)order[i] * (size_t)stride];
+    }
+    free(order);
+    return end - base;
+}
+
+static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy strategy, struct ry_err *err)
+{
+    int n = job->n;
+    struct ry_slice slice;
+    uint64_t *column = malloc((size_t)n * sizeof *column);
+    for (int i = 0; i < n; i++)
+        column[i] = job->matrix[(size_t)i * (size_t)n + (size_t)r];
+    ck_assert_int_eq(ry_slice_init(&slice, job->cluster, r, strategy, err), 0);
+    ry_slice_fill(&slice, job->matrix, n);
+    struct ry_plan_input in = {job->cluster,
+                               r,
+                               strategy,
+                               job->matrix + (size_t)r * (size_t)n,
+                               column,
+                               &slice,
+                               job->send_at ? job->send_at[r] : NULL,
+                               job->recv_at ? job->recv_at[r] : NULL};
+    struct ry_plan *plan = ry_plan_build(&in, err);
+    ry_slice_free(&slice);
+    free(column);
+    return plan;
+}
+
+void build_all(struct job *job, enum ry_strategy strategy)
+{
+    struct ry_err err = {""};
+    job->plans = calloc((size_t)job->n, sizeof(struct ry_plan *));
+    for (int r = 0; r < job->n; r++) {
+        job->plans[r] = build_one(job, r, strategy, &err);
+        ck_assert_msg(job->plans[r] != NULL, "%s", err.msg);
+    }
+}
+
+int verify(const struct job *job, struct ry_err *err)
+{
+    return ry_plan_verify_at(job->cluster, job->matrix, job->plans, (const uintptr_t *const *)job->send_at,
+                             (const uintptr_t *const *)job->recv_at, err);
+}
+
+void free_plans(struct job *job)
+{
+    for (int r = 0; job->plans && r < job->n; r++)
+        ry_plan_free(job->plans[r]);
+    free(job->plans);
+    job->plans = NULL;
+}
+
+void free_job(struct job *job)
+{
+    free_plans(job);
+    for (int r = 0; r < job->n; r++) {
+        if (job->send_at)
+            free(job->send_at[r]);
+        if (job->recv_at)
+            free(job->recv_at[r]);
+    }
+    free(job->send_at);
+    free(job->recv_at);
+    free(job->matrix);
+    ry_cluster_free(job->cluster);
+}
+
+/* With addresses unless `apart`; the memory they speak of does not exist. */
+struct job random_job(int n, uint64_t most, bool apart)
+{
+    struct job job = {.n = n, .cluster = random_cluster(n), .matrix = random_matrix(n, most)};
+    if (apart)
+        return job;
+    int how = (int)rnd(4);
+    job.send_at = calloc((size_t)n, sizeof *job.send_at);
+    job.recv_at = calloc((size_t)n, sizeof *job.recv_at);
+    for (int r = 0; r < n; r++) {
+        job.send_at[r] = malloc((size_t)n * sizeof **job.send_at);
+        job.recv_at[r] = malloc((size_t)n * sizeof **job.recv_at);
+        lay_out(job.send_at[r], n, job.matrix + (size_t)r * (size_t)n, 1, 0x1000, job.cluster, how);
+        lay_out(job.recv_at[r], n, job.matrix + r, n, (uintptr_t)1 << 62, job.cluster, (int)rnd(4));
+    }
+    return job;
+}
+
+/* ---- carrying plans out, on real memory and without a thought for proofs ---- */
+
+static unsigned char content(int from, int to, uint64_t offset)
+{
+    uint64_t x = ((uint64_t)from * 131 + (uint64_t)to) * 1000003 + offset;
+    x = (x ^ x >> 15) * UINT64_C(0x9E3779B97F4A7C15);
+    return (unsigned char)(x >> 40);
+}
+
+void make_real(struct job *job, struct memory *mem, int how)
+{
+    size_t n = (size_t)job->n;
+    job->send_at = calloc(n, sizeof *job->send_at);
+    job->recv_at = calloc(n, sizeof *job->recv_at);
+    mem->send = calloc(n, sizeof *mem->send);
+    mem->recv = calloc(n, sizeof *mem->recv);
+    mem->stage = calloc(n, sizeof *mem->stage);
+    for (int r = 0; r < job->n; r++) {
+        job->send_at[r] = malloc(n * sizeof **job->send_at);
+        job->recv_at[r] = malloc(n * sizeof **job->recv_at);
+        uint64_t out = lay_out(job->send_at[r], job->n, job->matrix + (size_t)r * n, 1, 0, job->cluster, how);
+        uint64_t in = lay_out(job->recv_at[r], job->n, job->matrix + r, job->n, 0, job->cluster, (int)rnd(4));
+        mem->send[r] = malloc(out + 1);
+        mem->recv[r] = malloc(in + 1);
+        for (int p = 0; p < job->n; p++) {
+            job->send_at[r][p] += (uintptr_t)mem->send[r];
+            job->recv_at[r][p] += (uintptr_t)mem->recv[r];
+        }
+    }
+}
+
+static unsigned char *place(const struct job *job, const struct memory *mem, int rank, struct ry_at at)
+{
+    return at.place == RY_AT_STAGE  ? mem->stage[rank] + at.offset
+           : at.place == RY_AT_SEND ? (unsigned char *)job->send_at[rank][at.peer] + at.offset
+                                    : (unsigned char *)job->recv_at[rank][at.peer] + at.offset;
+}
+
+static int group_end(const struct ry_plan *p, int begin)
+{
+    int end = begin;
+    while (end < p->nsteps && p->steps[end].kind != RY_STEP_COPY && p->steps[end].group == p->steps[begin].group)
+        end++;
+    return end;
+}
+
+/* "" or what went wrong. Ranks take turns at random; in a group, each turn does one transfer, in random order between
+ * pairs. */
+const char *interpret(const struct job *job, const struct memory *mem)
+{
+    static char why[200];
+    int n = job->n, *at = calloc((size_t)n, sizeof *at), idle = 0;
+    bool **done = calloc((size_t)n, sizeof *done);
+    why[0] = 0;
+    for (int r = 0; r < n; r++) {
+        done[r] = calloc((size_t)job->plans[r]->nsteps + 1, sizeof **done);
+        mem->stage[r] = malloc(job->plans[r]->stage_bytes + 1);
+        memset(mem->stage[r], 0xEE, job->plans[r]->stage_bytes + 1);
+        for (int p = 0; p < n; p++) {
+            for (uint64_t k = 0, b = job->matrix[r * n + p]; k < b; k++)
+                ((unsigned char *)job->send_at[r][p])[k] = content(r, p, k);
+            memset((unsigned char *)job->recv_at[r][p], 0x55, job->matrix[p * n + r]);
+        }
+    }
+    while (idle < 200 * n) { /* that many turns in a row without progress: stuck, or through */
+        int r = (int)rnd((uint64_t)n);
+        const struct ry_plan *p = job->plans[r];
+        idle++;
+        if (at[r] == p->nsteps)
+            continue;
+        const struct ry_step *s = &p->steps[at[r]];
+        if (s->kind == RY_STEP_COPY) {
+            memcpy(place(job, mem, r, s->to), place(job, mem, r, s->from), s->bytes);
+            at[r]++;
+            idle = 0;
+            continue;
+        }
+        int end = group_end(p, at[r]), left = 0, start = (int)rnd((uint64_t)(end - at[r]));
+        for (int k = 0; k < end - at[r]; k++) {
+            int i = at[r] + (start + k) % (end - at[r]), q = p->steps[i].peer;
+            const struct ry_plan *pq = job->plans[q];
+            for (int j = at[r]; j < i; j++) /* only the first open one of its pair and direction */
+                if (!done[r][j] && p->steps[j].peer == q && p->steps[j].kind == p->steps[i].kind)
+                    i = j;
+            if (done[r][i] || at[q] == pq->nsteps || pq->steps[at[q]].kind == RY_STEP_COPY)
+                continue;
+            for (int j = at[q], e = group_end(pq, at[q]); j < e; j++) {
+                const struct ry_step *mine = &p->steps[i], *its = &pq->steps[j];
+                if (done[q][j] || its->peer != r || its->kind == mine->kind)
+                    continue;
+                const struct ry_step *out = mine->kind == RY_STEP_SEND ? mine : its, *in = out == mine ? its : mine;
+                memcpy(place(job, mem, in == mine ? r : q, in->to), place(job, mem, out == mine ? r : q, out->from),
+                       in->bytes);
+                done[r][i] = done[q][j] = true;
+                idle = 0;
+                k = end; /* one a turn */
+                break;
+            }
+        }
+        for (int k = at[r]; k < end; k++)
+            left += !done[r][k];
+        if (!left) {
+            at[r] = end;
+            idle = 0;
+        }
+    }
+    for (int r = 0; r < n; r++) {
+        if (at[r] < job->plans[r]->nsteps)
+            snprintf(why, sizeof why, "rank %d is stuck at step %d", r, at[r]);
+        for (int p = 0; p < n && !why[0]; p++)
+            for (uint64_t k = 0; k < job->matrix[p * n + r]; k++)
+                if (((unsigned char *)job->recv_at[r][p])[k] != content(p, r, k)) {
+                    snprintf(why, sizeof why, "rank %d: byte %llu from rank %d is wrong", r, (unsigned long long)k, p);
+                    break;
+                }
+        free(done[r]);
+        free(mem->stage[r]);
+    }
+    free(done);
+    free(at);
+    return why;
+}
+
+void free_memory(struct job *job, struct memory *mem)
+{
+    for (int r = 0; r < job->n; r++) {
+        free(mem->send[r]);
+        free(mem->recv[r]);
+    }
+    free(mem->send);
+    free(mem->recv);
+    free(mem->stage);
+}
+
+static void reseed(void)
+{
+    state = seed * UINT64_C(0x9E3779B97F4A7C15) + 1;
+}
+
+int run_tests(const char *name, const TTest *const *tests)
+{
+    const char *set = getenv("RY_TEST_SEED");
+    seed = set ? (unsigned)strtoul(set, NULL, 0) : (unsigned)time(NULL);
+    printf("RY_TEST_SEED=%u\n", seed);
+    fflush(stdout);
+    Suite *suite = suite_create(name);
+    TCase *t = tcase_create(name);
+    tcase_add_checked_fixture(t, reseed, NULL);
+    while (*tests)
+        tcase_add_test(t, *tests++);
+    tcase_set_timeout(t, 110);
+    suite_add_tcase(suite, t);
+    SRunner *r = srunner_create(suite);
+    srunner_run_all(r, CK_NORMAL);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed ? 1 : 0;
+}

@@ -1,0 +1,56 @@
+/*
+ * plan_help.h: random exchanges, their plans, and carrying these out on host memory, for the tests of plans and of the
+ * verifier. Random numbers come from RY_TEST_SEED, the same for each test of a program whichever are run.
+ */
+#ifndef RY_TESTS_PLAN_HELP_H
+#define RY_TESTS_PLAN_HELP_H
+
+#include <check.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "cluster.h"
+#include "plan/plan.h"
+#include "plan/verify.h"
+
+/** Below `below`, which is not 0. */
+uint64_t rnd(uint64_t below);
+
+/** Ranks on nodes: where `node` says that rank r of n sits. */
+struct ry_cluster *cluster_of(int n, int (*node)(int rank, int n, int nodes), int nodes);
+int blocks(int r, int n, int nodes);
+int dealt(int r, int n, int nodes);
+int anywhere(int r, int n, int nodes);
+int uneven(int r, int n, int nodes);
+struct ry_cluster *random_cluster(int n);
+
+struct job {
+    int n;
+    struct ry_cluster *cluster;
+    uint64_t *matrix;
+    uintptr_t **send_at, **recv_at; /* NULL: apart */
+    struct ry_plan **plans;
+};
+/** Any shape of cluster and matrix, cells up to `most`; with addresses (of memory that does not exist) unless `apart`.
+ */
+struct job random_job(int n, uint64_t most, bool apart);
+/** Every rank's plan, into job->plans; and proved by the job's addresses. */
+void build_all(struct job *job, enum ry_strategy strategy);
+int verify(const struct job *job, struct ry_err *err);
+void free_plans(struct job *job);
+void free_job(struct job *job);
+
+/* Memory of a job whose addresses are real. */
+struct memory {
+    unsigned char **send, **recv, **stage; /* one block per rank */
+};
+/** Give a job without addresses real ones; `how` its send buffers are laid out: 0 to 3. */
+void make_real(struct job *job, struct memory *mem, int how);
+/** Carry the plans out on it, with no thought for proofs. "", or what went wrong. */
+const char *interpret(const struct job *job, const struct memory *mem);
+void free_memory(struct job *job, struct memory *mem);
+
+/** Reads the seed, prints it, runs the tests: the exit status. */
+int run_tests(const char *name, const TTest *const *tests);
+
+#endif
