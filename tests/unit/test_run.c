@@ -752,7 +752,7 @@ static void *one_thread(void *arg)
 START_TEST(threads)
 {
     pthread_t thread[4];
-    ry_run_staging_limit(3 << 20); /* not enough for all */
+    ry_run_staging_limit((3 << 20) + (64 << 10)); /* not enough for all to be generous */
     for (int i = 0; i < 4; i++)
         ck_assert_int_eq(pthread_create(&thread[i], NULL, one_thread, (void *)(uintptr_t)(i + 1)), 0);
     for (int i = 0; i < 4; i++) {
