@@ -1,7 +1,8 @@
 /*
  * test_kernels.c: the kernels of run/ against memmove() and memcmp(), at all alignments and around all sizes at which
  * they change their way, on every backend that this machine has. On a real GPU it also prints how fast they are beside
- * a plain copy, and does what takes more memory than a test here should.
+ * a plain copy, and does what takes more memory than a test here should; RY_TEST_SMALL=1 leaves that out, for
+ * compute-sanitizer.
  */
 #include <check.h>
 #include <dlfcn.h>
