@@ -9,9 +9,10 @@ struct ry_netmoe {
     int layers, experts, max_samples;
     struct ry_homes *homes;
     const struct ry_problem *problem;
-    uint32_t *nodes, *ranks;        /* [samples][layers][…]: affinities */
-    float *want_nodes, *want_ranks; /* [samples][…]: of the exchanges that a home counts for */
-    float *next;                    /* [experts] */
+    uint32_t *nodes, *ranks; /* [samples][layers][…]: affinities */
+    float *want_nodes;       /* [gather, scatter][samples][nodes] */
+    float *want_ranks;       /* [samples][ranks]: of both */
+    float *next;             /* [experts] */
 };
 
 struct ry_netmoe *ry_netmoe_new(const struct ry_cluster *cluster, int layers, int experts, int max_samples,
@@ -21,10 +22,10 @@ struct ry_netmoe *ry_netmoe_new(const struct ry_cluster *cluster, int layers, in
     size_t I = (size_t)max_samples, N = (size_t)cluster->nnodes, R = (size_t)cluster->nranks, L = (size_t)layers;
     if (w) {
         *w = (struct ry_netmoe){.cluster = cluster, .layers = layers, .experts = experts, .max_samples = max_samples};
-        w->homes = ry_homes_new(cluster, max_samples, max_slots, err);
+        w->homes = ry_homes_new(cluster, max_samples, 2, max_slots, err);
         w->nodes = malloc(I * L * N * sizeof *w->nodes);
         w->ranks = malloc(I * L * R * sizeof *w->ranks);
-        w->want_nodes = malloc(I * N * sizeof *w->want_nodes);
+        w->want_nodes = malloc(2 * I * N * sizeof *w->want_nodes);
         w->want_ranks = malloc(I * R * sizeof *w->want_ranks);
         w->next = malloc((size_t)experts * sizeof *w->next);
         if (w->homes && w->nodes && w->ranks && w->want_nodes && w->want_ranks && w->next)
@@ -82,6 +83,7 @@ static void add_predicted(const struct ry_netmoe *w, const struct ry_predictor *
     const struct ry_problem *p = w->problem;
     size_t N = (size_t)w->cluster->nnodes, R = (size_t)w->cluster->nranks, E = (size_t)w->experts;
     const int *rank = p->expert_rank + (size_t)(layer + 1) * E;
+    float *want = w->want_nodes + (size_t)p->nsamples * N;
     for (size_t i = 0; i < (size_t)p->nsamples; i++) {
         const uint16_t *counts = ry_counts_at(p->routing, ry_problem_sample(p, (int)i), 0);
         float node_part = 1, rank_part = 1;
@@ -100,7 +102,7 @@ static void add_predicted(const struct ry_netmoe *w, const struct ry_predictor *
         for (size_t e = 0; e < E; e++) {
             if (w->next[e] <= 0)
                 continue;
-            w->want_nodes[i * N + (size_t)w->cluster->node[rank[e]]] += node_part * w->next[e];
+            want[i * N + (size_t)w->cluster->node[rank[e]]] += node_part * w->next[e];
             w->want_ranks[i * R + (size_t)rank[e]] += rank_part * w->next[e];
         }
     }
@@ -110,19 +112,22 @@ void ry_netmoe_layer(struct ry_netmoe *w, const struct ry_netmoe_options *o, int
 {
     const struct ry_problem *p = w->problem;
     int N = w->cluster->nnodes, R = w->cluster->nranks;
-    memset(w->want_nodes, 0, (size_t)p->nsamples * (size_t)N * sizeof *w->want_nodes);
+    size_t cells = (size_t)p->nsamples * (size_t)N;
+    bool last = layer + 1 == w->layers;
+    memset(w->want_nodes, 0, 2 * cells * sizeof *w->want_nodes);
     memset(w->want_ranks, 0, (size_t)p->nsamples * (size_t)R * sizeof *w->want_ranks);
     add_known(w, w->nodes, N, layer, w->want_nodes);
     add_known(w, w->ranks, R, layer, w->want_ranks);
-    if (layer + 1 < w->layers && o->scatter == RY_SCATTER_GIVEN) {
-        add_known(w, w->nodes, N, layer + 1, w->want_nodes);
+    if (!last && o->scatter == RY_SCATTER_GIVEN) {
+        add_known(w, w->nodes, N, layer + 1, w->want_nodes + cells);
         add_known(w, w->ranks, R, layer + 1, w->want_ranks);
-    } else if (layer + 1 < w->layers && o->scatter == RY_SCATTER_PREDICTED) {
+    } else if (!last && o->scatter == RY_SCATTER_PREDICTED) {
         add_predicted(w, o->predictor, layer);
     }
     struct ry_homes_options homes = o->homes;
     homes.seed += (uint64_t)layer << 32;
-    ry_homes_solve(w->homes, &homes, p->nsamples, p->capacity, w->want_nodes, w->want_ranks, from, to);
+    ry_homes_solve(w->homes, &homes, p->nsamples, p->capacity, last || o->scatter == RY_SCATTER_OFF ? 1 : 2,
+                   w->want_nodes, w->want_ranks, from, to);
 }
 
 int ry_netmoe_batch(struct ry_netmoe *w, const struct ry_problem *p, const struct ry_netmoe_options *o, int *homes,
