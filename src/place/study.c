@@ -220,15 +220,13 @@ int ry_study_worth(const struct ry_study *s, const struct ry_netmoe_options *opt
     if (out->dispersion < RY_LOCALITY_LEAST)
         snprintf(out->why, sizeof out->why,
                  "declined: samples choose experts as alike as chance makes them (dispersion %.2f, 1 is chance): "
-                 "nothing to place "
-                 "by; a trial saved %.1f %% of the %s",
+                 "nothing to place by; a trial saved %.1f %% of the %s",
                  out->dispersion, 100 * out->gain, what);
     else if (out->gain < margin)
         snprintf(out->why, sizeof out->why,
-                 "declined: a trial on %d batches of the samples learned from saved %.1f %% of the cross-node rows, "
-                 "less than the "
-                 "%.1f %% that it must (dispersion %.2f)",
-                 trial.batches, 100 * out->gain, 100 * margin, out->dispersion);
+                 "declined: a trial on %d batches of the samples learned from saved %.1f %% of the %s, less than "
+                 "the %.1f %% that it must (dispersion %.2f)",
+                 trial.batches, 100 * out->gain, what, 100 * margin, out->dispersion);
     else
         snprintf(
             out->why, sizeof out->why,
