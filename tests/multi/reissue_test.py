@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""The engine engaged, on the emulated cluster: never wrong, never a hang. The programs check every byte; here is read what was said.
+
+usage: reissue_test.py CASE RAILYARD FOLDER-OF-THE-PROGRAMS
+"""
+import os
+import re
+import subprocess
+import sys
+
+CASE, RAILYARD, PROGRAMS = sys.argv[1:4]
+LIMIT = 90  # seconds; the programs end by themselves sooner, and say where they were
+
+
+def fail(text):
+    sys.exit(f"reissue_test: {CASE}: {text}")
+
+
+def job(program, *args, ranks=4, nodes=2, env=None, status=0, preload=True, wrap=()):
+    """Run it; what it printed, and what Railyard did."""
+    argv = [RAILYARD, "emu", "-n", str(nodes), "-g", str(ranks // nodes), *(["--preload"] if preload else []), "--", *wrap,
+            os.path.join(PROGRAMS, program), *args]
+    settings = {"RAILYARD_LOG": "info", "RAILYARD_STRATEGY": "hierarchical", **(env or {})}
+    p = subprocess.Popen(argv, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = p.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        p.terminate()
+        out, err = p.communicate()
+        fail(f"{args} hangs:\n{out}{err}")
+    if p.returncode != status:
+        fail(f"{args} ended with {p.returncode} instead of {status}:\n{out}{err}")
+    return out, [line for line in err.splitlines() if line.startswith("railyard[")]
+
+
+def said(lines, text):
+    return [line for line in lines if re.search(text, line)]
+
+
+def expect(lines, text, number=None):
+    found = said(lines, text)
+    if (number is None and not found) or (number is not None and len(found) != number):
+        fail(f"{len(found)} lines say {text!r} instead of {number or 'some'}:\n" + "\n".join(lines))
+    return found
+
+
+def calm(lines):
+    """No warning, no error."""
+    expect(lines, r" (warning|error): ", 0)
+
+
+def reissued(out, least=0.0, most=1.0):
+    found = re.findall(r"(\d+) exchanges, (\d+) reissued", out)
+    if not found:
+        fail(f"no result in:\n{out}")
+    for made, done in found:
+        if not least <= int(done) / int(made) <= most:
+            fail(f"{done} of {made} exchanges were reissued, not {least} to {most} of them")
+    return sum(int(done) for _, done in found)
+
+
+def mix(shape, env=None, number="150"):
+    out, lines = job("reissue_right", "mix", shape, number, ranks=len(shape), nodes=1, env=env)
+    calm(lines)
+    return reissued(out, 0.7), lines
+
+
+def case_even():
+    for shape in ("aabb", "abab", "ab"):
+        mix(shape)
+
+
+def case_uneven():
+    for shape in ("abb", "aaab", "abbca", "aabcbb"):
+        mix(shape, number="100")
+
+
+def case_eight():
+    mix("aaaabbbb", number="80")
+    mix("abcabcab", number="80")
+
+
+def case_odd_shapes():
+    """Everybody alone on a node; all on one node."""
+    mix("abcd")
+    mix("aaaa")
+
+
+def case_verify():
+    """Every third exchange both ways: all equal, all counted."""
+    for shape, n in (("aabb", 3), ("abbca", 1)):
+        done, lines = mix(shape, {"RAILYARD_VERIFY": str(n)})
+        for line in expect(lines, r"\d+ verified", len(shape)):
+            hierarchical, verified = map(int, re.search(r"(\d+) hierarchical, (\d+) verified", line).groups())
+            if hierarchical != done or verified != -(-done // n):
+                fail(f"{verified} verified, {done} reissued, every {n}: {line}")
+
+
+def case_strategies():
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STRATEGY": "direct"})
+    calm(lines)
+    reissued(out, 0, 0)
+    agreed = [int(n) for line in expect(lines, "exchanges agreed on", 4) for n in re.findall(r"(\d+) exchanges agreed on", line)]
+    if min(agreed) < 50:
+        fail(f"direct is agreed on, too: {agreed}")
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STRATEGY": "observe"})
+    calm(lines)
+    reissued(out, 0, 0)
+    expect(lines, "exchanges agreed on", 0)
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STRATEGY": "auto"})
+    calm(lines)
+    reissued(out)
+
+
+def case_in_place():
+    out, lines = job("reissue_right", "in_place", "abba")
+    calm(lines)
+
+
+def case_threads():
+    out, lines = job("reissue_right", "threads", "abba", "60")
+    calm(lines)
+    reissued(out, 0.5)
+
+
+def case_init_all():
+    out, lines = job("reissue_right", "init_all", "-", "60", ranks=1, nodes=1)
+    calm(lines)
+    reissued(out, 0.5)
+
+
+def main():
+    case = globals().get("case_" + CASE)
+    if not case:
+        fail("there is no such case")
+    case()
+    print(f"{CASE}: ok")
+
+
+main()
