@@ -80,7 +80,7 @@ static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x
 }
 
 /* What verify mode found since the last exchange. */
-static void look_at_checks(struct comm *c, struct reissue *r)
+void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
 {
     struct ry_mismatch bad;
     uint64_t equal;
@@ -182,7 +182,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
         return false;
     if (r) {
         struct ry_buffers b = describe(r, x);
-        look_at_checks(c, r);
+        ry_exchange_look_at_checks(c, r);
         if (agree(c, r, x, &b, &verdict)) {
             now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
             if (verdict.extra_bytes >= sizeof(struct ry_order))
