@@ -97,16 +97,19 @@ struct side {
     uint64_t tag;    /* the communicator's, the same on all ranks */
     uint64_t number; /* exchanges made */
     unsigned char way[MOST_EXCHANGES]; /* 'p' passed on, 'e' by the engine */
-    uint64_t reissued, wrong_ok;
+    uint64_t reissued;
     cudaStream_t stream;
 };
 
 enum matrix { M_EQUAL, M_RANDOM, M_SKEWED, M_HOLES, M_ALL_TO_ONE, M_ONE_TO_ALL, M_ONE_PAIR, M_NOTHING, MATRICES };
 enum form { F_GROUP, F_SHUFFLED, F_SCATTERED, F_ONE_CALL, FORMS };
 
+enum pairs { P_ALL, P_STAR, P_RING, P_EVEN, P_ODD, P_ONE }; /* for which of them there are calls at all */
+
 struct exchange {
     enum matrix matrix;
     enum form form;
+    enum pairs pairs;
     ncclDataType_t type;
     unsigned most; /* elements of a segment */
     bool in_place; /* what it keeps for itself is sent from where it is received */
@@ -120,12 +123,31 @@ static inline unsigned type_bytes(ncclDataType_t type)
 
 #define TYPES 12 /* of NCCL 2.28 */
 
-/* Elements from i to j. */
-static inline unsigned cell(const struct side *s, const struct exchange *x, int i, int j)
+/* Does rank i send to rank j at all? */
+static inline bool has_pair(const struct side *s, const struct exchange *x, int i, int j)
 {
-    uint64_t r = mix(s->tag * 1000003 + s->number), chosen = r % (uint64_t)s->n;
+    switch (x->pairs) {
+    case P_ALL:
+        return true;
+    case P_STAR: /* around the last rank: there it looks like an exchange */
+        return i == s->n - 1 || j == s->n - 1;
+    case P_RING:
+        return j == (i + 1) % s->n;
+    case P_ONE:
+        return i == 0 && j == s->n - 1;
+    default:
+        return ((i + j) & 1) == (x->pairs == P_ODD);
+    }
+}
+
+/* Elements from i to j. */
+static inline unsigned cell(const struct side *s, const struct exchange *x, uint64_t number, int i, int j)
+{
+    uint64_t r = mix(s->tag * 1000003 + number), chosen = r % (uint64_t)s->n;
     uint64_t own = mix(r + (uint64_t)i * 257 + (uint64_t)j);
     unsigned most = x->most ? x->most : 1, some = (unsigned)(own % (most + 1));
+    if (!has_pair(s, x, i, j))
+        return 0;
     switch (x->form == F_ONE_CALL ? M_EQUAL : x->matrix) {
     case M_EQUAL:
         return x->most;
@@ -152,12 +174,13 @@ static inline unsigned char content(uint64_t key, size_t k)
     return (unsigned char)((key + k * UINT64_C(0x9e3779b97f4a7c15)) >> 53);
 }
 
-static inline uint64_t key_of(const struct side *s, int i, int j)
+static inline uint64_t key_of(const struct side *s, uint64_t number, int i, int j)
 {
-    return mix(mix(s->tag * 131 + s->number) + (uint64_t)i * 65537 + (uint64_t)j);
+    return mix(mix(s->tag * 131 + number) + (uint64_t)i * 65537 + (uint64_t)j);
 }
 
 struct buffers {
+    uint64_t number;
     unsigned char *send, *recv;
     size_t send_bytes, recv_bytes, send_at[64], recv_at[64], send_n[64], recv_n[64]; /* bytes */
     size_t to[64], from[64];                                                         /* elements */
@@ -182,12 +205,14 @@ static inline size_t lay_out(const struct side *s, const struct exchange *x, uin
     return end;
 }
 
+/** The next exchange of this side: what it sends, and room for what it receives. */
 static inline void make_buffers(struct side *s, const struct exchange *x, struct buffers *b)
 {
-    uint64_t random = mix(s->tag + s->number * 31) + (uint64_t)s->rank;
+    b->number = s->number++;
+    uint64_t random = mix(s->tag + b->number * 31) + (uint64_t)s->rank;
     for (int p = 0; p < s->n; p++) {
-        b->to[p] = cell(s, x, s->rank, p);
-        b->from[p] = cell(s, x, p, s->rank);
+        b->to[p] = cell(s, x, b->number, s->rank, p);
+        b->from[p] = cell(s, x, b->number, p, s->rank);
         b->send_n[p] = b->to[p] * type_bytes(x->type);
         b->recv_n[p] = b->from[p] * type_bytes(x->type);
     }
@@ -199,7 +224,7 @@ static inline void make_buffers(struct side *s, const struct exchange *x, struct
     memset(b->send, 0x11, b->send_bytes + 8);
     memset(b->recv, GUARD, b->recv_bytes + 8);
     for (int p = 0; p < s->n; p++) {
-        uint64_t key = key_of(s, s->rank, p);
+        uint64_t key = key_of(s, b->number, s->rank, p);
         unsigned char *to = b->send + b->send_at[p];
         if (x->in_place && p == s->rank)
             to = b->recv + b->recv_at[p];
@@ -208,35 +233,43 @@ static inline void make_buffers(struct side *s, const struct exchange *x, struct
     }
 }
 
-/* Every byte of the receive buffer, and what lies between and behind. */
+/** Every byte of the receive buffer, and what lies between and behind. */
 static inline void check_buffers(struct side *s, const struct exchange *x, struct buffers *b)
 {
+    unsigned long long number = b->number, tag = s->tag;
     for (int p = 0; p < s->n; p++) {
-        uint64_t key = key_of(s, p, s->rank);
+        uint64_t key = key_of(s, b->number, p, s->rank);
         unsigned char *from = b->recv + b->recv_at[p];
         for (size_t k = 0; k < b->recv_n[p]; k++) {
             CHECK(from[k] == content(key, k),
                   "exchange %llu (%c) of communicator %llu, matrix %d, form %d, type %d: byte %zu of %zu from rank %d is %02x, not %02x",
-                  (unsigned long long)s->number, s->way[s->number % MOST_EXCHANGES], (unsigned long long)s->tag, (int)x->matrix,
-                  (int)x->form, (int)x->type, k, b->recv_n[p], p, from[k], content(key, k));
+                  number, s->way[number], tag, (int)x->matrix, (int)x->form, (int)x->type, k, b->recv_n[p], p, from[k],
+                  content(key, k));
             from[k] = GUARD;
         }
     }
     for (size_t k = 0; k < b->recv_bytes + 8; k++)
-        CHECK(b->recv[k] == GUARD, "exchange %llu of communicator %llu: byte %zu, of no segment, was written",
-              (unsigned long long)s->number, (unsigned long long)s->tag, k);
+        CHECK(b->recv[k] == GUARD, "exchange %llu of communicator %llu: byte %zu, of no segment, was written", number, tag, k);
 }
 
-/* The calls of one exchange, without those around it. */
+static inline void free_buffers(struct buffers *b)
+{
+    free(b->send);
+    free(b->recv);
+}
+
+/** The calls of one exchange, without the group around them. */
 static inline ncclResult_t issue(const struct side *s, const struct exchange *x, const struct buffers *b)
 {
-    uint64_t random = mix(s->tag + s->number * 77) + (uint64_t)s->rank;
+    uint64_t random = mix(s->tag + b->number * 77) + (uint64_t)s->rank;
     int calls[128], n = 0;
     if (x->form == F_ONE_CALL)
         return ncclAlltoAll(b->send, b->recv, x->most, x->type, s->comm, s->stream);
     for (int p = 0; p < s->n; p++) {
-        calls[n++] = 2 * p;
-        calls[n++] = 2 * p + 1;
+        if (has_pair(s, x, s->rank, p))
+            calls[n++] = 2 * p;
+        if (has_pair(s, x, p, s->rank))
+            calls[n++] = 2 * p + 1;
     }
     for (int i = n - 1; x->form != F_GROUP && i > 0; i--) {
         int j = (int)below(&random, (unsigned)i + 1), t = calls[i];
@@ -254,13 +287,29 @@ static inline ncclResult_t issue(const struct side *s, const struct exchange *x,
     return ncclSuccess;
 }
 
-/* Exchange and whatever came of it; the buffers are the caller's to check and free. */
+static inline void watch_way(void)
+{
+    memset(&meddle_counts, 0, sizeof meddle_counts);
+}
+
+/** How it went since watch_way(). A rank that has nothing to send or receive may do nothing at all in a reissued exchange. */
+static inline void note_way(struct side *s, const struct buffers *b, ncclResult_t r)
+{
+    CHECK(b->number < MOST_EXCHANGES, "more exchanges than can be remembered");
+    CHECK(!meddle_counts.engine || !meddle_counts.job || r != ncclSuccess, "exchange %llu was carried out twice",
+          (unsigned long long)b->number);
+    s->way[b->number] = meddle_counts.job ? 'p' : 'e';
+    s->reissued += !meddle_counts.job;
+    AT("after exchange %llu of communicator %llu", (unsigned long long)b->number, (unsigned long long)s->tag);
+}
+
+/** An exchange and whatever came of it; the buffers are the caller's to check and free. */
 static inline ncclResult_t try_exchange(struct side *s, const struct exchange *x, struct buffers *b)
 {
     make_buffers(s, x, b);
-    AT("exchange %llu of communicator %llu (matrix %d, form %d)", (unsigned long long)s->number, (unsigned long long)s->tag,
-       (int)x->matrix, (int)x->form);
-    memset(&meddle_counts, 0, sizeof meddle_counts);
+    AT("exchange %llu of communicator %llu (matrix %d, form %d, pairs %d)", (unsigned long long)b->number,
+       (unsigned long long)s->tag, (int)x->matrix, (int)x->form, (int)x->pairs);
+    watch_way();
     ncclResult_t r;
     if (x->form == F_ONE_CALL) {
         r = issue(s, x, b);
@@ -271,20 +320,8 @@ static inline ncclResult_t try_exchange(struct side *s, const struct exchange *x
         if (r == ncclSuccess)
             r = end;
     }
-    /* a rank with nothing to send or receive may do nothing at all in a reissued exchange */
-    CHECK(!meddle_counts.engine || !meddle_counts.job || r != ncclSuccess, "exchange %llu was carried out twice",
-          (unsigned long long)s->number);
-    s->way[s->number % MOST_EXCHANGES] = meddle_counts.job ? 'p' : 'e';
-    s->reissued += !meddle_counts.job;
-    AT("after exchange %llu of communicator %llu", (unsigned long long)s->number, (unsigned long long)s->tag);
+    note_way(s, b, r);
     return r;
-}
-
-static inline void free_buffers(struct side *s, struct buffers *b)
-{
-    free(b->send);
-    free(b->recv);
-    s->number++;
 }
 
 /** One exchange, checked; true if the engine carried it out here. */
@@ -292,11 +329,10 @@ static inline bool exchange(struct side *s, const struct exchange *x)
 {
     struct buffers b;
     ncclResult_t r = try_exchange(s, x, &b);
-    CHECK(r == ncclSuccess, "exchange %llu gave %d: %s", (unsigned long long)s->number, (int)r, ncclGetLastError(NULL));
-    bool engine = s->way[s->number % MOST_EXCHANGES] == 'e';
+    CHECK(r == ncclSuccess, "exchange %llu gave %d: %s", (unsigned long long)b.number, (int)r, ncclGetLastError(NULL));
     check_buffers(s, x, &b);
-    free_buffers(s, &b);
-    return engine;
+    free_buffers(&b);
+    return s->way[b.number] == 'e';
 }
 
 /** One at random, the same on all ranks. Few large ones, so that thousands can be made. */

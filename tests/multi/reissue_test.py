@@ -129,6 +129,34 @@ def case_init_all():
     reissued(out, 0.5)
 
 
+def confusing(case, shape, patience="0.3"):
+    out, lines = job("reissue_confusing", case, shape, ranks=len(shape), nodes=1, env={"RAILYARD_PATIENCE": patience})
+    calm(lines)
+    print(out, end="")
+    return reissued(out)
+
+
+def case_strays():
+    for shape in ("aabb", "abb"):
+        if not confusing("strays", shape):
+            fail("nothing was reissued")
+
+
+def case_again():
+    confusing("again", "abab")
+
+
+def case_drift():
+    confusing("drift", "aabb")
+
+
+def case_crossed():
+    """Thread against thread: no rank waits for its patience to end."""
+    out, lines = job("reissue_confusing", "crossed", "abab", env={"RAILYARD_PATIENCE": "60"})
+    calm(lines)
+    reissued(out, 0.8)
+
+
 def main():
     case = globals().get("case_" + CASE)
     if not case:
