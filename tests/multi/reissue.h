@@ -104,7 +104,7 @@ struct side {
 enum matrix { M_EQUAL, M_RANDOM, M_SKEWED, M_HOLES, M_ALL_TO_ONE, M_ONE_TO_ALL, M_ONE_PAIR, M_NOTHING, MATRICES };
 enum form { F_GROUP, F_SHUFFLED, F_SCATTERED, F_ONE_CALL, FORMS };
 
-enum pairs { P_ALL, P_STAR, P_RING, P_EVEN, P_ODD, P_ONE }; /* for which of them there are calls at all */
+enum pairs { PAIRS_ALL, PAIRS_STAR, PAIRS_RING, PAIRS_EVEN, PAIRS_ODD, PAIRS_ONE }; /* for which of them there are calls at all */
 
 struct exchange {
     enum matrix matrix;
@@ -127,16 +127,16 @@ static inline unsigned type_bytes(ncclDataType_t type)
 static inline bool has_pair(const struct side *s, const struct exchange *x, int i, int j)
 {
     switch (x->pairs) {
-    case P_ALL:
+    case PAIRS_ALL:
         return true;
-    case P_STAR: /* around the last rank: there it looks like an exchange */
+    case PAIRS_STAR: /* around the last rank: there it looks like an exchange */
         return i == s->n - 1 || j == s->n - 1;
-    case P_RING:
+    case PAIRS_RING:
         return j == (i + 1) % s->n;
-    case P_ONE:
+    case PAIRS_ONE:
         return i == 0 && j == s->n - 1;
     default:
-        return ((i + j) & 1) == (x->pairs == P_ODD);
+        return ((i + j) & 1) == (x->pairs == PAIRS_ODD);
     }
 }
 

@@ -60,7 +60,7 @@ static void odd_group(struct side *s, bool collective)
 /* Sends and receives without a group: from each rank to the next, one after the other. */
 static void pipeline(struct side *s)
 {
-    struct exchange x = with(P_RING);
+    struct exchange x = with(PAIRS_RING);
     struct buffers b;
     make_buffers(s, &x, &b);
     AT("pipeline %llu", (unsigned long long)b.number);
@@ -79,7 +79,7 @@ static void pipeline(struct side *s)
 
 static void one_thing(struct side *a, struct side *b, unsigned what)
 {
-    struct exchange star = with(P_STAR), ring = with(P_RING), even = with(P_EVEN), odd = with(P_ODD), one = with(P_ONE);
+    struct exchange star = with(PAIRS_STAR), ring = with(PAIRS_RING), even = with(PAIRS_EVEN), odd = with(PAIRS_ODD), one = with(PAIRS_ONE);
     switch (what) {
     case 0:
         return pipeline(a);
@@ -146,7 +146,7 @@ static void again(void)
 static void drift(void)
 {
     struct side *s = new_side(world_comm(), 1);
-    struct exchange star = with(P_STAR);
+    struct exchange star = with(PAIRS_STAR);
     engage(s, true, 6);
     exchange(s, &star);
     uint64_t began = ry_now_ns(), longest = 0;

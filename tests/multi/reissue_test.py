@@ -157,6 +157,92 @@ def case_crossed():
     reissued(out, 0.8)
 
 
+def ends(case, victim, shape="abab", env=None):
+    return job("reissue_ends", case, shape, str(victim), env=env)
+
+
+def case_aborted():
+    for victim in (1, 0):
+        ends("aborted", victim)
+
+
+def case_left_alone():
+    for victim in (2, 0):
+        ends("left_alone", victim)
+
+
+def case_killed():
+    for victim in (2, 0):
+        out, lines = ends("killed", victim)
+        if len(re.findall(r"rank \d: .* after", out)) != 3:
+            fail(f"not all that are left said how it ended:\n{out}")
+        expect(lines, f"warning: communicator [0-9a-f]+: rank {victim}: .*plain NCCL from here")
+
+
+def case_stopped():
+    """A rank, and the yardmaster, stopped for 2.5 times the patience."""
+    for victim in (2, 0):
+        out, lines = ends("stopped", victim, env={"RAILYARD_PATIENCE": "1"})
+        calm(lines)
+        print(out, end="")
+        if victim and re.search(r"\b0 direct", out):
+            fail("the patience did not end")
+
+
+def case_corrupted():
+    for victim in (1, 0):
+        out, lines = ends("corrupted", victim, env={"RAILYARD_VERIFY": "1"})
+        number, peer, offset = re.search(r"exchange (\d+), rank (\d+), byte (\d+)", out).groups()
+        expect(lines, f"warning: .*exchange {number} differs from plain NCCL in what came from rank {peer}, from byte {offset} on", 1)
+
+
+def case_refused():
+    out, lines = ends("refused", 1)
+    print(out, end="")
+
+
+def case_exiting():
+    for victim in (1, 0, -1):
+        out, lines = ends("exiting", victim)
+        expect(lines, " error: ", 0)
+
+
+def case_forking():
+    out, lines = ends("forking", 0)
+    calm(lines)
+
+
+def case_staging():
+    out, lines = ends("staging", 0, env={"RAILYARD_STAGING": "1M", "RAILYARD_LOG": "plan"})
+    calm(lines)
+    expect(lines, "more than RAILYARD_STAGING")
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STAGING": "0"})
+    calm(lines)
+
+
+def one_rank_differs(what):
+    """plain, with `what` done on rank 2."""
+    wrap = ["sh", "-c", f'if [ "$RANK" = 2 ]; then {what}; fi; exec "$@"', "sh"]
+    out, lines = job("reissue_right", "plain", "aabb", wrap=wrap, env={"RAILYARD_PATIENCE": "1"})
+    reissued(out, 0, 0)
+    expect(lines, "exchanges agreed on", 0)
+    return lines
+
+
+def case_unequal():
+    for name, value in (("VERIFY", "5"), ("STAGING", "2M"), ("STRATEGY", "auto"), ("PATIENCE", "2"), ("STRATEGY", "observe")):
+        lines = one_rank_differs(f"export RAILYARD_{name}={value}")
+        for line in expect(lines, "warning", 4):
+            if "other settings" not in line or not re.search("rank 2 on|than rank 2", line):
+                fail(f"does not say which rank differs: {line}")
+
+
+def case_some_ranks():
+    lines = one_rank_differs("unset LD_PRELOAD")
+    expect(lines, "no word from rank 2 of 4", 3)
+    expect(lines, "error", 0)
+
+
 def main():
     case = globals().get("case_" + CASE)
     if not case:
