@@ -311,7 +311,7 @@ static void forking(void)
 static void staging(void)
 {
     struct side *s = engaged_world();
-    struct exchange huge = {.matrix = M_EQUAL, .form = F_GROUP, .type = ncclFloat, .most = 400000};
+    struct exchange huge = {.matrix = M_EQUAL, .form = F_GROUP, .type = ncclFloat, .most = 140000};
     for (int i = 0; i < 60; i++)
         CHECK(exchange(s, i % 10 == 9 ? &huge : &large) == (i % 10 != 9), "exchange %d of the 60 on the wrong way", i);
     result_of(s);

@@ -4,6 +4,7 @@
  * usage: reissue_right CASE SHAPE [NUMBER]   SHAPE: a letter per rank, its node ("aabbb"), or - for the launcher's
  * The driver (reissue_test.py) says which settings apply, and reads what is printed: how many exchanges the engine did.
  */
+#include "capture.h"
 #include "reissue.h"
 
 static int wanted = 150;
@@ -54,6 +55,44 @@ static void in_place(void)
         odd.in_place = who.rank == i % (who.world + 1);
         bool mine = exchange(s, &odd), all_plain = i % (who.world + 1) < who.world;
         CHECK(mine == !all_plain, "exchange %d: %s", i, mine ? "reissued although a rank cannot" : "direct although all can");
+    }
+    result(s);
+    end_side(s);
+}
+
+/* A CUDA graph: one rank captures while the others do the same at once; then all capture and launch several times. */
+static void captured(void)
+{
+    static char stream;
+    struct side *s = new_side(world_comm(), 1);
+    struct buffers b;
+    engage(s, true, 6);
+    for (int capturing = 0; capturing < 3; capturing++) { /* rank 0, rank 1, all */
+        bool mine = capturing == 2 || s->rank == capturing;
+        barrier(s->comm);
+        s->stream = mine ? (cudaStream_t)&stream : NULL;
+        if (!mine) {
+            usleep(300000);
+            CHECK(!exchange(s, &usual), "reissued although rank %d captures", capturing);
+        } else {
+            CHECK(!railyard_emu_capture_begin(&stream), "cannot capture");
+            uint64_t t = ry_now_ns();
+            NCCL(try_exchange(s, &usual, &b));
+            double took = seconds_since(t);
+            struct railyard_emu_graph *graph = railyard_emu_capture_end(&stream);
+            CHECK(took < 0.1 * SLOW, "capturing waited for %.3f s", took);
+            CHECK(graph && s->way[b.number] == 'p', "not captured");
+            for (int i = 0; i < (capturing == 2 ? 3 : 1); i++) {
+                AT("launch %d of exchange %llu", i, (unsigned long long)b.number);
+                CHECK(b.recv[0] == GUARD, "it was run before its launch");
+                NCCL(railyard_emu_graph_launch(graph));
+                check_buffers(s, &usual, &b);
+            }
+            railyard_emu_graph_free(graph);
+            free_buffers(&b);
+        }
+        s->stream = NULL;
+        CHECK(exchange(s, &usual), "no longer engaged after capturing %d", capturing);
     }
     result(s);
     end_side(s);
@@ -110,7 +149,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"mix", mix_of_all}, {"plain", plain}, {"in_place", in_place}, {"threads", threads}, {"init_all", init_all}};
+    } cases[] = {{"mix", mix_of_all}, {"plain", plain}, {"in_place", in_place}, {"captured", captured}, {"threads", threads}, {"init_all", init_all}};
     start_reissue(15);
     CHECK(argc >= 3, "which case, which shape?");
     take_shape(argv[2]);

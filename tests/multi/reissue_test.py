@@ -117,6 +117,12 @@ def case_in_place():
     calm(lines)
 
 
+def case_captured():
+    out, lines = job("reissue_right", "captured", "abba")
+    calm(lines)
+    print(out, end="")
+
+
 def case_threads():
     out, lines = job("reissue_right", "threads", "abba", "60")
     calm(lines)
