@@ -341,7 +341,7 @@ static inline struct exchange random_exchange(const struct side *s)
     uint64_t random = mix(s->tag * 7 + s->number * 1299709);
     struct exchange x = {.matrix = below(&random, MATRICES), .form = below(&random, FORMS), .type = below(&random, TYPES)};
     unsigned kind = below(&random, 20);
-    x.most = kind == 0 ? 40000 : kind < 4 ? 3000 : kind < 12 ? 200 : below(&random, 17);
+    x.most = kind == 0 ? 40000 / SLOW : kind < 4 ? 3000 : kind < 12 ? 200 : below(&random, 17);
     return x;
 }
 

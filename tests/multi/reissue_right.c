@@ -1,13 +1,14 @@
 /*
  * reissue_right.c: exchanges of all kinds while the engine is engaged: every byte right, all ranks the same way each time.
  *
- * usage: reissue_right CASE SHAPE [NUMBER]   SHAPE: a letter per rank, its node ("aabbb"), or - for the launcher's
+ * usage: reissue_right CASE SHAPE [NUMBER [SECONDS]]   SHAPE: a letter per rank, its node ("aabbb"), or - for the launcher's
  * The driver (reissue_test.py) says which settings apply, and reads what is printed: how many exchanges the engine did.
  */
 #include "capture.h"
 #include "reissue.h"
 
 static int wanted = 150;
+static double seconds = 0.2;
 
 static void random_ones(struct side *s, int n)
 {
@@ -39,7 +40,7 @@ static void mix_of_all(void)
 static void plain(void)
 {
     struct side *s = new_side(world_comm(), 1);
-    engage(s, false, 1);
+    engage(s, false, seconds / SLOW);
     random_ones(s, wanted);
     result(s);
     end_side(s);
@@ -155,6 +156,8 @@ int main(int argc, char **argv)
     take_shape(argv[2]);
     if (argc > 3)
         wanted = atoi(argv[3]);
+    if (argc > 4)
+        seconds = atof(argv[4]);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (!strcmp(argv[1], cases[i].name))
             return cases[i].run(), 0;

@@ -226,10 +226,10 @@ def case_staging():
     calm(lines)
 
 
-def one_rank_differs(what):
+def one_rank_differs(what, seconds="0.2"):
     """plain, with `what` done on rank 2."""
     wrap = ["sh", "-c", f'if [ "$RANK" = 2 ]; then {what}; fi; exec "$@"', "sh"]
-    out, lines = job("reissue_right", "plain", "aabb", wrap=wrap, env={"RAILYARD_PATIENCE": "1"})
+    out, lines = job("reissue_right", "plain", "aabb", "50", seconds, wrap=wrap, env={"RAILYARD_PATIENCE": "1"})
     reissued(out, 0, 0)
     expect(lines, "exchanges agreed on", 0)
     return lines
@@ -244,7 +244,7 @@ def case_unequal():
 
 
 def case_some_ranks():
-    lines = one_rank_differs("unset LD_PRELOAD")
+    lines = one_rank_differs("unset LD_PRELOAD", "1.5")
     expect(lines, "no word from rank 2 of 4", 3)
     expect(lines, "error", 0)
 
