@@ -129,7 +129,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
         return false;
     ry_waits_add(&r->waits, now.waited_us);
-    ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
+    if (!verdict->last) /* where the end of the engagement decided, nobody knows what the wait was for */
+        ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
     return true;
 }
 

@@ -27,9 +27,9 @@ def job(program, *args, ranks=4, nodes=2, env=None, status=0, preload=True, wrap
     except subprocess.TimeoutExpired:
         p.terminate()
         out, err = p.communicate()
-        fail(f"{args} hangs:\n{out}{err}")
+        fail(f"{program} {' '.join(args)} hangs:\n{out}{err}")
     if p.returncode != status:
-        fail(f"{args} ended with {p.returncode} instead of {status}:\n{out}{err}")
+        fail(f"{program} {' '.join(args)} ended with {p.returncode} instead of {status}:\n{out}{err}")
     return out, [line for line in err.splitlines() if line.startswith("railyard[")]
 
 
@@ -135,10 +135,13 @@ def case_init_all():
     reissued(out, 0.5)
 
 
-def confusing(case, shape, patience="0.3"):
+def confusing(case, shape, patience="0.4"):
     out, lines = job("reissue_confusing", case, shape, ranks=len(shape), nodes=1, env={"RAILYARD_PATIENCE": patience})
     calm(lines)
     print(out, end="")
+    for line in expect(lines, "for messages"):
+        if float(re.search(r"/ (\d+) us for messages", line).group(1)) >= float(patience) * 1e6:
+            fail(f"waiting out the patience counts as what messages take: {line}")
     return reissued(out)
 
 
