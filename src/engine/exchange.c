@@ -145,7 +145,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
     if (verdict->extra_bytes != sizeof(struct ry_order) + cells)
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", verdict->extra_bytes,
                        sizeof(struct ry_order) + cells), NULL;
-    memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
+    if (cells)
+        memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
     struct ry_plan_input in = {.cluster = r->map,
                                .rank = rank,
                                .strategy = strategy,
