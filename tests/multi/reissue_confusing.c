@@ -98,6 +98,8 @@ static void one_thing(struct side *a, struct side *b, unsigned what)
         return (void)exchange(a, &odd);
     case 7:
         return odd_group(a, false); /* which is an exchange */
+    case 8:
+        return two_at_once(a, &same, a, &same);
     default:
         return (void)exchange(what & 1 ? a : b, &same);
     }
@@ -122,7 +124,7 @@ static void strays(void)
     engage(a, true, 6);
     engage(b, true, 6);
     for (int i = 0; i < 300; i++)
-        one_thing(a, b, below(&random, 24));
+        one_thing(a, b, below(&random, 26));
     result(a);
     result(b);
     end_side(b);
@@ -210,12 +212,67 @@ static void crossed(void)
     end_side(crossed_side[0]);
 }
 
+/* Ranks that come just as the patience ends, a little before or after; on several communicators at once. */
+#define HASTY 3
+static void *hasty_thread(void *arg)
+{
+    struct side *s = arg;
+    engage(s, true, 8);
+    for (int i = 0; i < 60; i++) {
+        uint64_t random = mix(s->tag * 77 + (uint64_t)i);
+        bool late = below(&random, 5) == 0 && (int)below(&random, (unsigned)s->n) == s->rank, stray = mix(s->tag * 99 + (uint64_t)i) % 12 == 0;
+        if (late)
+            usleep((unsigned)(atof(getenv("RAILYARD_PATIENCE")) * 1e6) - 3000 + below(&random, 6000));
+        if (stray)
+            one_thing(s, s, (unsigned)i % 3);
+        exchange(s, &same);
+    }
+    compare_ways(s);
+    return NULL;
+}
+
+static void hasty(void)
+{
+    pthread_t threads[HASTY];
+    struct side *sides[HASTY];
+    ncclComm_t world = world_comm();
+    for (int i = 0; i < HASTY; i++) {
+        ncclComm_t copy;
+        NCCL(ncclCommSplit(world, 0, who.rank, &copy, NULL));
+        sides[i] = new_side(copy, (uint64_t)i + 1);
+    }
+    for (int i = 0; i < HASTY; i++)
+        CHECK(!pthread_create(&threads[i], NULL, hasty_thread, sides[i]), "no thread");
+    for (int i = 0; i < HASTY; i++) {
+        pthread_join(threads[i], NULL);
+        result(sides[i]);
+        end_side(sides[i]);
+    }
+    NCCL(ncclCommDestroy(world));
+}
+
+/* Communicators of short life, each engaged; their ends are not synchronized. */
+static void churn(void)
+{
+    ncclComm_t world = world_comm(), comm;
+    for (int i = 0; i < 12; i++) {
+        NCCL(ncclCommSplit(world, 0, i % 2 ? -who.rank : who.rank, &comm, NULL));
+        struct side *s = new_side(comm, (uint64_t)i + 1);
+        engage(s, true, 4);
+        for (int k = 0; k < 5; k++)
+            exchange(s, &same);
+        result(s);
+        end_side(s);
+    }
+    NCCL(ncclCommDestroy(world));
+}
+
 int main(int argc, char **argv)
 {
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"strays", strays}, {"again", again}, {"drift", drift}, {"crossed", crossed}};
+    } cases[] = {{"strays", strays}, {"again", again}, {"drift", drift}, {"crossed", crossed}, {"hasty", hasty}, {"churn", churn}};
     start_reissue(15);
     CHECK(argc == 3, "which case, which shape?");
     take_shape(argv[2]);

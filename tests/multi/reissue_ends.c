@@ -151,6 +151,47 @@ static void killed(void)
     NCCL(ncclCommAbort(s->comm));
 }
 
+static void *kill_soon(void *arg)
+{
+    usleep((unsigned)(intptr_t)arg);
+    kill(getpid(), SIGKILL);
+    return NULL;
+}
+
+/* At any moment. Who is left makes a communicator of its own, which engages. */
+static void killed_any(void)
+{
+    if (who.rank == victim) {
+        watch_over(SIGKILL);
+        alarm(15 * SLOW);
+    }
+    struct side *s = engaged_world();
+    struct buffers b;
+    pthread_t killer;
+    uint64_t moment = (uint64_t)ry_now_ns();
+    barrier(s->comm);
+    if (s->rank == victim)
+        CHECK(!pthread_create(&killer, NULL, kill_soon, (void *)(intptr_t)(1000 + moment / 1000 % 20000)), "no thread");
+    ncclResult_t r;
+    do {
+        r = try_exchange(s, &large, &b);
+        if (r == ncclSuccess)
+            check_buffers(s, &large, &b);
+        free_buffers(&b);
+    } while (r == ncclSuccess && s->number < MOST_EXCHANGES - 10);
+    CHECK(r != ncclSuccess, "the victim lives");
+    ncclComm_t rest;
+    AT("shrinking");
+    NCCL(ncclCommShrink(s->comm, &victim, 1, &rest, NULL, NCCL_SHRINK_ABORT));
+    struct side *left = new_side(rest, 2);
+    engage(left, victim != 0, 3); /* rank 0 is where the ranks of children meet */
+    for (int i = 0; i < 30; i++)
+        exchange(left, &large);
+    result_of(left);
+    end_side(left);
+    NCCL(ncclCommAbort(s->comm));
+}
+
 /* A helper that does not belong to NCCL's process stops the victim for 2.5 s. */
 static int stopper(void)
 {
@@ -323,7 +364,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"aborted", aborted},     {"left_alone", left_alone}, {"killed", killed},   {"stopped", stopped},
+    } cases[] = {{"aborted", aborted},     {"left_alone", left_alone}, {"killed", killed}, {"killed_any", killed_any},  {"stopped", stopped},
                  {"corrupted", corrupted}, {"refused", refused},       {"exiting", exiting}, {"forking", forking},
                  {"staging", staging}};
     start_reissue(15);

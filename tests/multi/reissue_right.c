@@ -61,6 +61,21 @@ static void in_place(void)
     end_side(s);
 }
 
+/* Ranks that call the same bytes by different names. */
+static void types(void)
+{
+    struct side *s = new_side(world_comm(), 1);
+    struct exchange x = usual;
+    engage(s, true, 6);
+    for (int i = 0; i < 30; i++) {
+        x.type = s->rank % 2 ? ncclFloat16 : ncclBfloat16;
+        exchange(s, &x);
+        exchange(s, &usual);
+    }
+    result(s);
+    end_side(s);
+}
+
 /* A CUDA graph: one rank captures while the others do the same at once; then all capture and launch several times. */
 static void captured(void)
 {
@@ -150,7 +165,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"mix", mix_of_all}, {"plain", plain}, {"in_place", in_place}, {"captured", captured}, {"threads", threads}, {"init_all", init_all}};
+    } cases[] = {{"mix", mix_of_all}, {"plain", plain}, {"in_place", in_place}, {"captured", captured}, {"types", types}, {"threads", threads}, {"init_all", init_all}};
     start_reissue(15);
     CHECK(argc >= 3, "which case, which shape?");
     take_shape(argv[2]);
