@@ -80,7 +80,7 @@ static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x
 }
 
 /* What verify mode found since the last exchange. */
-static void look_at_checks(struct comm *c, struct reissue *r)
+void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
 {
     struct ry_mismatch bad;
     uint64_t equal;
@@ -129,7 +129,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
         return false;
     ry_waits_add(&r->waits, now.waited_us);
-    ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
+    if (!verdict->last) /* where the end of the engagement decided, nobody knows what the wait was for */
+        ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
     return true;
 }
 
@@ -144,7 +145,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
     if (verdict->extra_bytes != sizeof(struct ry_order) + cells)
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", verdict->extra_bytes,
                        sizeof(struct ry_order) + cells), NULL;
-    memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
+    if (cells)
+        memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
     struct ry_plan_input in = {.cluster = r->map,
                                .rank = rank,
                                .strategy = strategy,
@@ -182,7 +184,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
         return false;
     if (r) {
         struct ry_buffers b = describe(r, x);
-        look_at_checks(c, r);
+        ry_exchange_look_at_checks(c, r);
         if (agree(c, r, x, &b, &verdict)) {
             now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
             if (verdict.extra_bytes >= sizeof(struct ry_order))

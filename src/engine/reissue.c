@@ -136,6 +136,8 @@ void ry_reissue_close(struct comm *c, bool aborted)
     struct reissue *r = atomic_exchange(&c->reissue, NULL);
     if (!r)
         return;
+    if (!aborted)
+        ry_exchange_look_at_checks(c, r); /* of the last exchange nobody else would */
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical, %llu verified; verdicts took %.0f / %.0f / %.0f us "
                 "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks",
