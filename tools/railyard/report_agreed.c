@@ -186,22 +186,22 @@ json_t *ry_report_agreed_json(const struct ry_summary *s)
 /* ---- picture ---- */
 
 #define PLOT_HIGH 120.0
-#define PLOT_STEP 58.0 /* from class to class */
 
 double ry_report_agreed_height(const struct ry_summary *s)
 {
-    return s->agreed ? PLOT_HIGH + 120 : 0;
+    return s->agreed ? PLOT_HIGH + 104 : 0;
 }
 
-static void draw_count(FILE *f, double x, double y, uint64_t count, uint64_t most, const char *color)
+static void draw_count(FILE *f, double x, double y, double width, uint64_t count, uint64_t most, const char *color)
 {
     double h = PLOT_HIGH * (double)count / (double)most;
     char text[24];
     if (!count)
         return;
-    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"22\" height=\"%.1f\" fill=\"%s\"/>\n", x, y + PLOT_HIGH - h, h, color);
+    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>\n", x, y + PLOT_HIGH - h,
+            width, h, color);
     snprintf(text, sizeof text, "%" PRIu64, count);
-    ry_report_svg_text(f, x + 11, y + PLOT_HIGH - h - 3, 8.5, "middle", RY_SVG_FAINT, text);
+    ry_report_svg_text(f, x + width / 2, y + PLOT_HIGH - h - 3, 8.5, "middle", RY_SVG_FAINT, text);
 }
 
 void ry_report_agreed_svg(const struct ry_summary *s, FILE *f, double x, double y)
@@ -210,42 +210,31 @@ void ry_report_agreed_svg(const struct ry_summary *s, FILE *f, double x, double 
         const char *name, *color;
     } kinds[] = {{"in all", "#8fa3b5"}, {"without waiting for late ranks", "#2f6aa3"}};
     const struct ry_trace_agreed *a = &s->comm->agreed;
-    char text[256], m[16], n[16], o[16], p[16];
+    const uint64_t *bins[] = {a->waited_bins, a->messages_bins};
+    char text[320], m[16], n[16], o[16], p[16];
     int first, last;
     if (!s->agreed)
         return;
-    put_counts(s, text, sizeof text);
-    size_t at = strlen(text);
-    snprintf(text + at, sizeof text - at, " were agreed on");
+    span(a, &first, &last);
+    double step = last - first < 12 ? 58 : 700.0 / (last - first + 1); /* from class to class */
+    size_t at = (size_t)snprintf(text, sizeof text, "agreed on: ");
+    put_counts(s, text + at, sizeof text - at);
     ry_report_svg_text(f, x, y + 14, 12, "start", RY_SVG_INK, text);
-    snprintf(text, sizeof text, "waits for verdicts: median %s, 90 %% within %s; messages alone %s, %s",
+    snprintf(text, sizeof text, "waits for verdicts on all ranks: median %s, 90 %% within %s; messages alone %s, %s",
              ry_report_us(ry_trace_quantile(&a->waited, 0.5), m), ry_report_us(ry_trace_quantile(&a->waited, 0.9), n),
              ry_report_us(ry_trace_quantile(&a->messages, 0.5), o), ry_report_us(ry_trace_quantile(&a->messages, 0.9), p));
-    ry_report_svg_text(f, x, y + 32, 11.5, "start", RY_SVG_INK, text);
-    double label = x;
-    for (int i = 0; i < 2; i++) {
-        fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"10\" height=\"10\" fill=\"%s\"/>\n", label, y + 42, kinds[i].color);
-        ry_report_svg_text(f, label + 15, y + 51, 11, "start", RY_SVG_FAINT, kinds[i].name);
-        label += 75;
+    ry_report_svg_text(f, x, y + 32, 12, "start", RY_SVG_INK, text);
+    uint64_t most = fullest(a);
+    for (int k = 0; k < 2; k++) {
+        fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"10\" height=\"10\" fill=\"%s\"/>\n", x + 75 * k, y + 42,
+                kinds[k].color);
+        ry_report_svg_text(f, x + 75 * k + 15, y + 51, 11, "start", RY_SVG_FAINT, kinds[k].name);
+        for (int i = first; i <= last; i++)
+            draw_count(f, x + (i - first) * step + step * (0.1 + 0.4 * k), y + 70, 0.37 * step, bins[k][i], most, kinds[k].color);
     }
-    span(a, &first, &last);
-    if (last - first > 11) /* the fastest share the first class */
-        first = last - 11;
-    y += 70;
-    uint64_t most = fullest(a), below[2] = {0};
-    for (int i = 0; i < first; i++) {
-        below[0] += a->waited_bins[i];
-        below[1] += a->messages_bins[i];
-    }
-    for (int k = 0; k < 2; k++)
-        most = below[k] + (k ? a->messages_bins : a->waited_bins)[first] > most ?
-                   below[k] + (k ? a->messages_bins : a->waited_bins)[first] : most;
     for (int i = first; i <= last; i++) {
-        double left = x + (i - first) * PLOT_STEP;
-        draw_count(f, left + 6, y, a->waited_bins[i] + (i == first ? below[0] : 0), most, kinds[0].color);
-        draw_count(f, left + 30, y, a->messages_bins[i] + (i == first ? below[1] : 0), most, kinds[1].color);
         snprintf(text, sizeof text, "< %s", round_us(ry_bin_from(i + 1), m));
-        ry_report_svg_text(f, left + PLOT_STEP / 2, y + PLOT_HIGH + 15, 10, "middle", RY_SVG_FAINT, text);
+        ry_report_svg_text(f, x + (i - first + 0.5) * step, y + 85 + PLOT_HIGH, 10, "middle", RY_SVG_FAINT, text);
     }
-    fprintf(f, "<path d=\"M%.1f %.1fh%.1f\" stroke=\"" RY_SVG_FAINT "\"/>\n", x, y + PLOT_HIGH, PLOT_STEP * (last - first + 1));
+    fprintf(f, "<path d=\"M%.1f %.1fh%.1f\" stroke=\"" RY_SVG_FAINT "\"/>\n", x, y + 70 + PLOT_HIGH, step * (last - first + 1));
 }
