@@ -86,6 +86,8 @@ static void tally(struct ry_group *g)
     }
 }
 
+_Atomic int ry_group_paused;
+
 bool ry_group_wanted(const struct ry_comm *c)
 {
     if (atomic_load_explicit(&c->pending, memory_order_acquire) != RY_SETTLED)
@@ -145,8 +147,8 @@ static void turn_to(struct ry_group *g, ncclComm_t comm, cudaStream_t stream, en
     g->mixed_types = false;
     /* alone, a send or receive is no exchange; a communicator that does not block may answer "in progress" to each call
      */
-    g->hold = ry_group_wanted(g->comm) && g->comm->blocking && !atomic_load(&g->comm->miscounted) &&
-              (g->depth || what == RY_CAPTURE_CALL);
+    g->hold = ry_group_wanted(g->comm) && !atomic_load_explicit(&ry_group_paused, memory_order_relaxed) &&
+              g->comm->blocking && !atomic_load(&g->comm->miscounted) && (g->depth || what == RY_CAPTURE_CALL);
     if (!++g->epoch) { /* wrapped: old marks could look new */
         for (int d = 0; d < 2; d++)
             memset(g->named[d], 0, (size_t)g->capacity * sizeof *g->named[d]);

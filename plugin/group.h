@@ -69,6 +69,9 @@ struct ry_birth_note {
 
 extern __thread struct ry_group ry_group __attribute__((tls_model("initial-exec")));
 
+/** railyard_pause(): nothing is kept back, and the engine is only told of what other ranks may wait for. */
+extern _Atomic int ry_group_paused;
+
 /**
  * Implemented by who calls NCCL and the engine (preload.c). p2p of g->comm turned out to belong to no exchange, while
  * its calls were held or the engine wants them held: tell the engine if `tell`, pass on what is held (ry_group_replay).

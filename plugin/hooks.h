@@ -123,6 +123,8 @@ struct ry_hooks {
     void (*comm_aborting)(void *comm);
     /** An all-gather of 64-bit integers, `count` per rank: the shape in which frameworks swap expert counts. */
     void (*int64_allgather)(void *comm, uint64_t count);
+    /** railyard_strategy() of railyard.h: 0, or -1. */
+    int (*strategy)(const char *name);
     /** The process is about to exit: `counts(handle, out)` reads the counts of a communicator still alive. */
     void (*closing)(void (*counts)(void *nccl, struct ry_comm_counts *out));
 };

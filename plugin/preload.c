@@ -32,7 +32,6 @@
 enum { UNBORN, WATCHING, PASSIVE };
 static _Atomic int state = UNBORN;
 static struct ry_hooks hooks;
-static _Atomic int paused;
 
 /* ---- starting ---- */
 
@@ -618,7 +617,7 @@ struct running {
 /* While paused the engine sees nothing, but what the other ranks may wait for. */
 static inline bool unseen(const struct ry_comm *c)
 {
-    return atomic_load_explicit(&paused, memory_order_relaxed) && !ry_group_wanted(c);
+    return atomic_load_explicit(&ry_group_paused, memory_order_relaxed) && !ry_group_wanted(c);
 }
 
 static inline void tell_begin(struct ry_group *g, struct running *run)
@@ -703,7 +702,12 @@ static inline void end_exchange(struct ry_group *g, struct running *run, ncclRes
 
 API int railyard_pause(int on)
 {
-    return atomic_exchange(&paused, on != 0);
+    return atomic_exchange(&ry_group_paused, on != 0);
+}
+
+API int railyard_strategy(const char *name)
+{
+    return atomic_load(&state) == WATCHING && hooks.strategy ? hooks.strategy(name) : -1;
 }
 
 API ncclResult_t ncclGroupStart(void)
@@ -831,7 +835,7 @@ API ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclD
     note_call(g, RY_CALL_ALLGATHER, count, type, comm);
     RETURN_IF_KEPT(g);
     if ((type == ncclInt64 || type == ncclUint64) && hooks.int64_allgather &&
-        !atomic_load_explicit(&paused, memory_order_relaxed)) {
+        !atomic_load_explicit(&ry_group_paused, memory_order_relaxed)) {
         struct ry_comm *c = ry_comms_get(comm);
         if (c && c->engine) {
             g->inside++;

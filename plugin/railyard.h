@@ -19,10 +19,18 @@ extern "C" {
  * all-gathers of this process pass without being recorded, timed or learned from. They are still counted. Returns what
  * was set before; 0 at the start. It does not nest: one railyard_pause(0) ends it.
  *
- * All ranks must call it between the same exchanges. On a communicator whose exchanges Railyard carries out by itself
- * at this moment it has no effect: the other ranks count on this one. Thread-safe; counts for all threads.
+ * All ranks must call it between the same exchanges. Exchanges of a communicator that Railyard is engaged on go to NCCL as
+ * they are, too; the other ranks are told that this one takes no part in them. Thread-safe; counts for all threads.
  */
 int railyard_pause(int on) __attribute__((weak));
+
+/**
+ * From the next exchange on, what RAILYARD_STRATEGY=name would have said at the start ("auto", "direct", "hierarchical"), for
+ * programs that compare strategies. Rank 0 of a communicator decides for all its ranks, so it counts for those communicators whose
+ * rank 0 is in this process, and matters while exchanges are being agreed on. 0; -1 for an unknown name, or where there is
+ * nothing to reissue (no communicator yet, RAILYARD_STRATEGY=observe). Thread-safe.
+ */
+int railyard_strategy(const char *name) __attribute__((weak));
 
 #ifdef __cplusplus
 }

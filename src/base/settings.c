@@ -11,7 +11,7 @@
 static bool parse_bool(const char *s, bool *out)
 {
     static const char *const yes[] = {"1", "yes", "on", "true"}, *const no[] = {"0", "no", "off", "false"};
-    for (size_t i = 0; i <= RY_LOG_DEBUG; i++) {
+    for (size_t i = 0; i < 4; i++) {
         if (!strcasecmp(s, yes[i]))
             return *out = true, true;
         if (!strcasecmp(s, no[i]))

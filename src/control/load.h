@@ -23,7 +23,7 @@ static inline void *ry_load_quietly(const char *path, int flags)
     static char *const quiet[] = {"UCX_MEM_EVENTS=n", "UCX_HANDLE_ERRORS=none", "UCX_DEBUG_SIGNO=0",
                                   "UCX_VFS_ENABLE=n"};
     enum { QUIET = sizeof quiet / sizeof *quiet };
-    static char **kept; /* for leak checkers */
+    static char **volatile kept; /* for leak checkers */
     char **before = environ, **copy;
     size_t n = 0, used;
     while (before && before[n])

@@ -148,8 +148,10 @@ void ry_tame_ucx(ucp_config_t *config)
     char devices[2048];
     pthread_once(&once, tame_library);
     bool rdma = list_devices(devices, sizeof devices);
-    /* Nothing of CUDA or ROCm: messages are in host memory. */
-    prefer(config, "UCX_TLS", "TLS", rdma ? "self,sm,tcp,ib" : "self,sm,tcp");
+    /* Nothing of CUDA or ROCm: messages are in host memory. No shared memory: its wake-ups are datagrams between abstract UNIX
+       sockets, which do not pass from one network namespace to another (containers of one host), while UCX takes such processes
+       for neighbours; a sleeping one would never hear of a message. Agreeing waits for other nodes anyway. */
+    prefer(config, "UCX_TLS", "TLS", rdma ? "self,tcp,ib" : "self,tcp");
     if (*devices)
         prefer(config, "UCX_NET_DEVICES", "NET_DEVICES", devices);
     /* Without this shared memory is not used where errors are to be handled. That UCX is slow to notice a death there

@@ -365,20 +365,29 @@ static uint32_t hash_settings(const struct ry_settings *s)
     return (uint32_t)XXH64(&shared, sizeof shared, 0);
 }
 
-/* auto and observe are no strategies themselves. */
+/* auto is no strategy itself. */
+static int set_strategy(const char *name, struct ry_err *err)
+{
+    enum ry_strategy forced = RY_DIRECT;
+    bool choose = !strcmp(name, "auto");
+    if (!choose && ry_strategy_parse(name, &forced, err))
+        return -1;
+    atomic_store(&ry_engine.forced, choose ? -1 : (int)forced);
+    return 0;
+}
+
+static int strategy(const char *name)
+{
+    return ry_engine.observe ? -1 : set_strategy(name, NULL);
+}
+
 static void read_strategy(void)
 {
     struct ry_err err;
-    enum ry_strategy forced = RY_DIRECT;
-    const char *name = ry_engine.settings.strategy;
-    ry_engine.forced = -1;
-    ry_engine.observe = !strcmp(name, "observe");
-    if (ry_engine.observe || !strcmp(name, "auto"))
-        return;
-    if (ry_strategy_parse(name, &forced, &err))
+    atomic_store(&ry_engine.forced, -1);
+    ry_engine.observe = !strcmp(ry_engine.settings.strategy, "observe");
+    if (!ry_engine.observe && set_strategy(ry_engine.settings.strategy, &err))
         ry_warn("RAILYARD_STRATEGY: %s; also known: auto, observe. Taken as auto", err.msg);
-    else
-        ry_engine.forced = (int)forced;
 }
 
 static void open_record(void)
@@ -434,6 +443,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         hooks->exchange_end = ry_exchange_end;
         hooks->stray = ry_exchange_stray;
         hooks->comm_aborting = ry_exchange_aborting;
+        hooks->strategy = strategy;
     }
     if (ry_engine.record)
         hooks->int64_allgather = ry_exchange_int64_allgather;

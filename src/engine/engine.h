@@ -71,8 +71,8 @@ struct comm {
 struct engine {
     struct ry_host host;
     struct ry_settings settings;
-    int forced;    /* strategy that RAILYARD_STRATEGY names, -1: auto */
-    bool observe;  /* RAILYARD_STRATEGY=observe: nothing is ever reissued */
+    _Atomic int forced; /* strategy that RAILYARD_STRATEGY names, -1: auto */
+    bool observe;       /* RAILYARD_STRATEGY=observe: nothing is ever reissued */
     uint32_t settings_hash;
     struct ry_record *record;
     struct ry_rendezvous *rendezvous;

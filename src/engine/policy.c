@@ -3,6 +3,7 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -136,7 +137,7 @@ static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
 static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
 {
     struct ry_chooser *c = context;
-    if (c->config.forced >= 0)
+    if (atomic_load(c->config.forced) >= 0)
         return true; /* direct, too: that is how the agreement's own price is measured */
     if (!get_sides(c, seen, bytes))
         return false;
@@ -185,9 +186,10 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     learn(c);
     find_relayed(c, x->matrix);
     ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, c->relayed, MARGIN);
-    if (c->config.forced >= 0) {
+    int forced = atomic_load(c->config.forced);
+    if (forced >= 0) {
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
-        choice.strategy = (enum ry_strategy)c->config.forced;
+        choice.strategy = (enum ry_strategy)forced;
     }
     if (!enough_staging(c, choice.strategy, x->matrix, choice.why, sizeof choice.why)) {
         c->counts.short_of_staging++;
@@ -198,7 +200,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     }
     remember(c, x->number, &choice);
     c->counts.chosen[choice.strategy]++;
-    *last = !pays(c, &choice) && c->config.forced < 0;
+    *last = !pays(c, &choice) && forced < 0;
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",

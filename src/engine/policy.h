@@ -30,7 +30,7 @@ struct ry_order {
 
 struct ry_policy_config {
     const struct ry_cluster *map; /* must live as long as the policy */
-    int forced;                   /* enum ry_strategy, or -1: choose */
+    const _Atomic int *forced;    /* enum ry_strategy, or -1: choose; may change */
     uint64_t verify;              /* every n-th engaged exchange, 0: never */
     uint64_t staging_limit;
     struct ry_cost_model model;

@@ -26,7 +26,7 @@ static const char *nothing_to_do(const struct comm *c, const struct ry_cluster *
 {
     if (!c->seat.able)
         return ry_engine.observe ? "RAILYARD_STRATEGY=observe" : !c->info.blocking ? "it is non-blocking" : "this rank cannot";
-    if (map->nnodes < 2 && ry_engine.forced < 0)
+    if (map->nnodes < 2 && atomic_load(&ry_engine.forced) < 0)
         return "all its ranks sit on one node";
     if (map->nranks < 2)
         return "it has one rank";
@@ -99,7 +99,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
     struct ry_policy policy = {0};
     if (c->info.rank == 0) {
         struct ry_policy_config config = {.map = map,
-                                          .forced = ry_engine.forced,
+                                          .forced = &ry_engine.forced,
                                           .verify = ry_engine.settings.verify,
                                           .staging_limit = ry_engine.settings.staging,
                                           .name = c->id};

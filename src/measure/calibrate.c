@@ -7,7 +7,8 @@
 
 #define LEAST_BYTES ((uint64_t)1 << 10)
 #define MOST_BYTES ((uint64_t)64 << 20)
-#define SMALL_BYTES 256 /* of each of many small messages */
+#define SMALL_BYTES 64 /* of each of many small messages */
+#define MOST_MESSAGES 64
 #define REPEATS 9
 #define LEAST_REPEATS 3
 #define MOST_ROUNDS 64
@@ -51,7 +52,8 @@ static int peers(const struct ry_cluster *c, enum ry_cal_kind kind, int rank)
     }
 }
 
-/* Whom the k-th message of `rank` goes to. More messages than peers go round again; nic-all goes through all remote ranks. */
+/* Whom the k-th message of `rank` goes to. More messages than peers go round again; nic-all goes through all remote
+ * ranks. */
 static int target(const struct ry_cluster *c, enum ry_cal_kind kind, int rank, int k)
 {
     int node = c->node[rank], local = c->local[rank], size = c->node_size[node];
@@ -157,7 +159,7 @@ static int measure(struct calibration *c, struct ry_cal_point point, bool *slow)
     point.low = us[0];
     point.high = us[repeats - 1];
     c->out->points[c->out->npoints++] = point;
-    *slow = point.low * LEAST_REPEATS > c->point_us;
+    *slow = point.low * 4 * (2 + LEAST_REPEATS) > 3 * c->point_us; /* the next size, four times this one */
     return 0;
 }
 
@@ -173,7 +175,7 @@ static int sweep_sizes(struct calibration *c, enum ry_cal_kind kind)
 static int sweep_messages(struct calibration *c, enum ry_cal_kind kind)
 {
     bool slow = false;
-    for (int n = 1; n <= 16 && !slow; n *= 2)
+    for (int n = 1; n <= MOST_MESSAGES && !slow; n *= 2)
         if (measure(c, (struct ry_cal_point){.kind = kind, .bytes = (uint64_t)n * SMALL_BYTES, .messages = n}, &slow))
             return -1;
     return 0;
@@ -204,7 +206,7 @@ static void fit_once(int n, const double *x, const double *t, const double *w, d
     }
 }
 
-#define HUBER 0.1 /* relative residuals beyond it count less */
+#define HUBER 0.3 /* points that are off by more than this factor's logarithm count less */
 
 void ry_cal_fit(int n, const double *x, const double *t, double *a, double *b)
 {
@@ -213,10 +215,10 @@ void ry_cal_fit(int n, const double *x, const double *t, double *a, double *b)
     for (int i = 0; i < n; i++)
         w[i] = 1 / (t[i] * t[i]);
     fit_once(n, x, t, w, a, b);
-    for (int round = 0; round < 20; round++) {
+    for (int round = 0; round < 30; round++) {
         for (int i = 0; i < n; i++) {
-            double off = fabs(*a + *b * x[i] - t[i]) / t[i];
-            w[i] = (off > HUBER ? HUBER / off : 1) / (t[i] * t[i]);
+            double line = fmax(*a + *b * x[i], 1e-3 * t[i]), off = fabs(log(line / t[i]));
+            w[i] = (off > HUBER ? HUBER / off : 1) / (t[i] * line);
         }
         fit_once(n, x, t, w, a, b);
     }
@@ -240,12 +242,19 @@ static bool line(const struct calibration *c, enum ry_cal_kind kind, bool by_mes
     return true;
 }
 
+/* What a message costs beyond its bytes. */
+static double message_us(double each, double us_per_byte)
+{
+    return fmax(each - SMALL_BYTES * us_per_byte, 0);
+}
+
 static double per(double us_per_byte)
 {
     return 1 / fmax(us_per_byte, 1e-9); /* a link that shows no cost per byte */
 }
 
-/* The most that any rank sends or gets over a link, or any node over its NIC, for each byte of a point; its messages. */
+/* The most that any rank sends or gets over a link, or any node over its NIC, for each byte of a point; its messages.
+ */
 static void widths(struct calibration *c, enum ry_cal_kind kind, double *local, double *nic, double *messages)
 {
     const struct ry_cluster *map = c->cluster;
@@ -262,7 +271,8 @@ static void widths(struct calibration *c, enum ry_cal_kind kind, double *local, 
             out += (double)l->cross_out;
             in += (double)l->cross_in;
             *local = fmax(*local, fmax((double)l->local_out, (double)l->local_in));
-            *messages = fmax(*messages, fmax(fmax(l->local_sends, l->local_recvs), fmax(l->cross_sends, l->cross_recvs)));
+            *messages =
+                fmax(*messages, fmax(fmax(l->local_sends, l->local_recvs), fmax(l->cross_sends, l->cross_recvs)));
         }
         *nic = fmax(*nic, fmax(out, in));
     }
@@ -279,21 +289,24 @@ static void fit_model(struct calibration *c)
         m->copy_bytes_per_us = per(b);
     }
     if (line(c, RY_CAL_SELF, false, &a, &b) && line(c, RY_CAL_SELF, true, &start, &each)) {
+        each = message_us(each, b);
         m->link[RY_LINK_SELF] = (struct ry_cost_link){0, per(b), each, true};
         m->group_us = fmax(a - each, 0);
     }
     if (line(c, RY_CAL_NODE, false, &a, &b) && line(c, RY_CAL_NODE, true, &start, &each)) {
         widths(c, RY_CAL_NODE, &local, &nic, &messages);
-        m->link[RY_LINK_LOCAL] = (struct ry_cost_link){fmax(a - m->group_us - messages * each, 0), per(b / local), each, true};
+        each = message_us(each, b);
+        m->link[RY_LINK_LOCAL] =
+            (struct ry_cost_link){fmax(a - m->group_us - messages * each, 0), per(b / local), each, true};
     }
     if (line(c, RY_CAL_NIC_ONE, false, &a, &b) && line(c, RY_CAL_NIC_ALL, true, &start, &each)) {
+        double all, latency = a;
         widths(c, RY_CAL_NIC_ONE, &local, &nic, &messages);
         m->nic_rank_bytes_per_us = per(b / nic);
-        m->link[RY_LINK_NIC] = (struct ry_cost_link){fmax(a - m->group_us - messages * each, 0), per(b / nic), each, true};
-        if (line(c, RY_CAL_NIC_ALL, false, &a, &b)) {
+        if (line(c, RY_CAL_NIC_ALL, false, &all, &b)) /* else every node has one rank, and `one` was all */
             widths(c, RY_CAL_NIC_ALL, &local, &nic, &messages);
-            m->link[RY_LINK_NIC].bytes_per_us = per(b / nic);
-        }
+        each = message_us(each, b);
+        m->link[RY_LINK_NIC] = (struct ry_cost_link){fmax(latency - m->group_us - each, 0), per(b / nic), each, true};
     }
     m->measured = true;
 }
@@ -309,7 +322,8 @@ static void judge(struct calibration *c)
         if (p->kind == RY_CAL_COPY)
             p->model_us = out->model.copy_us + (double)p->bytes / out->model.copy_bytes_per_us;
         else if (!loads_of(c->loads, c->cluster, p))
-            p->model_us = ry_cost_estimate(&out->model, c->cluster, c->loads, NULL, RY_DIRECT) - out->model.agreement_us;
+            p->model_us =
+                ry_cost_estimate(&out->model, c->cluster, c->loads, NULL, RY_DIRECT) - out->model.agreement_us;
         if (p->kind == RY_CAL_SELF && p->messages) /* loads do not count messages to oneself */
             p->model_us += (p->messages - 1) * out->model.link[RY_LINK_SELF].message_us;
     }

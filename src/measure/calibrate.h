@@ -12,12 +12,14 @@
  *     nic-one    one rank of each node to one of the next node   -> NIC alpha, nic_rank_bytes_per_us
  *     nic-all    all ranks of a node to those of the next node   -> NIC
  *     exchange   everyone to everyone, itself included           (checks the model)
- * and copies on the device without NCCL. `self`, `node` and `nic-all` are tried with many small messages, too (-> message_us).
+ * and copies on the device without NCCL. `self`, `node` and `nic-all` are tried with many small messages, too (->
+ * message_us).
  *
- * A point is measured some times over, and the lower quartile counts: other load on the machine only adds time. (Not the
- * least: a traffic shaper lets a burst pass.) A line t = a + x * b is fitted by least squares of *relative* residuals
- * (weights 1/t^2, so that 1 KiB and 64 MiB count alike), reweighted after Huber so that single points which do not lie on
- * the line do not bend it, with a and b not below zero.
+ * A point is measured some times over, and the lower quartile counts: other load on the machine only adds time. (Not
+ * the least: a traffic shaper lets a burst pass.) A line t = a + x * b is fitted by weighted least squares, with
+ * weights 1 / (t * line): the square of the residual is then about that of the logarithm of line / t, so that 1 KiB and
+ * 64 MiB, and too much and too little, count alike. Weights are lowered after Huber so that single points far off the
+ * line hardly bend it. a and b are not below zero.
  */
 #ifndef RY_MEASURE_CALIBRATE_H
 #define RY_MEASURE_CALIBRATE_H
@@ -52,15 +54,16 @@ struct ry_cal_point {
 };
 
 /**
- * The messages of a pattern from or to `rank` (-1: of all ranks), in an order that is the same for both sides of each pair.
- * Returns their number; `out` holds up to `most` of them and may be NULL.
+ * The messages of a pattern from or to `rank` (-1: of all ranks), in an order that is the same for both sides of each
+ * pair. Returns their number; `out` holds up to `most` of them and may be NULL.
  */
 size_t ry_cal_messages(const struct ry_cluster *cluster, const struct ry_cal_point *point, int rank,
                        struct ry_cal_message *out, size_t most);
 
 struct ry_cal_runner {
     void *context;
-    /** Do it `rounds` times in a row. *us: what one took, the same on all ranks (the slowest one's mean). -1 with `err`. */
+    /** Do it `rounds` times in a row. *us: what one took, the same on all ranks (the slowest one's mean). -1 with
+     * `err`. */
     int (*run)(void *context, const struct ry_cal_point *point, int rounds, double *us, struct ry_err *err);
 };
 

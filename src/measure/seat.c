@@ -4,8 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
-void ry_seat_take(struct ry_seat *seat, const struct ry_device *device, const struct ry_topo *topo, int rank, int ordinal,
-                  uint32_t settings_hash)
+void ry_seat_take(struct ry_seat *seat, const struct ry_device *device, const struct ry_topo *topo, int rank,
+                  int ordinal, uint32_t settings_hash)
 {
     *seat = (struct ry_seat){.version = RY_SEAT_VERSION,
                              .settings_hash = settings_hash,

@@ -808,11 +808,11 @@ static void pauses(void)
     }
     alltoall(a, false);
     SEEN("A");
-    /* the other ranks wait for us */
+    /* the other ranks wait for us: they are told, nothing is kept back */
     hold(a, true);
     NCCL(exchange(a, 2, words));
-    SEEN("( ) begin take ( %s ) end0", words);
-    told(true, false, 5, 2);
+    SEEN("( %s begin take ) end0", words);
+    told(false, false, 5, 2);
     for (int on = 1; on >= 0; on--) { /* let go of, and wanted again, in the middle of a group */
         hold(a, on);
         NCCL(ncclGroupStart());
@@ -820,7 +820,7 @@ static void pauses(void)
         hold(a, !on);
         NCCL(ncclGroupEnd());
         finish(&t, 1, true);
-        SEEN(on ? "( ) begin take ( %s ) end0" : "( %s begin take ) end0", t.words);
+        SEEN(on ? "( %s )" : "( %s begin take ) end0", t.words);
     }
     hold(a, false);
     NCCL(exchange(a, 1, words));

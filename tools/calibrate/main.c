@@ -1,13 +1,13 @@
 /*
  * main.c: railyard-calibrate: one rank of the program behind `railyard calibrate`.
  *
- * Owns: the command line, starting up, carrying patterns out through NCCL and timing them. Not: which patterns and the fit
- * (measure/calibrate.h), what it looks like (report.h).
+ * Owns: the command line, starting up, carrying patterns out through NCCL and timing them. Not: which patterns and the
+ * fit (measure/calibrate.h), what it looks like (report.h).
  *
- * A measurement: all ranks meet (an all-reduce), then the pattern is issued a number of times in a row, between two device
- * events. The mean over the rounds is one rank's time, the greatest over the ranks counts. Rounds of an exchange of messages
- * cannot overtake each other, since no rank can begin the next before it got what it waits for; what is left of the ranks'
- * unequal starts is divided by their number.
+ * A measurement: all ranks meet (an all-reduce), then the pattern is issued a number of times in a row, between two
+ * device events. The mean over the rounds is one rank's time, the greatest over the ranks counts. Rounds of an exchange
+ * of messages cannot overtake each other, since no rank can begin the next before it got what it waits for; what is
+ * left of the ranks' unequal starts is divided by their number.
  */
 #include <argp.h>
 #include <dlfcn.h>
@@ -215,8 +215,12 @@ static double planning_us(void)
         bytes[r] = 4096;
     for (int i = 0; i < slice.nrows * slice.ncols; i++)
         slice.cells[i] = 4096;
-    struct ry_plan_input in = {.cluster = me.cluster, .rank = me.who.rank, .strategy = RY_HIERARCHICAL, .send = bytes,
-                               .recv = bytes, .slice = &slice};
+    struct ry_plan_input in = {.cluster = me.cluster,
+                               .rank = me.who.rank,
+                               .strategy = RY_HIERARCHICAL,
+                               .send = bytes,
+                               .recv = bytes,
+                               .slice = &slice};
     for (int i = 0; i < 20; i++) {
         uint64_t start = ry_now_ns();
         struct ry_plan *plan = ry_plan_build(&in, &err);
@@ -299,13 +303,15 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 static const struct argp argp = {
     .options = options,
     .parser = parse,
-    .doc = "Measure through NCCL what the links of this cluster cost, and keep it for jobs that run on it.\v"
-           "Start one process per rank, in the same way as the jobs:\n\n"
-           "  torchrun --nproc-per-node 8 --no-python railyard calibrate\n"
-           "  railyard emu -n 2 -g 4 --nic 25 --nic-us 50 -- railyard calibrate    emulated cluster, no GPU\n\n"
-           "The result goes to $XDG_CACHE_HOME/railyard (~/.cache/railyard), one file for each kind of cluster: number and size "
-           "of nodes, GPUs, NICs. Calibrate again when links have changed. Exit status: 0, all is well; 1, a failed call; "
-           "2, wrong usage."};
+    .doc =
+        "Measure through NCCL what the links of this cluster cost, and keep it for jobs that run on it.\v"
+        "Start one process per rank, in the same way as the jobs:\n\n"
+        "  torchrun --nproc-per-node 8 --no-python railyard calibrate\n"
+        "  railyard emu -n 2 -g 4 --nic 25 --nic-us 50 -- railyard calibrate    emulated cluster, no GPU\n\n"
+        "The result goes to $XDG_CACHE_HOME/railyard (~/.cache/railyard), one file for each kind of cluster: number "
+        "and size "
+        "of nodes, GPUs, NICs. Calibrate again when links have changed. Exit status: 0, all is well; 1, a failed call; "
+        "2, wrong usage."};
 
 /* 0: go on; otherwise *status. One voice is enough: rank 0 prints help and complaints, and others leave it time to. */
 static int command_line(int argc, char **argv, int *status)
@@ -325,7 +331,9 @@ static int command_line(int argc, char **argv, int *status)
         return fprintf(stderr,
                        "%s: this is one rank of a job, but RANK and WORLD_SIZE are not set. Start all ranks by one of\n"
                        "  torchrun --nproc-per-node 8 --no-python railyard calibrate\n"
-                       "  railyard emu -n 2 -g 4 -- railyard calibrate\n", argv[0]), 1;
+                       "  railyard emu -n 2 -g 4 -- railyard calibrate\n",
+                       argv[0]),
+               1;
     if (job)
         return fprintf(stderr, "%s: %s\n", argv[0], err.msg), 1;
     return 0;

@@ -56,7 +56,8 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
             continue;
         fprintf(f, "\n  %s: model off by %.1f %% (median), %.1f %% at worst\n", what[k], 100 * cal->fit[k].median,
                 100 * cal->fit[k].worst);
-        fprintf(f, "    %12s %12s %12s %12s %12s %10s\n", "a rank sends", "measured", "least", "greatest", "model", "off");
+        fprintf(f, "    %12s %12s %12s %12s %12s %10s\n", "a rank sends", "measured", "least", "greatest", "model",
+                "off");
         points_of(cal, (enum ry_cal_kind)k, false, f);
         points_of(cal, (enum ry_cal_kind)k, true, f);
     }
@@ -67,8 +68,8 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
     fprintf(f, "  %-6s one rank alone gets %.3f GB/s of it, each way%s\n", "", m->nic_rank_bytes_per_us / 1000,
             m->link[RY_LINK_NIC].measured ? "" : "   GUESSED");
     fprintf(f, "  %-6s %9.1f us each + bytes / %.3f GB/s\n", "copy", m->copy_us, m->copy_bytes_per_us / 1000);
-    fprintf(f, "  %-6s %9.1f us for each group; agreement %.0f us (guessed), planning %.2f us a rank\n", "group", m->group_us,
-            m->agreement_us, m->plan_us_per_rank);
+    fprintf(f, "  %-6s %9.1f us for each group; agreement %.0f us (guessed), planning %.2f us a rank\n", "group",
+            m->group_us, m->agreement_us, m->plan_us_per_rank);
 }
 
 /* ---- the picture ---- */
@@ -81,7 +82,8 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
 #define BOTTOM 56.0
 
 /* Okabe and Ito's colours: told apart by the colour-blind, too. */
-static const char *const colors[RY_CAL_KINDS] = {"#777777", "#56b4e9", "#cc79a7", "#009e73", "#e69f00", "#d55e00", "#0072b2"};
+static const char *const colors[RY_CAL_KINDS] = {"#777777", "#56b4e9", "#cc79a7", "#009e73",
+                                                 "#e69f00", "#d55e00", "#0072b2"};
 
 static double scale(double v, double low, double high, double from, double to)
 {
@@ -90,7 +92,13 @@ static double scale(double v, double low, double high, double from, double to)
 
 static const char *us_text(double us, char out[24])
 {
-    snprintf(out, 24, us < 1000 ? "%.3g us" : us < 1e6 ? "%.0f ms" : "%.0f s", us < 1000 ? us : us < 1e6 ? us / 1000 : us / 1e6);
+    snprintf(out, 24,
+             us < 1000  ? "%.3g us"
+             : us < 1e6 ? "%.0f ms"
+                        : "%.0f s",
+             us < 1000  ? us
+             : us < 1e6 ? us / 1000
+                        : us / 1e6);
     return out;
 }
 
@@ -107,19 +115,25 @@ void ry_calibrate_svg(const struct ry_calibration *cal, const struct ry_cluster 
     fprintf(f,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" font-family=\"sans-serif\" "
             "font-size=\"12\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#ffffff\"/>\n"
-            "<text x=\"%.0f\" y=\"22\" font-size=\"15\" fill=\"#1f2933\">What transfers take on %d ranks, %d node%s</text>\n"
-            "<text x=\"%.0f\" y=\"38\" fill=\"#66737f\">dots: measured (bars: least to greatest); lines: the model</text>\n",
+            "<text x=\"%.0f\" y=\"22\" font-size=\"15\" fill=\"#1f2933\">What transfers take on %d ranks, %d "
+            "node%s</text>\n"
+            "<text x=\"%.0f\" y=\"38\" fill=\"#66737f\">dots: measured (bars: least to greatest); lines: the "
+            "model</text>\n",
             W, H, LEFT, cluster->nranks, cluster->nnodes, cluster->nnodes == 1 ? "" : "s", LEFT);
     for (double us = low; us <= high * 1.001; us *= 10) {
         double y = scale(us, low, high, bottom, TOP);
-        fprintf(f, "<path d=\"M%.1f %.1fH%.1f\" stroke=\"#dde3e8\"/><text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\" "
-                   "fill=\"#66737f\">%s</text>\n", LEFT, y, right, LEFT - 6, y + 4, us_text(us, text));
+        fprintf(f,
+                "<path d=\"M%.1f %.1fH%.1f\" stroke=\"#dde3e8\"/><text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\" "
+                "fill=\"#66737f\">%s</text>\n",
+                LEFT, y, right, LEFT - 6, y + 4, us_text(us, text));
     }
     const double least = 1024, most = 64 << 20;
     for (double b = least; b <= most; b *= 4) {
         double x = scale(b, least, most, LEFT + 12, right - 12);
-        fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"#eef1f4\"/><text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\" "
-                   "fill=\"#66737f\">%s</text>\n", x, TOP, bottom, x, bottom + 18, size_text((uint64_t)b, text));
+        fprintf(f,
+                "<path d=\"M%.1f %.1fV%.1f\" stroke=\"#eef1f4\"/><text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\" "
+                "fill=\"#66737f\">%s</text>\n",
+                x, TOP, bottom, x, bottom + 18, size_text((uint64_t)b, text));
     }
     fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\" fill=\"#66737f\">bytes that a rank sends</text>\n",
             (LEFT + right) / 2, bottom + 40);
@@ -143,14 +157,19 @@ void ry_calibrate_svg(const struct ry_calibration *cal, const struct ry_cluster 
             if ((int)p->kind != k || p->messages)
                 continue;
             double x = scale((double)p->bytes, least, most, LEFT + 12, right - 12);
-            fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" opacity=\"0.5\"/><circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.4\" "
-                       "fill=\"%s\"/>\n", x, scale(fmax(p->low, low), low, high, bottom, TOP),
-                    scale(p->high, low, high, bottom, TOP), colors[k], x, scale(fmax(p->us, low), low, high, bottom, TOP),
-                    colors[k]);
+            fprintf(
+                f,
+                "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" opacity=\"0.5\"/><circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.4\" "
+                "fill=\"%s\"/>\n",
+                x, scale(fmax(p->low, low), low, high, bottom, TOP), scale(p->high, low, high, bottom, TOP), colors[k],
+                x, scale(fmax(p->us, low), low, high, bottom, TOP), colors[k]);
         }
-        fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/><text x=\"%.1f\" y=\"%.1f\" fill=\"#1f2933\">%s: off by "
-                   "%.0f %%, worst %.0f %%</text>\n", right + 20, legend - 4, colors[k], right + 32, legend,
-                ry_cal_name((enum ry_cal_kind)k), 100 * cal->fit[k].median, 100 * cal->fit[k].worst);
+        fprintf(f,
+                "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/><text x=\"%.1f\" y=\"%.1f\" fill=\"#1f2933\">%s: "
+                "off by "
+                "%.0f %%, worst %.0f %%</text>\n",
+                right + 20, legend - 4, colors[k], right + 32, legend, ry_cal_name((enum ry_cal_kind)k),
+                100 * cal->fit[k].median, 100 * cal->fit[k].worst);
         legend += 20;
     }
     fputs("</svg>\n", f);

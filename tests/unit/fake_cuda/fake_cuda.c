@@ -56,7 +56,7 @@ static struct CUmod_st {
     CUmodule next;
     CUcontext ctx;
     CUfunction functions;
-} *modules;
+} * modules;
 #define MAGIC UINT64_C(0xfa4ecbdafa4ecbda)
 #define HEADER 256 /* keeps the alignment of what follows */
 
