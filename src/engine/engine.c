@@ -251,8 +251,8 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
 {
     static const char *const names[RY_CALLS] = {"send", "recv", "alltoall", "allgather", "allreduce", "broadcast",
                                                 "reduce", "reducescatter", "gather", "scatter", "onesided"};
-    struct ry_record_counter list[2 * RY_CALLS + 2];
-    char text[2 * RY_CALLS][32];
+    struct ry_record_counter list[2 * RY_CALLS + 6 + RY_STRATEGIES];
+    char text[2 * RY_CALLS][32], strategy[RY_STRATEGIES][32];
     int n = 0;
     list[n++] = (struct ry_record_counter){"exchanges", counts->exchanges};
     list[n++] = (struct ry_record_counter){"plain_groups", counts->plain_groups};
@@ -261,6 +261,16 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
         snprintf(text[2 * i + 1], sizeof text[0], "bytes.%s", names[i]);
         list[n++] = (struct ry_record_counter){text[2 * i], counts->calls[i]};
         list[n++] = (struct ry_record_counter){text[2 * i + 1], counts->bytes[i]};
+    }
+    if (c->counts.agreed) {
+        list[n++] = (struct ry_record_counter){"agreed", c->counts.agreed};
+        list[n++] = (struct ry_record_counter){"verified", c->counts.verified};
+        list[n++] = (struct ry_record_counter){"verify_differs", c->counts.verify_differs};
+        list[n++] = (struct ry_record_counter){"short_of_staging", c->counts.short_of_staging};
+        for (int i = 0; i < RY_STRATEGIES; i++) {
+            snprintf(strategy[i], sizeof strategy[i], "agreed.%s", ry_strategy_name((enum ry_strategy)i));
+            list[n++] = (struct ry_record_counter){strategy[i], c->counts.by_strategy[i]};
+        }
     }
     ry_record_comm_end(ry_engine.record, c->record, how, list, n);
     c->record = NULL;
@@ -283,9 +293,9 @@ static void comm_ended(void *handle, enum ry_death how, const struct ry_comm_cou
     ry_rendezvous_cancel(ry_engine.rendezvous, c);
     if (ry_engine.sampler)
         ry_sampler_forget(ry_engine.sampler, c);
+    ry_reissue_close(c, how == RY_DEATH_ABORT);
     if (c->record)
         end_recording(c, names[how], counts);
-    ry_reissue_close(c, how == RY_DEATH_ABORT);
     ry_row_width_free(&c->rows);
     free(c);
     ry_engine_leave();

@@ -27,7 +27,8 @@ static __thread struct {
     struct ry_sample *sample;
     bool captured;
     const char *strategy; /* NULL: not agreed on */
-    double waited_us;
+    bool verify;
+    double waited_us, late_us; /* for the verdict; of it for other ranks */
     /* the latest all-gather of 64-bit integers since the exchange before */
     char gather_comm[17];
     uint64_t gather_count;
@@ -44,7 +45,8 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.wall_ns = ry_wall_ns();
     now.captured = false;
     now.strategy = NULL;
-    now.waited_us = 0;
+    now.verify = false;
+    now.waited_us = now.late_us = 0;
     now.sample = NULL;
     if (ry_engine.device)
         ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
@@ -128,9 +130,10 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
                             .extra_bytes = sizeof side};
     if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
         return false;
+    now.late_us = (double)verdict->waited_ns / 1e3;
     ry_waits_add(&r->waits, now.waited_us);
     if (!verdict->last) /* where the end of the engagement decided, nobody knows what the wait was for */
-        ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
+        ry_waits_add(&r->messages, now.waited_us - now.late_us);
     return true;
 }
 
@@ -187,6 +190,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
         ry_exchange_look_at_checks(c, r);
         if (agree(c, r, x, &b, &verdict)) {
             now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
+            now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
             if (verdict.extra_bytes >= sizeof(struct ry_order))
                 memcpy(&r->staging_wanted, verdict.extra, sizeof r->staging_wanted);
             taken = verdict.strategy != RY_DIRECT;
@@ -232,7 +236,11 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
                                        .captured = now.captured,
                                        .send_count = x->send_count,
                                        .recv_count = x->recv_count,
-                                       .gather_count = now.gather_count};
+                                       .gather_count = now.gather_count,
+                                       .strategy = now.strategy,
+                                       .waited_us = now.waited_us,
+                                       .late_us = now.late_us,
+                                       .verify = now.verify};
         r.row_elems = ry_row_width_see(&c->rows, x->send_count, x->recv_count, x->type_bytes, &r.row_source);
         memcpy(r.gather_comm, now.gather_comm, sizeof r.gather_comm);
         ry_record_exchange(ry_engine.record, c->record, &r);
