@@ -11,6 +11,7 @@
 int cmd_bench(int argc, char **argv);
 int cmd_emu(int argc, char **argv);
 int cmd_env(int argc, char **argv);
+int cmd_plan(int argc, char **argv);
 int cmd_topo(int argc, char **argv);
 int cmd_report(int argc, char **argv);
 

@@ -15,6 +15,7 @@ static const struct command {
     {"bench", "exchange as mixture-of-experts layers do, check every byte, time it", cmd_bench},
     {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
+    {"plan", "what placing samples where their experts are would save, on recorded routing", cmd_plan},
     {"topo", "show this node's topology, or a saved one: text, JSON, hwloc XML or a picture", cmd_topo},
     {"report", "report what a job recorded: who sent how much to whom", cmd_report},
 };
