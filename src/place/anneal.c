@@ -16,8 +16,8 @@
    to a good map may lead through maps that break the bound. */
 #define PENALTY_FIRST 0.1
 #define PENALTY_LAST 4.0
-#define PENALTY_FINAL 1e9
 #define MOVES_PER_PRICING 200
+#define PRICING_ROUNDS 20
 #define FAR (INT32_MAX / 4) /* beyond any affinity */
 
 struct search {
@@ -232,11 +232,13 @@ static int64_t swap_gain(struct search *s, int layer, int x, int y, int n, int m
 }
 
 /* Carry out what swap_gain() has just judged. */
-static void swap_apply(struct search *s, int layer, int x, int y, int n, int m, int64_t shift)
+static void swap_apply(struct search *s, int layer, int x, int y)
 {
     const struct ry_anneal *a = s->a;
     int samples = a->samples;
     size_t slot = (size_t)layer * (size_t)a->experts;
+    int n = s->map[slot + (size_t)x], m = s->map[slot + (size_t)y];
+    int64_t shift = s->weight[slot + (size_t)x] - s->weight[slot + (size_t)y];
     int32_t *an = s->affinity + (size_t)n * (size_t)samples, *am = s->affinity + (size_t)m * (size_t)samples;
     for (int i = 0; i < samples; i++) {
         an[i] += s->give[i];
@@ -264,33 +266,38 @@ static int64_t over(int64_t load, int64_t bound)
     return load > bound ? load - bound : 0;
 }
 
-/* Try one swap: taken if it gains, or by luck at a temperature above 0. Returns whether it was taken. */
-static bool try_swap(struct search *s, int layer, int x, int y, double penalty, double heat, uint64_t *random)
+/* What exchanging experts x (on node n) and y (on m) adds to the copies above bounds. */
+static int64_t excess_change(const struct search *s, int layer, int x, int y, int n, int m)
 {
     const struct ry_anneal *a = s->a;
-    size_t slot = (size_t)layer * (size_t)a->experts;
-    int n = s->map[slot + (size_t)x], m = s->map[slot + (size_t)y];
-    if (n == m)
-        return false;
-    int64_t shift = s->weight[slot + (size_t)x] - s->weight[slot + (size_t)y], excess = 0;
-    if (a->bound) {
-        const int64_t *load = s->load + layer * a->nodes, *bound = a->bound + layer * a->nodes;
-        excess = over(load[n] - shift, bound[n]) + over(load[m] + shift, bound[m]) - over(load[n], bound[n]) -
-                 over(load[m], bound[m]);
-        if (penalty >= PENALTY_FINAL && excess > 0)
-            return false;
-    }
-    double gain = (double)swap_gain(s, layer, x, y, n, m) - penalty * (double)excess;
-    if (heat > 0 ? gain < 0 && (double)(ry_random(random) >> 11) * 0x1p-53 >= exp(gain / heat) : gain <= 0)
-        return false;
-    swap_apply(s, layer, x, y, n, m, shift);
-    return true;
+    const int64_t *weight = s->weight + (size_t)layer * (size_t)a->experts;
+    const int64_t *load = s->load + layer * a->nodes, *bound = a->bound + layer * a->nodes,
+                  shift = weight[x] - weight[y];
+    return over(load[n] - shift, bound[n]) + over(load[m] + shift, bound[m]) - over(load[n], bound[n]) -
+           over(load[m], bound[m]);
 }
 
-static double value(struct search *s)
+/* A random swap: taken if it gains, or by luck. */
+static void try_swap(struct search *s, double penalty, double heat, uint64_t *random)
 {
     const struct ry_anneal *a = s->a;
-    set_prices(s, 20);
+    int layer = (int)ry_random_below(random, (uint64_t)a->layers);
+    int x = (int)ry_random_below(random, (uint64_t)a->experts), y = (int)ry_random_below(random, (uint64_t)a->experts);
+    int n = s->map[layer * a->experts + x], m = s->map[layer * a->experts + y];
+    if (n == m)
+        return;
+    double gain = (double)swap_gain(s, layer, x, y, n, m);
+    if (a->bound)
+        gain -= penalty * (double)excess_change(s, layer, x, y, n, m);
+    if (gain >= 0 || (double)(ry_random(random) >> 11) * 0x1p-53 < exp(gain / heat))
+        swap_apply(s, layer, x, y);
+}
+
+/* What crosses, after `rounds` of pricing. */
+static double value(struct search *s, int rounds)
+{
+    const struct ry_anneal *a = s->a;
+    set_prices(s, rounds);
     int64_t crossing = 0;
     if (a->sets)
         for (size_t i = 0; i < (size_t)a->nodes * (size_t)a->samples; i++)
@@ -307,7 +314,7 @@ static double value(struct search *s)
 double ry_anneal_value(const struct ry_anneal *a, const int *map)
 {
     struct search s;
-    double v = search_init(&s, a, (int *)map) ? -1 : value(&s);
+    double v = search_init(&s, a, (int *)map) ? -1 : value(&s, PRICING_ROUNDS);
     search_free(&s);
     return v;
 }
@@ -327,6 +334,41 @@ int64_t ry_anneal_excess(const struct ry_anneal *a, const int *map, int layer)
     return excess;
 }
 
+/* Bounds first, then gains, until no pair is left that helps. Prices are reconsidered for each swap: under fixed ones,
+   crowding what many samples need on one node looks good until nobody else may live there. */
+static void descend(struct search *s)
+{
+    const struct ry_anneal *a = s->a;
+    double best = value(s, PRICING_ROUNDS);
+    bool again = true;
+    for (int round = 0; again && round < 20; round++) {
+        again = false;
+        for (int l = 0; l < a->layers; l++) {
+            for (int x = 0; x < a->experts; x++) {
+                for (int y = x + 1; y < a->experts; y++) {
+                    const int *map = s->map + (size_t)l * (size_t)a->experts;
+                    int n = map[x], m = map[y];
+                    int64_t excess = a->bound ? excess_change(s, l, x, y, n, m) : 0;
+                    if (n == m || excess > 0 || (excess == 0 && swap_gain(s, l, x, y, n, m) <= 0))
+                        continue;
+                    if (excess < 0)
+                        swap_gain(s, l, x, y, n, m);
+                    swap_apply(s, l, x, y);
+                    double now = value(s, 3);
+                    if (excess == 0 && now >= best) {
+                        swap_gain(s, l, x, y, m, n);
+                        swap_apply(s, l, x, y);
+                        set_prices(s, 1);
+                        continue;
+                    }
+                    best = now;
+                    again = true;
+                }
+            }
+        }
+    }
+}
+
 double ry_anneal_run(const struct ry_anneal *a, int *map, long moves, uint64_t seed)
 {
     struct search s;
@@ -343,24 +385,11 @@ double ry_anneal_run(const struct ry_anneal *a, int *map, long moves, uint64_t s
         double done = (double)i / (double)moves;
         if (i % MOVES_PER_PRICING == 0)
             set_prices(&s, 2);
-        int layer = (int)ry_random_below(&random, (uint64_t)a->layers);
-        int x = (int)ry_random_below(&random, (uint64_t)a->experts);
-        int y = (int)ry_random_below(&random, (uint64_t)a->experts);
-        try_swap(&s, layer, x, y, PENALTY_FIRST * pow(PENALTY_LAST / PENALTY_FIRST, done),
-                 unit * HOT * pow(COLD / HOT, done), &random);
+        try_swap(&s, PENALTY_FIRST * pow(PENALTY_LAST / PENALTY_FIRST, done), unit * HOT * pow(COLD / HOT, done),
+                 &random);
     }
-    /* Bounds first, then gains, until no pair is left that helps. The number of rounds is limited because new prices
-       change what a swap gains. */
-    bool again = true;
-    for (int round = 0; again && round < 20; round++) {
-        set_prices(&s, 20);
-        again = false;
-        for (int l = 0; l < a->layers; l++)
-            for (int x = 0; x < a->experts; x++)
-                for (int y = x + 1; y < a->experts; y++)
-                    again |= try_swap(&s, l, x, y, PENALTY_FINAL, 0, &random);
-    }
-    double v = value(&s);
+    descend(&s);
+    double v = value(&s, PRICING_ROUNDS);
     search_free(&s);
     return v;
 }
