@@ -10,6 +10,8 @@
 #include "place/batches.h"
 #include "place/crossing_bound.h"
 #include "place/expert_load.h"
+#include "place/locality.h"
+#include "place/random.h"
 
 #define LEAST_SAMPLES 16 /* below, nothing can be told from held-out samples */
 #define SURE 3.0         /* standard errors by which a gain must exceed nothing */
@@ -185,7 +187,18 @@ static double saving(const double *then, const double *now, const double *base, 
     return mean / scale;
 }
 
-/* Learn from three quarters, look at the last: what is worth moving? */
+static double locality(const struct lesson *t)
+{
+    int first = t->which[0], last = first;
+    for (int i = 0; i < t->n; i++) {
+        first = t->which[i] < first ? t->which[i] : first;
+        last = t->which[i] > last ? t->which[i] : last;
+    }
+    return ry_locality(t->routing, first, last - first + 1);
+}
+
+/* Learn from three quarters, look at the last: what is worth moving? Homes only if samples differ by more than chance:
+   chance makes some samples local, too, but nothing tells beforehand which. */
 static int decide(const struct lesson *all, struct ry_coplace *out, struct ry_err *err)
 {
     const struct ry_routing *r = all->routing;
@@ -199,9 +212,12 @@ static int decide(const struct lesson *all, struct ry_coplace *out, struct ry_er
         ry_fail(err, "out of memory for learning an expert map");
         goto out;
     }
+    uint64_t random = all->opt.seed; /* drawn, as the order that samples come in may have a rhythm */
     for (int i = 0; i < n; i++)
-        *(i % 4 == 3 ? &held[nheld++] : &learn[nlearn++]) = all->which[i];
-    if (lesson_begin(&part, all->cluster, r, learn, nlearn, all->seats, &all->opt, err) || search(&part, 1, map, err))
+        *(ry_random_below(&random, (uint64_t)(n - i)) < (uint64_t)(n / 4 - nheld) ? &held[nheld++] : &learn[nlearn++]) =
+            all->which[i];
+    if (lesson_begin(&part, all->cluster, r, learn, nlearn, all->seats, &all->opt, err) ||
+        search(&part, (all->opt.starts + 3) / 4, map, err))
         goto out;
     enum ry_counting counting = all->opt.counting;
     int done = cross(&part, held, nheld, part.contiguous, RY_COPIES, false, base, err);
@@ -215,8 +231,8 @@ static int decide(const struct lesson *all, struct ry_coplace *out, struct ry_er
         goto out;
     }
     double error, total_error, least = all->opt.least_gain;
-    double homes = saving(still, home, base, done, &error);
-    out->move_samples = homes >= least && homes >= SURE * error;
+    double homes = saving(still, home, base, done, &error), dispersion = locality(all);
+    out->move_samples = homes >= least && homes >= SURE * error && dispersion >= RY_LOCALITY_LEAST;
     const double *best = out->move_samples ? home : still;
     double total = saving(was, best, base, done, &total_error);
     out->move_experts = total >= least && total >= SURE * total_error;
@@ -225,12 +241,11 @@ static int decide(const struct lesson *all, struct ry_coplace *out, struct ry_er
     out->held_out_error = total_error;
     snprintf(out->why, sizeof out->why,
              "a map learned from %d samples saves %.1f %% ± %.1f %% of what crosses for %d others, of which choosing "
-             "their homes saves %.1f %% ± %.1f %%: %s (at least %.1f %% and %.0f standard errors are asked for)",
-             nlearn, 100 * total, 100 * total_error, done, 100 * homes, 100 * error,
+             "their homes saves %.1f %% ± %.1f %%; samples' choices of experts scatter %.2f times as chance would: %s",
+             nlearn, 100 * total, 100 * total_error, done, 100 * homes, 100 * error, dispersion,
              !out->move_experts  ? "nothing is moved"
              : out->move_samples ? "experts and samples are moved"
-                                 : "experts are moved, samples stay",
-             100 * least, SURE);
+                                 : "experts are moved, samples stay");
 out:
     lesson_end(&part);
     free(learn);
@@ -345,7 +360,7 @@ struct ry_coplace *ry_coplace_learn(const struct ry_cluster *c, const struct ry_
     opt.load_times = opt.load_times > 0 ? opt.load_times : 1;
     opt.least_gain = opt.least_gain > 0 ? opt.least_gain : 0.02;
     opt.batch = opt.batch ? opt.batch : 128;
-    opt.starts = opt.starts ? opt.starts : 4;
+    opt.starts = opt.starts ? opt.starts : 8;
     opt.moves = opt.moves ? opt.moves : opt.counting == RY_DISTINCT ? 40000 : 150000;
 
     int *use = malloc((size_t)n * sizeof *use), *seats = calloc((size_t)c->nnodes, sizeof *seats), used = 0, rc = -1;

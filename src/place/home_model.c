@@ -118,48 +118,47 @@ static int features(const struct ry_home_model *m, const uint16_t *tokens, int n
 }
 
 /* out[nodes] = weights · sample; the constant's weights are the last row. */
-static void apply(const struct ry_home_model *m, const uint16_t *bucket, const float *value, int n, double *out)
+static void apply(const struct ry_home_model *m, const double *weight, const uint16_t *bucket, const float *value,
+                  int n, double *out)
 {
-    const double *row = m->weight + (size_t)m->o.buckets * (size_t)m->nodes;
+    const double *row = weight + (size_t)m->o.buckets * (size_t)m->nodes;
     for (int k = 0; k < m->nodes; k++)
         out[k] = row[k];
     for (int i = 0; i < n; i++) {
-        row = m->weight + (size_t)bucket[i] * (size_t)m->nodes;
+        row = weight + (size_t)bucket[i] * (size_t)m->nodes;
         for (int k = 0; k < m->nodes; k++)
             out[k] += (double)value[i] * row[k];
     }
 }
 
 /* weights += change[nodes] · sample */
-static void add(struct ry_home_model *m, const struct seen *s, const double *change)
+static void add(const struct ry_home_model *m, double *weight, const struct seen *s, const double *change)
 {
-    double *row = m->weight + (size_t)m->o.buckets * (size_t)m->nodes;
+    double *row = weight + (size_t)m->o.buckets * (size_t)m->nodes;
     for (int k = 0; k < m->nodes; k++)
         row[k] += change[k];
     for (int i = 0; i < s->n; i++) {
-        row = m->weight + (size_t)s->bucket[i] * (size_t)m->nodes;
+        row = weight + (size_t)s->bucket[i] * (size_t)m->nodes;
         for (int k = 0; k < m->nodes; k++)
             row[k] += (double)s->value[i] * change[k];
     }
 }
 
-/* One sample's multipliers right given all others'; returns the greatest change. In the optimum a multiplier is what is
+/* One sample's multipliers right given all others'. In the optimum a multiplier is what is
    left of the target, and weights are the multipliers' sum of samples over the ridge. */
-static double step(struct ry_home_model *m, int i)
+static void step(struct ry_home_model *m, int i)
 {
-    double now[RY_HOME_NODES], change[RY_HOME_NODES], most = 0;
+    double now[RY_HOME_NODES], change[RY_HOME_NODES];
     const struct seen *s = &m->seen[i];
     double *multiplier = m->multiplier + (size_t)i * (size_t)m->nodes;
     const double *target = m->target + (size_t)i * (size_t)m->nodes;
-    apply(m, s->bucket, s->value, s->n, now);
+    apply(m, m->weight, s->bucket, s->value, s->n, now);
     for (int k = 0; k < m->nodes; k++) {
         double by = (target[k] - now[k] - multiplier[k]) / (1 + 2 / m->o.ridge); /* 2: the sample's length, squared */
         multiplier[k] += by;
         change[k] = by / m->o.ridge;
-        most = fmax(most, fabs(by));
     }
-    add(m, s, change);
-    return most;
+    add(m, m->weight, s, change);
 }
 
 /* Both less the even share. */
@@ -185,7 +184,7 @@ static void judge(struct ry_home_model *m, const double *seen, const double *pre
 int ry_home_model_observe(struct ry_home_model *m, const uint16_t *tokens, int n, const double *rows,
                           struct ry_err *err)
 {
-    double total = 0, share[RY_HOME_NODES], predicted[RY_HOME_NODES], back[RY_HOME_NODES];
+    double total = 0, share[RY_HOME_NODES], predicted[RY_HOME_NODES];
     for (int k = 0; k < m->nodes; k++) {
         if (!(rows[k] >= 0) || !isfinite(rows[k]))
             return ry_fail(err, "home model: rows[%d] is %g", k, rows[k]);
@@ -202,20 +201,16 @@ int ry_home_model_observe(struct ry_home_model *m, const uint16_t *tokens, int n
         return ry_fail(err, "home model: out of memory for a sample of %d tokens", n);
     new.bucket = (uint16_t *)(new.value + n);
     new.n = features(m, tokens, n, new.bucket, new.value);
-    apply(m, new.bucket, new.value, new.n, predicted);
+    apply(m, m->weight, new.bucket, new.value, new.n, predicted);
     judge(m, share, predicted);
 
     int at = m->next;
     m->next = (at + 1) % m->o.window;
     double *multiplier = m->multiplier + (size_t)at * (size_t)m->nodes;
-    if (at < m->kept) { /* what the oldest one had added goes with it */
-        for (int k = 0; k < m->nodes; k++)
-            back[k] = -multiplier[k] / m->o.ridge;
-        add(m, &m->seen[at], back);
-        free(m->seen[at].value);
-    } else {
+    if (at < m->kept)
+        free(m->seen[at].value); /* its part of the weights stays */
+    else
         m->kept++;
-    }
     m->seen[at] = new;
     memset(multiplier, 0, (size_t)m->nodes * sizeof *multiplier);
     memcpy(m->target + (size_t)at * (size_t)m->nodes, share, (size_t)m->nodes * sizeof *share);
@@ -226,16 +221,60 @@ int ry_home_model_observe(struct ry_home_model *m, const uint16_t *tokens, int n
     return 0;
 }
 
-double ry_home_model_settle(struct ry_home_model *m, int rounds, double tolerance)
+/* The step along p in all nodes' regressions at once, which are independent of each other: one round of conjugate
+   gradients. left[kept][nodes] is what multipliers are off by; sum[buckets + 1][nodes] and image[kept][nodes] are room.
+ */
+static void descend(struct ry_home_model *m, double *left, double *p, double *image, double *sum)
+{
+    size_t nodes = (size_t)m->nodes, n = (size_t)m->kept * nodes, rows = (size_t)(m->o.buckets + 1) * nodes;
+    double before[RY_HOME_NODES] = {0}, along[RY_HOME_NODES] = {0}, after[RY_HOME_NODES] = {0}, by[RY_HOME_NODES];
+    memset(sum, 0, rows * sizeof *sum);
+    for (int i = 0; i < m->kept; i++) {
+        for (size_t k = 0; k < nodes; k++)
+            by[k] = p[(size_t)i * nodes + k] / m->o.ridge;
+        add(m, sum, &m->seen[i], by);
+    }
+    for (int i = 0; i < m->kept; i++)
+        apply(m, sum, m->seen[i].bucket, m->seen[i].value, m->seen[i].n, image + (size_t)i * nodes);
+    for (size_t j = 0; j < n; j++) {
+        image[j] += p[j];
+        before[j % nodes] += left[j] * left[j];
+        along[j % nodes] += p[j] * image[j];
+    }
+    for (size_t k = 0; k < nodes; k++)
+        by[k] = along[k] > 0 ? before[k] / along[k] : 0;
+    for (size_t j = 0; j < rows; j++)
+        m->weight[j] += by[j % nodes] * sum[j];
+    for (size_t j = 0; j < n; j++) {
+        m->multiplier[j] += by[j % nodes] * p[j];
+        left[j] -= by[j % nodes] * image[j];
+        after[j % nodes] += left[j] * left[j];
+    }
+    for (size_t j = 0; j < n; j++)
+        p[j] = left[j] + (before[j % nodes] > 0 ? after[j % nodes] / before[j % nodes] : 0) * p[j];
+}
+
+static double greatest(const double *v, size_t n)
 {
     double most = 0;
-    for (int r = 0; r < rounds; r++) {
-        most = 0;
-        for (int i = 0; i < m->kept; i++)
-            most = fmax(most, step(m, i));
-        if (most <= tolerance)
-            break;
-    }
+    for (size_t i = 0; i < n; i++)
+        most = fmax(most, fabs(v[i]));
+    return most;
+}
+
+double ry_home_model_settle(struct ry_home_model *m, int rounds, double tolerance)
+{
+    size_t nodes = (size_t)m->nodes, n = (size_t)m->kept * nodes, rows = (size_t)(m->o.buckets + 1) * nodes;
+    double *left = malloc((3 * n + rows) * sizeof *left), *p = left + n, *image = p + n, most = INFINITY;
+    if (!left)
+        return most;
+    for (int i = 0; i < m->kept; i++)
+        apply(m, m->weight, m->seen[i].bucket, m->seen[i].value, m->seen[i].n, image + (size_t)i * nodes);
+    for (size_t j = 0; j < n; j++)
+        p[j] = left[j] = m->target[j] - image[j] - m->multiplier[j];
+    for (int r = 0; (most = greatest(left, n)) > tolerance && r < rounds; r++)
+        descend(m, left, p, image, image + n);
+    free(left);
     return most;
 }
 
@@ -245,7 +284,7 @@ void ry_home_model_predict(const struct ry_home_model *m, const uint16_t *tokens
     uint16_t bucket[MOST_BUCKETS];
     float value[MOST_BUCKETS];
     int used = n > 0 ? features(m, tokens, n, bucket, value) : 0;
-    apply(m, bucket, value, used, out);
+    apply(m, m->weight, bucket, value, used, out);
     for (int k = 0; k < m->nodes; k++)
         shares[k] = (float)(out[k] + 1.0 / m->nodes);
 }

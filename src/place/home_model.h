@@ -9,7 +9,10 @@
  * less the even share. Learning keeps the last `window` samples and solves their regression by dual coordinate ascent:
  * each sample has a multiplier per node, a step makes one sample's multipliers right given all others. Every observed
  * sample takes a step and has some earlier ones take another, so the model is close to the regression at any time, and
- * ry_home_model_settle() carries it there. A sample that leaves the window takes its part of the weights along.
+ * ry_home_model_settle() carries it there. A sample that leaves the window leaves its part of the weights behind: from
+ * then on the regression is one towards these weights rather than towards zero. (Taking its part out would be the
+ * regression of the window alone, but between two samples all others would have to take over: the model is then always
+ * behind.)
  *
  * Sureness comes from samples at the moment before they are learned from: the model has not seen them then.
  *
@@ -50,8 +53,8 @@ uint64_t ry_home_map_id(const int *expert_node, int layers, int experts);
 int ry_home_model_observe(struct ry_home_model *model, const uint16_t *tokens, int n, const double *rows,
                           struct ry_err *err);
 
-/** Steps through the window until no multiplier moves by more than `tolerance` (shares; 1e-6 is exact for practice) or
- * `rounds` are over. Returns the last round's greatest move. */
+/** Solve the window's regression: conjugate gradients until no multiplier is off by more than `tolerance` (shares; 1e-6
+ * is exact for practice) or `rounds` are over. Returns what the worst is still off by; infinity when out of memory. */
 double ry_home_model_settle(struct ry_home_model *model, int rounds, double tolerance);
 
 /** Expected shares[nodes] of the sample's traffic; they sum to 1 or nearly so. Even shares before anything is learned.
