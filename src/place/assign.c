@@ -38,8 +38,10 @@ static size_t lay_out(struct ry_assign *w, char *base)
     TAKE(spare, P);
     TAKE(trial, I);
     TAKE(priced, I * P);
-    TAKE(weight, 2 * P);
-    TAKE(flow, 2 * P);
+    TAKE(total, RY_ASSIGN_GROUPS * I);
+    TAKE(weight, RY_ASSIGN_GROUPS * 2 * P);
+    TAKE(price, RY_ASSIGN_GROUPS * 2 * P);
+    TAKE(flow, RY_ASSIGN_GROUPS * 2 * P);
     if (Q) {
         TAKE(square, Q * Q);
         TAKE(u, Q + 1);

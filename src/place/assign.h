@@ -73,17 +73,21 @@ int64_t ry_assign_cost(const struct ry_assign_problem *problem, const int *place
 int64_t ry_assign_moving(struct ry_assign *ws, const struct ry_assign_problem *problem, const int *home, int max_moved,
                          int *place, double *bound);
 
+/* Exchanges that ry_assign_busiest() takes apart, at most. */
+#define RY_ASSIGN_GROUPS 64
+
 /**
- * Minimize the load of the busiest place rather than the total: place p sends cost[i][p] for each
- * sample i there, and receives in[p] less affinity[i][p] for each sample there; the greater of both is its load. That
- * is a node's NIC when cost is what a sample at p sends across, affinity what p's experts get from it, and in[p] the
- * affinities' sum over all samples. The problem is NP-hard: a solution by prices on places (each iteration an exact
- * solve) and swaps; returns its busiest load, never above that of `place` on entry, which must be a solution; `*bound`
- * (may be NULL): no solution is below it.
+ * Minimize what the busiest place sends or receives rather than the total. affinity[groups][nsamples][nplaces], none
+ * negative: in exchange (group) g, sample i sends affinity[g][i][p] rows to place p; with i at q, those of all p but q
+ * cross. A place's load in g is the greater of what it sends and receives; the sum over g of the greatest load is
+ * minimized, as exchanges come one after the other. `problem->cost` is not looked at. The problem is NP-hard: this is a
+ * solution by prices on flows (each of the `iterations` an exact solve) and swaps. `place` must be a solution on entry,
+ * and is never made worse; returns the sum of its greatest loads.
+ * `*bound` (may be NULL): no solution is below it.
  */
-int64_t ry_assign_busiest(struct ry_assign *ws, const struct ry_assign_problem *problem, const int32_t *affinity,
-                          const int64_t *in, int iterations, int *place, double *bound);
-int64_t ry_assign_busiest_load(struct ry_assign *ws, const struct ry_assign_problem *problem, const int32_t *affinity,
-                               const int64_t *in, const int *place);
+int64_t ry_assign_busiest(struct ry_assign *ws, const struct ry_assign_problem *problem, int groups,
+                          const int32_t *affinity, int iterations, int *place, double *bound);
+int64_t ry_assign_busiest_load(struct ry_assign *ws, const struct ry_assign_problem *problem, int groups,
+                               const int32_t *affinity, const int *place);
 
 #endif

@@ -21,11 +21,12 @@ struct ry_assign {
     int *from;            /* [places]: before it on the path */
     int *settled, *stale; /* [places]: lists */
     /* simple solvers, moves, busiest */
-    int *order, *spare; /* [samples], [places] */
-    int *trial;         /* [samples] */
-    int32_t *priced;    /* [samples][places] */
-    double *weight;     /* [2 places] */
-    int64_t *flow;      /* [2 places] */
+    int *order, *spare;     /* [samples], [places] */
+    int *trial;             /* [samples] */
+    int32_t *priced;        /* [samples][places] */
+    int32_t *total;         /* [groups][samples] */
+    double *weight, *price; /* [groups][2 places] */
+    int64_t *flow;          /* [groups][2 places] */
     /* Kuhn–Munkres */
     int32_t *square;        /* [slots][slots] */
     int64_t *u, *v, *slack; /* [slots + 1] */

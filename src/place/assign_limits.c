@@ -89,29 +89,69 @@ int64_t ry_assign_moving(struct ry_assign *w, const struct ry_assign_problem *p,
     return ry_assign_cost(p, place);
 }
 
-/* w->flow: what each place sends, then what each receives. */
-static int64_t flows(struct ry_assign *w, const struct ry_assign_problem *p, const int32_t *affinity, const int64_t *in,
-                     const int *place)
+/* The least busiest place: what all functions below are given. */
+struct busiest {
+    struct ry_assign *w;
+    const struct ry_assign_problem *p;
+    int groups;
+    const int32_t *affinity;
+};
+
+static const int32_t *affinity_of(const struct busiest *b, int g, int i)
 {
-    int P = p->nplaces;
-    int64_t busiest = 0;
-    for (int a = 0; a < P; a++) {
-        w->flow[a] = 0;
-        w->flow[P + a] = in[a];
-    }
-    for (int i = 0; i < p->nsamples; i++) {
-        w->flow[place[i]] += row(p->cost, p, i)[place[i]];
-        w->flow[P + place[i]] -= row(affinity, p, i)[place[i]];
-    }
-    for (int k = 0; k < 2 * P; k++)
-        busiest = w->flow[k] > busiest ? w->flow[k] : busiest;
-    return busiest;
+    return b->affinity + ((size_t)g * (size_t)b->p->nsamples + (size_t)i) * (size_t)b->p->nplaces;
 }
 
-int64_t ry_assign_busiest_load(struct ry_assign *w, const struct ry_assign_problem *p, const int32_t *affinity,
-                               const int64_t *in, const int *place)
+static int64_t *flow_of(const struct busiest *b, int g)
 {
-    return flows(w, p, affinity, in, place);
+    return b->w->flow + (size_t)g * 2 * (size_t)b->p->nplaces;
+}
+
+static int32_t total_of(const struct busiest *b, int g, int i)
+{
+    return b->w->total[(size_t)g * (size_t)b->p->nsamples + (size_t)i];
+}
+
+static void find_totals(const struct busiest *b)
+{
+    for (int g = 0; g < b->groups; g++) {
+        for (int i = 0; i < b->p->nsamples; i++) {
+            int32_t sum = 0;
+            for (int a = 0; a < b->p->nplaces; a++)
+                sum += affinity_of(b, g, i)[a];
+            b->w->total[(size_t)g * (size_t)b->p->nsamples + (size_t)i] = sum;
+        }
+    }
+}
+
+/* w->flow: for each group what each place sends, then what each receives. Returns the sum of the greatest. */
+static int64_t flows(const struct busiest *b, const int *place)
+{
+    int P = b->p->nplaces;
+    int64_t sum = 0;
+    for (int g = 0; g < b->groups; g++) {
+        int64_t *flow = flow_of(b, g), busiest = 0;
+        memset(flow, 0, 2 * (size_t)P * sizeof *flow);
+        for (int i = 0; i < b->p->nsamples; i++) {
+            const int32_t *a = affinity_of(b, g, i);
+            for (int m = 0; m < P; m++)
+                flow[P + m] += a[m];
+            flow[P + place[i]] -= a[place[i]];
+            flow[place[i]] += total_of(b, g, i) - a[place[i]];
+        }
+        for (int k = 0; k < 2 * P; k++)
+            busiest = flow[k] > busiest ? flow[k] : busiest;
+        sum += busiest;
+    }
+    return sum;
+}
+
+int64_t ry_assign_busiest_load(struct ry_assign *w, const struct ry_assign_problem *p, int groups,
+                               const int32_t *affinity, const int *place)
+{
+    struct busiest b = {w, p, groups, affinity};
+    find_totals(&b);
+    return flows(&b, place);
 }
 
 static int64_t greater(int64_t a, int64_t b)
@@ -119,112 +159,180 @@ static int64_t greater(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-/* Load of place a if sample `out` (-1: none) went and `come` came. */
-static int64_t load_after(const struct ry_assign *w, const struct ry_assign_problem *p, const int32_t *affinity, int a,
-                          int out, int come)
+/* Load of place a in group g if sample `out` (-1: none) went and `come` came. */
+static int64_t load_after(const struct busiest *b, int g, int a, int out, int come)
 {
-    int64_t sends = w->flow[a], receives = w->flow[p->nplaces + a];
+    const int64_t *flow = flow_of(b, g);
+    int64_t sends = flow[a], receives = flow[b->p->nplaces + a];
     if (out >= 0) {
-        sends -= row(p->cost, p, out)[a];
-        receives += row(affinity, p, out)[a];
+        sends -= total_of(b, g, out) - affinity_of(b, g, out)[a];
+        receives += affinity_of(b, g, out)[a];
     }
     if (come >= 0) {
-        sends += row(p->cost, p, come)[a];
-        receives -= row(affinity, p, come)[a];
+        sends += total_of(b, g, come) - affinity_of(b, g, come)[a];
+        receives -= affinity_of(b, g, come)[a];
     }
     return greater(sends, receives);
 }
 
-/* Swap a sample of the busiest place with one of another, or move it to where room is, while the greater of both loads
- * shrinks. */
-static int64_t relieve(struct ry_assign *w, const struct ry_assign_problem *p, const int32_t *affinity,
-                       const int64_t *in, int *place)
+/* The three busiest places of each group: two may be touched by a swap, the third still counts. */
+struct top {
+    int place[3];
+    int64_t load[3];
+};
+
+static void find_top(const struct busiest *b, struct top *top, int32_t *critical)
 {
-    int P = p->nplaces, n = p->nsamples;
-    for (int step = 0; step < 4 * n; step++) {
-        int64_t busiest = flows(w, p, affinity, in, place), best = busiest;
-        int a = 0, best_i = -1, best_j = -1, best_b = -1;
-        while (w->flow[a] != busiest && w->flow[P + a] != busiest)
-            a++;
-        memcpy(w->spare, p->capacity, (size_t)P * sizeof *w->spare);
+    int P = b->p->nplaces;
+    memset(critical, 0, (size_t)P * sizeof *critical);
+    for (int g = 0; g < b->groups; g++) {
+        top[g] = (struct top){{-1, -1, -1}, {0, 0, 0}};
+        for (int a = 0; a < P; a++) {
+            int64_t load = load_after(b, g, a, -1, -1);
+            int k = 3;
+            while (k > 0 && (top[g].place[k - 1] < 0 || load > top[g].load[k - 1]))
+                k--;
+            for (int j = 2; j > k; j--) {
+                top[g].place[j] = top[g].place[j - 1];
+                top[g].load[j] = top[g].load[j - 1];
+            }
+            if (k < 3) {
+                top[g].place[k] = a;
+                top[g].load[k] = load;
+            }
+        }
+        critical[top[g].place[0]] = 1;
+    }
+}
+
+/* Sum over groups of the busiest if i goes from a to c, and j (-1: nobody) from c to a; given up when not below
+ * `limit`. */
+static int64_t sum_after(const struct busiest *b, const struct top *top, int a, int i, int c, int j, int64_t limit)
+{
+    int64_t sum = 0;
+    for (int g = 0; g < b->groups && sum < limit; g++) {
+        int k = 0;
+        while (k < 2 && (top[g].place[k] == a || top[g].place[k] == c))
+            k++;
+        int64_t rest = top[g].place[k] == a || top[g].place[k] == c ? 0 : top[g].load[k];
+        sum += greater(rest, greater(load_after(b, g, a, i, j), load_after(b, g, c, j, i)));
+    }
+    return sum;
+}
+
+/* While it pays, swap a sample of a busiest place with one of another, or move it to where room is: the best of all
+ * each time. */
+static int64_t relieve(const struct busiest *b, int *place)
+{
+    int P = b->p->nplaces, n = b->p->nsamples;
+    struct ry_assign *w = b->w;
+    struct top top[RY_ASSIGN_GROUPS];
+    int64_t sum = flows(b, place);
+    for (int step = 0; step < n; step++) {
+        int64_t best = sum;
+        int best_i = -1, best_j = -1, best_c = -1;
+        find_top(b, top, w->full);
+        memcpy(w->spare, b->p->capacity, (size_t)P * sizeof *w->spare);
         for (int i = 0; i < n; i++)
             w->spare[place[i]]--;
         for (int i = 0; i < n; i++) {
-            if (place[i] != a)
+            int a = place[i];
+            if (!w->full[a])
                 continue;
-            for (int b = 0; b < P; b++) {
-                if (b == a || w->spare[b] <= 0)
+            for (int k = 0; k < P + (n <= SWAP_SAMPLES ? n : 0); k++) {
+                int j = k < P ? -1 : k - P, c = j < 0 ? k : place[j];
+                if (c == a || (j < 0 && w->spare[c] <= 0))
                     continue;
-                int64_t load = greater(load_after(w, p, affinity, a, i, -1), load_after(w, p, affinity, b, -1, i));
-                if (load < best) {
-                    best = load;
-                    best_i = i;
-                    best_j = -1;
-                    best_b = b;
-                }
-            }
-            for (int j = 0; j < n && n <= SWAP_SAMPLES; j++) {
-                int b = place[j];
-                if (b == a)
-                    continue;
-                int64_t load = greater(load_after(w, p, affinity, a, i, j), load_after(w, p, affinity, b, j, i));
-                if (load < best) {
-                    best = load;
+                int64_t after = sum_after(b, top, a, i, c, j, best);
+                if (after < best) {
+                    best = after;
                     best_i = i;
                     best_j = j;
-                    best_b = b;
+                    best_c = c;
                 }
             }
         }
         if (best_i < 0)
-            return busiest;
-        place[best_i] = best_b;
+            break;
         if (best_j >= 0)
-            place[best_j] = a;
+            place[best_j] = place[best_i];
+        place[best_i] = best_c;
+        sum = flows(b, place);
     }
-    return flows(w, p, affinity, in, place);
+    return sum;
 }
 
-int64_t ry_assign_busiest(struct ry_assign *w, const struct ry_assign_problem *p, const int32_t *affinity,
-                          const int64_t *in, int iterations, int *place, double *bound)
+/* w->priced by the weights, which are made to sum to 1 in each group: they are the prices of the flows. Scaled to whole
+ * numbers. */
+static void set_prices(const struct busiest *b, double scale)
 {
+    int P = b->p->nplaces;
+    struct ry_assign *w = b->w;
+    for (int g = 0; g < b->groups; g++) {
+        const double *weight = w->weight + (size_t)g * 2 * (size_t)P;
+        double *price = w->price + (size_t)g * 2 * (size_t)P, greatest = -INFINITY, sum = 0;
+        for (int k = 0; k < 2 * P; k++)
+            greatest = fmax(greatest, weight[k]);
+        for (int k = 0; k < 2 * P; k++)
+            sum += price[k] = exp(weight[k] - greatest);
+        for (int k = 0; k < 2 * P; k++)
+            price[k] /= sum;
+    }
+    for (int i = 0; i < b->p->nsamples; i++) {
+        for (int a = 0; a < P; a++) {
+            double cost = 0;
+            for (int g = 0; g < b->groups; g++) {
+                const double *price = w->price + (size_t)g * 2 * (size_t)P;
+                cost += price[a] * total_of(b, g, i) - (price[a] + price[P + a]) * affinity_of(b, g, i)[a];
+            }
+            w->priced[(size_t)i * (size_t)P + (size_t)a] = (int32_t)lrint(scale * cost);
+        }
+    }
+}
+
+int64_t ry_assign_busiest(struct ry_assign *w, const struct ry_assign_problem *p, int groups, const int32_t *affinity,
+                          int iterations, int *place, double *bound)
+{
+    struct busiest b = {w, p, groups, affinity};
     int P = p->nplaces, n = p->nsamples;
     double most = 1, lower = 0;
-    for (size_t k = 0; k < (size_t)n * (size_t)P; k++)
-        most = fmax(most, fmax(fabs((double)p->cost[k]), fabs((double)affinity[k])));
-    double scale = RY_ASSIGN_COST_MAX / 2 / most;
-    int64_t best = flows(w, p, affinity, in, place);
-    for (int k = 0; k < 2 * P; k++)
+    find_totals(&b);
+    for (int k = 0; k < groups * n; k++)
+        most = fmax(most, w->total[k]);
+    double scale = RY_ASSIGN_COST_MAX / (2.0 * groups * most);
+    int64_t best = flows(&b, place);
+    for (int k = 0; k < 2 * P * groups; k++)
         w->weight[k] = 0; /* logarithms */
     struct ry_assign_problem priced = *p;
     priced.cost = w->priced;
     for (int t = 0; t < iterations; t++) {
-        double greatest = -INFINITY, sum = 0, constant = 0;
-        for (int k = 0; k < 2 * P; k++)
-            greatest = fmax(greatest, w->weight[k]);
-        for (int k = 0; k < 2 * P; k++)
-            sum += exp(w->weight[k] - greatest);
-        for (int a = 0; a < P; a++) {
-            double out = exp(w->weight[a] - greatest) / sum, into = exp(w->weight[P + a] - greatest) / sum;
-            constant += into * (double)in[a];
-            for (int i = 0; i < n; i++)
-                w->priced[(size_t)i * (size_t)P + (size_t)a] =
-                    (int32_t)lrint(scale * (out * row(p->cost, p, i)[a] - into * row(affinity, p, i)[a]));
+        set_prices(&b, scale);
+        /* A mean of the flows by these prices, at its least: no sum of greatest flows is below. Half a unit for each
+         * rounding. */
+        double value = ((double)ry_assign_exact(w, &priced, w->trial) - 0.5 * n) / scale, step = 8 / sqrt(t + 1.0);
+        int64_t sum = flows(&b, w->trial);
+        for (int g = 0; g < groups; g++) {
+            const int64_t *flow = flow_of(&b, g);
+            double greatest = 1;
+            for (int a = 0; a < P; a++) {
+                int64_t all =
+                    flow[P + a]; /* what p's experts get from everybody: what it receives, and from its own samples */
+                for (int i = 0; i < n; i++)
+                    all += w->trial[i] == a ? affinity_of(&b, g, i)[a] : 0;
+                value += w->price[g * 2 * P + P + a] * (double)all;
+            }
+            for (int k = 0; k < 2 * P; k++)
+                greatest = fmax(greatest, (double)flow[k]);
+            for (int k = 0; k < 2 * P; k++)
+                w->weight[g * 2 * P + k] += step * ((double)flow[k] / greatest - 1);
         }
-        /* A mean of the loads, by these weights, at its least: no busiest load is below. Half a unit for each rounding.
-         */
-        double value = ((double)ry_assign_exact(w, &priced, w->trial) - 0.5 * n) / scale + constant;
         lower = fmax(lower, value);
-        int64_t busiest = flows(w, p, affinity, in, w->trial);
-        if (busiest < best) {
-            best = busiest;
+        if (sum < best) {
+            best = sum;
             memcpy(place, w->trial, (size_t)n * sizeof *place);
         }
-        double step = 8 / sqrt(t + 1.0);
-        for (int k = 0; k < 2 * P && busiest > 0; k++)
-            w->weight[k] += step * ((double)w->flow[k] / (double)busiest - 1);
     }
     if (bound)
         *bound = lower;
-    return relieve(w, p, affinity, in, place);
+    return relieve(&b, place);
 }

@@ -22,19 +22,25 @@ struct ry_homes_options {
 
 struct ry_homes;
 
-/** For batches of up to `max_samples`. Kuhn–Munkres needs max_slots >= Σ capacities, else it is 0. */
-struct ry_homes *ry_homes_new(const struct ry_cluster *cluster, int max_samples, int max_slots, struct ry_err *err);
+/** For batches of up to `max_samples`, in up to max_groups <= RY_ASSIGN_GROUPS groups. Kuhn–Munkres needs max_slots >=
+ * Σ capacities, else it is 0. */
+struct ry_homes *ry_homes_new(const struct ry_cluster *cluster, int max_samples, int max_groups, int max_slots,
+                              struct ry_err *err);
 void ry_homes_free(struct ry_homes *homes);
 
 /**
- * nodes[nsamples][nnodes], ranks[nsamples][nranks]: rows that a sample exchanges with each place, none negative.
- * from[nsamples]: homes so far, which respect capacity[nranks]; to[nsamples]: homes chosen, may be the same array.
+ * nodes[groups][nsamples][nnodes], ranks[nsamples][nranks]: rows that a sample exchanges with each place, none
+ * negative; ranks are sums over the groups. Groups are exchanges that come one after the other: only `busiest` tells
+ * them apart. from[nsamples]: homes so far, which respect capacity[nranks]; to[nsamples]: homes chosen, may be the same
+ * array.
  */
 void ry_homes_solve(struct ry_homes *homes, const struct ry_homes_options *options, int nsamples, const int *capacity,
-                    const float *nodes, const float *ranks, const int *from, int *to);
+                    int groups, const float *nodes, const float *ranks, const int *from, int *to);
 
-/** Affinities of a batch for one home in all layers: sums over the layers. nodes[nsamples][nnodes],
- * ranks[nsamples][nranks]. */
+/** Groups for one home in all layers: the layers, or a part of them together if there are more than ry_homes_solve()
+ * takes. */
+int ry_homes_groups(int layers);
+/** Affinities of a batch for that: nodes[ry_homes_groups()][nsamples][nnodes], ranks[nsamples][nranks]. */
 int ry_homes_affinities(const struct ry_problem *problem, float *nodes, float *ranks, struct ry_err *err);
 
 /** Microseconds of the first stage's solver alone, all calls so far, and how many those were. */

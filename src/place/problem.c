@@ -107,39 +107,44 @@ int ry_experts_contiguous(int *expert_rank, int layers, int experts, int nranks,
     return 0;
 }
 
-/* `place_of` maps what expert_at holds to the place counted. */
-static void affinity(const struct ry_routing *r, int s, const int *expert_at, const int *place_of, int places,
+/* One layer. `place_of` maps what expert_at holds to the place counted; NULL: it is the place. */
+static void affinity(const struct ry_routing *r, int s, int l, const int *expert_at, const int *place_of, int places,
                      enum ry_counting counting, uint32_t *out)
 {
-    memset(out, 0, (size_t)r->layers * (size_t)places * sizeof *out);
-    for (int l = 0; l < r->layers; l++, out += places, expert_at += r->experts) {
-        if (counting == RY_COPIES) {
-            const uint16_t *counts = ry_counts_at(r, s, l);
-            for (int e = 0; e < r->experts; e++)
-                out[place_of ? place_of[expert_at[e]] : expert_at[e]] += counts[e];
-            continue;
-        }
-        for (int t = 0; t < r->tokens_per_sample; t++) {
-            int seen[RY_ROUTING_TOPK];
-            for (int k = 0; k < r->topk; k++) {
-                int at = expert_at[ry_choice(r, s, l, t, k)], j = 0;
-                seen[k] = place_of ? place_of[at] : at;
-                while (seen[j] != seen[k])
-                    j++;
-                out[seen[k]] += j == k;
-            }
+    memset(out, 0, (size_t)places * sizeof *out);
+    if (counting == RY_COPIES) {
+        const uint16_t *counts = ry_counts_at(r, s, l);
+        for (int e = 0; e < r->experts; e++)
+            out[place_of ? place_of[expert_at[e]] : expert_at[e]] += counts[e];
+        return;
+    }
+    for (int t = 0; t < r->tokens_per_sample; t++) {
+        int seen[RY_ROUTING_TOPK];
+        for (int k = 0; k < r->topk; k++) {
+            int at = expert_at[ry_choice(r, s, l, t, k)], j = 0;
+            seen[k] = place_of ? place_of[at] : at;
+            while (seen[j] != seen[k])
+                j++;
+            out[seen[k]] += j == k;
         }
     }
 }
 
+void ry_affinity_layer(const struct ry_problem *p, enum ry_level level, int i, int layer, uint32_t *out)
+{
+    affinity(p->routing, ry_problem_sample(p, i), layer, p->expert_rank + (size_t)layer * (size_t)p->routing->experts,
+             level == RY_NODES ? p->cluster->node : NULL, ry_places(p->cluster, level), p->counting, out);
+}
+
 void ry_affinity(const struct ry_problem *p, enum ry_level level, int i, uint32_t *out)
 {
-    affinity(p->routing, ry_problem_sample(p, i), p->expert_rank, level == RY_NODES ? p->cluster->node : NULL,
-             ry_places(p->cluster, level), p->counting, out);
+    for (int l = 0; l < p->routing->layers; l++, out += ry_places(p->cluster, level))
+        ry_affinity_layer(p, level, i, l, out);
 }
 
 void ry_affinity_by(const struct ry_routing *r, int s, const int *expert_place, int places, enum ry_counting counting,
                     uint32_t *out)
 {
-    affinity(r, s, expert_place, NULL, places, counting, out);
+    for (int l = 0; l < r->layers; l++, expert_place += r->experts, out += places)
+        affinity(r, s, l, expert_place, NULL, places, counting, out);
 }

@@ -77,6 +77,9 @@ int ry_places(const struct ry_cluster *cluster, enum ry_level level);
  * · experts) for copies, O(layers · tokens · k) for distinct. */
 void ry_affinity(const struct ry_problem *problem, enum ry_level level, int i, uint32_t *out);
 
+/** The same of one layer: out[place]. */
+void ry_affinity_layer(const struct ry_problem *problem, enum ry_level level, int i, int layer, uint32_t *out);
+
 /** The same for an arbitrary sample `s` of a routing under a map [layers][experts] → place, of `places` many. */
 void ry_affinity_by(const struct ry_routing *routing, int s, const int *expert_place, int places,
                     enum ry_counting counting, uint32_t *out);

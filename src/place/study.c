@@ -14,17 +14,15 @@ int ry_study_check(const struct ry_study *s, struct ry_err *err)
         return ry_fail(err,
                        "a study needs samples to learn from (%d), batches (%d) and samples in each (%d) above zero",
                        s->fit, s->batches, s->batch);
-    if (s->end > s->routing->samples || s->end - s->fit < s->batch)
+    bool distinct = s->counting == RY_DISTINCT;
+    int have = distinct ? s->routing->choice_samples : s->routing->samples;
+    if (s->end > have || s->end - s->fit < s->batch)
         return ry_fail(
             err,
-            "the routing holds %d samples: with %d to learn from, %d are left, but a batch has %d: learn from fewer "
+            "%d samples are recorded%s: with %d to learn from, %d are left, but a batch has %d: learn from fewer "
             "or make batches smaller",
-            s->routing->samples, s->fit, s->end > s->fit ? s->end - s->fit : 0, s->batch);
-    if (s->counting == RY_DISTINCT && s->end > s->routing->choice_samples)
-        return ry_fail(err,
-                       "distinct pairs need token-level choices, which only the first %d samples have: learn from "
-                       "fewer, and draw from those",
-                       s->routing->choice_samples);
+            have, distinct ? " with token-level choices, which distinct pairs need" : "", s->fit,
+            have > s->fit ? have - s->fit : 0, s->batch);
     return 0;
 }
 
@@ -73,7 +71,7 @@ static int run_new(struct run *r, const struct ry_study *s, bool layers, bool sq
     r->sample = malloc(B * sizeof *r->sample);
     r->capacity = malloc((size_t)s->cluster->nranks * sizeof *r->capacity);
     r->home = malloc((size_t)(s->routing->layers + 1) * B * sizeof *r->home);
-    r->nodes = malloc(B * (size_t)s->cluster->nnodes * sizeof *r->nodes);
+    r->nodes = malloc((size_t)ry_homes_groups(s->routing->layers) * B * (size_t)s->cluster->nnodes * sizeof *r->nodes);
     r->ranks = malloc(B * (size_t)s->cluster->nranks * sizeof *r->ranks);
     if (!r->sample || !r->capacity || !r->home || !r->nodes || !r->ranks) {
         run_free(r);
@@ -82,7 +80,7 @@ static int run_new(struct run *r, const struct ry_study *s, bool layers, bool sq
     if (layers)
         r->netmoe = ry_netmoe_new(s->cluster, s->routing->layers, s->routing->experts, s->batch, slots, err);
     else
-        r->homes = ry_homes_new(s->cluster, s->batch, slots, err);
+        r->homes = ry_homes_new(s->cluster, s->batch, ry_homes_groups(s->routing->layers), slots, err);
     if (!r->netmoe && !r->homes) {
         run_free(r);
         return -1;
@@ -169,7 +167,8 @@ int ry_study_homes(const struct ry_study *s, const struct ry_homes_options *o, s
         ry_home_in_order(r.home, r.capacity, s->cluster->nranks, s->batch);
         failed = ry_problem_check(&p, err) || ry_homes_affinities(&p, r.nodes, r.ranks, err) ? -1 : 0;
         if (!failed) {
-            ry_homes_solve(r.homes, o, s->batch, r.capacity, r.nodes, r.ranks, r.home, r.home);
+            ry_homes_solve(r.homes, o, s->batch, r.capacity, ry_homes_groups(s->routing->layers), r.nodes, r.ranks,
+                           r.home, r.home);
             failed = ry_traffic_add(&out->traffic, &p, r.home, 0, err);
             double us = ry_homes_solver_us(r.homes, &calls);
             account(out, us, calls, &before, &calls_before);
@@ -213,23 +212,26 @@ int ry_study_worth(const struct ry_study *s, const struct ry_netmoe_options *opt
     ry_predictor_free(learned);
     if (failed)
         return -1;
-    out->gain = still.traffic.cross ? 1 - (double)placed.traffic.cross / (double)still.traffic.cross : 0;
+    bool busiest = o.homes.busiest;
+    double before = (double)(busiest ? still.traffic.busiest_nic : still.traffic.cross);
+    double after = (double)(busiest ? placed.traffic.busiest_nic : placed.traffic.cross);
+    const char *what = busiest ? "busiest NIC's rows" : "cross-node rows";
+    out->gain = before > 0 ? 1 - after / before : 0;
     if (out->dispersion < RY_LOCALITY_LEAST)
         snprintf(out->why, sizeof out->why,
                  "declined: samples choose experts as alike as chance makes them (dispersion %.2f, 1 is chance): "
-                 "nothing to place "
-                 "by; a trial saved %.1f %% of the cross-node rows",
-                 out->dispersion, 100 * out->gain);
+                 "nothing to place by; a trial saved %.1f %% of the %s",
+                 out->dispersion, 100 * out->gain, what);
     else if (out->gain < margin)
         snprintf(out->why, sizeof out->why,
-                 "declined: a trial on %d batches of the samples learned from saved %.1f %% of the cross-node rows, "
-                 "less than the "
-                 "%.1f %% that it must (dispersion %.2f)",
-                 trial.batches, 100 * out->gain, 100 * margin, out->dispersion);
+                 "declined: a trial on %d batches of the samples learned from saved %.1f %% of the %s, less than "
+                 "the %.1f %% that it must (dispersion %.2f)",
+                 trial.batches, 100 * out->gain, what, 100 * margin, out->dispersion);
     else
-        snprintf(out->why, sizeof out->why,
-                 "worth while: a trial on %d batches of the samples learned from saved %.1f %% (dispersion %.2f)",
-                 trial.batches, 100 * out->gain, out->dispersion);
+        snprintf(
+            out->why, sizeof out->why,
+            "worth while: a trial on %d batches of the samples learned from saved %.1f %% of the %s (dispersion %.2f)",
+            trial.batches, 100 * out->gain, what, out->dispersion);
     out->worth = out->dispersion >= RY_LOCALITY_LEAST && out->gain >= margin;
     return 0;
 }

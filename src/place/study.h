@@ -52,7 +52,7 @@ struct ry_predictor *ry_study_predictor(const struct ry_study *study, int histor
 struct ry_worth {
     bool worth;
     double dispersion; /* locality.h */
-    double gain;       /* part of the cross-node traffic that a trial saved */
+    double gain;       /* part of the cross-node rows, or of the busiest NIC's, that a trial saved */
     char why[240];     /* one line, either way */
 };
 

@@ -2,35 +2,36 @@
 #include "place/traffic.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 struct counters {
-    uint32_t *nodes, *ranks;     /* one sample's affinities, [layers][…] */
-    uint64_t *node_io, *rank_io; /* [layers][2 exchanges][…][out, in] */
-    size_t nnodes, nranks;
+    uint32_t *nodes, *ranks;     /* one sample's affinities in one layer */
+    uint64_t *node_io, *rank_io; /* [2 exchanges][places][out, in] of one layer */
 };
 
-/* Rows that `home` sends or gets, in exchange `x` (0 dispatch, 1 combine) of a layer. */
-static void count(struct ry_traffic *sum, struct counters *c, const struct ry_cluster *cl, size_t layer, int x,
-                  int home)
+/* Rows that `home` sends or gets, in exchange `x` (0 dispatch, 1 combine). */
+static void count(struct ry_traffic *sum, const struct counters *c, const struct ry_cluster *cl, int x, int home)
 {
-    const uint32_t *nodes = c->nodes + layer * c->nnodes, *ranks = c->ranks + layer * c->nranks;
-    uint64_t *nio = c->node_io + (2 * layer + (size_t)x) * 2 * c->nnodes,
-             *rio = c->rank_io + (2 * layer + (size_t)x) * 2 * c->nranks;
-    int here = cl->node[home], out = x, in = !x; /* combine goes the other way */
-    for (size_t m = 0; m < c->nnodes; m++) {
-        sum->rows += nodes[m];
-        if ((int)m == here)
+    size_t N = (size_t)cl->nnodes, R = (size_t)cl->nranks, here = (size_t)cl->node[home];
+    uint64_t *nio = c->node_io + (size_t)x * 2 * N, *rio = c->rank_io + (size_t)x * 2 * R;
+    int out = x, in = !x; /* combine goes the other way */
+    for (size_t m = 0; m < N; m++) {
+        sum->rows += c->nodes[m];
+        if (m == here)
             continue;
-        sum->cross += nodes[m];
-        nio[2 * (size_t)here + (size_t)out] += nodes[m];
-        nio[2 * m + (size_t)in] += nodes[m];
+        sum->cross += c->nodes[m];
+        nio[2 * here + (size_t)out] += c->nodes[m];
+        nio[2 * m + (size_t)in] += c->nodes[m];
     }
-    for (size_t r = 0; r < c->nranks; r++) {
-        if (cl->node[r] != here || (int)r == home)
+    for (size_t r = (size_t)cl->node_first[here], left = (size_t)cl->node_size[here]; left; r++) {
+        if ((size_t)cl->node[r] != here)
             continue;
-        sum->in_node += ranks[r];
-        rio[2 * (size_t)home + (size_t)out] += ranks[r];
-        rio[2 * r + (size_t)in] += ranks[r];
+        left--;
+        if ((int)r == home)
+            continue;
+        sum->in_node += c->ranks[r];
+        rio[2 * (size_t)home + (size_t)out] += c->ranks[r];
+        rio[2 * r + (size_t)in] += c->ranks[r];
     }
 }
 
@@ -47,38 +48,42 @@ static double link_us(const struct ry_problem *p, enum ry_link link, uint64_t ro
     return rows ? p->model->link[link].alpha_us + (double)rows * p->row_bytes / p->model->link[link].bytes_per_us : 0;
 }
 
+static void sum_up(struct ry_traffic *sum, const struct counters *c, const struct ry_problem *p, int x)
+{
+    size_t N = (size_t)p->cluster->nnodes, R = (size_t)p->cluster->nranks;
+    const uint64_t *nio = c->node_io + (size_t)x * 2 * N, *rio = c->rank_io + (size_t)x * 2 * R;
+    uint64_t nic = busiest(nio, N), all = 0;
+    for (size_t m = 0; m < N; m++)
+        all += nio[2 * m];
+    sum->busiest_nic += nic;
+    sum->even_nic += (all + N - 1) / N;
+    if (p->model) {
+        double intra = link_us(p, RY_LINK_LOCAL, busiest(rio, R)), inter = link_us(p, RY_LINK_NIC, nic);
+        sum->us += intra > inter ? intra : inter;
+    }
+}
+
 int ry_traffic_add(struct ry_traffic *sum, const struct ry_problem *p, const int *home, size_t stride,
                    struct ry_err *err)
 {
     const struct ry_cluster *cl = p->cluster;
-    size_t L = (size_t)p->routing->layers;
-    struct counters c = {.nnodes = (size_t)cl->nnodes, .nranks = (size_t)cl->nranks};
-    c.nodes = malloc(L * c.nnodes * sizeof *c.nodes);
-    c.ranks = malloc(L * c.nranks * sizeof *c.ranks);
-    c.node_io = calloc(4 * L * c.nnodes, sizeof *c.node_io);
-    c.rank_io = calloc(4 * L * c.nranks, sizeof *c.rank_io);
+    size_t N = (size_t)cl->nnodes, R = (size_t)cl->nranks;
+    struct counters c = {malloc(N * sizeof *c.nodes), malloc(R * sizeof *c.ranks), malloc(4 * N * sizeof *c.node_io),
+                         malloc(4 * R * sizeof *c.rank_io)};
     int failed = c.nodes && c.ranks && c.node_io && c.rank_io ? 0 : ry_fail(err, "out of memory for counting traffic");
-    for (int i = 0; i < p->nsamples && !failed; i++) {
-        ry_affinity(p, RY_NODES, i, c.nodes);
-        ry_affinity(p, RY_RANKS, i, c.ranks);
-        for (size_t l = 0; l < L; l++) {
-            int from = home[l * stride + (size_t)i], to = home[(l + 1) * stride + (size_t)i];
-            count(sum, &c, cl, l, 0, from);
-            count(sum, &c, cl, l, 1, to);
+    for (int l = 0; l < p->routing->layers && !failed; l++) {
+        memset(c.node_io, 0, 4 * N * sizeof *c.node_io);
+        memset(c.rank_io, 0, 4 * R * sizeof *c.rank_io);
+        for (int i = 0; i < p->nsamples; i++) {
+            int from = home[(size_t)l * stride + (size_t)i], to = home[(size_t)(l + 1) * stride + (size_t)i];
+            ry_affinity_layer(p, RY_NODES, i, l, c.nodes);
+            ry_affinity_layer(p, RY_RANKS, i, l, c.ranks);
+            count(sum, &c, cl, 0, from);
+            count(sum, &c, cl, 1, to);
             sum->moved += from != to;
         }
-    }
-    for (size_t x = 0; x < 2 * L && !failed; x++) {
-        const uint64_t *nio = c.node_io + x * 2 * c.nnodes, *rio = c.rank_io + x * 2 * c.nranks;
-        uint64_t nic = busiest(nio, c.nnodes), all = 0;
-        for (size_t m = 0; m < c.nnodes; m++)
-            all += nio[2 * m];
-        sum->busiest_nic += nic;
-        sum->even_nic += (all + c.nnodes - 1) / c.nnodes;
-        if (p->model) {
-            double intra = link_us(p, RY_LINK_LOCAL, busiest(rio, c.nranks)), inter = link_us(p, RY_LINK_NIC, nic);
-            sum->us += intra > inter ? intra : inter;
-        }
+        sum_up(sum, &c, p, 0);
+        sum_up(sum, &c, p, 1);
     }
     free(c.nodes);
     free(c.ranks);
