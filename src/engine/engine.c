@@ -79,6 +79,12 @@ static void start_parts(void)
     struct ry_err err;
     bool emulated = ry_engine.host.find("railyard_emu_version") != NULL;
     ry_engine.device = emulated ? ry_device_host() : ry_device_cuda(&err);
+    if (emulated) {
+        void *capturing = ry_engine.host.find("railyard_emu_capturing");
+        bool (*f)(void *);
+        memcpy(&f, &capturing, sizeof f);
+        ry_device_host_captures(f);
+    }
     if (!ry_engine.device) {
         ry_info("exchanges are neither timed nor reissued: %s", err.msg);
         return;

@@ -117,7 +117,8 @@ const void *ry_reissue_address(const struct comm *c, size_t *size);
 /** May this rank's side of the communicator be reissued at all? Goes into its seat. */
 bool ry_reissue_able(const struct ry_comm_info *info);
 
-/* exchange.c: the hooks of the same names */
+/* exchange.c: what verify mode has found by now; then the hooks of the same names */
+void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);

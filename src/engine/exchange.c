@@ -81,6 +81,7 @@ static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x
                                .stream = x->stream};
 }
 
+/* What verify mode found since the last exchange. */
 void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
 {
     struct ry_mismatch bad;
@@ -131,7 +132,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
         return false;
     now.late_us = (double)verdict->waited_ns / 1e3;
     ry_waits_add(&r->waits, now.waited_us);
-    ry_waits_add(&r->messages, now.waited_us - now.late_us);
+    if (!verdict->last) /* where the end of the engagement decided, nobody knows what the wait was for */
+        ry_waits_add(&r->messages, now.waited_us - now.late_us);
     return true;
 }
 
@@ -146,7 +148,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
     if (verdict->extra_bytes != sizeof(struct ry_order) + cells)
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", verdict->extra_bytes,
                        sizeof(struct ry_order) + cells), NULL;
-    memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
+    if (cells)
+        memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
     struct ry_plan_input in = {.cluster = r->map,
                                .rank = rank,
                                .strategy = strategy,

@@ -155,7 +155,7 @@ void ry_reissue_close(struct comm *c, bool aborted)
     if (!r)
         return;
     if (!aborted)
-        ry_exchange_look_at_checks(c, r);
+        ry_exchange_look_at_checks(c, r); /* of the last exchange nobody else would */
     ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
