@@ -167,6 +167,16 @@ void ry_talk_close(struct ry_talk *t)
 
 /* ---- exchanges ---- */
 
+bool ry_talk_passes(struct ry_talk *t, uint64_t number)
+{
+    pthread_mutex_lock(&t->lock);
+    bool passes = !ry_agree_hold(t->agree) && !ry_agree_wants_seen(t->agree, number);
+    if (passes)
+        ry_agree_exchange(t->agree, number, NULL, NULL, 0);
+    pthread_mutex_unlock(&t->lock);
+    return passes;
+}
+
 bool ry_talk_exchange(struct ry_talk *t, uint64_t number, const struct ry_manifest *m, const void *seen, size_t seen_bytes,
                       struct ry_verdict *verdict, double *waited_us)
 {

@@ -38,6 +38,12 @@ struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err 
 void ry_talk_close(struct ry_talk *talk);
 
 /**
+ * Exchange `number` is about to be issued. True: nobody asks about it, it passes, and all is said. False: ask
+ * ry_talk_exchange() now. So that what most exchanges cost, where nothing is agreed on, is one lock that is hardly ever taken by
+ * anybody else.
+ */
+bool ry_talk_passes(struct ry_talk *talk, uint64_t number);
+/**
  * Exchange `number` is about to be issued. False: pass it on as it is. True: `verdict` holds what all ranks agreed on (its
  * pointers are valid until the next call), and *waited_us how long that took from here.
  * Waits for other ranks while engaged: until the verdict, at most the yardmaster's patience, or ry_talk_abort().

@@ -185,7 +185,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     bool taken = false;
     if (!cookie || !ry_engine_enter())
         return false;
-    if (r) {
+    if (r && !ry_talk_passes(r->talk, now.number)) {
         struct ry_buffers b = describe(r, x);
         ry_exchange_look_at_checks(c, r);
         if (agree(c, r, x, &b, &verdict)) {
@@ -200,7 +200,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
                 ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": direct: %s", c->id, now.number, verdict.reason);
         }
     }
-    if (!taken)
+    if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */
         start_clock(c, x);
     ry_engine_leave();
     return taken;
