@@ -4,8 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MOST (1u << 18) /* exchanges of a communicator whose durations are kept: the same ones of all ranks, since files are
-                           read one after the other */
+#define MOST                                                                                                           \
+    (1u << 18) /* exchanges of a communicator whose durations are kept: the same ones of all ranks, since files are    \
+                  read one after the other */
 
 struct ry_agreed_timed {
     uint64_t number; /* + 1; 0: free */

@@ -1,11 +1,12 @@
 /*
  * agreed.h: what a trace's exchange lines tell of the agreement: strategies, waits for verdicts, durations by strategy.
  *
- * Owns: gathering them over all ranks of one communicator. Not: reading lines (trace.c), the wording of reports (tools).
+ * Owns: gathering them over all ranks of one communicator. Not: reading lines (trace.c), the wording of reports
+ * (tools).
  *
- * A duration holds the waiting for ranks that come late, and an exchange that was agreed on begins on all ranks at about the
- * same time, one that was not does not. So that both can be compared, an exchange counts with the least duration of its busy
- * ranks: the last one to arrive waits for nobody.
+ * A duration holds the waiting for ranks that come late, and an exchange that was agreed on begins on all ranks at
+ * about the same time, one that was not does not. So that both can be compared, an exchange counts with the least
+ * duration of its busy ranks: the last one to arrive waits for nobody.
  */
 #ifndef RY_RECORD_AGREED_H
 #define RY_RECORD_AGREED_H

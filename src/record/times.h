@@ -1,8 +1,8 @@
 /*
  * times.h: many durations, kept small: in logarithmic classes, 32 to the octave.
  *
- * Owns: the classes and the quantiles taken from them, right to 1.6 %, whatever the number of samples; and the round classes
- * (1, 2, 5, 10, …) in which reports show how something is spread. Not: where the samples come from.
+ * Owns: the classes and the quantiles taken from them, right to 1.6 %, whatever the number of samples; and the round
+ * classes (1, 2, 5, 10, …) in which reports show how something is spread. Not: where the samples come from.
  */
 #ifndef RY_RECORD_TIMES_H
 #define RY_RECORD_TIMES_H
@@ -23,7 +23,8 @@ void ry_trace_times_add(struct ry_trace_times *times, double us);
 double ry_trace_quantile(const struct ry_trace_times *times, double q);
 
 #define RY_BINS 40
-/** The round class of `v`, 0 ≤ … < RY_BINS: class i holds ry_bin_from(i) ≤ v < ry_bin_from(i + 1), the last all above. */
+/** The round class of `v`, 0 ≤ … < RY_BINS: class i holds ry_bin_from(i) ≤ v < ry_bin_from(i + 1), the last all above.
+ */
 int ry_bin_of(double v);
 double ry_bin_from(int bin);
 

@@ -40,7 +40,13 @@ static uint64_t fullest(const struct ry_trace_agreed *a)
 /* A round number of microseconds: "200 us", "5 ms". */
 static const char *round_us(double us, char out[16])
 {
-    snprintf(out, 16, us < 1e3 ? "%.0f us" : us < 1e6 ? "%.0f ms" : "%.0f s", us < 1e3 ? us : us < 1e6 ? us / 1e3 : us / 1e6);
+    snprintf(out, 16,
+             us < 1e3   ? "%.0f us"
+             : us < 1e6 ? "%.0f ms"
+                        : "%.0f s",
+             us < 1e3   ? us
+             : us < 1e6 ? us / 1e3
+                        : us / 1e6);
     return out;
 }
 
@@ -92,7 +98,8 @@ static void print_waits(const struct ry_trace_agreed *a)
     char from[16], to[16];
     int first, last;
     uint64_t most = fullest(a);
-    printf("  verdicts   %-14s %10s %10s%s\n", "waited for", "median", "90 %", a->waited.n >= LEAST ? "       99 %" : "");
+    printf("  verdicts   %-14s %10s %10s%s\n", "waited for", "median", "90 %",
+           a->waited.n >= LEAST ? "       99 %" : "");
     print_wait("in all", &a->waited);
     print_wait("messages", &a->messages);
     print_wait("late ranks", &a->late);
@@ -151,8 +158,8 @@ void ry_report_agreed_text(const struct ry_summary *s)
 
 static json_t *wait_json(const struct ry_trace_times *t)
 {
-    return json_pack("{s:f,s:f,s:o}", "median_us", ry_trace_quantile(t, 0.5), "p90_us", ry_trace_quantile(t, 0.9), "p99_us",
-                     t->n >= LEAST ? json_real(ry_trace_quantile(t, 0.99)) : json_null());
+    return json_pack("{s:f,s:f,s:o}", "median_us", ry_trace_quantile(t, 0.5), "p90_us", ry_trace_quantile(t, 0.9),
+                     "p99_us", t->n >= LEAST ? json_real(ry_trace_quantile(t, 0.99)) : json_null());
 }
 
 json_t *ry_report_agreed_json(const struct ry_summary *s)
@@ -168,19 +175,20 @@ json_t *ry_report_agreed_json(const struct ry_summary *s)
     span(a, &first, &last);
     for (int i = first; i <= last; i++)
         json_array_append_new(histogram, json_pack("{s:f,s:f,s:I,s:I}", "from_us", ry_bin_from(i), "to_us",
-                                                   ry_bin_from(i + 1), "waits", (json_int_t)a->waited_bins[i], "messages",
-                                                   (json_int_t)a->messages_bins[i]));
+                                                   ry_bin_from(i + 1), "waits", (json_int_t)a->waited_bins[i],
+                                                   "messages", (json_int_t)a->messages_bins[i]));
     for (int i = 0; i < a->ndurations; i++) {
         const struct ry_trace_duration *d = &a->durations[i];
-        json_array_append_new(durations, json_pack("{s:s,s:f,s:f,s:I,s:f}", "strategy", name_of(a, d->strategy),
-                                                   "from_bytes", ry_bin_from(d->bin), "to_bytes", ry_bin_from(d->bin + 1),
-                                                   "exchanges", (json_int_t)d->exchanges, "median_us", d->median_us));
+        json_array_append_new(durations,
+                              json_pack("{s:s,s:f,s:f,s:I,s:f}", "strategy", name_of(a, d->strategy), "from_bytes",
+                                        ry_bin_from(d->bin), "to_bytes", ry_bin_from(d->bin + 1), "exchanges",
+                                        (json_int_t)d->exchanges, "median_us", d->median_us));
     }
-    return json_pack("{s:I,s:o,s:I,s:I,s:I,s:{s:I,s:o,s:o,s:o,s:o},s:o}", "exchanges", (json_int_t)s->agreed, "by_strategy",
-                     strategies, "verified", (json_int_t)s->verified, "verify_differs", (json_int_t)s->verify_differs,
-                     "short_of_staging", (json_int_t)s->short_of_staging, "waits", "n", (json_int_t)a->waited.n, "in_all",
-                     wait_json(&a->waited), "messages", wait_json(&a->messages), "late_ranks", wait_json(&a->late),
-                     "histogram", histogram, "durations", durations);
+    return json_pack("{s:I,s:o,s:I,s:I,s:I,s:{s:I,s:o,s:o,s:o,s:o},s:o}", "exchanges", (json_int_t)s->agreed,
+                     "by_strategy", strategies, "verified", (json_int_t)s->verified, "verify_differs",
+                     (json_int_t)s->verify_differs, "short_of_staging", (json_int_t)s->short_of_staging, "waits", "n",
+                     (json_int_t)a->waited.n, "in_all", wait_json(&a->waited), "messages", wait_json(&a->messages),
+                     "late_ranks", wait_json(&a->late), "histogram", histogram, "durations", durations);
 }
 
 /* ---- picture ---- */
@@ -222,7 +230,8 @@ void ry_report_agreed_svg(const struct ry_summary *s, FILE *f, double x, double 
     ry_report_svg_text(f, x, y + 14, 12, "start", RY_SVG_INK, text);
     snprintf(text, sizeof text, "waits for verdicts on all ranks: median %s, 90 %% within %s; messages alone %s, %s",
              ry_report_us(ry_trace_quantile(&a->waited, 0.5), m), ry_report_us(ry_trace_quantile(&a->waited, 0.9), n),
-             ry_report_us(ry_trace_quantile(&a->messages, 0.5), o), ry_report_us(ry_trace_quantile(&a->messages, 0.9), p));
+             ry_report_us(ry_trace_quantile(&a->messages, 0.5), o),
+             ry_report_us(ry_trace_quantile(&a->messages, 0.9), p));
     ry_report_svg_text(f, x, y + 32, 12, "start", RY_SVG_INK, text);
     uint64_t most = fullest(a);
     for (int k = 0; k < 2; k++) {
@@ -230,11 +239,13 @@ void ry_report_agreed_svg(const struct ry_summary *s, FILE *f, double x, double 
                 kinds[k].color);
         ry_report_svg_text(f, x + 75 * k + 15, y + 51, 11, "start", RY_SVG_FAINT, kinds[k].name);
         for (int i = first; i <= last; i++)
-            draw_count(f, x + (i - first) * step + step * (0.1 + 0.4 * k), y + 70, 0.37 * step, bins[k][i], most, kinds[k].color);
+            draw_count(f, x + (i - first) * step + step * (0.1 + 0.4 * k), y + 70, 0.37 * step, bins[k][i], most,
+                       kinds[k].color);
     }
     for (int i = first; i <= last; i++) {
         snprintf(text, sizeof text, "< %s", round_us(ry_bin_from(i + 1), m));
         ry_report_svg_text(f, x + (i - first + 0.5) * step, y + 85 + PLOT_HIGH, 10, "middle", RY_SVG_FAINT, text);
     }
-    fprintf(f, "<path d=\"M%.1f %.1fh%.1f\" stroke=\"" RY_SVG_FAINT "\"/>\n", x, y + 70 + PLOT_HIGH, step * (last - first + 1));
+    fprintf(f, "<path d=\"M%.1f %.1fh%.1f\" stroke=\"" RY_SVG_FAINT "\"/>\n", x, y + 70 + PLOT_HIGH,
+            step * (last - first + 1));
 }
