@@ -98,6 +98,7 @@ struct side {
     uint64_t number; /* exchanges made */
     unsigned char way[MOST_EXCHANGES]; /* 'p' passed on, 'e' by the engine */
     uint64_t reissued;
+    uint64_t engaged_at, engaged_by; /* number and reissued when engage() was last done */
     cudaStream_t stream;
 };
 
@@ -371,6 +372,8 @@ static inline bool engage(struct side *s, bool must, double seconds)
         if (!row)
             usleep(500);
     }
+    s->engaged_at = s->number;
+    s->engaged_by = s->reissued;
     return true;
 }
 
@@ -389,6 +392,13 @@ static inline void compare_ways(struct side *s)
 }
 
 static struct side *kept[64]; /* for ranks that exit in the middle: no leaks */
+
+/** What the driver looks for: what became of the exchanges since engage(). */
+static inline void print_result(const struct side *s)
+{
+    printf("communicator %llu: %llu exchanges, %llu reissued\n", (unsigned long long)s->tag,
+           (unsigned long long)(s->number - s->engaged_at), (unsigned long long)(s->reissued - s->engaged_by));
+}
 
 static inline struct side *new_side(ncclComm_t comm, uint64_t tag)
 {

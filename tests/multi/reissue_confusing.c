@@ -109,26 +109,28 @@ static void result(struct side *s)
 {
     compare_ways(s);
     if (s->rank == 0)
-        printf("communicator %llu: %llu exchanges, %llu reissued\n", (unsigned long long)s->tag, (unsigned long long)s->number,
-               (unsigned long long)s->reissued);
+        print_result(s);
 }
 
-/* All of it at random, on two communicators. */
+/* All of it at random, on two communicators; with new ones now and then, as those that do not fit are given up. */
 static void strays(void)
 {
-    struct side *a = new_side(world_comm(), 1), *b;
-    ncclComm_t copy;
+    ncclComm_t world = world_comm(), first, second;
     uint64_t random = 7;
-    NCCL(ncclCommSplit(a->comm, 0, who.rank, &copy, NULL));
-    b = new_side(copy, 2);
-    engage(a, true, 6);
-    engage(b, true, 6);
-    for (int i = 0; i < 300; i++)
-        one_thing(a, b, below(&random, 26));
-    result(a);
-    result(b);
-    end_side(b);
-    end_side(a);
+    for (int round = 0; round < 4; round++) {
+        NCCL(ncclCommSplit(world, 0, who.rank, &first, NULL));
+        NCCL(ncclCommSplit(world, 0, -who.rank, &second, NULL));
+        struct side *a = new_side(first, 2 * (uint64_t)round), *b = new_side(second, 2 * (uint64_t)round + 1);
+        engage(a, true, 4);
+        engage(b, true, 4);
+        for (int i = 0; i < 100; i++)
+            one_thing(a, b, below(&random, 80));
+        result(a);
+        result(b);
+        end_side(b);
+        end_side(a);
+    }
+    NCCL(ncclCommDestroy(world));
 }
 
 /* One thing that does not fit, in the middle of an engagement, on all ranks; then they engage again. */

@@ -21,8 +21,7 @@ static struct side *engaged_world(void)
 static void result(struct side *s)
 {
     if (s->rank == 0)
-        printf("communicator %llu: %llu exchanges, %llu reissued\n", (unsigned long long)s->tag, (unsigned long long)s->number,
-               (unsigned long long)s->reissued);
+        print_result(s);
 }
 
 static void result_of(struct side *s)

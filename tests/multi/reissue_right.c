@@ -22,8 +22,7 @@ static void result(struct side *s)
 {
     compare_ways(s);
     if (s->rank == 0)
-        printf("communicator %llu: %llu exchanges, %llu reissued\n", (unsigned long long)s->tag, (unsigned long long)s->number,
-               (unsigned long long)s->reissued);
+        print_result(s);
 }
 
 /* Engaged from the beginning, then all kinds at random, no rank waiting for another but by the exchanges themselves. */
@@ -131,8 +130,7 @@ static void in_threads(struct side **sides, int n)
     for (int i = 0; i < n; i++)
         pthread_join(threads[i], NULL);
     for (int i = 0; i < n; i++) {
-        printf("communicator %llu: %llu exchanges, %llu reissued\n", (unsigned long long)sides[i]->tag,
-               (unsigned long long)sides[i]->number, (unsigned long long)sides[i]->reissued);
+        print_result(sides[i]);
         end_side(sides[i]);
     }
 }

@@ -92,8 +92,8 @@ def case_verify():
         done, lines = mix(shape, {"RAILYARD_VERIFY": str(n)})
         for line in expect(lines, r"\d+ verified", len(shape)):
             hierarchical, verified = map(int, re.search(r"(\d+) hierarchical, (\d+) verified", line).groups())
-            if hierarchical != done or verified != -(-done // n):
-                fail(f"{verified} verified, {done} reissued, every {n}: {line}")
+            if hierarchical < done or verified != -(-hierarchical // n):
+                fail(f"{verified} verified, {done} of them after the beginning, every {n}: {line}")
 
 
 def case_strategies():
@@ -161,8 +161,8 @@ def confusing(case, shape, patience="0.4"):
 
 def case_strays():
     for shape in ("aabb", "abb"):
-        if not confusing("strays", shape):
-            fail("nothing was reissued")
+        if confusing("strays", shape) < 40:
+            fail("little was reissued")
 
 
 def case_again():
@@ -182,7 +182,7 @@ def case_hasty():
 def case_churn():
     out, lines = job("reissue_confusing", "churn", "abba")
     calm(lines)
-    reissued(out, 0.3)
+    reissued(out, 0.9)
 
 
 def case_crossed():
