@@ -159,6 +159,8 @@ void ry_talk_close(struct ry_talk *t)
 {
     pthread_mutex_lock(&t->lock);
     ry_agree_leave(t->agree);
+    if (t->yard) /* what the rank told it would come too late */
+        ry_yard_lost(t->yard, ry_now_ns(), t->config.rank);
     atomic_store(t->config.hold, 0);
     pthread_mutex_unlock(&t->lock);
     ry_line_close(t->line);
@@ -212,15 +214,7 @@ void ry_talk_stray(struct ry_talk *t)
     pthread_mutex_unlock(&t->lock);
 }
 
-void ry_talk_abort(struct ry_talk *t, const char *reason)
-{
-    pthread_mutex_lock(&t->lock);
-    ry_agree_fail(t->agree, reason);
-    settle(t);
-    pthread_mutex_unlock(&t->lock);
-}
-
-void ry_talk_quit(struct ry_talk *t)
+void ry_talk_leave(struct ry_talk *t)
 {
     pthread_mutex_lock(&t->lock);
     ry_agree_leave(t->agree);

@@ -332,7 +332,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     for (struct comm *c = ry_engine.comms; c; c = c->next) {
         struct reissue *r = atomic_load(&c->reissue);
         if (r)
-            ry_talk_abort(r->talk, "the process exits");
+            ry_talk_leave(r->talk);
     }
     pthread_mutex_unlock(&ry_engine.lock);
     for (int i = 0; i < 1000 && atomic_load(&ry_engine.busy); i++)

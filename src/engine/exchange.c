@@ -90,7 +90,7 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
         ry_warn("communicator %s: exchange %" PRIu64 " differs from plain NCCL in what came from rank %d, from byte %" PRIu64
                 " on: Railyard keeps off this communicator from here. Please report this",
                 c->id, bad.number, bad.peer, bad.offset);
-        ry_talk_quit(r->talk);
+        ry_talk_leave(r->talk);
         r->quit = true;
     }
     r->verified += equal;
@@ -271,7 +271,7 @@ void ry_exchange_aborting(void *handle)
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (!r || !ry_engine_enter())
         return;
-    ry_talk_abort(r->talk, "the communicator is being aborted");
+    ry_talk_leave(r->talk);
     ry_engine_leave();
 }
 
