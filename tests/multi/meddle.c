@@ -94,15 +94,18 @@ MEDDLE(ncclGroupEnd, 0, (void), (), {
         flip();
     return failing ? ncclSystemError : r;
 })
-MEDDLE(ncclSend, 1, (const void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s), (b, n, t, peer, c, s), {
-    if (fails(MEDDLE_SEND))
-        return ncclSystemError;
-})
-MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s), (b, n, t, peer, c, s), {
-    if (group.n < RECEIVES) {
-        group.receive[group.n].at = b;
-        group.receive[group.n].bytes = n * ry_nccl_type_bytes((int)t);
-        group.n++;
-    }
-})
-MEDDLE(ncclAlltoAll, 1, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s), (b, r, n, t, c, s), {})
+MEDDLE(ncclSend, 1, (const void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
+       (b, n, t, peer, c, s), {
+           if (fails(MEDDLE_SEND))
+               return ncclSystemError;
+       })
+MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
+       (b, n, t, peer, c, s), {
+           if (group.n < RECEIVES) {
+               group.receive[group.n].at = b;
+               group.receive[group.n].bytes = n * ry_nccl_type_bytes((int)t);
+               group.n++;
+           }
+       })
+MEDDLE(ncclAlltoAll, 1, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s),
+       (b, r, n, t, c, s), {})

@@ -1,11 +1,11 @@
 /*
  * reissue.h: what the tests of the engaged engine share.
  *
- * Owns: exchanges whose every byte is known (and every byte around them), in all forms; a note of how each one was carried out;
- * engaging; a rank that says where it was when its time is up. Not: the cases.
+ * Owns: exchanges whose every byte is known (and every byte around them), in all forms; a note of how each one was
+ * carried out; engaging; a rank that says where it was when its time is up. Not: the cases.
  *
- * A side is one rank of one communicator; the tests have one thread for each. All ranks make the same exchange n of a side: its
- * matrix comes from (tag, n) alone.
+ * A side is one rank of one communicator; the tests have one thread for each. All ranks make the same exchange n of a
+ * side: its matrix comes from (tag, n) alone.
  */
 #ifndef RY_TESTS_REISSUE_H
 #define RY_TESTS_REISSUE_H
@@ -94,8 +94,8 @@ static inline unsigned below(uint64_t *state, unsigned n)
 struct side {
     ncclComm_t comm;
     int n, rank;
-    uint64_t tag;    /* the communicator's, the same on all ranks */
-    uint64_t number; /* exchanges made */
+    uint64_t tag;                      /* the communicator's, the same on all ranks */
+    uint64_t number;                   /* exchanges made */
     unsigned char way[MOST_EXCHANGES]; /* 'p' passed on, 'e' by the engine */
     uint64_t reissued;
     uint64_t engaged_at, engaged_by; /* number and reissued when engage() was last done */
@@ -105,7 +105,14 @@ struct side {
 enum matrix { M_EQUAL, M_RANDOM, M_SKEWED, M_HOLES, M_ALL_TO_ONE, M_ONE_TO_ALL, M_ONE_PAIR, M_NOTHING, MATRICES };
 enum form { F_GROUP, F_SHUFFLED, F_SCATTERED, F_ONE_CALL, FORMS };
 
-enum pairs { PAIRS_ALL, PAIRS_STAR, PAIRS_RING, PAIRS_EVEN, PAIRS_ODD, PAIRS_ONE }; /* for which of them there are calls at all */
+enum pairs {
+    PAIRS_ALL,
+    PAIRS_STAR,
+    PAIRS_RING,
+    PAIRS_EVEN,
+    PAIRS_ODD,
+    PAIRS_ONE
+}; /* for which of them there are calls at all */
 
 struct exchange {
     enum matrix matrix;
@@ -156,7 +163,7 @@ static inline unsigned cell(const struct side *s, const struct exchange *x, uint
         return some;
     case M_SKEWED: /* most of it to few */
         return own % 7 ? some / 64 : some;
-    case M_HOLES:  /* a zero row, a zero column and more */
+    case M_HOLES: /* a zero row, a zero column and more */
         return (uint64_t)i == chosen || (uint64_t)j == (chosen * 7 + 1) % (uint64_t)s->n || own % 3 == 0 ? 0 : some;
     case M_ALL_TO_ONE:
         return (uint64_t)j == chosen ? some : 0;
@@ -188,7 +195,8 @@ struct buffers {
 };
 
 /* Where segments lie: packed in rank order as frameworks do it, or in another order with gaps. */
-static inline size_t lay_out(const struct side *s, const struct exchange *x, uint64_t *random, const size_t *bytes, size_t *at)
+static inline size_t lay_out(const struct side *s, const struct exchange *x, uint64_t *random, const size_t *bytes,
+                             size_t *at)
 {
     int order[64];
     size_t end = 0, size = type_bytes(x->type);
@@ -243,14 +251,16 @@ static inline void check_buffers(struct side *s, const struct exchange *x, struc
         unsigned char *from = b->recv + b->recv_at[p];
         for (size_t k = 0; k < b->recv_n[p]; k++) {
             CHECK(from[k] == content(key, k),
-                  "exchange %llu (%c) of communicator %llu, matrix %d, form %d, type %d: byte %zu of %zu from rank %d is %02x, not %02x",
+                  "exchange %llu (%c) of communicator %llu, matrix %d, form %d, type %d: byte %zu of %zu from rank %d "
+                  "is %02x, not %02x",
                   number, s->way[number], tag, (int)x->matrix, (int)x->form, (int)x->type, k, b->recv_n[p], p, from[k],
                   content(key, k));
             from[k] = GUARD;
         }
     }
     for (size_t k = 0; k < b->recv_bytes + 8; k++)
-        CHECK(b->recv[k] == GUARD, "exchange %llu of communicator %llu: byte %zu, of no segment, was written", number, tag, k);
+        CHECK(b->recv[k] == GUARD, "exchange %llu of communicator %llu: byte %zu, of no segment, was written", number,
+              tag, k);
 }
 
 static inline void free_buffers(struct buffers *b)
@@ -293,7 +303,8 @@ static inline void watch_way(void)
     memset(&meddle_counts, 0, sizeof meddle_counts);
 }
 
-/** How it went since watch_way(). A rank that has nothing to send or receive may do nothing at all in a reissued exchange. */
+/** How it went since watch_way(). A rank that has nothing to send or receive may do nothing at all in a reissued
+ * exchange. */
 static inline void note_way(struct side *s, const struct buffers *b, ncclResult_t r)
 {
     CHECK(b->number < MOST_EXCHANGES, "more exchanges than can be remembered");
@@ -340,7 +351,8 @@ static inline bool exchange(struct side *s, const struct exchange *x)
 static inline struct exchange random_exchange(const struct side *s)
 {
     uint64_t random = mix(s->tag * 7 + s->number * 1299709);
-    struct exchange x = {.matrix = below(&random, MATRICES), .form = below(&random, FORMS), .type = below(&random, TYPES)};
+    struct exchange x = {
+        .matrix = below(&random, MATRICES), .form = below(&random, FORMS), .type = below(&random, TYPES)};
     unsigned kind = below(&random, 20);
     x.most = kind == 0 ? 40000 / SLOW : kind < 4 ? 3000 : kind < 12 ? 200 : below(&random, 17);
     return x;
@@ -351,12 +363,14 @@ static const struct exchange usual = {.matrix = M_EQUAL, .form = F_GROUP, .type 
 static inline bool all_agree(struct side *s, bool mine)
 {
     int v = mine;
-    AT("the all-reduce after exchange %llu of communicator %llu", (unsigned long long)s->number, (unsigned long long)s->tag);
+    AT("the all-reduce after exchange %llu of communicator %llu", (unsigned long long)s->number,
+       (unsigned long long)s->tag);
     NCCL(ncclAllReduce(&v, &v, 1, ncclInt, ncclMin, s->comm, s->stream));
     return v;
 }
 
-/** Exchanges until all ranks have been engaged for three in a row; fails, or returns false if `must` is not set, after a while. */
+/** Exchanges until all ranks have been engaged for three in a row; fails, or returns false if `must` is not set, after
+ * a while. */
 static inline bool engage(struct side *s, bool must, double seconds)
 {
     uint64_t began = ry_now_ns();
@@ -386,8 +400,8 @@ static inline void compare_ways(struct side *s)
     NCCL(ncclAllGather(s->way, all, MOST_EXCHANGES, ncclUint8, s->comm, s->stream));
     for (int p = 0; p < s->n; p++)
         for (uint64_t i = 0; i < s->number; i++)
-            CHECK(all[(size_t)p * MOST_EXCHANGES + i] == s->way[i], "exchange %llu went %c here and %c on rank %d", (unsigned long long)i,
-                  s->way[i], all[(size_t)p * MOST_EXCHANGES + i], p);
+            CHECK(all[(size_t)p * MOST_EXCHANGES + i] == s->way[i], "exchange %llu went %c here and %c on rank %d",
+                  (unsigned long long)i, s->way[i], all[(size_t)p * MOST_EXCHANGES + i], p);
     free(all);
 }
 

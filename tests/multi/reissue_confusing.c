@@ -1,8 +1,10 @@
 /*
- * reissue_confusing.c: programs whose traffic is no exchange, or looks like one on some ranks only, or comes in another order on
- * each rank, while the engine is engaged: right bytes, no rank on another way than the others, no wait without end.
+ * reissue_confusing.c: programs whose traffic is no exchange, or looks like one on some ranks only, or comes in another
+ * order on each rank, while the engine is engaged: right bytes, no rank on another way than the others, no wait without
+ * end.
  *
- * usage: reissue_confusing CASE SHAPE   as reissue_right. Sizes are equal everywhere, so that a mix-up would not show but by content.
+ * usage: reissue_confusing CASE SHAPE   as reissue_right. Sizes are equal everywhere, so that a mix-up would not show
+ * but by content.
  */
 #include "reissue.h"
 
@@ -21,8 +23,8 @@ static void two_at_once(struct side *a, const struct exchange *x, struct side *b
     struct buffers p, q;
     make_buffers(a, x, &p);
     make_buffers(b, y, &q);
-    AT("two at once: %llu of communicator %llu and %llu of %llu", (unsigned long long)p.number, (unsigned long long)a->tag,
-       (unsigned long long)q.number, (unsigned long long)b->tag);
+    AT("two at once: %llu of communicator %llu and %llu of %llu", (unsigned long long)p.number,
+       (unsigned long long)a->tag, (unsigned long long)q.number, (unsigned long long)b->tag);
     watch_way();
     NCCL(ncclGroupStart());
     NCCL(issue(a, x, &p));
@@ -79,7 +81,8 @@ static void pipeline(struct side *s)
 
 static void one_thing(struct side *a, struct side *b, unsigned what)
 {
-    struct exchange star = with(PAIRS_STAR), ring = with(PAIRS_RING), even = with(PAIRS_EVEN), odd = with(PAIRS_ODD), one = with(PAIRS_ONE);
+    struct exchange star = with(PAIRS_STAR), ring = with(PAIRS_RING), even = with(PAIRS_EVEN), odd = with(PAIRS_ODD),
+                    one = with(PAIRS_ONE);
     switch (what) {
     case 0:
         return pipeline(a);
@@ -220,9 +223,10 @@ static void *hasty_thread(void *arg)
 {
     struct side *s = arg;
     engage(s, true, 8);
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < 40; i++) {
         uint64_t random = mix(s->tag * 77 + (uint64_t)i);
-        bool late = below(&random, 5) == 0 && (int)below(&random, (unsigned)s->n) == s->rank, stray = mix(s->tag * 99 + (uint64_t)i) % 12 == 0;
+        bool late = below(&random, SLOW == 1 ? 5 : 10) == 0 && (int)below(&random, (unsigned)s->n) == s->rank,
+             stray = mix(s->tag * 99 + (uint64_t)i) % 12 == 0;
         if (late)
             usleep((unsigned)(atof(getenv("RAILYARD_PATIENCE")) * 1e6) - 3000 + below(&random, 6000));
         if (stray)
@@ -274,7 +278,8 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"strays", strays}, {"again", again}, {"drift", drift}, {"crossed", crossed}, {"hasty", hasty}, {"churn", churn}};
+    } cases[] = {{"strays", strays},   {"again", again}, {"drift", drift},
+                 {"crossed", crossed}, {"hasty", hasty}, {"churn", churn}};
     start_reissue(15);
     CHECK(argc == 3, "which case, which shape?");
     take_shape(argv[2]);

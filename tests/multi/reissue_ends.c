@@ -1,6 +1,6 @@
 /*
- * reissue_ends.c: what goes wrong around an engaged communicator: aborts, ranks that die, stop, exit or fork, failures of NCCL, a
- * byte that arrives wrong.
+ * reissue_ends.c: what goes wrong around an engaged communicator: aborts, ranks that die, stop, exit or fork, failures
+ * of NCCL, a byte that arrives wrong.
  *
  * usage: reissue_ends CASE SHAPE [RANK]   as reissue_right; RANK: to whom it happens
  */
@@ -64,7 +64,8 @@ static void wait_is_over(uint64_t since, double seconds, const char *what)
         usleep(1000);
     CHECK(atomic_load(&waiting.over), "the thread still waits 8 s after %s", what);
     pthread_join(waiting.thread, NULL);
-    double took = waiting.ended > since ? (double)(waiting.ended - since) * 1e-9 : 0; /* NCCL may have ended it before */
+    double took =
+        waiting.ended > since ? (double)(waiting.ended - since) * 1e-9 : 0; /* NCCL may have ended it before */
     CHECK(took < seconds * SLOW, "the wait ended %.3f s after %s", took, what);
     free_buffers(&waiting.b);
 }
@@ -93,8 +94,8 @@ static void aborted(void)
     EXPECT(ncclSuccess, ncclCommAbort(s->comm));
 }
 
-/* The others wait in an exchange that the victim never comes to: it aborts. Their waits for the verdict end at once, and what
-   they wait for in NCCL is theirs to abort. */
+/* The others wait in an exchange that the victim never comes to: it aborts. Their waits for the verdict end at once,
+   and what they wait for in NCCL is theirs to abort. */
 static void left_alone(void)
 {
     struct side *s = engaged_world();
@@ -234,7 +235,8 @@ static void stopped(void)
     for (uint64_t i = before; i < s->number; i++)
         direct += s->way[i] == 'p';
     if (s->rank == 0)
-        printf("%llu direct after rank %d was stopped, the first in %.2f s\n", (unsigned long long)direct, victim, waited);
+        printf("%llu direct after rank %d was stopped, the first in %.2f s\n", (unsigned long long)direct, victim,
+               waited);
     engage(s, true, 4);
     result_of(s);
     end_side(s);
@@ -269,7 +271,8 @@ static void corrupted(void)
     for (int i = 0; i < 100; i++)
         exchange(s, &large);
     compare_ways(s);
-    CHECK(s->reissued == engaged, "%llu exchanges were reissued after a mismatch", (unsigned long long)(s->reissued - engaged));
+    CHECK(s->reissued == engaged, "%llu exchanges were reissued after a mismatch",
+          (unsigned long long)(s->reissued - engaged));
     result(s);
     end_side(s);
 }
@@ -313,6 +316,7 @@ static void exiting(void)
     AT("exit");
     if (s->rank == victim) {
         start_waiting(s, &large);
+        pthread_detach(waiting.thread);
         usleep(100000);
     }
     exit(0);
@@ -363,9 +367,9 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"aborted", aborted},     {"left_alone", left_alone}, {"killed", killed}, {"killed_any", killed_any},  {"stopped", stopped},
-                 {"corrupted", corrupted}, {"refused", refused},       {"exiting", exiting}, {"forking", forking},
-                 {"staging", staging}};
+    } cases[] = {{"aborted", aborted}, {"left_alone", left_alone}, {"killed", killed},   {"killed_any", killed_any},
+                 {"stopped", stopped}, {"corrupted", corrupted},   {"refused", refused}, {"exiting", exiting},
+                 {"forking", forking}, {"staging", staging}};
     start_reissue(15);
     CHECK(argc >= 3, "which case, which shape?");
     take_shape(argv[2]);

@@ -1,8 +1,10 @@
 /*
- * reissue_right.c: exchanges of all kinds while the engine is engaged: every byte right, all ranks the same way each time.
+ * reissue_right.c: exchanges of all kinds while the engine is engaged: every byte right, all ranks the same way each
+ * time.
  *
- * usage: reissue_right CASE SHAPE [NUMBER [SECONDS]]   SHAPE: a letter per rank, its node ("aabbb"), or - for the launcher's
- * The driver (reissue_test.py) says which settings apply, and reads what is printed: how many exchanges the engine did.
+ * usage: reissue_right CASE SHAPE [NUMBER [SECONDS]]   SHAPE: a letter per rank, its node ("aabbb"), or - for the
+ * launcher's The driver (reissue_test.py) says which settings apply, and reads what is printed: how many exchanges the
+ * engine did.
  */
 #include "capture.h"
 #include "reissue.h"
@@ -54,7 +56,8 @@ static void in_place(void)
     for (int i = 0; i < 40; i++) {
         odd.in_place = who.rank == i % (who.world + 1);
         bool mine = exchange(s, &odd), all_plain = i % (who.world + 1) < who.world;
-        CHECK(mine == !all_plain, "exchange %d: %s", i, mine ? "reissued although a rank cannot" : "direct although all can");
+        CHECK(mine == !all_plain, "exchange %d: %s", i,
+              mine ? "reissued although a rank cannot" : "direct although all can");
     }
     result(s);
     end_side(s);
@@ -163,7 +166,8 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"mix", mix_of_all}, {"plain", plain}, {"in_place", in_place}, {"captured", captured}, {"types", types}, {"threads", threads}, {"init_all", init_all}};
+    } cases[] = {{"mix", mix_of_all}, {"plain", plain},     {"in_place", in_place}, {"captured", captured},
+                 {"types", types},    {"threads", threads}, {"init_all", init_all}};
     start_reissue(15);
     CHECK(argc >= 3, "which case, which shape?");
     take_shape(argv[2]);

@@ -1,9 +1,10 @@
 /*
  * capture.h: a stream captured into a graph, as far as NCCL is concerned.
  *
- * Owns: the emulated cluster's stand-in for cudaStreamBeginCapture and what follows it, which a CUDA runtime would offer. Between
- * begin and end, NCCL's operations on that stream are noted, not run: the calls return at once, whatever other ranks do. Launching
- * the graph runs them, group by group, as often as wanted. Found by name in libnccl.so.2, like railyard_emu_version(). Any thread.
+ * Owns: the emulated cluster's stand-in for cudaStreamBeginCapture and what follows it, which a CUDA runtime would
+ * offer. Between begin and end, NCCL's operations on that stream are noted, not run: the calls return at once, whatever
+ * other ranks do. Launching the graph runs them, group by group, as often as wanted. Found by name in libnccl.so.2,
+ * like railyard_emu_version(). Any thread.
  */
 #ifndef RY_EMU_CAPTURE_H
 #define RY_EMU_CAPTURE_H
