@@ -75,9 +75,10 @@ struct ry_exchange {
  * The head of what comm_created() returns: the engine's part that the preload reads on every group, without a call.
  * hold: from the next group on, keep p2p calls back until the outermost ncclGroupEnd and offer the exchange to
  * exchange_take(). A group that turns out to be no exchange is passed on in the job's order.
+ * wants: exchanges are to be told of at all; where it is 0 they cost what plain groups do.
  */
 struct ry_comm_face {
-    _Atomic uint32_t hold;
+    _Atomic uint32_t hold, wants;
 };
 
 /* What the preload counts by itself on each communicator, handed over when it ends. */

@@ -74,10 +74,12 @@ struct running {
     struct ry_exchange x;
 };
 
-/* While paused the engine sees nothing, but what the other ranks may wait for. */
+/* The engine sees nothing where it does not want to, and while paused, but what the other ranks may wait for. */
 static inline bool unseen(const struct ry_comm *c)
 {
-    return atomic_load_explicit(&ry_group_paused, memory_order_relaxed) && !ry_group_wanted(c);
+    const struct ry_comm_face *face = c->engine;
+    return !atomic_load_explicit(&face->wants, memory_order_relaxed) ||
+           (atomic_load_explicit(&ry_group_paused, memory_order_relaxed) && !ry_group_wanted(c));
 }
 
 static inline void tell_begin(struct ry_group *g, struct running *run)

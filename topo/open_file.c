@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -74,14 +75,28 @@ fail:
     return NULL;
 }
 
+/* Both kinds of file are UTF-8. Told of other encodings libxml2 hands the text to iconv, some of which crash on what is not theirs
+   (a damaged "UTF-8" is easily "UTF-7"). */
+static bool other_encoding(const char *text, size_t len)
+{
+    const char *end = len > 5 && !strncmp(text, "<?xml", 5) ? memchr(text, '>', len) : NULL;
+    const char *at = end ? memmem(text, (size_t)(end - text), "encoding", 8) : NULL;
+    if (!at)
+        return false;
+    at += 8 + strspn(at + 8, " \t\r\n=\"'");
+    return strncasecmp(at, "UTF-8", 5) && strncasecmp(at, "US-ASCII", 8) && strncasecmp(at, "ASCII", 5);
+}
+
 static xmlDoc *parse(const char *path, const char *text, size_t len, struct ry_err *err)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, xmlInitParser);
+    if (other_encoding(text, len))
+        return ry_fail(err, "%s is in another encoding than UTF-8: is it damaged?", path), NULL;
     xmlParserCtxt *ctxt = xmlNewParserCtxt();
     if (!ctxt)
         return ry_fail(err, "%s: no memory", path), NULL;
-    xmlDoc *doc = xmlCtxtReadMemory(ctxt, text, (int)len, NULL, NULL,
+    xmlDoc *doc = xmlCtxtReadMemory(ctxt, text, (int)len, NULL, "UTF-8",
                                     XML_PARSE_NONET | XML_PARSE_NOERROR | XML_PARSE_NOWARNING | XML_PARSE_NOBLANKS);
     if (!doc) {
         const xmlError *e = xmlCtxtGetLastError(ctxt);

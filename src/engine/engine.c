@@ -232,6 +232,7 @@ static void *comm_created(const struct ry_comm_info *info)
     c->seat.able = ry_reissue_able(info);
     if (ry_engine.record)
         c->record = begin_recording(c, parent);
+    atomic_store(&c->face.wants, c->record != NULL);
     pthread_mutex_lock(&ry_engine.lock);
     c->next = ry_engine.comms;
     ry_engine.comms = c;

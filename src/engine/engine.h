@@ -62,7 +62,6 @@ struct comm {
     struct ry_ticket ticket; /* where this communicator's ranks meet, and its children's */
     struct ry_seat seat;
     struct ry_row_width rows;
-    _Atomic uint64_t exchanges;
     struct ry_record_comm *record;
     _Atomic(struct reissue *) reissue;
     struct reissue_counts counts; /* from ry_reissue_close() on */

@@ -123,6 +123,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
     if (!(r->talk = ry_talk_open(&talk, &err)))
         goto failed;
     atomic_store(&c->reissue, r);
+    atomic_store(&c->face.wants, 1);
     return true;
 failed:
     ry_warn("communicator %s stays on plain NCCL: %s", c->id, err.msg);

@@ -45,6 +45,7 @@ static void *comm_created(const struct ry_comm_info *info)
     if (!c)
         return NULL;
     c->nccl = info->nccl;
+    atomic_store(&c->face.wants, 1);
     pthread_mutex_lock(&engine.lock);
     c->next = engine.comms;
     engine.comms = c;

@@ -549,6 +549,8 @@ START_TEST(broken_files)
     refused(in(data, "not-a-topology.xml"), "<html>");
     refused_text("", "empty");
     refused_text("hello", "no readable XML");
+    refused_text("<?xml version=\"1.0\" encoding=\"UTF-7\"?>\n<topology version=\"2.0\"/>", "UTF-8");
+    refused_text("<?xml version=\"1.0\" encoding", "XML");
     refused_text("<topology version=\"2.0\"/>", "0 objects");
     refused_text("<topology version=\"3.0\"/>", "0 objects");
     refused_text("<topology version=\"9.0\"><object type=\"Machine\"/></topology>", "version");
