@@ -43,6 +43,10 @@ struct reissue {
     struct ry_waits messages; /* the same without the waiting for other ranks: what agreeing itself takes */
     _Atomic uint64_t measured; /* 1 + the latest exchange whose duration is known, and that */
     _Atomic double measured_us;
+    _Atomic uint64_t measured_bytes;
+    struct {
+        _Atomic uint64_t number, bytes;
+    } moved[64]; /* what the latest timed exchanges had this rank move, until their duration is known */
     uint64_t carried_out[RY_STRATEGIES], verified;
 };
 

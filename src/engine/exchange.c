@@ -26,6 +26,7 @@ static __thread struct {
     uint64_t number, wall_ns;
     struct ry_sample *sample;
     bool captured;
+    bool timed; /* the yardmaster wants to know how long it takes */
     const char *strategy; /* NULL: not agreed on */
     bool verify;
     double waited_us, late_us; /* for the verdict; of it for other ranks */
@@ -43,7 +44,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = false;
+    now.captured = now.timed = false;
     now.strategy = NULL;
     now.verify = false;
     now.waited_us = now.late_us = 0;
@@ -57,7 +58,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
 /* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
 static void start_clock(const struct comm *c, const struct ry_exchange *x)
 {
-    if (ry_engine.sampler && !now.captured && now.number % ry_engine.settings.sample == 0)
+    if (ry_engine.sampler && !now.captured && (now.timed || now.number % ry_engine.settings.sample == 0))
         now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
 }
 
@@ -113,6 +114,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     if (able)
         grow_staging(c, r, x->stream);
     side.measured_us = atomic_load(&r->measured_us);
+    side.measured_bytes = atomic_load(&r->measured_bytes);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.staging = ry_run_staging(r->runner);
     for (int i = 0; i < RY_STRATEGIES; i++)
@@ -161,6 +163,23 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
     return ry_plan_build(&in, err);
 }
 
+/* What the yardmaster wants besides. */
+static void obey(struct reissue *r, const struct ry_verdict *verdict)
+{
+    struct ry_order order = {0};
+    uint64_t sent = 0, got = 0;
+    if (verdict->extra_bytes >= sizeof order)
+        memcpy(&order, verdict->extra, sizeof order);
+    r->staging_wanted = order.staging_wanted;
+    now.timed = order.timed;
+    for (int p = 0; p < r->map->nranks; p++) {
+        sent += r->send[p];
+        got += r->recv[p];
+    }
+    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
+    atomic_store(&r->moved[now.number % 64].number, now.number + 1);
+}
+
 static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                       const struct ry_verdict *verdict, int *result)
 {
@@ -191,8 +210,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
         if (agree(c, r, x, &b, &verdict)) {
             now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
             now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
-            if (verdict.extra_bytes >= sizeof(struct ry_order))
-                memcpy(&r->staging_wanted, verdict.extra, sizeof r->staging_wanted);
+            obey(r, &verdict);
             taken = verdict.strategy != RY_DIRECT;
             if (taken)
                 carry_out(c, r, x, &b, &verdict, result);
@@ -215,8 +233,9 @@ static void exchange_took(void *context, uint64_t number, double us)
     struct reissue *r = atomic_load(&c->reissue);
     if (c->record)
         ry_record_duration(ry_engine.record, c->record, number, us);
-    if (r) { /* goes to the yardmaster with the next manifest */
+    if (r && atomic_load(&r->moved[number % 64].number) == number + 1) { /* goes to the yardmaster with the next manifest */
         atomic_store(&r->measured_us, us);
+        atomic_store(&r->measured_bytes, atomic_load(&r->moved[number % 64].bytes));
         atomic_store(&r->measured, number + 1);
     }
 }

@@ -9,15 +9,19 @@
 
 #include "base/log.h"
 
-#define MARGIN 0.05   /* a strategy must promise as much over direct */
-#define ACCOUNT 64    /* engaged exchanges after which it is asked whether agreeing still pays */
-#define RECENT 64     /* choices remembered until their duration is known */
+#define MARGIN 0.05       /* a strategy must promise as much over direct */
+#define ACCOUNT 64        /* engaged exchanges after which it is asked whether agreeing still pays */
+#define RECENT 256        /* choices remembered until their duration is known */
+#define CHEAP 0.02        /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define TRIES 6           /* exchanges measured of each strategy to find out, */
+#define MOST_TRIES 64     /* and made at most for that */
 
+/* A choice, until it is known how long it took. */
 struct recent {
     uint64_t number, busiest;
     enum ry_strategy strategy;
     double us;    /* the model's own estimate, without the agreement */
-    double least; /* duration measured by those who reported */
+    double least; /* duration measured by those who reported and had much to do */
     int reported; /* ranks */
 };
 
@@ -29,6 +33,8 @@ struct ry_chooser {
     double saved_us; /* since the account was opened: what plain NCCL would have taken, less what was chosen */
     int accounted;
     uint64_t reissued; /* exchanges, for verify */
+    bool timed;        /* the exchange being decided is to be timed */
+    uint8_t tried[RY_COST_CLASSES]; /* exchanges made to find out, by size class; MOST_TRIES: it is known */
     struct recent recent[RECENT];
     uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
@@ -71,9 +77,10 @@ static void learn(struct ry_chooser *c)
         struct recent *k = &c->recent[(s->measured - 1) % RECENT];
         if (k->number != s->measured - 1)
             continue;
-        if (s->measured_us > 0 && s->measured_us < k->least)
+        k->reported++;
+        if (s->measured_us > 0 && s->measured_us < k->least && 2 * s->measured_bytes >= k->busiest)
             k->least = s->measured_us;
-        if (++k->reported == n)
+        if (k->reported == n)
             ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
     }
     if (agreement > 0)
@@ -82,11 +89,54 @@ static void learn(struct ry_chooser *c)
 
 static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
 {
-    c->recent[number % RECENT] = (struct recent){.number = number,
-                                                 .busiest = ry_cost_busiest(c->config.map, c->loads),
-                                                 .strategy = choice->strategy,
-                                                 .us = choice->model_us[choice->strategy] - c->config.model.agreement_us,
-                                                 .least = INFINITY};
+    struct recent *k = &c->recent[number % RECENT];
+    if (k->reported < c->config.map->nranks && 2 * k->reported > c->config.map->nranks) /* the others never will */
+        ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+    *k = (struct recent){.number = number,
+                         .busiest = ry_cost_busiest(c->config.map, c->loads),
+                         .strategy = choice->strategy,
+                         .us = choice->model_us[choice->strategy] - c->config.model.agreement_us,
+                         .least = INFINITY};
+}
+
+/* ---- finding out ---- */
+
+/*
+ * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs next to nothing, each
+ * strategy is therefore tried a few times in every size class, once, and measured.
+ */
+static int size_class(const struct ry_chooser *c)
+{
+    uint64_t busiest = ry_cost_busiest(c->config.map, c->loads);
+    return busiest ? 63 - __builtin_clzll(busiest) : 0;
+}
+
+static bool unknown(const struct ry_chooser *c, const struct ry_choice *choice)
+{
+    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
+    return c->config.map->nnodes > 1 && c->tried[size_class(c)] < MOST_TRIES &&
+           c->config.model.agreement_us <= CHEAP * plain;
+}
+
+/* The strategy measured least often, if there is one to find out about; false: all are known. */
+static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
+{
+    int class = size_class(c), least = RY_DIRECT;
+    if (!unknown(c, choice))
+        return false;
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        if (c->learned.at[s][class].samples < c->learned.at[least][class].samples)
+            least = s;
+    if (c->learned.at[least][class].samples >= TRIES) {
+        c->tried[class] = MOST_TRIES;
+        return false;
+    }
+    /* Durations come late: take turns, rather than wait for the last one's. */
+    choice->strategy = c->tried[class] < RY_STRATEGIES * TRIES ? c->tried[class] % RY_STRATEGIES : (enum ry_strategy)least;
+    c->tried[class]++;
+    snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", c->tried[class],
+             (1ull << class) >> 10);
+    return true;
 }
 
 /* Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ. */
@@ -146,9 +196,10 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
+    bool ask = !yes && unknown(c, &choice);
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
-           yes ? "worth agreeing on" : "not worth agreeing on", choice.why, plain);
-    return yes;
+           yes ? "worth agreeing on" : ask ? "worth finding out" : "not worth agreeing on", choice.why, plain);
+    return yes || ask;
 }
 
 /* Staging memory: what each rank still needs for the strategy goes to c->need. True if nobody needs any more. */
@@ -187,6 +238,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     find_relayed(c, x->matrix);
     ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, c->relayed, MARGIN);
     int forced = atomic_load(c->config.forced);
+    bool trial = forced < 0 && find_out(c, &choice);
+    c->timed = trial || choice.trial;
     if (forced >= 0) {
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
         choice.strategy = (enum ry_strategy)forced;
@@ -200,7 +253,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     }
     remember(c, x->number, &choice);
     c->counts.chosen[choice.strategy]++;
-    *last = !pays(c, &choice) && forced < 0;
+    *last = !trial && !pays(c, &choice) && forced < 0;
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
@@ -212,10 +265,10 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 {
     struct ry_chooser *c = context;
     const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
-    struct ry_order order = {.staging_wanted = c->need[rank]};
+    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed};
     size_t cells = (size_t)s->nrows * (size_t)s->ncols;
     *size = 0;
-    if (strategy == RY_DIRECT && !order.staging_wanted)
+    if (strategy == RY_DIRECT && !order.staging_wanted && !order.timed)
         return NULL;
     memcpy(c->order, &order, sizeof order);
     uint64_t *cell = (uint64_t *)(c->order + sizeof order);

@@ -20,12 +20,14 @@ struct ry_side {
     uint64_t pack[RY_STRATEGIES]; /* staging that it needs for what it packs itself: ry_plan_stage_pack() */
     uint64_t measured;            /* 1 + the latest exchange that was timed here, 0: none yet */
     double measured_us;           /* how long that took on the device */
+    uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
 };
 
 /* What a verdict adds, followed by the cells of the rank's slice (none for direct). */
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
+    uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */
 };
 
 struct ry_policy_config {

@@ -1,0 +1,333 @@
+/*
+ * test_policy.c: what the yardmaster decides by (src/engine/policy.h), asked as the agreement asks it, in a small world where
+ * each strategy takes as long as the test says.
+ */
+#include <check.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/policy.h"
+
+enum { NODES = 2, GPUS = 4, RANKS = NODES * GPUS };
+
+static struct ry_cluster *map;
+static struct ry_chooser *chooser;
+static struct ry_policy policy;
+static _Atomic int forced;
+static struct ry_side sides[RANKS];
+static uint64_t matrix[RANKS * RANKS], number;
+static double takes_us[RY_STRATEGIES]; /* the truth */
+static int went[RY_STRATEGIES];
+static bool last, verify;
+
+/* Made by what a test would change of it. */
+static void begin(uint64_t verify_every, uint64_t staging_limit, double agreement_us)
+{
+    struct ry_seat seats[RANKS];
+    struct ry_err err;
+    memset(seats, 0, sizeof seats);
+    for (int r = 0; r < RANKS; r++) {
+        seats[r] = (struct ry_seat){.version = RY_SEAT_VERSION, .rank = r, .able = 1};
+        snprintf(seats[r].node, sizeof seats[r].node, "node%d", r / GPUS);
+    }
+    map = ry_cluster_build(seats, RANKS, &err);
+    ck_assert_ptr_nonnull(map);
+    struct ry_policy_config config = {
+        .map = map, .forced = &forced, .verify = verify_every, .staging_limit = staging_limit, .name = "test"};
+    ry_cost_guess(&config.model, map);
+    config.model.agreement_us = agreement_us;
+    chooser = ry_chooser_new(&config, &err);
+    ck_assert_msg(chooser != NULL, "%s", err.msg);
+    policy = ry_chooser_policy(chooser);
+    atomic_store(&forced, -1);
+    memset(sides, 0, sizeof sides);
+    memset(went, 0, sizeof went);
+    number = 0;
+}
+
+static void end(void)
+{
+    ry_chooser_free(chooser);
+    ry_cluster_free(map);
+}
+
+/* Everybody sends everybody `bytes`. */
+static void uniform(uint64_t bytes, uint64_t staging)
+{
+    uint64_t row[RANKS];
+    for (int i = 0; i < RANKS; i++)
+        row[i] = bytes;
+    for (int i = 0; i < RANKS * RANKS; i++)
+        matrix[i] = bytes;
+    for (int r = 0; r < RANKS; r++) {
+        ry_load_of(&sides[r].load, map, r, row, row);
+        sides[r].staging = staging;
+        for (int s = 0; s < RY_STRATEGIES; s++)
+            sides[r].pack[s] = 0;
+    }
+}
+
+static struct ry_agreed agreed(const void **extra, size_t *bytes)
+{
+    for (int r = 0; r < RANKS; r++) {
+        extra[r] = &sides[r];
+        bytes[r] = sizeof sides[r];
+    }
+    return (struct ry_agreed){
+        .number = number, .nranks = RANKS, .matrix = matrix, .extra = extra, .extra_bytes = bytes};
+}
+
+static bool worth(void)
+{
+    const void *extra[RANKS];
+    size_t bytes[RANKS];
+    agreed(extra, bytes);
+    return policy.worth(policy.context, number, extra, bytes);
+}
+
+static struct ry_order order_of(int strategy, int rank, const uint64_t **cells, size_t *ncells)
+{
+    const void *extra[RANKS];
+    size_t bytes[RANKS], size;
+    struct ry_agreed x = agreed(extra, bytes);
+    struct ry_order order = {0};
+    const char *p = policy.slice(policy.context, &x, strategy, rank, &size);
+    *ncells = 0;
+    if (!p)
+        return order;
+    ck_assert_uint_ge(size, sizeof order);
+    memcpy(&order, p, sizeof order);
+    *cells = (const uint64_t *)(p + sizeof order);
+    *ncells = (size - sizeof order) / sizeof **cells;
+    return order;
+}
+
+/* One engaged exchange: chosen, carried out, and its duration told by all ranks. Rank 0 was early and waited. */
+static int exchange(void)
+{
+    const void *extra[RANKS];
+    size_t bytes[RANKS], ncells;
+    const uint64_t *cells;
+    struct ry_agreed x = agreed(extra, bytes);
+    verify = last = false;
+    int s = policy.choose(policy.context, &x, &verify, &last);
+    ck_assert_int_ge(s, 0);
+    ck_assert_int_lt(s, RY_STRATEGIES);
+    went[s]++;
+    bool timed = order_of(s, 0, &cells, &ncells).timed;
+    for (int r = 0; (timed || number % 8 == 0) && r < RANKS; r++) {
+        sides[r].measured = number + 1;
+        sides[r].measured_us = takes_us[s] * (r ? 1 : 3);
+        sides[r].measured_bytes = matrix[r] * RANKS;
+    }
+    number++;
+    return s;
+}
+
+START_TEST(forced_is_obeyed)
+{
+    begin(0, 1 << 30, 50);
+    uniform(1000, 1 << 20);
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        atomic_store(&forced, s);
+        ck_assert(worth());
+        for (int i = 0; i < 300; i++) {
+            ck_assert_int_eq(exchange(), s);
+            ck_assert(!last); /* whatever it costs */
+        }
+    }
+    end();
+}
+END_TEST
+
+START_TEST(staging_comes_first)
+{
+    begin(0, 1 << 30, 50);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    uniform(1000, 0);
+    const uint64_t *cells;
+    size_t n;
+    ck_assert_int_eq(exchange(), RY_DIRECT);
+    for (int r = 0; r < RANKS; r++) {
+        uint64_t wanted = order_of(RY_DIRECT, r, &cells, &n).staging_wanted;
+        ck_assert_uint_eq(wanted, ry_plan_stage_relay(map, r, RY_HIERARCHICAL, matrix));
+        ck_assert_uint_gt(wanted, 0);
+        ck_assert_uint_eq(n, 0);
+        sides[r].staging = wanted;
+    }
+    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+    sides[5].pack[RY_HIERARCHICAL] = 1; /* it must pack besides */
+    ck_assert_int_eq(exchange(), RY_DIRECT);
+    ck_assert_uint_eq(order_of(RY_DIRECT, 5, &cells, &n).staging_wanted, sides[5].staging + 1);
+    ck_assert_uint_eq(order_of(RY_DIRECT, 4, &cells, &n).staging_wanted, 0);
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_eq(counts.short_of_staging, 2);
+    ck_assert_uint_eq(counts.chosen[RY_HIERARCHICAL], 1);
+    end();
+    /* never asked for more than a rank may hold */
+    begin(0, 100, 50);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    uniform(1000, 0);
+    ck_assert_int_eq(exchange(), RY_DIRECT);
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_uint_eq(order_of(RY_DIRECT, r, &cells, &n).staging_wanted, 0);
+    end();
+}
+END_TEST
+
+START_TEST(slices_are_the_ranks_own)
+{
+    begin(0, 1 << 30, 50);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    uniform(1000, 1 << 20);
+    for (int i = 0; i < RANKS * RANKS; i++)
+        matrix[i] = 100 + (uint64_t)i;
+    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+    for (int r = 0; r < RANKS; r++) {
+        const uint64_t *cells;
+        size_t n;
+        struct ry_slice s;
+        order_of(RY_HIERARCHICAL, r, &cells, &n);
+        ck_assert_int_eq(ry_slice_init(&s, map, r, RY_HIERARCHICAL, NULL), 0);
+        ck_assert_uint_eq(n, (size_t)s.nrows * (size_t)s.ncols);
+        ck_assert_uint_gt(n, 0);
+        for (int i = 0; i < s.nrows; i++)
+            for (int j = 0; j < s.ncols; j++)
+                ck_assert_uint_eq(cells[i * s.ncols + j], matrix[s.rows[i] * RANKS + s.cols[j]]);
+        ry_slice_free(&s);
+    }
+    end();
+}
+END_TEST
+
+START_TEST(every_nth_is_verified)
+{
+    begin(5, 1 << 30, 50);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    uniform(1000, 1 << 20);
+    int verified = 0;
+    for (int i = 0; i < 50; i++) {
+        exchange();
+        verified += verify;
+    }
+    ck_assert_int_eq(verified, 10);
+    atomic_store(&forced, RY_DIRECT);
+    for (int i = 0; i < 50; i++) {
+        exchange();
+        ck_assert(!verify); /* there is nothing to compare */
+    }
+    end();
+}
+END_TEST
+
+/* Small exchanges, agreeing costs more than it could bring: not worth it, and never asked to find out. */
+START_TEST(declines_where_agreeing_costs_more)
+{
+    begin(0, 1 << 30, 500);
+    uniform(256, 1 << 20);
+    ck_assert(!worth());
+    /* engaged all the same, as after larger exchanges: it ends by itself */
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 100;
+    int i = 0;
+    for (last = false; !last && i < 1000; i++)
+        exchange();
+    ck_assert_int_le(i, 64);
+    end();
+}
+END_TEST
+
+/* Long exchanges, of which the model is wrong: each strategy is tried, timed, and the better one stays; the worse is left after. */
+START_TEST(finds_out)
+{
+    for (int better = 0; better < RY_STRATEGIES; better++) {
+        begin(0, 1 << 30, 50);
+        uniform(64 << 20, 1 << 30);
+        takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 100000;
+        takes_us[better] = 80000;
+        ck_assert(worth());
+        bool ended = false;
+        for (int i = 0; i < 64 && !ended; i++) {
+            exchange();
+            ended = last;
+        }
+        ck_assert_int_ge(went[RY_DIRECT], 6);
+        ck_assert_int_ge(went[RY_HIERARCHICAL], 6);
+        int before = went[better];
+        for (int i = 0; i < 60 && !ended; i++) {
+            exchange();
+            ended = last;
+        }
+        if (better == RY_HIERARCHICAL) {
+            ck_assert(!ended);
+            ck_assert_int_ge(went[better] - before, 55);
+        } else { /* plain NCCL does that, too, without agreeing */
+            for (int i = 0; i < 200 && !ended; i++) {
+                exchange();
+                ended = last;
+            }
+            ck_assert(ended);
+            ck_assert(!worth()); /* and that is known now */
+        }
+        end();
+    }
+}
+END_TEST
+
+/* What early ranks measure is their waiting; what idle ones measure is nothing. */
+START_TEST(learns_from_the_busy)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = 80000;
+    takes_us[RY_HIERARCHICAL] = 100000;
+    for (int i = 0; i < 40; i++) {
+        exchange();
+        sides[7].measured_us = 1; /* it had next to nothing to do */
+        sides[7].measured_bytes = 1000;
+    }
+    went[RY_HIERARCHICAL] = 0;
+    for (int i = 0; i < 20; i++)
+        exchange();
+    ck_assert_int_le(went[RY_HIERARCHICAL], 2);
+    end();
+}
+END_TEST
+
+START_TEST(nonsense_from_a_rank_ends_it)
+{
+    begin(0, 1 << 30, 50);
+    uniform(1000, 1 << 20);
+    const void *extra[RANKS];
+    size_t bytes[RANKS];
+    struct ry_agreed x = agreed(extra, bytes);
+    bytes[3] = 5;
+    verify = last = false;
+    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &last), RY_DIRECT);
+    ck_assert(last);
+    ck_assert(!policy.worth(policy.context, 0, extra, bytes));
+    end();
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("policy");
+    TCase *t = tcase_create("policy");
+    tcase_add_test(t, forced_is_obeyed);
+    tcase_add_test(t, staging_comes_first);
+    tcase_add_test(t, slices_are_the_ranks_own);
+    tcase_add_test(t, every_nth_is_verified);
+    tcase_add_test(t, declines_where_agreeing_costs_more);
+    tcase_add_test(t, finds_out);
+    tcase_add_test(t, learns_from_the_busy);
+    tcase_add_test(t, nonsense_from_a_rank_ends_it);
+    suite_add_tcase(suite, t);
+    SRunner *r = srunner_create(suite);
+    srunner_run_all(r, CK_NORMAL);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed ? 1 : 0;
+}
