@@ -281,8 +281,8 @@ START_TEST(learns_from_the_busy)
 {
     begin(0, 1 << 30, 50);
     uniform(64 << 20, 1 << 30);
-    takes_us[RY_DIRECT] = 80000;
-    takes_us[RY_HIERARCHICAL] = 100000;
+    takes_us[RY_DIRECT] = 100000; /* which the model does not expect */
+    takes_us[RY_HIERARCHICAL] = 80000;
     for (int i = 0; i < 40; i++) {
         exchange();
         sides[7].measured_us = 1; /* it had next to nothing to do */
@@ -291,7 +291,7 @@ START_TEST(learns_from_the_busy)
     went[RY_HIERARCHICAL] = 0;
     for (int i = 0; i < 20; i++)
         exchange();
-    ck_assert_int_le(went[RY_HIERARCHICAL], 2);
+    ck_assert_int_ge(went[RY_HIERARCHICAL], 18);
     end();
 }
 END_TEST
