@@ -9,21 +9,26 @@
 #include "command.h"
 #include "plan.h"
 
-#define MAX_SIZES 16
+#define MAX_SIZES PLAN_SIZES
+#define MAX_DIRS 16
 
 static struct {
-    const char *dir, *json;
+    const char *dir, *json, *map;
+    const char *dirs[MAX_DIRS]; /* the first is dir */
+    int ndirs;
     int nodes[MAX_SIZES], nsizes, ranks, fit, batches, batch, history, max_moved;
     unsigned long seed, shuffle;
     double row_bytes, nvlink, nic, margin;
     enum ry_solver solver;
     enum ry_counting counting;
-    bool ablate, speed, busiest, shuffled;
+    bool ablate, speed, busiest, shuffled, compare;
 } args;
 
 enum {
     KEY_ABLATE = 256,
     KEY_SPEED,
+    KEY_COMPARE,
+    KEY_MAP,
     KEY_FIT,
     KEY_BATCHES,
     KEY_BATCH,
@@ -90,6 +95,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SPEED:
         args.speed = true;
         return 0;
+    case KEY_COMPARE:
+        args.compare = true;
+        return 0;
+    case KEY_MAP:
+        args.map = arg;
+        return 0;
     case KEY_FIT:
         args.fit = (int)number(state, "fit", arg, 0, 1 << 28);
         return 0;
@@ -137,11 +148,16 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args.history = (int)number(state, "history", arg, 1, 64);
         return 0;
     case ARGP_KEY_ARG:
-        if (args.dir)
-            argp_error(state, "takes one folder, but got '%s' too", arg);
-        args.dir = arg;
+        if (args.ndirs == MAX_DIRS)
+            argp_error(state, "takes up to %d folders", MAX_DIRS);
+        args.dirs[args.ndirs++] = arg;
+        args.dir = args.dirs[0];
         return 0;
     case ARGP_KEY_END:
+        if (args.ndirs > 1 && !args.compare)
+            argp_error(state, "takes one folder, but got '%s' too", args.dirs[1]);
+        if (args.map && (!args.compare || args.nsizes != 1 || args.ndirs != 1))
+            argp_error(state, "--map is what --compare learned from one folder for one number of --nodes");
         if (!args.dir && !args.speed)
             argp_error(state, "which folder? Give one that holds recorded routing: meta.json and counts.npy");
         if (args.busiest && args.max_moved >= 0)
@@ -159,6 +175,11 @@ static const struct argp_option options[] = {
      0},
     {"speed", KEY_SPEED, 0, 0,
      "time the exact solver beside Kuhn-Munkres, and as the problem grows; DIR may be left out", 0},
+    {"compare", KEY_COMPARE, 0, 0,
+     "NetMoE, experts that share a node with homes told from tokens, and de-duplicated exchanges, side by side; takes "
+     "several DIRs",
+     0},
+    {"map", KEY_MAP, "FILE", 0, "with --compare: write the expert map, loads held, to FILE.json or FILE.npy", 0},
     {"json", 'j', "FILE", 0, "write it as JSON, too; with - only that, to stdout", 0},
     {0, 0, 0, 0, "The cluster:", 2},
     {"nodes", 'n', "N,N,...", 0, "sizes to plan for (2,4,8)", 0},
@@ -187,7 +208,7 @@ static const struct argp_option options[] = {
 static const struct argp argp = {
     options,
     parse,
-    "[DIR]",
+    "[DIR...]",
     "Place samples where their tokens' experts are, on recorded routing, and tell what it saves.\v"
     "DIR holds meta.json and counts.npy: tokens of each sample routed to each expert of each layer. The planner learns "
     "from the first "
@@ -380,14 +401,56 @@ static int plan_size(const struct ry_routing *r, int nodes, bool quiet, json_t *
     return failed;
 }
 
-static struct ry_routing *open_routing(struct ry_err *err)
+static struct ry_routing *open_routing(const char *dir, struct ry_err *err)
 {
-    struct ry_routing *r = ry_routing_open(args.dir, err);
+    struct ry_routing *r = ry_routing_open(dir, err);
     if (!r || !args.shuffled)
         return r;
     struct ry_routing *shuffled = ry_routing_shuffled(r, args.shuffle, err);
     ry_routing_close(r);
     return shuffled;
+}
+
+static json_t *protocol_json(void)
+{
+    return json_pack("{si si si sI ss}", "fit", args.fit, "batches", args.batches, "batch", args.batch, "seed",
+                     (json_int_t)args.seed, "count", ry_counting_name(args.counting));
+}
+
+/* All folders by --compare. */
+static int compare_all(json_t *out, bool quiet, struct ry_err *err)
+{
+    json_t *traces = json_array();
+    int failed = 0;
+    json_object_set_new(out, "protocol", protocol_json());
+    json_object_set_new(out, "traces", traces);
+    if (!quiet)
+        printf("%d samples to learn from, %d batches of %d from the rest, seed %lu; ratios: what crosses nodes to what "
+               "(token, expert) copies cross with samples in order and experts in contiguous blocks\n",
+               args.fit, args.batches, args.batch, args.seed);
+    for (int i = 0; i < args.ndirs && !failed; i++) {
+        struct ry_routing *r = open_routing(args.dirs[i], err);
+        if (!r)
+            return -1;
+        struct ry_study study = {.routing = r,
+                                 .fit = args.fit,
+                                 .end = r->samples,
+                                 .batches = args.batches,
+                                 .batch = args.batch,
+                                 .seed = args.seed,
+                                 .counting = RY_COPIES,
+                                 .row_bytes = args.row_bytes};
+        if (!quiet)
+            printf("\n%s\n", args.dirs[i]);
+        json_t *one = plan_compare(&study, args.nodes, args.nsizes, args.ranks, args.map, quiet, err);
+        failed = one ? 0 : -1;
+        if (one) {
+            json_object_set_new(one, "dir", json_string(args.dirs[i]));
+            json_array_append_new(traces, one);
+        }
+        ry_routing_close(r);
+    }
+    return failed;
 }
 
 static int write_json(const char *argv0, json_t *out)
@@ -422,7 +485,7 @@ int cmd_plan(int argc, char **argv)
         return 2;
     bool quiet = args.json && !strcmp(args.json, "-");
     struct ry_routing *r = NULL;
-    if (args.dir && !(r = open_routing(&err)))
+    if (args.dir && !args.compare && !(r = open_routing(args.dir, &err)))
         return command_fail(argv[0], "%s", err.msg);
     json_t *out = json_pack("{ss si}", "schema", "railyard-plan", "version", 1), *list = json_array();
     int failed = 0;
@@ -431,14 +494,14 @@ int cmd_plan(int argc, char **argv)
                             json_pack("{ss si si si si si sb}", "dir", args.dir, "samples", r->samples, "layers",
                                       r->layers, "experts", r->experts, "topk", r->topk, "tokens_per_sample",
                                       r->tokens_per_sample, "shuffled", args.shuffled));
-        json_object_set_new(out, "protocol",
-                            json_pack("{si si si sI ss}", "fit", args.fit, "batches", args.batches, "batch", args.batch,
-                                      "seed", (json_int_t)args.seed, "count", ry_counting_name(args.counting)));
+        json_object_set_new(out, "protocol", protocol_json());
         if (!quiet)
             printf("%s%s: %d samples of %d tokens, %d layers of %d experts, top-%d\n", args.dir,
                    args.shuffled ? ", shuffled" : "", r->samples, r->tokens_per_sample, r->layers, r->experts, r->topk);
     }
-    if (args.speed) {
+    if (args.compare) {
+        failed = compare_all(out, quiet, &err);
+    } else if (args.speed) {
         json_t *speed = plan_speed(r, args.seed, quiet, &err);
         failed = speed ? json_object_set_new(out, "speed", speed) : -1;
     } else {

@@ -10,4 +10,14 @@
  * JSON. On routing recorded (NULL: none) and made up. NULL with `err` when out of memory. */
 json_t *plan_speed(const struct ry_routing *routing, uint64_t seed, bool quiet, struct ry_err *err);
 
+#define PLAN_SIZES 16 /* at most, of clusters */
+
+/**
+ * Compare NetMoE, co-placed experts with and without the bound on loads, and de-duplicated exchanges, on clusters of
+ * nodes[nsizes] with `ranks` GPUs each; study->cluster and ->expert_rank are not looked at. The bounded map is written
+ * to `map_file` (NULL: to none). A table on stdout unless `quiet`, and as JSON. NULL with `err`.
+ */
+json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes, int ranks, const char *map_file,
+                     bool quiet, struct ry_err *err);
+
 #endif

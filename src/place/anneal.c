@@ -1,0 +1,395 @@
+/* anneal.c: see anneal.h. */
+#include "place/anneal.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "place/random.h"
+
+/* Temperatures, as shares of what the average expert receives: at the first, most swaps pass; at the last, hardly any.
+ */
+#define HOT 0.25
+#define COLD 0.001
+/* What a copy above the bound costs, in crossing copies, from the first move to the last: low at first, so that the way
+   to a good map may lead through maps that break the bound. */
+#define PENALTY_FIRST 0.1
+#define PENALTY_LAST 4.0
+#define MOVES_PER_PRICING 200
+#define PRICING_ROUNDS 20
+#define FAR (INT32_MAX / 4) /* beyond any affinity */
+
+struct search {
+    const struct ry_anneal *a;
+    int *map;
+    int32_t *affinity; /* [node][sample] */
+    int32_t *best;     /* [sample]: the highest affinity less price */
+    int32_t *price;    /* [node] */
+    int32_t *others;   /* [sample]: the same among the nodes that a swap does not touch */
+    int32_t *give;     /* [sample]: how a swap changes the affinity to the first expert's node … */
+    int32_t *take;     /* … and to the second's */
+    int64_t *weight;   /* [layer][expert]: copies */
+    int64_t *load;     /* [layer][node]: copies */
+    uint8_t *held;     /* [set][node]: how many of the set's experts the node holds */
+    int *first, *list; /* sets that an expert is in: list[first[layer · experts + e] …] */
+};
+
+static void search_free(struct search *s)
+{
+    void *all[] = {s->affinity, s->best, s->price, s->others, s->give, s->take,
+                   s->weight,   s->load, s->held,  s->first,  s->list};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        free(all[i]);
+}
+
+static int search_sets(struct search *s)
+{
+    const struct ry_anneal *a = s->a;
+    const struct ry_token_sets *t = a->sets;
+    size_t slots = (size_t)a->layers * (size_t)a->experts;
+    s->held = calloc((size_t)t->count + 1, (size_t)a->nodes);
+    s->first = calloc(slots + 2, sizeof *s->first);
+    s->list = malloc(((size_t)t->count * (size_t)t->topk + 1) * sizeof *s->list);
+    if (!s->held || !s->first || !s->list)
+        return -1;
+    /* Counted two slots ahead, so that filling the list leaves first[slot] where the slot begins. */
+    for (int pass = 0; pass < 2; pass++) {
+        for (int u = 0; u < t->count; u++) {
+            const uint16_t *set = t->experts + (size_t)u * (size_t)t->topk;
+            for (int k = 0; k < t->topk; k++) {
+                if (k && set[k] == set[k - 1]) /* a token that chose an expert twice holds it once */
+                    continue;
+                size_t slot = (size_t)t->layer[u] * (size_t)a->experts + set[k];
+                if (pass)
+                    s->list[s->first[slot + 1]++] = u;
+                else {
+                    s->first[slot + 2]++;
+                    s->held[(size_t)u * (size_t)a->nodes + (size_t)s->map[slot]]++;
+                }
+            }
+        }
+        for (size_t i = 2; !pass && i < slots + 2; i++)
+            s->first[i] += s->first[i - 1];
+    }
+    for (int u = 0; u < t->count; u++)
+        for (int n = 0; n < a->nodes; n++)
+            if (s->held[(size_t)u * (size_t)a->nodes + (size_t)n])
+                s->affinity[(size_t)n * (size_t)a->samples + (size_t)t->sample[u]] += t->weight[u];
+    return 0;
+}
+
+static int search_init(struct search *s, const struct ry_anneal *a, int *map)
+{
+    size_t samples = (size_t)a->samples, nodes = (size_t)a->nodes, slots = (size_t)a->layers * (size_t)a->experts;
+    *s = (struct search){.a = a, .map = map};
+    s->affinity = calloc(nodes * samples, sizeof *s->affinity);
+    s->best = calloc(samples, sizeof *s->best);
+    s->price = calloc(nodes, sizeof *s->price);
+    s->others = calloc(samples, sizeof *s->others);
+    s->give = calloc(samples, sizeof *s->give);
+    s->take = calloc(samples, sizeof *s->take);
+    s->weight = calloc(slots, sizeof *s->weight);
+    s->load = calloc((size_t)a->layers * nodes, sizeof *s->load);
+    if (!s->affinity || !s->best || !s->price || !s->others || !s->give || !s->take || !s->weight || !s->load)
+        return -1;
+    for (size_t j = 0; j < slots; j++) {
+        const uint16_t *column = a->counts + j * samples;
+        int32_t *at = s->affinity + (size_t)map[j] * samples;
+        for (size_t i = 0; i < samples; i++) {
+            s->weight[j] += column[i];
+            at[i] += a->sets ? 0 : column[i];
+        }
+        s->load[j / (size_t)a->experts * nodes + (size_t)map[j]] += s->weight[j];
+    }
+    return a->sets ? search_sets(s) : 0;
+}
+
+/* The k-th largest (from 0) of v, which is reordered: Hoare's selection. */
+static int32_t kth(int32_t *v, int n, int k)
+{
+    int lo = 0, hi = n - 1;
+    while (lo < hi) {
+        int32_t pivot = v[lo + (hi - lo) / 2];
+        int i = lo, j = hi;
+        while (i <= j) {
+            while (v[i] > pivot)
+                i++;
+            while (v[j] < pivot)
+                j--;
+            if (i <= j) {
+                int32_t t = v[i];
+                v[i++] = v[j];
+                v[j--] = t;
+            }
+        }
+        if (k <= j)
+            hi = j;
+        else if (k >= i)
+            lo = i;
+        else
+            break;
+    }
+    return v[k];
+}
+
+/* out[sample] = the highest affinity less price over all nodes but two (-1: none is left out). */
+static void best_without(const struct search *s, int n, int m, int32_t *restrict out)
+{
+    int samples = s->a->samples;
+    for (int i = 0; i < samples; i++)
+        out[i] = -FAR;
+    for (int q = 0; q < s->a->nodes; q++) {
+        if (q == n || q == m)
+            continue;
+        const int32_t *restrict at = s->affinity + (size_t)q * (size_t)samples;
+        int32_t price = s->price[q];
+        for (int i = 0; i < samples; i++)
+            out[i] = at[i] - price > out[i] ? at[i] - price : out[i];
+    }
+}
+
+/* Prices by coordinate descent: each in turn such that its node is preferred by as many samples as shall live there. */
+static void set_prices(struct search *s, int rounds)
+{
+    int samples = s->a->samples;
+    for (int r = 0; r < rounds && s->a->nodes > 1; r++) {
+        for (int n = 0; n < s->a->nodes; n++) {
+            const int32_t *at = s->affinity + (size_t)n * (size_t)samples;
+            int homes = s->a->homes[n];
+            best_without(s, n, -1, s->others);
+            for (int i = 0; i < samples; i++)
+                s->others[i] = at[i] - s->others[i];
+            if (homes == 0)
+                s->price[n] = kth(s->others, samples, 0) + 1;
+            else if (homes == samples)
+                s->price[n] = kth(s->others, samples, samples - 1) - 1;
+            else {
+                int32_t in = kth(s->others, samples, homes - 1), out = kth(s->others, samples, homes);
+                s->price[n] = out + (in - out) / 2;
+            }
+        }
+    }
+    best_without(s, -1, -1, s->best);
+}
+
+/* Moving expert x from node `from` to `to`, expert y going the other way: what it changes for sets that hold x. */
+static void set_deltas(const struct search *s, int layer, int x, int y, int from, int to, int32_t *lose, int32_t *win)
+{
+    const struct ry_token_sets *t = s->a->sets;
+    const int *first = s->first + (size_t)layer * (size_t)s->a->experts + (size_t)x;
+    for (int i = first[0]; i < first[1]; i++) {
+        int u = s->list[i];
+        const uint8_t *held = s->held + (size_t)u * (size_t)s->a->nodes;
+        bool leaves = held[from] == 1, enters = held[to] == 0;
+        if (leaves && !enters) { /* a set that holds both only exchanges them */
+            const uint16_t *set = t->experts + (size_t)u * (size_t)t->topk;
+            for (int k = 0; k < t->topk; k++)
+                leaves &= set[k] != y;
+        }
+        lose[t->sample[u]] -= leaves ? t->weight[u] : 0;
+        win[t->sample[u]] += enters ? t->weight[u] : 0;
+    }
+}
+
+/* Crossing tokens that exchanging experts x (on node n) and y (on m) of a layer saves; fills give, take and others. */
+static int64_t swap_gain(struct search *s, int layer, int x, int y, int n, int m)
+{
+    const struct ry_anneal *a = s->a;
+    int samples = a->samples;
+    int32_t *restrict give = s->give, *restrict take = s->take, *restrict others = s->others;
+    if (a->sets) {
+        memset(give, 0, (size_t)samples * sizeof *give);
+        memset(take, 0, (size_t)samples * sizeof *take);
+        set_deltas(s, layer, x, y, n, m, give, take);
+        set_deltas(s, layer, y, x, m, n, take, give);
+    } else {
+        const uint16_t *restrict cx = a->counts + ((size_t)layer * (size_t)a->experts + (size_t)x) * (size_t)samples;
+        const uint16_t *restrict cy = a->counts + ((size_t)layer * (size_t)a->experts + (size_t)y) * (size_t)samples;
+        for (int i = 0; i < samples; i++) {
+            give[i] = cy[i] - cx[i];
+            take[i] = cx[i] - cy[i];
+        }
+    }
+    best_without(s, n, m, others);
+    const int32_t *restrict an = s->affinity + (size_t)n * (size_t)samples;
+    const int32_t *restrict am = s->affinity + (size_t)m * (size_t)samples;
+    const int32_t *restrict best = s->best;
+    int32_t pn = s->price[n], pm = s->price[m];
+    int64_t gain = 0;
+    for (int from = 0; from < samples; from += 1024) { /* short enough for 32-bit sums, which compilers vectorize */
+        int to = from + 1024 < samples ? from + 1024 : samples;
+        int32_t part = 0;
+        for (int i = from; i < to; i++) {
+            int32_t v = an[i] - pn + give[i], w = am[i] - pm + take[i];
+            v = v > w ? v : w;
+            v = v > others[i] ? v : others[i];
+            part += v - best[i] - give[i] - take[i];
+        }
+        gain += part;
+    }
+    return gain;
+}
+
+/* Carry out what swap_gain() has just judged. */
+static void swap_apply(struct search *s, int layer, int x, int y)
+{
+    const struct ry_anneal *a = s->a;
+    int samples = a->samples;
+    size_t slot = (size_t)layer * (size_t)a->experts;
+    int n = s->map[slot + (size_t)x], m = s->map[slot + (size_t)y];
+    int64_t shift = s->weight[slot + (size_t)x] - s->weight[slot + (size_t)y];
+    int32_t *an = s->affinity + (size_t)n * (size_t)samples, *am = s->affinity + (size_t)m * (size_t)samples;
+    for (int i = 0; i < samples; i++) {
+        an[i] += s->give[i];
+        am[i] += s->take[i];
+        int32_t v = an[i] - s->price[n], w = am[i] - s->price[m];
+        v = v > w ? v : w;
+        s->best[i] = v > s->others[i] ? v : s->others[i];
+    }
+    for (int pass = 0; a->sets && pass < 2; pass++) {
+        const int *first = s->first + slot + (pass ? y : x);
+        for (int i = first[0]; i < first[1]; i++) {
+            uint8_t *held = s->held + (size_t)s->list[i] * (size_t)a->nodes;
+            held[pass ? m : n]--;
+            held[pass ? n : m]++;
+        }
+    }
+    s->load[layer * a->nodes + n] -= shift;
+    s->load[layer * a->nodes + m] += shift;
+    s->map[slot + (size_t)x] = m;
+    s->map[slot + (size_t)y] = n;
+}
+
+static int64_t over(int64_t load, int64_t bound)
+{
+    return load > bound ? load - bound : 0;
+}
+
+/* What exchanging experts x (on node n) and y (on m) adds to the copies above bounds. */
+static int64_t excess_change(const struct search *s, int layer, int x, int y, int n, int m)
+{
+    const struct ry_anneal *a = s->a;
+    const int64_t *weight = s->weight + (size_t)layer * (size_t)a->experts;
+    const int64_t *load = s->load + layer * a->nodes, *bound = a->bound + layer * a->nodes,
+                  shift = weight[x] - weight[y];
+    return over(load[n] - shift, bound[n]) + over(load[m] + shift, bound[m]) - over(load[n], bound[n]) -
+           over(load[m], bound[m]);
+}
+
+/* A random swap: taken if it gains, or by luck. */
+static void try_swap(struct search *s, double penalty, double heat, uint64_t *random)
+{
+    const struct ry_anneal *a = s->a;
+    int layer = (int)ry_random_below(random, (uint64_t)a->layers);
+    int x = (int)ry_random_below(random, (uint64_t)a->experts), y = (int)ry_random_below(random, (uint64_t)a->experts);
+    int n = s->map[layer * a->experts + x], m = s->map[layer * a->experts + y];
+    if (n == m)
+        return;
+    double gain = (double)swap_gain(s, layer, x, y, n, m);
+    if (a->bound)
+        gain -= penalty * (double)excess_change(s, layer, x, y, n, m);
+    if (gain >= 0 || (double)(ry_random(random) >> 11) * 0x1p-53 < exp(gain / heat))
+        swap_apply(s, layer, x, y);
+}
+
+/* What crosses, after `rounds` of pricing. */
+static double value(struct search *s, int rounds)
+{
+    const struct ry_anneal *a = s->a;
+    set_prices(s, rounds);
+    int64_t crossing = 0;
+    if (a->sets)
+        for (size_t i = 0; i < (size_t)a->nodes * (size_t)a->samples; i++)
+            crossing += s->affinity[i];
+    for (size_t j = 0; !a->sets && j < (size_t)a->layers * (size_t)a->experts; j++)
+        crossing += s->weight[j];
+    for (int i = 0; i < a->samples; i++)
+        crossing -= s->best[i];
+    for (int n = 0; n < a->nodes; n++)
+        crossing -= (int64_t)s->price[n] * a->homes[n];
+    return (double)crossing;
+}
+
+double ry_anneal_value(const struct ry_anneal *a, const int *map)
+{
+    struct search s;
+    double v = search_init(&s, a, (int *)map) ? -1 : value(&s, PRICING_ROUNDS);
+    search_free(&s);
+    return v;
+}
+
+int64_t ry_anneal_excess(const struct ry_anneal *a, const int *map, int layer)
+{
+    int64_t excess = 0;
+    for (int n = 0; a->bound && n < a->nodes; n++) {
+        int64_t load = 0;
+        for (int e = 0; e < a->experts; e++) {
+            size_t j = (size_t)layer * (size_t)a->experts + (size_t)e;
+            for (int i = 0; map[j] == n && i < a->samples; i++)
+                load += a->counts[j * (size_t)a->samples + (size_t)i];
+        }
+        excess += over(load, a->bound[layer * a->nodes + n]);
+    }
+    return excess;
+}
+
+/* Bounds first, then gains, until no pair is left that helps. Prices are reconsidered for each swap: under fixed ones,
+   crowding what many samples need on one node looks good until nobody else may live there. */
+static void descend(struct search *s)
+{
+    const struct ry_anneal *a = s->a;
+    double best = value(s, PRICING_ROUNDS);
+    bool again = true;
+    for (int round = 0; again && round < 20; round++) {
+        again = false;
+        for (int l = 0; l < a->layers; l++) {
+            for (int x = 0; x < a->experts; x++) {
+                for (int y = x + 1; y < a->experts; y++) {
+                    const int *map = s->map + (size_t)l * (size_t)a->experts;
+                    int n = map[x], m = map[y];
+                    int64_t excess = a->bound ? excess_change(s, l, x, y, n, m) : 0;
+                    if (n == m || excess > 0 || (excess == 0 && swap_gain(s, l, x, y, n, m) <= 0))
+                        continue;
+                    if (excess < 0)
+                        swap_gain(s, l, x, y, n, m);
+                    swap_apply(s, l, x, y);
+                    double now = value(s, 3);
+                    if (excess == 0 && now >= best) {
+                        swap_gain(s, l, x, y, m, n);
+                        swap_apply(s, l, x, y);
+                        set_prices(s, 1);
+                        continue;
+                    }
+                    best = now;
+                    again = true;
+                }
+            }
+        }
+    }
+}
+
+double ry_anneal_run(const struct ry_anneal *a, int *map, long moves, uint64_t seed)
+{
+    struct search s;
+    if (search_init(&s, a, map)) {
+        search_free(&s);
+        return -1;
+    }
+    uint64_t random = seed;
+    int64_t copies = 0;
+    for (size_t j = 0; j < (size_t)a->layers * (size_t)a->experts; j++)
+        copies += s.weight[j];
+    double unit = (double)copies / a->layers / a->experts;
+    for (long i = 0; i < moves; i++) {
+        double done = (double)i / (double)moves;
+        if (i % MOVES_PER_PRICING == 0)
+            set_prices(&s, 2);
+        try_swap(&s, PENALTY_FIRST * pow(PENALTY_LAST / PENALTY_FIRST, done), unit * HOT * pow(COLD / HOT, done),
+                 &random);
+    }
+    descend(&s);
+    double v = value(&s, PRICING_ROUNDS);
+    search_free(&s);
+    return v;
+}
