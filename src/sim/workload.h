@@ -20,6 +20,8 @@
 #ifndef RY_SIM_WORKLOAD_H
 #define RY_SIM_WORKLOAD_H
 
+#include <stdbool.h>
+
 #include "place/routing.h"
 
 #define RY_NO_EXPERT UINT16_MAX /* a copy that was dropped */
