@@ -19,7 +19,6 @@ struct run {
     double nic_most[RY_PLACINGS][RY_SIM_STRATEGIES], nic_mean[RY_PLACINGS][RY_SIM_STRATEGIES];
     double crossing[RY_PLACINGS], distinct[RY_PLACINGS]; /* rows, all exchanges counted */
     uint64_t moved[RY_PLACINGS];
-    uint64_t *node_rows; /* [nodes] */
 };
 
 static void take(struct run *run, enum ry_placing p, struct ry_sim_sums *by, int exchange,
@@ -37,24 +36,16 @@ static void take(struct run *run, enum ry_placing p, struct ry_sim_sums *by, int
 /* What was counted in copies: that cross; the load of the nodes' experts. */
 static void take_rows(struct run *run, enum ry_placing p, struct ry_sim_placed *out)
 {
-    const struct ry_cluster *c = run->sim->cluster;
-    const uint32_t *rows = ry_exchange_rows(run->x), *distinct = ry_exchange_distinct(run->x);
-    size_t R = (size_t)c->nranks, N = (size_t)c->nnodes;
-    uint64_t all = 0, most = 0;
-    memset(run->node_rows, 0, N * sizeof *run->node_rows);
-    for (size_t h = 0; h < R; h++) {
-        for (size_t e = 0; e < R; e++) {
-            run->node_rows[c->node[e]] += rows[h * R + e];
-            run->crossing[p] += c->node[e] != c->node[h] ? rows[h * R + e] : 0;
-        }
-        for (size_t n = 0; n < N; n++)
-            run->distinct[p] += distinct[h * N + n];
+    int N = run->sim->cluster->nnodes;
+    const uint64_t *rows = ry_exchange_node_rows(run->x);
+    uint64_t all = 0, most = 0, distinct;
+    run->crossing[p] += (double)ry_exchange_crossing(run->x, &distinct);
+    run->distinct[p] += (double)distinct;
+    for (int n = 0; n < N; n++) {
+        all += rows[n];
+        most = rows[n] > most ? rows[n] : most;
     }
-    for (size_t n = 0; n < N; n++) {
-        all += run->node_rows[n];
-        most = run->node_rows[n] > most ? run->node_rows[n] : most;
-    }
-    out->node_load += all ? (double)most * (double)N / (double)all : 1;
+    out->node_load += all ? (double)most * N / (double)all : 1;
 }
 
 static void simulate(struct run *run, enum ry_placing p, struct ry_sim_placed *out)
@@ -170,10 +161,7 @@ int ry_sim_run(const struct ry_sim *s, struct ry_sim_result *out, struct ry_err 
     } else if ((run->x = ry_exchange_new(s->cluster, run->w.pairs, err)) &&
                (run->placer = ry_placer_new(s->cluster, &run->w, s->counting, err))) {
         const struct ry_workload *w = &run->w;
-        if (!(run->node_rows = malloc((size_t)s->cluster->nnodes * sizeof *run->node_rows)))
-            ry_fail(err, "out of memory");
-        else
-            failed = go(run, out, err);
+        failed = go(run, out, err);
         out->pairs = w->pairs;
         out->layers = w->layers;
         out->experts = w->experts;
@@ -191,7 +179,6 @@ int ry_sim_run(const struct ry_sim *s, struct ry_sim_result *out, struct ry_err 
     ry_placer_free(run->placer);
     ry_exchange_free(run->x);
     ry_workload_free(&run->w);
-    free(run->node_rows);
     free(run);
     return failed;
 }

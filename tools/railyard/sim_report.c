@@ -61,7 +61,7 @@ static void print_head(const struct sim_study *s, const struct sim_point *p)
 {
     const struct ry_sim_result *r = &p->result;
     const struct ry_fabric *f = &p->fabric;
-    char text[640];
+    char text[640], bytes[16];
     printf("%d nodes x %d GPUs = %d (%s)\n", f->nodes, f->gpus, f->nodes * f->gpus, f->about);
     if (s->cost)
         printf("  links     measured, %s: ", s->cost);
@@ -79,9 +79,9 @@ static void print_head(const struct sim_study *s, const struct sim_point *p)
     sim_scaling(s, p, text, sizeof text);
     if (*text)
         printf("  scaled    %s\n", text);
-    printf("  simulated %d step%s, seed %llu, homes by %s; %.1f s, about %.2f GB\n\n", p->sim.steps,
+    printf("  simulated %d step%s, seed %llu, homes by %s; %.1f s, about %s\n\n", p->sim.steps,
            p->sim.steps > 1 ? "s" : "", (unsigned long long)p->sim.source.seed, ry_counting_name(p->sim.counting),
-           p->seconds, r->memory / 1e9);
+           p->seconds, ry_report_bytes(r->memory, bytes));
 }
 
 static void print_table(const struct sim_point *p)
