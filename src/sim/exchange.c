@@ -160,17 +160,19 @@ static void count_sample(struct ry_exchange *x, const struct ry_workload *w, con
     }
 }
 
+static int relay_on(const struct ry_exchange *x, int node, int local)
+{
+    int size = x->cluster->node_size[node];
+    return x->rank_at[x->first[node] + (local < size ? local : local % size)]; /* dividing is slow */
+}
+
 /* What goes from rank h to the ranks of node n, another one; and who relays it, there and back. */
 static void count_crossing(struct ry_exchange *x, size_t h, size_t n)
 {
     const struct ry_cluster *c = x->cluster;
-    size_t R = (size_t)c->nranks, hn = (size_t)c->node[h];
-    const uint32_t *rows = x->rows + h * R;
-    struct ry_load *home = &x->count[h];
-    uint32_t crossing = x->crossing[h * (size_t)c->nnodes + n];
-    int relay = x->rank_at[x->first[n] + c->local[h] % c->node_size[n]];
-    home->nodes_out++;
-    home->cross_out += crossing;
+    int hn = c->node[h], relay = relay_on(x, (int)n, c->local[h]);
+    const uint32_t *rows = x->rows + h * (size_t)c->nranks;
+    uint32_t crossing = x->crossing[h * (size_t)c->nnodes + n], sends = 0;
     x->arriving[RY_THERE][relay] += crossing;
     x->relayed[RY_THERE][relay] += crossing - rows[relay];
     for (int k = x->first[n]; k < x->first[n + 1]; k++) {
@@ -178,15 +180,18 @@ static void count_crossing(struct ry_exchange *x, size_t h, size_t n)
         if (!rows[e])
             continue;
         struct ry_load *expert = &x->count[e];
-        int back = x->rank_at[x->first[hn] + c->local[e] % c->node_size[hn]];
-        home->cross_sends++;
+        int back = relay_on(x, hn, c->local[e]);
+        sends++;
         expert->cross_in += rows[e];
         expert->cross_recvs++;
-        expert->nodes_in += x->stamp[e] != (int)hn;
-        x->stamp[e] = (int)hn;
+        expert->nodes_in += x->stamp[e] != hn;
+        x->stamp[e] = hn;
         x->arriving[RY_BACK][back] += rows[e];
         x->relayed[RY_BACK][back] += back != (int)h ? rows[e] : 0;
     }
+    x->count[h].nodes_out++;
+    x->count[h].cross_out += crossing;
+    x->count[h].cross_sends += sends;
 }
 
 static void count_in_node(struct ry_exchange *x, size_t h)
