@@ -13,8 +13,8 @@
 static const struct ry_fabric presets[] = {
     {"netmoe", "NetMoE's setting (ICLR'25): 4 nodes of 8 A800, NVLink 400 GB/s, InfiniBand 100 GB/s a node, shared",
      "A800", 4, 8, 1, 400, 100},
-    {"h100-pod", "rail-optimized: nodes of 8 H100, NVLink 450 GB/s each way, a 400 Gbit/s NIC for every GPU", "H100", 16,
-     8, 8, 450, 400},
+    {"h100-pod", "rail-optimized: nodes of 8 H100, NVLink 450 GB/s each way, a 400 Gbit/s NIC for every GPU", "H100",
+     16, 8, 8, 450, 400},
     {"ethernet", "nodes of 4 GPUs on PCIe 4.0 (20 GB/s), one 25 Gbit/s NIC a node", "PCIe GPU", 8, 4, 1, 20, 3.125},
 };
 #define PRESETS ((int)(sizeof presets / sizeof *presets))

@@ -20,10 +20,10 @@ struct ry_fabric {
     const char *name;  /* of the preset */
     const char *about; /* one line: where the figures come from */
     const char *gpu;
-    int nodes, gpus;   /* nodes; GPUs in each */
-    int nics;          /* of a node; GPU g of a node uses NIC g modulo this */
-    double local_gbs;  /* of a GPU to others of its node, each way, GB/s, as data sheets say */
-    double node_gbs;   /* all NICs of a node together, each way */
+    int nodes, gpus;  /* nodes; GPUs in each */
+    int nics;         /* of a node; GPU g of a node uses NIC g modulo this */
+    double local_gbs; /* of a GPU to others of its node, each way, GB/s, as data sheets say */
+    double node_gbs;  /* all NICs of a node together, each way */
 };
 
 /** Presets in order, the one after the last is NULL. */

@@ -14,13 +14,13 @@ struct ry_exchange {
     bool pairs;
     int *first, *rank_at; /* [nodes + 1], [ranks]: a node's ranks by local index */
     /* in rows */
-    uint32_t *rows;                                   /* [ranks][ranks] */
-    uint32_t *distinct;                               /* [ranks][nodes] */
-    uint32_t *crossing;                               /* [ranks][nodes]: copies that go there, to other nodes only */
-    uint64_t *node_rows;                              /* [nodes] */
-    struct ry_load *count;                            /* [ranks]: the way there */
-    uint64_t *arriving[RY_WAYS], *relayed[RY_WAYS];   /* [ranks]: over a relay's NIC; of that, passed on to others */
-    int *stamp;                                       /* [ranks]: scratch */
+    uint32_t *rows;                                 /* [ranks][ranks] */
+    uint32_t *distinct;                             /* [ranks][nodes] */
+    uint32_t *crossing;                             /* [ranks][nodes]: copies that go there, to other nodes only */
+    uint64_t *node_rows;                            /* [nodes] */
+    struct ry_load *count;                          /* [ranks]: the way there */
+    uint64_t *arriving[RY_WAYS], *relayed[RY_WAYS]; /* [ranks]: over a relay's NIC; of that, passed on to others */
+    int *stamp;                                     /* [ranks]: scratch */
     /* in bytes, of one way */
     struct ry_load *load, *less; /* less: dedup's */
     uint64_t *passed, *comes;    /* relayed, arriving */

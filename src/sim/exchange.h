@@ -38,15 +38,15 @@ size_t ry_exchange_memory(const struct ry_cluster *cluster);
 void ry_exchange_count(struct ry_exchange *x, const struct ry_workload *workload, int layer, const int *home,
                        const int *expert_rank);
 
-/** The matrix counted, rows from rank to rank, [ranks][ranks]; distinct (token, node) rows, [ranks][nodes], 0 for the own
- * node; rows that a node's experts get, [nodes]. */
+/** The matrix counted, rows from rank to rank, [ranks][ranks]; distinct (token, node) rows, [ranks][nodes], 0 for the
+ * own node; rows that a node's experts get, [nodes]. */
 const uint32_t *ry_exchange_rows(const struct ry_exchange *x);
 const uint32_t *ry_exchange_distinct(const struct ry_exchange *x);
 const uint64_t *ry_exchange_node_rows(const struct ry_exchange *x);
 /** Rows that cross nodes: copies; and distinct. */
 uint64_t ry_exchange_crossing(const struct ry_exchange *x, uint64_t *distinct);
-/** The loads of a way as the cost model was last given them by ry_exchange_costs(), which ends with the way back; and what
- * each relays for others. For tests. */
+/** The loads of a way as the cost model was last given them by ry_exchange_costs(), which ends with the way back; and
+ * what each relays for others. For tests. */
 const struct ry_load *ry_exchange_loads(const struct ry_exchange *x, const uint64_t **relayed);
 
 struct ry_exchange_cost {

@@ -55,7 +55,7 @@ struct ry_placer {
     enum ry_counting counting;
     int *contiguous, *coplaced; /* [layers][experts] → rank */
     bool learned;               /* coplaced is valid */
-    char coplace_note[240];
+    char coplace_note[400];
     struct ry_predictor *predictor; /* of recorded experts */
     struct ry_home_model *model;
     struct ry_homes *homes;
@@ -164,8 +164,10 @@ static int learn_coplaced(struct ry_placer *p, struct ry_err *err)
         return 0;
     if (p->cluster->nnodes > COPLACE_NODES || w->experts > COPLACE_EXPERTS) {
         if (w->pool)
-            return ry_fail(err, "learning which of %d experts share a node, of %d nodes, takes too long: it is done up "
-                           "to %d experts and %d nodes", w->experts, p->cluster->nnodes, COPLACE_EXPERTS, COPLACE_NODES),
+            return ry_fail(err,
+                           "learning which of %d experts share a node, of %d nodes, takes too long: it is done up "
+                           "to %d experts and %d nodes",
+                           w->experts, p->cluster->nnodes, COPLACE_EXPERTS, COPLACE_NODES),
                    1;
         coplace_groups(p);
         p->learned = true;
@@ -186,7 +188,7 @@ static int learn_coplaced(struct ry_placer *p, struct ry_err *err)
     if (!map)
         return -1;
     memcpy(p->coplaced, map->expert_rank, cells * sizeof *p->coplaced);
-    snprintf(p->coplace_note, sizeof p->coplace_note, "co-placed: %.200s", map->why);
+    snprintf(p->coplace_note, sizeof p->coplace_note, "%.320s", map->why);
     ry_coplace_free(map);
     p->learned = true;
     return 0;
@@ -222,7 +224,7 @@ static int learn_homes(struct ry_placer *p, struct ry_err *err)
     return 0;
 }
 
-int ry_placer_learn(struct ry_placer *p, enum ry_placing placing, char note[240], struct ry_err *err)
+int ry_placer_learn(struct ry_placer *p, enum ry_placing placing, char note[400], struct ry_err *err)
 {
     int failed = 0;
     *note = 0;
@@ -230,7 +232,7 @@ int ry_placer_learn(struct ry_placer *p, enum ry_placing placing, char note[240]
         return learn_predictor(p, err);
     if (placing == RY_PLACE_COPLACED || placing == RY_PLACE_COPLACED_TOKENS) {
         failed = learn_coplaced(p, err);
-        snprintf(note, 240, "%s", p->coplace_note);
+        snprintf(note, 400, "%s", p->coplace_note);
     }
     return failed || placing != RY_PLACE_COPLACED_TOKENS ? failed : learn_homes(p, err);
 }

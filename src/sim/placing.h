@@ -41,7 +41,7 @@ size_t ry_placer_memory(const struct ry_cluster *cluster, const struct ry_worklo
 
 /** Learn what a way needs. 0; 1 where it cannot be had here, with the reason in `err`; -1 with `err`. What is worth
  * saying of it is in note[]. */
-int ry_placer_learn(struct ry_placer *placer, enum ry_placing placing, char note[240], struct ry_err *err);
+int ry_placer_learn(struct ry_placer *placer, enum ry_placing placing, char note[400], struct ry_err *err);
 
 struct ry_placed {
     const int *home;        /* [stride > 0 ? layers + 1 : 1][samples]: ranks; dispatch of layer l, combine of l − 1 */
@@ -50,7 +50,8 @@ struct ry_placed {
     uint64_t moved;         /* samples that changed ranks within the step, all layers */
 };
 
-/** Place the step that the workload holds, by a way that was learned. Overwritten by the next call; allocates nothing. */
+/** Place the step that the workload holds, by a way that was learned. Overwritten by the next call; allocates nothing.
+ */
 void ry_placer_step(struct ry_placer *placer, enum ry_placing placing, struct ry_placed *out);
 
 #endif

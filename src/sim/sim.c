@@ -121,7 +121,7 @@ static int go(struct run *run, struct ry_sim_result *out, struct ry_err *err)
         if (cannot < 0)
             return ry_fail(err, "%s: %s", ry_placing_name((enum ry_placing)p), why.msg);
         if (cannot)
-            snprintf(out->at[p].note, sizeof out->at[p].note, "left out: %.220s", why.msg);
+            snprintf(out->at[p].note, sizeof out->at[p].note, "left out: %.320s", why.msg);
         out->at[p].done = !cannot;
         wanted += !cannot;
     }

@@ -1,8 +1,8 @@
 /*
  * sim.h: a job's MoE exchanges on a cluster that need not be here: every placement with every strategy.
  *
- * Owns: going through steps, layers and exchanges, and the sums. Not: routing (workload.h), placing (placing.h), what an
- * exchange costs (exchange.h), printing (tools/railyard/cmd_sim.c).
+ * Owns: going through steps, layers and exchanges, and the sums. Not: routing (workload.h), placing (placing.h), what
+ * an exchange costs (exchange.h), printing (tools/railyard/cmd_sim.c).
  *
  * A layer has four exchanges: dispatch (homes → experts), combine (back, to the next layer's homes where samples move),
  * the gradient of combine, which takes combine's way the other way round, and that of dispatch. They do not overlap,
@@ -23,7 +23,7 @@ struct ry_sim {
     bool rails;
     struct ry_source source;
     double row_bytes;
-    int steps; /* simulated, each with samples of its own */
+    int steps;                 /* simulated, each with samples of its own */
     enum ry_counting counting; /* what homes are chosen by */
     bool placings[RY_PLACINGS];
     void (*progress)(void *context, const char *what, double done); /* 0 to 1; or NULL */
@@ -39,9 +39,9 @@ struct ry_sim_sums { /* per step: all layers, means over steps */
 
 struct ry_sim_placed {
     bool done;
-    char note[240]; /* why it was not done; or what is to be known of it; "" */
-    double moved;   /* part of the samples that change ranks after a layer */
-    double cross;   /* (token, expert) copies that cross nodes, over those of the first placement done */
+    char note[400];   /* why it was not done; or what is to be known of it; "" */
+    double moved;     /* part of the samples that change ranks after a layer */
+    double cross;     /* (token, expert) copies that cross nodes, over those of the first placement done */
     double node_load; /* copies that the busiest node's experts get in a layer, over the mean; mean over layers */
     struct ry_sim_sums by[RY_SIM_STRATEGIES];
 };
@@ -49,7 +49,7 @@ struct ry_sim_placed {
 struct ry_sim_result {
     bool pairs; /* dedup and sum are there */
     int layers, experts, topk, tokens, samples, split, pool, fit, groups;
-    double repeats; /* times that each recorded sample stands in a step; 0: made up */
+    double repeats;  /* times that each recorded sample stands in a step; 0: made up */
     double distinct; /* (token, node) pairs that cross over copies that do, of the first placement done */
     double memory;   /* bytes, about */
     struct ry_sim_placed at[RY_PLACINGS];

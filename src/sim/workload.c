@@ -30,8 +30,10 @@ static int check(const struct ry_source *s, struct ry_err *err)
     if (s->routing)
         return 0;
     if (s->layers < 1 || s->tokens < 1 || s->topk < 1 || s->topk > RY_ROUTING_TOPK || s->tokens > UINT16_MAX)
-        return ry_fail(err, "made-up routing of %d layers, %d tokens a sample, top-%d: each must be 1 at least, tokens "
-                       "at most %d, top at most %d", s->layers, s->tokens, s->topk, UINT16_MAX, RY_ROUTING_TOPK);
+        return ry_fail(err,
+                       "made-up routing of %d layers, %d tokens a sample, top-%d: each must be 1 at least, tokens "
+                       "at most %d, top at most %d",
+                       s->layers, s->tokens, s->topk, UINT16_MAX, RY_ROUTING_TOPK);
     if (!(s->locality >= 0 && s->locality <= 1))
         return ry_fail(err, "a locality of %g: it goes from 0 (none) to 1 (every token stays in its sample's group)",
                        s->locality);
@@ -155,8 +157,7 @@ static void made_up_copies(const struct ry_workload *w, const uint16_t *members,
             int twin = 0;
             do {
                 bool in = ry_random(rng) >> 32 < within;
-                out[k] = in ? mine[ry_random_below(rng, size)]
-                            : (uint16_t)ry_random_below(rng, (uint64_t)w->experts);
+                out[k] = in ? mine[ry_random_below(rng, size)] : (uint16_t)ry_random_below(rng, (uint64_t)w->experts);
                 for (twin = 0; out[twin] != out[k]; twin++)
                     ;
             } while (twin < k);
@@ -184,7 +185,8 @@ static void copies_of(const struct ry_workload *w, const int *of, int n, uint64_
         if (members)
             list_members(w, l, members, next);
         for (int i = 0; i < n; i++, out += row) {
-            uint64_t rng = stream(w, use, ((uint64_t)k * (uint64_t)w->layers + (uint64_t)l) * (uint64_t)n + (uint64_t)i);
+            uint64_t rng =
+                stream(w, use, ((uint64_t)k * (uint64_t)w->layers + (uint64_t)l) * (uint64_t)n + (uint64_t)i);
             if (members)
                 made_up_copies(w, members, of[i], &rng, out);
             else

@@ -7,10 +7,10 @@
  *
  * Recorded routing with E experts on a cluster that needs m · E: each expert stands for m, and every copy of a token
  * chooses among these by chance. That keeps what a sample wants of each m together, and has no locality among them: a
- * placement finds less to gain than a model that was trained with so many experts would have. Recorded samples are drawn
- * without replacement; when none are left all are drawn once more, with other chances. Where token-level choices are
- * recorded the samples that have them are drawn and the others learned from; elsewhere the first are learned from, the
- * rest drawn, and which experts share a token is not known (pairs is false).
+ * placement finds less to gain than a model that was trained with so many experts would have. Recorded samples are
+ * drawn without replacement; when none are left all are drawn once more, with other chances. Where token-level choices
+ * are recorded the samples that have them are drawn and the others learned from; elsewhere the first are learned from,
+ * the rest drawn, and which experts share a token is not known (pairs is false).
  *
  * Made up: experts come in groups, in each layer by chance; a sample belongs to one group for good, and each copy of
  * its tokens goes into the group with probability `locality`, else to any expert.
@@ -41,13 +41,13 @@ struct ry_source {
 
 struct ry_workload {
     int layers, experts, topk, tokens, samples;
-    uint16_t *choice; /* [layers][samples][tokens][topk] */
-    bool pairs;       /* which experts share a token is known */
-    int split;        /* experts that a recorded one stands for; 1: made up, too */
-    int pool;         /* recorded samples drawn from; 0: made up */
-    int *recorded;    /* [samples]: the recorded sample that each is; made up: its group */
+    uint16_t *choice;   /* [layers][samples][tokens][topk] */
+    bool pairs;         /* which experts share a token is known */
+    int split;          /* experts that a recorded one stands for; 1: made up, too */
+    int pool;           /* recorded samples drawn from; 0: made up */
+    int *recorded;      /* [samples]: the recorded sample that each is; made up: its group */
     int fit_first, fit; /* recorded samples [fit_first, fit_first + fit) may be learned from */
-    int *group;       /* [layers][experts]: made up: the group of each expert; else NULL */
+    int *group;         /* [layers][experts]: made up: the group of each expert; else NULL */
     int groups;
     struct ry_source source;
     uint32_t *order; /* [pool or samples]: scratch */

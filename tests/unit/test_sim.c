@@ -98,7 +98,8 @@ START_TEST(same_loads_as_the_engine)
         }
         ck_assert_double_eq(costs[RY_BACK][RY_SIM_PLAIN].cross_bytes, nic);
         ck_assert_double_eq(costs[RY_THERE][RY_SIM_HIERARCHICAL].cross_bytes, nic);
-        ck_assert_double_eq(costs[RY_THERE][RY_SIM_DEDUP].cross_bytes, 10.0 * (double)distinct + 4.0 * (double)crossing);
+        ck_assert_double_eq(costs[RY_THERE][RY_SIM_DEDUP].cross_bytes,
+                            10.0 * (double)distinct + 4.0 * (double)crossing);
         free(home);
         free(rank);
         free(m);
@@ -111,8 +112,8 @@ START_TEST(same_loads_as_the_engine)
 }
 END_TEST
 
-/* Times against the steps of all ranks' plans: plain is their sum exactly on alike nodes, hierarchical within a third, as
- * the estimates that jobs decide by are (test_cost). */
+/* Times against the steps of all ranks' plans: plain is their sum exactly on alike nodes, hierarchical within a third,
+ * as the estimates that jobs decide by are (test_cost). */
 START_TEST(same_times_as_plans)
 {
     double worst = 0;
@@ -227,7 +228,8 @@ static struct ry_routing *recorded(int samples, int choice_samples)
     return r;
 }
 
-/* Whatever experts and samples stand for, a recorded sample's counts stay what they are; no token gets an expert twice. */
+/* Whatever experts and samples stand for, a recorded sample's counts stay what they are; no token gets an expert twice.
+ */
 START_TEST(recorded_counts_stay)
 {
     for (int with = 0; with < 2; with++) {
@@ -239,7 +241,8 @@ START_TEST(recorded_counts_stay)
         ck_assert_int_eq(w.pairs, with);
         ck_assert_int_eq(w.split, 3);
         ck_assert_int_eq(w.pool, with ? 80 : 140);
-        ck_assert(!ry_workload_draw(&w, 0, &err) && !ry_workload_draw(&w, 3, &err) && !ry_workload_draw(&again, 3, &err));
+        ck_assert(!ry_workload_draw(&w, 0, &err) && !ry_workload_draw(&w, 3, &err) &&
+                  !ry_workload_draw(&again, 3, &err));
         ck_assert_mem_eq(w.choice, again.choice, 2u * 300 * 16 * 2 * sizeof *w.choice);
         int times[200] = {0};
         for (int i = 0; i < 300; i++) {
@@ -428,7 +431,8 @@ START_TEST(locality_helps)
 }
 END_TEST
 
-/* Beyond what is learned in time, experts are co-placed by the groups that were made: at full locality nothing crosses. */
+/* Beyond what is learned in time, experts are co-placed by the groups that were made: at full locality nothing crosses.
+ */
 START_TEST(groups_where_learning_is_too_long)
 {
     static struct ry_sim_result r;

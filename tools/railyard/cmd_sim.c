@@ -178,8 +178,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case ARGP_KEY_END:
         if (args.dir && args.made_up)
-            argp_error(state, "--locality, --layers, --topk, --tokens and --groups are for made-up routing: leave out "
-                              "either them or '%s'",
+            argp_error(state,
+                       "--locality, --layers, --topk, --tokens and --groups are for made-up routing: leave out "
+                       "either them or '%s'",
                        args.dir);
         return 0;
     }
@@ -204,8 +205,8 @@ static const struct argp_option options[] = {
     {"experts", KEY_EXPERTS, "N", 0, "experts of a GPU and layer (2; recorded: the least that fits and is no less)", 0},
     {"row-bytes", KEY_ROW, "N", 0, "of one token's vector (4096)", 0},
     {0, 0, 0, 0, "Made-up routing (without DIR):", 4},
-    {"locality", KEY_LOCALITY, "P", 0, "0 to 1: probability that a token stays with its sample's group of experts (0.5)",
-     0},
+    {"locality", KEY_LOCALITY, "P", 0,
+     "0 to 1: probability that a token stays with its sample's group of experts (0.5)", 0},
     {"layers", KEY_LAYERS, "N", 0, "MoE layers (4)", 0},
     {"topk", KEY_TOPK, "N", 0, "experts of a token (2)", 0},
     {"tokens", KEY_TOKENS, "N", 0, "of a sample (512)", 0},
@@ -223,13 +224,15 @@ static const struct argp argp = {
     options,
     parse,
     "[DIR]",
-    "Simulate a job's MoE exchanges on a cluster that need not be here: each placement of samples and experts with each "
+    "Simulate a job's MoE exchanges on a cluster that need not be here: each placement of samples and experts with "
+    "each "
     "strategy of exchanging.\v"
     "DIR holds recorded routing: meta.json and counts.npy (see routing-format.md); without it, routing is made up. A "
     "layer has four exchanges: dispatch, combine, and their gradients. Times are those of the cost model that jobs "
     "decide by, fed with data-sheet figures (of which NCCL reaches 3/4) or with measured ones (--cost).\n\n"
     "plain is NCCL as it is. hierarchical gathers what goes to a node into one message per rail. dedup sends a token "
-    "that several experts of a node want there once; it does so where copies are equal, in dispatch and in the gradient "
+    "that several experts of a node want there once; it does so where copies are equal, in dispatch and in the "
+    "gradient "
     "of combine, and has no plan in this version: what it would take is put together from hierarchical's parts. sum, "
     "modelled the same way, adds up a token's rows before they cross on the way back, which changes rounding.\n\n"
     "Recorded experts and samples that are too few for the cluster stand for several each; the output says so.\n\n"
@@ -273,11 +276,15 @@ static int experts_of(const struct ry_routing *r, int ranks, struct ry_err *err,
         n = (n + step - 1) / step * step;
     }
     if (n > RY_MOST_EXPERTS)
-        return ry_fail(err, "%ld experts would be needed for %d GPUs: up to %d can be simulated; give fewer by "
-                       "--experts", n, ranks, RY_MOST_EXPERTS);
+        return ry_fail(err,
+                       "%ld experts would be needed for %d GPUs: up to %d can be simulated; give fewer by "
+                       "--experts",
+                       n, ranks, RY_MOST_EXPERTS);
     if (r && n % r->experts)
-        return ry_fail(err, "%d experts were recorded, %d GPUs with %d each make %ld, which is no multiple of that: "
-                       "leave out --experts or choose another", r->experts, ranks, args.experts_per_gpu, n);
+        return ry_fail(err,
+                       "%d experts were recorded, %d GPUs with %d each make %ld, which is no multiple of that: "
+                       "leave out --experts or choose another",
+                       r->experts, ranks, args.experts_per_gpu, n);
     *out = (int)n;
     return 0;
 }
@@ -319,7 +326,9 @@ static int simulate(struct sim_point *p, const struct ry_routing *r, int nodes, 
     p->sim.source.samples = ranks * args.per_gpu;
     memcpy(p->sim.placings, args.placings, sizeof args.placings);
     if (!p->sim.steps)
-        p->sim.steps = p->sim.source.samples >= 2048 ? 1 : 2048 / p->sim.source.samples < 16 ? 2048 / p->sim.source.samples : 16;
+        p->sim.steps = p->sim.source.samples >= 2048       ? 1
+                       : 2048 / p->sim.source.samples < 16 ? 2048 / p->sim.source.samples
+                                                           : 16;
     int failed = ry_fabric_model(&p->model, c, args.cost, err) || experts_of(r, ranks, err, &p->sim.source.experts) ||
                  ry_sim_run(&p->sim, &p->result, err);
     ry_cluster_free(c);

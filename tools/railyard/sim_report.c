@@ -66,8 +66,8 @@ static void print_head(const struct sim_study *s, const struct sim_point *p)
     if (s->cost)
         printf("  links     measured, %s: ", s->cost);
     else
-        printf("  links     %g GB/s a GPU in the node, %g GB/s a node in %d NIC%s, of which NCCL reaches: ", f->local_gbs,
-               f->node_gbs, f->nics, f->nics > 1 ? "s" : "");
+        printf("  links     %g GB/s a GPU in the node, %g GB/s a node in %d NIC%s, of which NCCL reaches: ",
+               f->local_gbs, f->node_gbs, f->nics, f->nics > 1 ? "s" : "");
     printf("%.3g and %.3g GB/s; one rank alone %.3g\n", p->model.link[RY_LINK_LOCAL].bytes_per_us / 1e3,
            p->model.link[RY_LINK_NIC].bytes_per_us / 1e3, p->model.nic_rank_bytes_per_us / 1e3);
     if (p->sim.rails && !s->cost)
@@ -112,6 +112,7 @@ static void print_table(const struct sim_point *p)
                    k == 0 ? ry_placing_about((enum ry_placing)w) : "", ry_sim_strategy_name((enum ry_sim_strategy)k),
                    b->layer_us, b->step_us / 1e3, base / b->step_us, ry_report_bytes(b->cross_bytes, bytes),
                    b->nic_imbalance, extra, b->step_us <= best ? "  <- fastest" : "");
+            best = b->step_us <= best ? 0 : best; /* the first of equals */
         }
     }
     for (int w = 0; w < RY_PLACINGS; w++)
@@ -124,11 +125,12 @@ static void print_paper(const struct sim_point *p)
     int w = is_paper(p) ? netmoe_of(p) : -1;
     if (w < 0)
         return;
-    const struct ry_sim_sums *base = &p->result.at[RY_PLACE_IN_ORDER].by[RY_SIM_PLAIN], *b =
-                                                                                            &p->result.at[w].by[RY_SIM_PLAIN];
-    printf("\n  NetMoE's paper      inter-node bytes %.2f to %.2f of in order, in-node %.2f to %.2f, %.0f to %.0f %% of "
-           "samples move a layer\n",
-           paper.inter[0], paper.inter[1], paper.intra[0], paper.intra[1], 100 * paper.moved[0], 100 * paper.moved[1]);
+    const struct ry_sim_sums *base = &p->result.at[RY_PLACE_IN_ORDER].by[RY_SIM_PLAIN],
+                             *b = &p->result.at[w].by[RY_SIM_PLAIN];
+    printf(
+        "\n  NetMoE's paper      inter-node bytes %.2f to %.2f of in order, in-node %.2f to %.2f, %.0f to %.0f %% of "
+        "samples move a layer\n",
+        paper.inter[0], paper.inter[1], paper.intra[0], paper.intra[1], 100 * paper.moved[0], 100 * paper.moved[1]);
     printf("  %-19s inter-node bytes %.2f of in order, in-node %.2f, %.0f %% of samples move a layer\n",
            ry_placing_name((enum ry_placing)w), b->cross_bytes / base->cross_bytes, b->local_bytes / base->local_bytes,
            100 * p->result.at[w].moved);
@@ -252,10 +254,10 @@ static json_t *point_json(const struct sim_study *s, const struct sim_point *p)
         json_object_set_new(routing, "locality", json_real(p->sim.source.locality));
         json_object_set_new(routing, "groups", json_integer(r->groups));
     }
-    json_t *one = json_pack("{so so so si sI ss sf sf so}", "cluster", cluster, "model", model, "routing", routing,
-                            "steps", p->sim.steps, "seed", (json_int_t)p->sim.source.seed, "count",
-                            ry_counting_name(p->sim.counting), "row_bytes", p->sim.row_bytes, "memory_bytes",
-                            r->memory, "placements", placements_json(p));
+    json_t *one =
+        json_pack("{so so so si sI ss sf sf so}", "cluster", cluster, "model", model, "routing", routing, "steps",
+                  p->sim.steps, "seed", (json_int_t)p->sim.source.seed, "count", ry_counting_name(p->sim.counting),
+                  "row_bytes", p->sim.row_bytes, "memory_bytes", r->memory, "placements", placements_json(p));
     int w = is_paper(p) ? netmoe_of(p) : -1;
     if (w >= 0)
         json_object_set_new(one, "netmoe", paper_json(p, w));
