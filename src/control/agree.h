@@ -4,7 +4,7 @@
  * Owns: the agreement as two pure state machines, one for every rank (struct ry_agree) and one more for the yardmaster
  * (struct ry_yard, beside its own rank's): messages in, messages and decisions out. No I/O, no threads, no clock but
  * the `now` that is passed in (nanoseconds, any monotonic origin). Driven by control.h in production, by a random
- * scheduler in tests/unit/test_agree.c, and mirrored in tests/model/agree.pml. Not: what a strategy is worth (the
+ * scheduler in tests/unit/test_agree_random.c, and mirrored in tests/model/agree.pml. Not: what a strategy is worth (the
  * yardmaster's caller chooses, through a callback), how messages travel.
  *
  * The protocol.

@@ -159,6 +159,8 @@ void ry_talk_close(struct ry_talk *t)
 {
     pthread_mutex_lock(&t->lock);
     ry_agree_leave(t->agree);
+    if (t->yard) /* what the rank told it would come too late */
+        ry_yard_lost(t->yard, ry_now_ns(), t->config.rank);
     atomic_store(t->config.hold, 0);
     pthread_mutex_unlock(&t->lock);
     ry_line_close(t->line);
@@ -166,6 +168,16 @@ void ry_talk_close(struct ry_talk *t)
 }
 
 /* ---- exchanges ---- */
+
+bool ry_talk_passes(struct ry_talk *t, uint64_t number)
+{
+    pthread_mutex_lock(&t->lock);
+    bool passes = !ry_agree_hold(t->agree) && !ry_agree_wants_seen(t->agree, number);
+    if (passes)
+        ry_agree_exchange(t->agree, number, NULL, NULL, 0);
+    pthread_mutex_unlock(&t->lock);
+    return passes;
+}
 
 bool ry_talk_exchange(struct ry_talk *t, uint64_t number, const struct ry_manifest *m, const void *seen, size_t seen_bytes,
                       struct ry_verdict *verdict, double *waited_us)
@@ -202,15 +214,7 @@ void ry_talk_stray(struct ry_talk *t)
     pthread_mutex_unlock(&t->lock);
 }
 
-void ry_talk_abort(struct ry_talk *t, const char *reason)
-{
-    pthread_mutex_lock(&t->lock);
-    ry_agree_fail(t->agree, reason);
-    settle(t);
-    pthread_mutex_unlock(&t->lock);
-}
-
-void ry_talk_quit(struct ry_talk *t)
+void ry_talk_leave(struct ry_talk *t)
 {
     pthread_mutex_lock(&t->lock);
     ry_agree_leave(t->agree);

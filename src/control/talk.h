@@ -5,7 +5,7 @@
  * "hold" to where the preload reads it. Not: the protocol (agree.h), how messages travel (control.h), what a strategy is worth
  * (the policy, handed in).
  *
- * Thread-safety: ry_talk_exchange() by one thread at a time, as NCCL itself wants of a communicator; ry_talk_abort() from any
+ * Thread-safety: ry_talk_exchange() by one thread at a time, as NCCL itself wants of a communicator; ry_talk_leave() from any
  * thread while another is in ry_talk_exchange(); ry_talk_close() when none is.
  */
 #ifndef RY_CONTROL_TALK_H
@@ -38,17 +38,24 @@ struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err 
 void ry_talk_close(struct ry_talk *talk);
 
 /**
+ * Exchange `number` is about to be issued. True: nobody asks about it, it passes, and all is said. False: ask
+ * ry_talk_exchange() now. So that what most exchanges cost, where nothing is agreed on, is one lock that is hardly ever taken by
+ * anybody else.
+ */
+bool ry_talk_passes(struct ry_talk *talk, uint64_t number);
+/**
  * Exchange `number` is about to be issued. False: pass it on as it is. True: `verdict` holds what all ranks agreed on (its
  * pointers are valid until the next call), and *waited_us how long that took from here.
- * Waits for other ranks while engaged: until the verdict, at most the yardmaster's patience, or ry_talk_abort().
+ * Waits for other ranks while engaged: until the verdict, at most the yardmaster's patience, or ry_talk_leave().
  */
 bool ry_talk_exchange(struct ry_talk *talk, uint64_t number, const struct ry_manifest *m, const void *seen, size_t seen_bytes,
                       struct ry_verdict *verdict, double *waited_us);
 /** p2p that is no exchange was issued. */
 void ry_talk_stray(struct ry_talk *talk);
-/** The communicator is aborted: ends the wait of ry_talk_exchange() at once; nothing waits here again. */
-void ry_talk_abort(struct ry_talk *talk, const char *reason);
-/** This rank wants no more of it (a mismatch found): ends the engagement for all ranks, in order. */
-void ry_talk_quit(struct ry_talk *talk);
+/**
+ * This rank wants no more of it: its communicator is being aborted, or what the engine does there was found to be wrong. Ends the
+ * wait of ry_talk_exchange() at once, and the engagement for all ranks, in order; nothing waits here again.
+ */
+void ry_talk_leave(struct ry_talk *talk);
 
 #endif

@@ -112,6 +112,9 @@ struct ry_device {
 /** The host-memory backend: one device, ordinal 0 (any ordinal is taken); never fails. */
 const struct ry_device *ry_device_host(void);
 
+/** Its streams are captured when `capturing` says so (the emulated cluster's capture.h); NULL: never. */
+void ry_device_host_captures(bool (*capturing)(void *stream));
+
 /** The CUDA backend, or NULL with `err` saying why (no libcuda.so.1, no device, a driver call missing). Opened once. */
 const struct ry_device *ry_device_cuda(struct ry_err *err);
 

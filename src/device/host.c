@@ -2,7 +2,7 @@
  * host.c: the host-memory backend: the "device" of the emulated cluster.
  *
  * Owns: the mapping of the device interface onto plain memory. The emulator's NCCL has finished by the time a call
- * returns, so streams are only names (always idle, never captured) and an event is the time at which it was recorded.
+ * returns, so streams are only names (always idle) and an event is the time at which it was recorded.
  * Not: a model of asynchronous work; nothing here ever runs later.
  */
 #include <stdlib.h>
@@ -13,6 +13,8 @@
 
 /* What CUDA's allocator guarantees: code that relies on it must not break, or pass by luck, here. */
 #define ALIGNMENT 256
+
+static bool (*_Atomic captured)(void *stream);
 
 struct ry_event {
     _Atomic uint64_t ns; /* 0: never recorded */
@@ -122,8 +124,13 @@ static int host_stream_sync(void *stream, struct ry_err *err)
 
 static int host_stream_capturing(void *stream, bool *capturing, struct ry_err *err)
 {
-    *capturing = false;
+    *capturing = captured && captured(stream);
     return 0;
+}
+
+void ry_device_host_captures(bool (*capturing)(void *stream))
+{
+    captured = capturing;
 }
 
 static int host_event_create(struct ry_event **ev, struct ry_err *err)

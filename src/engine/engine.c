@@ -79,6 +79,12 @@ static void start_parts(void)
     struct ry_err err;
     bool emulated = ry_engine.host.find("railyard_emu_version") != NULL;
     ry_engine.device = emulated ? ry_device_host() : ry_device_cuda(&err);
+    if (emulated) {
+        void *capturing = ry_engine.host.find("railyard_emu_capturing");
+        bool (*f)(void *);
+        memcpy(&f, &capturing, sizeof f);
+        ry_device_host_captures(f);
+    }
     if (!ry_engine.device) {
         ry_info("exchanges are neither timed nor reissued: %s", err.msg);
         return;
@@ -245,8 +251,8 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
 {
     static const char *const names[RY_CALLS] = {"send", "recv", "alltoall", "allgather", "allreduce", "broadcast",
                                                 "reduce", "reducescatter", "gather", "scatter", "onesided"};
-    struct ry_record_counter list[2 * RY_CALLS + 2];
-    char text[2 * RY_CALLS][32];
+    struct ry_record_counter list[2 * RY_CALLS + 6 + RY_STRATEGIES];
+    char text[2 * RY_CALLS][32], strategy[RY_STRATEGIES][32];
     int n = 0;
     list[n++] = (struct ry_record_counter){"exchanges", counts->exchanges};
     list[n++] = (struct ry_record_counter){"plain_groups", counts->plain_groups};
@@ -255,6 +261,16 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
         snprintf(text[2 * i + 1], sizeof text[0], "bytes.%s", names[i]);
         list[n++] = (struct ry_record_counter){text[2 * i], counts->calls[i]};
         list[n++] = (struct ry_record_counter){text[2 * i + 1], counts->bytes[i]};
+    }
+    if (c->counts.agreed) {
+        list[n++] = (struct ry_record_counter){"agreed", c->counts.agreed};
+        list[n++] = (struct ry_record_counter){"verified", c->counts.verified};
+        list[n++] = (struct ry_record_counter){"verify_differs", c->counts.verify_differs};
+        list[n++] = (struct ry_record_counter){"short_of_staging", c->counts.short_of_staging};
+        for (int i = 0; i < RY_STRATEGIES; i++) {
+            snprintf(strategy[i], sizeof strategy[i], "agreed.%s", ry_strategy_name((enum ry_strategy)i));
+            list[n++] = (struct ry_record_counter){strategy[i], c->counts.by_strategy[i]};
+        }
     }
     ry_record_comm_end(ry_engine.record, c->record, how, list, n);
     c->record = NULL;
@@ -277,9 +293,9 @@ static void comm_ended(void *handle, enum ry_death how, const struct ry_comm_cou
     ry_rendezvous_cancel(ry_engine.rendezvous, c);
     if (ry_engine.sampler)
         ry_sampler_forget(ry_engine.sampler, c);
+    ry_reissue_close(c, how == RY_DEATH_ABORT);
     if (c->record)
         end_recording(c, names[how], counts);
-    ry_reissue_close(c, how == RY_DEATH_ABORT);
     ry_row_width_free(&c->rows);
     free(c);
     ry_engine_leave();
@@ -316,7 +332,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     for (struct comm *c = ry_engine.comms; c; c = c->next) {
         struct reissue *r = atomic_load(&c->reissue);
         if (r)
-            ry_talk_abort(r->talk, "the process exits");
+            ry_talk_leave(r->talk);
     }
     pthread_mutex_unlock(&ry_engine.lock);
     for (int i = 0; i < 1000 && atomic_load(&ry_engine.busy); i++)

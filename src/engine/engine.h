@@ -46,6 +46,13 @@ struct reissue {
     uint64_t carried_out[RY_STRATEGIES], verified;
 };
 
+/* What became of a communicator's exchanges, for the end of its trace. */
+struct reissue_counts {
+    uint64_t agreed, by_strategy[RY_STRATEGIES];
+    uint64_t verified, verify_differs; /* comparisons that came out equal, and 1 if one did not */
+    uint64_t short_of_staging;         /* told on the yardmaster only: exchanges that went direct for want of it */
+};
+
 struct comm {
     struct ry_comm_face face; /* first: the preload reads it */
     struct comm *next;
@@ -58,6 +65,7 @@ struct comm {
     _Atomic uint64_t exchanges;
     struct ry_record_comm *record;
     _Atomic(struct reissue *) reissue;
+    struct reissue_counts counts; /* from ry_reissue_close() on */
 };
 
 struct engine {
@@ -102,19 +110,22 @@ static inline void ry_engine_leave(void)
 
 /** The ranks of `c` have met: join the agreement if there is something to agree on. Takes `map` if so (true). */
 bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address, size_t address_size);
-/** End it, `aborted` telling that the communicator's streams may never get anywhere. */
+/** End it, `aborted` telling that the communicator's streams may never get anywhere. Leaves its counts in `c`. */
 void ry_reissue_close(struct comm *c, bool aborted);
 /** The control address that others need of this rank, if it is the yardmaster; NULL with *size 0 otherwise. */
 const void *ry_reissue_address(const struct comm *c, size_t *size);
 /** May this rank's side of the communicator be reissued at all? Goes into its seat. */
 bool ry_reissue_able(const struct ry_comm_info *info);
 
-/* exchange.c: the hooks of the same names */
+/* exchange.c: what verify mode has found by now; then the hooks of the same names */
+void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);
 void ry_exchange_stray(void *handle);
 void ry_exchange_aborting(void *handle);
 void ry_exchange_int64_allgather(void *handle, uint64_t count);
+/** What verify mode found since the last call; a mismatch ends the engagement. */
+void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 
 #endif

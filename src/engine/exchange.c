@@ -27,7 +27,8 @@ static __thread struct {
     struct ry_sample *sample;
     bool captured;
     const char *strategy; /* NULL: not agreed on */
-    double waited_us;
+    bool verify;
+    double waited_us, late_us; /* for the verdict; of it for other ranks */
     /* the latest all-gather of 64-bit integers since the exchange before */
     char gather_comm[17];
     uint64_t gather_count;
@@ -44,7 +45,8 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.wall_ns = ry_wall_ns();
     now.captured = false;
     now.strategy = NULL;
-    now.waited_us = 0;
+    now.verify = false;
+    now.waited_us = now.late_us = 0;
     now.sample = NULL;
     if (ry_engine.device)
         ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
@@ -80,7 +82,7 @@ static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x
 }
 
 /* What verify mode found since the last exchange. */
-static void look_at_checks(struct comm *c, struct reissue *r)
+void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
 {
     struct ry_mismatch bad;
     uint64_t equal;
@@ -88,7 +90,7 @@ static void look_at_checks(struct comm *c, struct reissue *r)
         ry_warn("communicator %s: exchange %" PRIu64 " differs from plain NCCL in what came from rank %d, from byte %" PRIu64
                 " on: Railyard keeps off this communicator from here. Please report this",
                 c->id, bad.number, bad.peer, bad.offset);
-        ry_talk_quit(r->talk);
+        ry_talk_leave(r->talk);
         r->quit = true;
     }
     r->verified += equal;
@@ -128,8 +130,10 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
                             .extra_bytes = sizeof side};
     if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
         return false;
+    now.late_us = (double)verdict->waited_ns / 1e3;
     ry_waits_add(&r->waits, now.waited_us);
-    ry_waits_add(&r->messages, now.waited_us - (double)verdict->waited_ns / 1e3);
+    if (!verdict->last) /* where the end of the engagement decided, nobody knows what the wait was for */
+        ry_waits_add(&r->messages, now.waited_us - now.late_us);
     return true;
 }
 
@@ -144,7 +148,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
     if (verdict->extra_bytes != sizeof(struct ry_order) + cells)
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", verdict->extra_bytes,
                        sizeof(struct ry_order) + cells), NULL;
-    memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
+    if (cells)
+        memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
     struct ry_plan_input in = {.cluster = r->map,
                                .rank = rank,
                                .strategy = strategy,
@@ -180,11 +185,12 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     bool taken = false;
     if (!cookie || !ry_engine_enter())
         return false;
-    if (r) {
+    if (r && !ry_talk_passes(r->talk, now.number)) {
         struct ry_buffers b = describe(r, x);
-        look_at_checks(c, r);
+        ry_exchange_look_at_checks(c, r);
         if (agree(c, r, x, &b, &verdict)) {
             now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
+            now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
             if (verdict.extra_bytes >= sizeof(struct ry_order))
                 memcpy(&r->staging_wanted, verdict.extra, sizeof r->staging_wanted);
             taken = verdict.strategy != RY_DIRECT;
@@ -194,7 +200,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
                 ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": direct: %s", c->id, now.number, verdict.reason);
         }
     }
-    if (!taken)
+    if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */
         start_clock(c, x);
     ry_engine_leave();
     return taken;
@@ -230,7 +236,11 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
                                        .captured = now.captured,
                                        .send_count = x->send_count,
                                        .recv_count = x->recv_count,
-                                       .gather_count = now.gather_count};
+                                       .gather_count = now.gather_count,
+                                       .strategy = now.strategy,
+                                       .waited_us = now.waited_us,
+                                       .late_us = now.late_us,
+                                       .verify = now.verify};
         r.row_elems = ry_row_width_see(&c->rows, x->send_count, x->recv_count, x->type_bytes, &r.row_source);
         memcpy(r.gather_comm, now.gather_comm, sizeof r.gather_comm);
         ry_record_exchange(ry_engine.record, c->record, &r);
@@ -261,7 +271,7 @@ void ry_exchange_aborting(void *handle)
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (!r || !ry_engine_enter())
         return;
-    ry_talk_abort(r->talk, "the communicator is being aborted");
+    ry_talk_leave(r->talk);
     ry_engine_leave();
 }
 

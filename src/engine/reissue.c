@@ -131,11 +131,34 @@ failed:
     return false;
 }
 
+static void count(struct reissue_counts *n, const struct reissue *r)
+{
+    struct ry_chooser_counts chosen = {0};
+    if (r->chooser)
+        ry_chooser_counts(r->chooser, &chosen);
+    *n = (struct reissue_counts){.agreed = r->waits.count,
+                                 .verified = r->verified,
+                                 .verify_differs = r->quit,
+                                 .short_of_staging = chosen.short_of_staging};
+    n->by_strategy[RY_DIRECT] = n->agreed;
+    for (int i = 0; i < RY_STRATEGIES; i++) {
+        if (i == RY_DIRECT)
+            continue;
+        n->by_strategy[i] = r->carried_out[i];
+        n->by_strategy[RY_DIRECT] -= r->carried_out[i];
+    }
+}
+
 void ry_reissue_close(struct comm *c, bool aborted)
 {
     struct reissue *r = atomic_exchange(&c->reissue, NULL);
     if (!r)
         return;
+    if (!aborted)
+        ry_exchange_look_at_checks(c, r); /* of the last exchange nobody else would */
+    ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
+    r->talk = NULL;
+    count(&c->counts, r);
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical, %llu verified; verdicts took %.0f / %.0f / %.0f us "
                 "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks",

@@ -152,7 +152,7 @@ static int search(const struct lesson *t, int starts, int *best, struct ry_err *
         ry_fail(err, "out of memory for an expert map");
         goto out;
     }
-    for (int i = 0; i <= starts; i++) { /* the last one is the contiguous map as it is, for which nothing must move */
+    for (int i = 0; i <= starts; i++) { /* the last one is the contiguous map as it is: never worse than that */
         memcpy(map, t->contiguous, slots * sizeof *map);
         if (i < starts && ry_anneal_run(&t->search, map, t->opt.moves, t->opt.seed * 1000003 + (uint64_t)i) < 0) {
             ry_fail(err, "out of memory for the search of an expert map");
@@ -255,37 +255,115 @@ out:
     return rc;
 }
 
-/* The loads of node map and ranks; whether neither is anywhere above its bound. */
-static int look_at_loads(const struct lesson *t, const int *map, struct ry_coplace *out)
+/* Copies that a rank may get in a layer: as nodes' bounds, but indivisible experts can make it more than is possible.
+ */
+static double rank_bound(const struct lesson *t, int layer, const int *blocks, int64_t *room)
+{
+    int experts = t->routing->experts, ranks = t->cluster->nranks;
+    int64_t total = ry_expert_load(t->weight + layer * experts, blocks + layer * experts, experts, ranks, room),
+            top = 0;
+    for (int i = 0; i < ranks; i++)
+        top = room[i] > top ? room[i] : top;
+    return t->opt.load_times * (t->opt.load_from == RY_BOUND_MEAN ? (double)total / ranks : (double)top);
+}
+
+/* A layer's node map to ranks; returns the busiest rank's copies, and which one it is; -1 out of memory. */
+static int64_t layer_to_ranks(const struct lesson *t, int layer, const int *map, int *expert_rank, int64_t *room,
+                              int *busiest)
+{
+    int experts = t->routing->experts, at = layer * experts;
+    if (ry_experts_to_ranks(t->cluster, 1, experts, t->weight + at, map + at, expert_rank + at))
+        return -1;
+    ry_expert_load(t->weight + at, expert_rank + at, experts, t->cluster->nranks, room);
+    *busiest = 0;
+    for (int i = 0; i < t->cluster->nranks; i++)
+        *busiest = room[i] > room[*busiest] ? i : *busiest;
+    return room[*busiest];
+}
+
+static bool nodes_held(const struct lesson *t, int layer, const int *map, int64_t *room)
+{
+    int experts = t->routing->experts, nodes = t->cluster->nnodes;
+    ry_expert_load(t->weight + layer * experts, map + layer * experts, experts, nodes, room);
+    for (int m = 0; m < nodes; m++)
+        if (room[m] > t->bound[layer * nodes + m])
+            return false;
+    return true;
+}
+
+/* Where no way of dealing a node's experts out keeps a rank within its bound, the node gives one away: the exchange
+   with another node that relieves the busiest rank and lets least cross. Few layers need it, if any. */
+static int hold_ranks(const struct lesson *t, const int *blocks, int *map, int *expert_rank, int64_t *room)
+{
+    int experts = t->routing->experts, busiest;
+    for (int l = 0; l < t->routing->layers && t->opt.load_from != RY_BOUND_NONE; l++) {
+        double bound = rank_bound(t, l, blocks, room);
+        int64_t top = layer_to_ranks(t, l, map, expert_rank, room, &busiest);
+        int *at = map + l * experts;
+        for (int swaps = 0; (double)top > bound && swaps < experts; swaps++) {
+            int best_x = -1, best_y = -1, node = t->cluster->node[busiest], ignored;
+            double least = INFINITY;
+            for (int x = 0; x < experts; x++) {
+                for (int y = 0; y < experts; y++) {
+                    int other = at[y];
+                    if (at[x] != node || other == node)
+                        continue;
+                    at[x] = other;
+                    at[y] = node;
+                    int64_t after = nodes_held(t, l, map, room) ? layer_to_ranks(t, l, map, expert_rank, room, &ignored)
+                                                                : INT64_MAX;
+                    if (after < top) { /* within the bound if any is, of these the one that lets least cross */
+                        double cost = (double)after > bound ? 1e18 * (double)after : ry_anneal_value(&t->search, map);
+                        if (cost < least) {
+                            least = cost;
+                            best_x = x;
+                            best_y = y;
+                        }
+                    }
+                    at[x] = node;
+                    at[y] = other;
+                }
+            }
+            if (best_x < 0)
+                break;
+            at[best_x] = at[best_y];
+            at[best_y] = node;
+            top = layer_to_ranks(t, l, map, expert_rank, room, &busiest);
+        }
+        if (layer_to_ranks(t, l, map, expert_rank, room, &busiest) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Experts to ranks, the loads of both, and whether none is anywhere above its bound. */
+static int seat_experts(const struct lesson *t, int *map, struct ry_coplace *out)
 {
     const struct ry_cluster *c = t->cluster;
     int layers = t->routing->layers, experts = t->routing->experts;
     int *blocks = malloc((size_t)layers * (size_t)experts * sizeof *blocks);
     int64_t *room = malloc((size_t)c->nranks * sizeof *room);
-    double *busiest = malloc(2 * (size_t)layers * sizeof *busiest);
-    if (!blocks || !room || !busiest || ry_experts_contiguous(blocks, layers, experts, c->nranks, NULL)) {
-        free(blocks);
-        free(room);
-        free(busiest);
-        return -1;
-    }
-    double *now = busiest, *was = busiest + layers;
+    double *busiest = malloc(2 * (size_t)layers * sizeof *busiest), *now = busiest, *was = busiest + layers;
+    int rc = -1;
+    if (!blocks || !room || !busiest || ry_experts_contiguous(blocks, layers, experts, c->nranks, NULL))
+        goto out;
+    if (out->move_experts && (ry_experts_to_ranks(c, layers, experts, t->weight, map, out->expert_rank) ||
+                              hold_ranks(t, blocks, map, out->expert_rank, room)))
+        goto out;
     out->node_load_was =
         ry_expert_busiest(t->weight, t->contiguous, layers, experts, c->nnodes, c->node_size, was, room);
     out->node_load = ry_expert_busiest(t->weight, map, layers, experts, c->nnodes, c->node_size, now, room);
     out->rank_load_was = ry_expert_busiest(t->weight, blocks, layers, experts, c->nranks, NULL, was, room);
     out->rank_load = ry_expert_busiest(t->weight, out->expert_rank, layers, experts, c->nranks, NULL, now, room);
     out->bound_held = true;
-    for (int l = 0; l < layers && t->opt.load_from != RY_BOUND_NONE; l++) {
-        double unit = was[l];
-        if (t->opt.load_from == RY_BOUND_MEAN)
-            unit = (double)ry_expert_load(t->weight + l * experts, blocks, experts, c->nranks, room) / c->nranks;
-        out->bound_held &= now[l] <= unit * t->opt.load_times + 1e-6 && !ry_anneal_excess(&t->search, map, l);
-    }
+    for (int l = 0; l < layers && t->opt.load_from != RY_BOUND_NONE; l++)
+        out->bound_held &= now[l] <= rank_bound(t, l, blocks, room) + 1e-6 && !ry_anneal_excess(&t->search, map, l);
+    rc = 0;
+out:
     free(blocks);
     free(room);
     free(busiest);
-    return 0;
+    return rc;
 }
 
 /* Learn from everything, and say how it compares. */
@@ -304,8 +382,7 @@ static int learn(const struct lesson *t, struct ry_coplace *out, struct ry_err *
     if (ry_experts_contiguous(out->expert_rank, r->layers, r->experts, c->nranks, err) ||
         (out->move_experts && search(t, t->opt.starts, map, err)))
         goto out;
-    if ((out->move_experts && ry_experts_to_ranks(c, r->layers, r->experts, t->weight, map, out->expert_rank)) ||
-        look_at_loads(t, map, out)) {
+    if (seat_experts(t, map, out)) {
         ry_fail(err, "out of memory for experts to ranks");
         goto out;
     }
@@ -360,7 +437,7 @@ struct ry_coplace *ry_coplace_learn(const struct ry_cluster *c, const struct ry_
     opt.load_times = opt.load_times > 0 ? opt.load_times : 1;
     opt.least_gain = opt.least_gain > 0 ? opt.least_gain : 0.02;
     opt.batch = opt.batch ? opt.batch : 128;
-    opt.starts = opt.starts ? opt.starts : 8;
+    opt.starts = opt.starts ? opt.starts : opt.counting == RY_DISTINCT ? 3 : 8;
     opt.moves = opt.moves ? opt.moves : opt.counting == RY_DISTINCT ? 40000 : 150000;
 
     int *use = malloc((size_t)n * sizeof *use), *seats = calloc((size_t)c->nnodes, sizeof *seats), used = 0, rc = -1;

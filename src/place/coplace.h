@@ -32,7 +32,7 @@ struct ry_coplace_options {
     double load_times;            /* that many times; 0: 1 */
     double least_gain;            /* what held-out samples must save to move anything; 0: 0.02 of what crosses */
     int batch;                    /* samples per iteration of the job, all ranks together; 0: 128 */
-    int starts;                   /* 0: 8 */
+    int starts;                   /* 0: 8 counting copies, 3 counting distinct pairs */
     long moves;                   /* of each start; 0: 150,000 counting copies, 40,000 counting distinct pairs */
     uint64_t seed;
 };

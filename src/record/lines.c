@@ -196,10 +196,21 @@ static char *put_start(char *p, const char *t, const char *id, int rank, uint64_
     return put_number(p, number);
 }
 
+/* Microseconds with three decimals; by hand, since the job's locale may have a decimal comma. */
+static char *put_us(char *p, double us)
+{
+    uint64_t ns = us > 0 && us < 1e15 ? (uint64_t)(us * 1000 + 0.5) : 0;
+    p = put_number(p, ns / 1000);
+    *p++ = '.';
+    for (uint64_t digit = 100, rest = ns % 1000; digit; digit /= 10)
+        *p++ = (char)('0' + rest / digit % 10);
+    return p;
+}
+
 void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks, const char *name,
                       const struct ry_record_exchange *x)
 {
-    char *p = room(text, 512 + (name ? strlen(name) : 0) + 2 * 21 * (size_t)nranks);
+    char *p = room(text, 640 + (name ? strlen(name) : 0) + 2 * 21 * (size_t)nranks);
     if (!p)
         return;
     p = put_start(p, "x", id, rank, x->number);
@@ -229,6 +240,16 @@ void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks
         p = PUT(p, ",\"one_call\":true");
     if (x->captured)
         p = PUT(p, ",\"captured\":true");
+    if (x->strategy) {
+        p = PUT(p, ",\"strategy\":\"");
+        p = put_text(p, x->strategy);
+        p = PUT(p, "\",\"waited_us\":");
+        p = put_us(p, x->waited_us);
+        p = PUT(p, ",\"late_us\":");
+        p = put_us(p, x->late_us);
+        if (x->verify)
+            p = PUT(p, ",\"verify\":true");
+    }
     if (name) {
         p = PUT(p, ",\"name\":");
         p = put_text(p, name);
@@ -244,13 +265,8 @@ void ry_line_duration(struct ry_text *text, const char *id, int rank, uint64_t n
     if (!p)
         return;
     p = put_start(p, "us", id, rank, number);
-    uint64_t ns =
-        us > 0 && us < 1e15 ? (uint64_t)(us * 1000 + 0.5) : 0; /* by hand: the job's locale may have a decimal comma */
     p = PUT(p, ",\"us\":");
-    p = put_number(p, ns / 1000);
-    *p++ = '.';
-    for (uint64_t digit = 100, rest = ns % 1000; digit; digit /= 10)
-        *p++ = (char)('0' + rest / digit % 10);
+    p = put_us(p, us);
     p = PUT(p, "}\n");
     text->len = (size_t)(p - text->at);
 }

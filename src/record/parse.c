@@ -46,9 +46,9 @@ static bool make_room(struct ry_parsed *x, int nranks)
 static void clear(struct ry_parsed *x)
 {
     x->number = x->wall_ns = x->type_bytes = x->row = x->gather_count = 0;
-    x->type[0] = x->row_by[0] = x->gather_comm[0] = 0;
-    x->one_call = x->captured = false;
-    x->us = 0;
+    x->type[0] = x->row_by[0] = x->gather_comm[0] = x->strategy[0] = 0;
+    x->one_call = x->captured = x->verify = false;
+    x->us = x->waited_us = x->late_us = 0;
 }
 
 /* Counts times bytes must fit; then everything that is computed from one line does. */
@@ -121,6 +121,21 @@ static bool eat_counts(const char **at, uint64_t *counts, int nranks)
     return true;
 }
 
+/* Microseconds as the writer spells them: three decimals. */
+static bool eat_us(const char **at, double *us)
+{
+    const char *p = *at;
+    uint64_t whole, part;
+    if (!eat_number(&p, &whole) || *p++ != '.')
+        return false;
+    const char *from = p;
+    if (!eat_number(&p, &part) || p - from != 3)
+        return false;
+    *us = (double)whole + (double)part / 1000;
+    *at = p;
+    return true;
+}
+
 static bool eat_exchange(struct ry_parsed *x, const char **at, int nranks)
 {
     const char *p = *at;
@@ -142,26 +157,17 @@ static bool eat_exchange(struct ry_parsed *x, const char **at, int nranks)
         return false;
     x->one_call = EAT(p, ",\"one_call\":true");
     x->captured = EAT(p, ",\"captured\":true");
+    if (EAT(p, ",\"strategy\":\"") &&
+        (!eat_text(&p, x->strategy, sizeof x->strategy) || !EAT(p, ",\"waited_us\":") || !eat_us(&p, &x->waited_us) ||
+         !EAT(p, ",\"late_us\":") || !eat_us(&p, &x->late_us)))
+        return false;
+    x->verify = EAT(p, ",\"verify\":true");
     if (EAT(p, ",\"name\":\"")) {
         while (*p && *p != '"')
             p += *p == '\\' && p[1] ? 2 : 1;
         if (*p++ != '"')
             return false;
     }
-    *at = p;
-    return true;
-}
-
-static bool eat_us(struct ry_parsed *x, const char **at)
-{
-    const char *p = *at;
-    uint64_t whole, part;
-    if (!EAT(p, ",\"us\":") || !eat_number(&p, &whole) || *p++ != '.')
-        return false;
-    const char *from = p;
-    if (!eat_number(&p, &part) || p - from != 3)
-        return false;
-    x->us = (double)whole + (double)part / 1000;
     *at = p;
     return true;
 }
@@ -179,7 +185,7 @@ static enum ry_parsed_kind scan(struct ry_parsed *x, const char *p, const char *
     int nranks = pick(ctx, id, rank);
     if (!nranks)
         return RY_PARSED_ORPHAN;
-    if (exchange ? !make_room(x, nranks) || !eat_exchange(x, &p, nranks) : !eat_us(x, &p))
+    if (exchange ? !make_room(x, nranks) || !eat_exchange(x, &p, nranks) : !EAT(p, ",\"us\":") || !eat_us(&p, &x->us))
         return RY_PARSED_BAD;
     if (*p++ != '}' || p != end || (exchange && !sane(x, nranks)))
         return RY_PARSED_BAD;
@@ -197,6 +203,13 @@ static bool get(const json_t *o, const char *key, bool must, uint64_t *out)
         return false;
     *out = (uint64_t)json_integer_value(v);
     return true;
+}
+
+static bool get_us(const json_t *o, const char *key, bool must, double *out)
+{
+    const json_t *v = json_object_get(o, key);
+    *out = json_number_value(v);
+    return v ? json_is_number(v) && *out >= 0 && isfinite(*out) : !must;
 }
 
 static void get_text(const json_t *o, const char *key, char *out, size_t size)
@@ -245,20 +258,21 @@ static enum ry_parsed_kind load(struct ry_parsed *x, const json_t *o,
     if (!nranks)
         return RY_PARSED_ORPHAN;
     if (!strcmp(t, "us")) {
-        const json_t *us = json_object_get(o, "us");
-        x->us = json_number_value(us);
-        return json_is_number(us) && x->us >= 0 && isfinite(x->us) ? RY_PARSED_DURATION : RY_PARSED_BAD;
+        return get_us(o, "us", true, &x->us) ? RY_PARSED_DURATION : RY_PARSED_BAD;
     }
     if (strcmp(t, "x") || !make_room(x, nranks) || !get(o, "wall_ns", false, &x->wall_ns) ||
         !get(o, "type_bytes", true, &x->type_bytes) || !get_counts(o, "send", x->send, nranks) ||
         !get_counts(o, "recv", x->recv, nranks) || !get(o, "row", false, &x->row) ||
-        !get(o, "gather_count", false, &x->gather_count) || !sane(x, nranks))
+        !get(o, "gather_count", false, &x->gather_count) || !get_us(o, "waited_us", false, &x->waited_us) ||
+        !get_us(o, "late_us", false, &x->late_us) || !sane(x, nranks))
         return RY_PARSED_BAD;
     get_text(o, "type", x->type, sizeof x->type);
     get_text(o, "row_by", x->row_by, sizeof x->row_by);
     get_text(o, "gather_comm", x->gather_comm, sizeof x->gather_comm);
     x->one_call = json_is_true(json_object_get(o, "one_call"));
     x->captured = json_is_true(json_object_get(o, "captured"));
+    get_text(o, "strategy", x->strategy, sizeof x->strategy);
+    x->verify = json_is_true(json_object_get(o, "verify"));
     return RY_PARSED_EXCHANGE;
 }
 

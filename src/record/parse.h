@@ -18,7 +18,9 @@ struct ry_parsed {
     char row_by[8];
     char gather_comm[17];
     uint64_t gather_count;
-    bool one_call, captured;
+    bool one_call, captured, verify;
+    char strategy[16];         /* "": it was not agreed on, and the next two are 0 */
+    double waited_us, late_us; /* for the verdict; of it for other ranks */
     double us;
     int room;              /* of the next two, kept from line to line */
     uint64_t *send, *recv; /* [nranks] elements; count × type_bytes never overflows */

@@ -63,6 +63,10 @@ struct ry_record_exchange {
     /* the latest all-gather of int64 since the exchange before: Megatron's expert counts; gather_count 0: none */
     char gather_comm[17];
     uint64_t gather_count;
+    /* where it was agreed on (NULL: it was not, and what follows means nothing) */
+    const char *strategy;      /* a string constant, at most 15 characters */
+    double waited_us, late_us; /* how long the job's thread waited for the verdict; of it for other ranks */
+    bool verify;               /* carried out both ways */
 };
 
 /** [job] Record one exchange and add it to the matrices. */
@@ -74,7 +78,7 @@ void ry_record_duration(struct ry_record *rec, struct ry_record_comm *comm, uint
 /**
  * One named counter of a communicator, as it stands at its end. The report infers what a communicator is for from
  * "calls.allreduce", "calls.allgather", "calls.reducescatter", "calls.broadcast", "calls.reduce", "calls.gather",
- * "calls.scatter", "calls.send", "calls.recv" and "plain_groups"; others are shown only.
+ * "calls.scatter", "calls.send", "calls.recv" and "plain_groups", and shows "short_of_staging" and "verify_differs".
  */
 struct ry_record_counter {
     const char *name;

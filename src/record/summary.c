@@ -149,6 +149,23 @@ static uint64_t counter(const struct ry_trace_comm *c, const char *name)
     return v > 0 ? (uint64_t)v : 0;
 }
 
+static void sum_agreed(struct ry_summary *s)
+{
+    for (int i = 0; i < s->comm->nranks; i++) {
+        const struct ry_trace_rank *r = s->comm->ranks[i];
+        uint64_t all = 0;
+        for (int k = 0; r && k < RY_TRACE_STRATEGIES; k++)
+            all += r->by_strategy[k];
+        if (all <= s->agreed)
+            continue;
+        s->agreed = all;
+        s->verified = r->verified;
+        memcpy(s->by_strategy, r->by_strategy, sizeof s->by_strategy);
+    }
+    s->verify_differs = counter(s->comm, "verify_differs");
+    s->short_of_staging = counter(s->comm, "short_of_staging");
+}
+
 /* Does another communicator with exchanges see its int64 all-gathers on this one? */
 static const struct ry_trace_comm *counted_for(const struct ry_trace *t, const struct ry_trace_comm *c)
 {
@@ -219,6 +236,7 @@ int ry_summary_make(struct ry_summary *s, const struct ry_trace *trace, const st
     if (sum_nodes(s) || sum_times(s))
         goto no_memory;
     check_sides(s);
+    sum_agreed(s);
     infer(s, trace);
     return 0;
 no_memory:

@@ -20,55 +20,8 @@
 #include "lines.h"
 #include "parse.h"
 
-#define CLASSES_PER_OCTAVE 32
-#define OCTAVES 44 /* of nanoseconds: five hours */
 #define MAX_RANKS (1 << 20)
 #define RECENT 1024 /* exchanges that a duration can still be matched with */
-
-/* ---- durations ---- */
-
-static int class_of(double us)
-{
-    double ns = us * 1000;
-    if (!(ns >= 1))
-        return 0;
-    int octave;
-    double m = frexp(ns, &octave); /* ns = m * 2^octave, 0.5 <= m < 1 */
-    int c = (octave - 1) * CLASSES_PER_OCTAVE + (int)((m - 0.5) * 2 * CLASSES_PER_OCTAVE);
-    return c < OCTAVES * CLASSES_PER_OCTAVE ? c : OCTAVES * CLASSES_PER_OCTAVE - 1;
-}
-
-static double class_middle_us(int c)
-{
-    return ldexp(0.5 + ((c % CLASSES_PER_OCTAVE) + 0.5) / (2.0 * CLASSES_PER_OCTAVE), c / CLASSES_PER_OCTAVE + 1) /
-           1000;
-}
-
-static void times_add(struct ry_trace_times *t, double us)
-{
-    if (!t->classes && !(t->classes = calloc(OCTAVES * CLASSES_PER_OCTAVE, sizeof *t->classes)))
-        return;
-    t->classes[class_of(us)]++;
-    t->min_us = t->n && t->min_us < us ? t->min_us : us;
-    t->max_us = t->n && t->max_us > us ? t->max_us : us;
-    t->sum_us += us;
-    t->n++;
-}
-
-double ry_trace_quantile(const struct ry_trace_times *t, double q)
-{
-    if (!t->n)
-        return 0;
-    uint64_t want = (uint64_t)(q * (double)(t->n - 1)), seen = 0;
-    for (int c = 0; c < OCTAVES * CLASSES_PER_OCTAVE; c++) {
-        seen += t->classes[c];
-        if (seen > want) {
-            double v = class_middle_us(c);
-            return v < t->min_us ? t->min_us : v > t->max_us ? t->max_us : v;
-        }
-    }
-    return t->max_us;
-}
 
 /* ---- the growing parts of a trace ---- */
 
@@ -121,6 +74,7 @@ static void free_comm(struct ry_trace_comm *c)
     free(c->node);
     free(c->name);
     json_decref(c->counters);
+    ry_agreed_free(&c->agreed);
     free(c);
 }
 
@@ -188,6 +142,7 @@ static struct ry_trace_comm *new_comm(struct ry_trace *t, const json_t *line, in
     struct ry_trace_comm *c = calloc(1, sizeof *c), **more;
     if (!c)
         return NULL;
+    ry_agreed_init(&c->agreed);
     c->nranks = nranks;
     c->ranks = calloc((size_t)nranks, sizeof *c->ranks);
     c->node = malloc((size_t)nranks * sizeof *c->node);
@@ -374,9 +329,10 @@ static bool read_rare(struct ry_trace *t, int process, const json_t *line)
 
 /* What is needed of the last exchanges of a rank, to match durations, in either order. */
 struct recent {
-    struct {
-        uint64_t number; /* + 1; 0: none */
-        uint64_t bytes, cross;
+    struct line {
+        uint64_t number;             /* + 1; 0: none */
+        uint64_t bytes, cross, busy; /* busy: to or from other ranks, whichever is more */
+        int strategy;                /* -1: carried out both ways to be verified: its duration tells nothing */
     } exchange[RECENT];
     struct {
         uint64_t number;
@@ -430,11 +386,15 @@ static uint64_t add(uint64_t a, uint64_t b)
     return __builtin_add_overflow(a, b, &sum) ? UINT64_MAX : sum;
 }
 
-static void match(struct ry_trace_rank *r, uint64_t bytes, uint64_t cross, double us)
+/* The duration of a line's exchange is known. */
+static void match(const struct pass2 *s, const struct line *x, double us)
 {
-    r->times.bytes = add(r->times.bytes, bytes);
-    r->times.cross_bytes = add(r->times.cross_bytes, cross);
-    r->times.matched_us += us;
+    struct ry_trace_times *t = &s->rank->times;
+    t->bytes = add(t->bytes, x->bytes);
+    t->cross_bytes = add(t->cross_bytes, x->cross);
+    t->matched_us += us;
+    if (x->strategy >= 0)
+        ry_agreed_duration(&s->comm->agreed, x->number - 1, x->strategy, x->busy, us);
 }
 
 static void count_kinds(struct ry_trace_comm *c, const struct ry_parsed *x)
@@ -475,11 +435,26 @@ static void count_kinds(struct ry_trace_comm *c, const struct ry_parsed *x)
         c->last_ns = x->wall_ns;
 }
 
+/* What the line says of the agreement. Returns the strategy that its duration counts for, -1: none. */
+static int take_agreement(struct ry_trace_comm *c, struct ry_trace_rank *r, const struct ry_parsed *x)
+{
+    if (!*x->strategy)
+        return RY_TRACE_PLAIN;
+    char name[sizeof x->strategy];
+    copy_text(name, sizeof name, x->strategy);
+    int strategy = ry_agreed_strategy(&c->agreed, name);
+    r->by_strategy[strategy]++;
+    r->verified += x->verify;
+    ry_agreed_wait(&c->agreed, x->waited_us, x->late_us);
+    return x->verify ? -1 : strategy;
+}
+
 static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
 {
     struct ry_trace_comm *c = s->comm;
     struct ry_trace_rank *r = s->rank;
-    uint64_t bytes = 0, cross = 0;
+    struct line line = {.number = x->number + 1};
+    uint64_t to_others = 0, from_others = 0;
     int mine = c->node[s->rank_number];
     for (int i = 0; i < c->nranks; i++) {
         uint64_t out = x->send[i] * x->type_bytes,
@@ -488,10 +463,16 @@ static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
         r->received[i] = add(r->received[i], in);
         r->sends[i] += out != 0;
         r->receives[i] += in != 0;
-        bytes = add(bytes, out);
+        line.bytes = add(line.bytes, out);
         if (c->node[i] != mine)
-            cross = add(cross, out);
+            line.cross = add(line.cross, out);
+        if (i != s->rank_number) {
+            to_others = add(to_others, out);
+            from_others = add(from_others, in);
+        }
     }
+    line.busy = to_others > from_others ? to_others : from_others;
+    line.strategy = take_agreement(c, r, x);
     r->lines++;
     if (x->number != UINT64_MAX && x->number + 1 > r->exchanges && x->number < r->lines + r->dropped + (1 << 20))
         r->exchanges = x->number + 1;
@@ -500,26 +481,24 @@ static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
     if (!recent)
         return;
     size_t at = x->number % RECENT;
-    if (recent->duration[at].number == x->number + 1) {
-        match(r, bytes, cross, recent->duration[at].us);
+    if (recent->duration[at].number == line.number) {
+        match(s, &line, recent->duration[at].us);
         recent->duration[at].number = 0;
     } else {
-        recent->exchange[at].number = x->number + 1;
-        recent->exchange[at].bytes = bytes;
-        recent->exchange[at].cross = cross;
+        recent->exchange[at] = line;
     }
 }
 
 static void take_duration(struct pass2 *s, const struct ry_parsed *x)
 {
     struct ry_trace_rank *r = s->rank;
-    times_add(&r->times, x->us);
+    ry_trace_times_add(&r->times, x->us);
     struct recent *recent = recent_of(s, r);
     if (!recent)
         return;
     size_t at = x->number % RECENT;
     if (recent->exchange[at].number == x->number + 1) {
-        match(r, recent->exchange[at].bytes, recent->exchange[at].cross, x->us);
+        match(s, &recent->exchange[at], x->us);
         recent->exchange[at].number = 0;
     } else {
         recent->duration[at].number = x->number + 1;
@@ -793,6 +772,7 @@ struct ry_trace *ry_trace_open(const char *dir, struct ry_err *err)
             for (int k = 0; k < t->comms[i]->nranks; k++)
                 if (t->comms[i]->ranks[k])
                     merge_matrix(t, t->comms[i], k);
+            ry_agreed_finish(&t->comms[i]->agreed);
             note_missing(t, t->comms[i]);
         }
         note_processes(t);

@@ -18,18 +18,9 @@
 
 #include <jansson.h>
 
+#include "agreed.h"
 #include "base/error.h"
-
-/* Durations in logarithmic classes, 32 to the octave: quantiles are right to 1.6 %, whatever the number of samples. */
-struct ry_trace_times {
-    uint64_t n;
-    double sum_us, min_us, max_us;
-    uint32_t *classes;           /* NULL while n is 0 */
-    uint64_t bytes, cross_bytes; /* sent by this rank in those timed exchanges whose line was found */
-    double matched_us;           /* the time they took */
-};
-/** Quantile 0 ≤ q ≤ 1 in microseconds; 0 when there are no samples. */
-double ry_trace_quantile(const struct ry_trace_times *times, double q);
+#include "times.h"
 
 /* What one rank of a communicator recorded. */
 struct ry_trace_rank {
@@ -46,6 +37,7 @@ struct ry_trace_rank {
     /* [nranks] bytes to and from each peer, and how many transfers with a count above zero */
     uint64_t *sent, *received, *sends, *receives;
     struct ry_trace_times times;
+    uint64_t by_strategy[RY_TRACE_STRATEGIES], verified; /* of its exchange lines; index: ry_trace_agreed.strategy */
 };
 
 struct ry_trace_row { /* a row width that was seen */
@@ -74,8 +66,9 @@ struct ry_trace_comm {
     int ntypes;
     char gather_comm[17]; /* where the int64 all-gathers before its exchanges went, the last one seen */
     uint64_t gathers, gather_count;
-    json_t *counters; /* object: sums over the ranks */
-    bool counted;     /* at least one rank gave counters */
+    struct ry_trace_agreed agreed; /* what its exchange lines tell of the agreement */
+    json_t *counters;              /* object: sums over the ranks */
+    bool counted;                  /* at least one rank gave counters */
 };
 
 struct ry_trace_process {

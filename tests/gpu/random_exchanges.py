@@ -17,7 +17,7 @@ import time
 import torch
 import torch.distributed as dist
 
-TYPES = ["int8", "uint8", "int32", "int64", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"]
+TYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"]
 SHAPES = ["uniform", "random", "zipf", "one", "zero-rows", "zero-columns", "sparse", "nothing"]
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """All-to-alls of a size and a shape, timed when told to: one rank of one job of tests/gpu/sweep, which see."""
 import argparse
+import ctypes
 import os
 import socket
 import time
@@ -43,15 +44,24 @@ def main():
         device = torch.device("cpu")
         dist.init_process_group("gloo")
         wait = lambda: None  # noqa: E731
-    group = dist.new_group(list(range(world)), group_desc="sweep")
     dist.barrier()
     wait()
+    railyard, group, number = ctypes.CDLL(None), None, 0
     say("ready")
     while True:
         told = lines.readline().split()
         if not told or told[0] != "go":
             break
-        shape, size, repeats = told[1], int(told[2]), int(told[3])
+        way, shape, size, repeats = told[1], told[2], int(told[3]), int(told[4])
+        if way == "new":  # a communicator of its own, on which nothing has been seen or learned
+            if group:
+                dist.destroy_process_group(group)
+            number += 1
+            group = dist.new_group(list(range(world)), group_desc="sweep %d" % number)
+        else:
+            railyard.railyard_pause(way == "plain")
+            if way != "plain":
+                railyard.railyard_strategy(way.encode())
         t = table(shape, world, per_node, size)
         ins, outs = t[rank], [t[i][rank] for i in range(world)]
         x = torch.full((sum(ins),), rank + 1, dtype=torch.uint8, device=device)

@@ -17,12 +17,14 @@ railyard = sys.argv[2]
 scratch = tempfile.TemporaryDirectory(prefix="railyard-bench-")
 
 
-def bench(nodes, gpus, *options, status=0, nccl=None):
-    command = [railyard, "emu", "-n", str(nodes), "-g", str(gpus), "--"]
+def bench(nodes, gpus, *options, status=0, nccl=None, preload=None):
+    """`preload`: settings of Railyard, which is then preloaded."""
+    command = [railyard, "emu", "-n", str(nodes), "-g", str(gpus), *(["--preload"] if preload else []), "--"]
     if nccl:
         command += ["env", f"LD_LIBRARY_PATH={nccl}"]
     command += ["railyard", "bench", *options]  # found by PATH
-    done = subprocess.run(command, capture_output=True, text=True, timeout=80)
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("RAILYARD_")}, **(preload or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=80, env=env)
     text = done.stdout + done.stderr
     assert done.returncode == status, f"{' '.join(command)}: status {done.returncode} instead of {status}\n{text}"
     return text
@@ -126,6 +128,48 @@ def trace():
     assert (o["experts"], o["top_k"], o["layers"]) == (32, 2, 8), o
 
 
+def agreed():
+    """16 ranks agree on every exchange: how long that takes, by the report. Figures, not limits: the machine is shared."""
+    job = ["--tokens=64", "--hidden=64", "--experts=32", "--top-k=4", "--layers=2", "--iterations=12", "--digest"]
+    folder = os.path.join(scratch.name, "trace")
+    text = bench(4, 4, *job, preload={"RAILYARD_STRATEGY": "hierarchical", "RAILYARD_TRACE": folder, "RAILYARD_VERIFY": "10"})
+    plain = bench(4, 4, *job)
+    digest = re.search("digest [0-9a-f]+", text).group()
+    assert digest in plain, (text, plain)
+    shown = subprocess.run([railyard, "report", folder], capture_output=True, text=True, check=True).stdout
+    print(shown.partition("  bytes from rank")[0])
+    done = subprocess.run([railyard, "report", folder, "--json", "-"], capture_output=True, text=True, check=True)
+    (c,) = json.loads(done.stdout)["communicators"]
+    a, waits = c["agreed_on"], c["agreed_on"]["waits"]
+    # the first exchanges pass while the ranks meet, and one more for staging memory; after that all are reissued
+    assert c["exchanges"] == 13 * 2 * 6, c["exchanges"]
+    assert c["exchanges"] / 2 < a["exchanges"] < c["exchanges"], a
+    assert a["by_strategy"]["hierarchical"] >= a["exchanges"] - 5, a
+    assert sum(a["by_strategy"].values()) == a["exchanges"]
+    assert a["verified"] == -(-a["by_strategy"]["hierarchical"] // 10) and not a["verify_differs"], a
+    counters = c["counters"]
+    assert counters["agreed"] == 16 * a["exchanges"] == waits["n"], (counters, a)
+    assert counters["agreed.hierarchical"] == 16 * a["by_strategy"]["hierarchical"]
+    # a comparison may still be under way when the communicator ends
+    assert 16 * (a["verified"] - 1) <= counters["verified"] <= 16 * a["verified"], counters
+    for column in ("waits", "messages"):
+        assert sum(bin[column] for bin in waits["histogram"]) == waits["n"], waits
+    for part in ("in_all", "messages", "late_ranks"):
+        assert 0 <= waits[part]["median_us"] <= waits[part]["p90_us"] <= waits[part]["p99_us"], waits
+    for quantile in ("median_us", "p90_us", "p99_us"):
+        for part in ("messages", "late_ranks"):
+            assert waits[part][quantile] <= waits["in_all"][quantile] * 1.02, waits  # classes are 1.6 % wide
+    assert {d["strategy"] for d in a["durations"]} >= {"hierarchical"}, a["durations"]
+    # observed only: nothing of it in the trace
+    folder = os.path.join(scratch.name, "observed")
+    bench(2, 2, "--tokens=16", "--hidden=16", preload={"RAILYARD_STRATEGY": "observe", "RAILYARD_TRACE": folder})
+    for name in os.listdir(folder):
+        if name.endswith(".jsonl"):
+            with open(os.path.join(folder, name)) as f:
+                lines = f.read()
+            assert '"t":"x"' in lines and not re.search("strategy|waited|agreed", lines), lines
+
+
 def errors():
     def refused(says, *options, status=2, nodes=1):
         text = bench(nodes, 2, *options, status=status)
@@ -189,5 +233,5 @@ def overhead():
     assert "cannot write: /nonexistent/x" in run("--rounds=3", "--case=group", "--json=/nonexistent/x", status=1)
 
 
-cases = {f.__name__: f for f in (uniform, zipf, padded, types, trace, errors, overhead)}
+cases = {f.__name__: f for f in (uniform, zipf, padded, types, trace, agreed, errors, overhead)}
 cases[sys.argv[1]]()

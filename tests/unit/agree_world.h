@@ -216,15 +216,15 @@ static inline void world_cut(struct world *w, int r, bool yard_hears, bool rank_
             free(w->mail[i].bytes);
             memmove(w->mail + i, w->mail + i + 1, (size_t)(--w->nmail - i) * sizeof *w->mail);
         }
-    w->down[r] = true;
     if (yard_hears) {
-        ry_yard_lost(w->yard, w->now, r);
         w->cut[r] = true;
+        ry_yard_lost(w->yard, w->now, r);
     }
     if (rank_hears) {
         ry_agree_fail(w->rank[r], "connection lost");
         w->silent[r] = true;
     }
+    w->down[r] = true;
 }
 
 /* Rank `r`'s next exchange, all sizes 64 but for what `m` says (NULL: nothing else). */

@@ -474,6 +474,70 @@ START_TEST(not_me_window_wraps)
 }
 END_TEST
 
+/* The window moves on while ranks are apart. */
+START_TEST(not_me_window_slides)
+{
+    open_world(2);
+    engage();
+    struct ry_manifest no = {.not_me = true};
+    const int steps[][2] = {{1, 4000}, {0, 200}, {1, 96}, {1, 100}, {0, 3996}};
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)
+        for (int k = 0; k < steps[i][1]; k++) {
+            ck_assert_int_eq(world_exchange(&w, steps[i][0], &no), RY_GO_DIRECT);
+            world_flush(&w);
+        }
+    ck_assert_uint_eq(w.next[0], w.next[1]); /* 4196 later: where marks were set that must be gone */
+    for (int k = 0; k < 50; k++)
+        one_agreed();
+}
+END_TEST
+
+/*
+ * What a rank says at the end of one epoch bears the very number that the next one begins with. The rank itself goes
+ * direct there and refuses the next epoch, but its REFUSE comes late.
+ */
+START_TEST(manifest_of_the_epoch_before)
+{
+    open_world(2);
+    while (counts().proposals == 0)
+        for (int r = 0; r < 2; r++) {
+            world_exchange(&w, r, NULL);
+            for (int i = 0; i < w.nmail;)
+                if (w.mail[i].to == YARD)
+                    world_deliver(&w, i, false), i = 0;
+                else
+                    i++;
+        }
+    uint64_t m = ry_get64(w.mail[0].bytes + 16);
+    while (w.next[0] <= m)
+        world_exchange(&w, 0, NULL); /* past m: will refuse */
+    for (int i = 0; i < w.nmail; i++)
+        if (w.mail[i].to == 1) {
+            world_deliver(&w, i, false);
+            break;
+        }
+    uint64_t later = m + 1 + 8; /* the next m, twice as far beyond */
+    struct ry_manifest no = {.not_me = true};
+    while (w.next[1] < later)
+        ck_assert_int_eq(world_exchange(&w, 1, &no), RY_GO_DIRECT);
+    ck_assert_int_eq(world_exchange(&w, 1, NULL), RY_WAIT_VERDICT);
+    world_flush_but(&w, 1, true); /* all but what rank 1 said: rank 0 refuses, END, PROPOSE, all promise but 1 */
+    ck_assert_uint_eq(counts().proposals, 2);
+    ck_assert_int_eq(verdict(1).strategy, 0);
+    while (w.next[0] < later)
+        ck_assert_int_eq(world_exchange(&w, 0, NULL), RY_GO_DIRECT);
+    ck_assert_int_eq(world_exchange(&w, 0, NULL), RY_WAIT_VERDICT);
+    for (int i = 0; i < w.nmail;) /* then rank 0's manifest, then rank 1's old ones, its REFUSE last */
+        if (w.mail[i].from == 0)
+            world_deliver(&w, i, false);
+        else
+            i++;
+    world_flush(&w);
+    ck_assert_int_eq(w.lean.chosen, 0);
+    ck_assert_int_eq(verdict(0).strategy, 0);
+}
+END_TEST
+
 START_TEST(stray_frees_those_who_wait)
 {
     open_world(3);
@@ -583,8 +647,8 @@ START_TEST(two_ranks_and_the_yardmasters_own)
     world_flush(&w);
     ry_agree_leave(w.rank[1]);
     w.silent[1] = true;
-    ry_yard_lost(w.yard, w.now, 1);
     w.cut[1] = true;
+    ry_yard_lost(w.yard, w.now, 1);
     world_flush(&w);
     direct(0, true, RY_WHY_LOST);
 }
@@ -1068,6 +1132,8 @@ int main(void)
     tcase_add_test(t, not_me_in_an_open_proposal);
     tcase_add_test(t, not_me_for_thousands_of_exchanges);
     tcase_add_test(t, not_me_window_wraps);
+    tcase_add_test(t, not_me_window_slides);
+    tcase_add_test(t, manifest_of_the_epoch_before);
     tcase_add_test(t, stray_frees_those_who_wait);
     tcase_add_test(t, stray_before_m_withdraws_the_promise);
     tcase_add_test(t, last_verdict_on_its_way);

@@ -318,8 +318,8 @@ static void leave(struct world *w, int r)
     ry_agree_leave(w->rank[r]);
     w->silent[r] = true;
     if (r == w->yardmaster && one_in(2)) {
-        ry_yard_lost(w->yard, w->now, r);
         w->cut[r] = true;
+        ry_yard_lost(w->yard, w->now, r);
     }
 }
 

@@ -16,6 +16,7 @@
 
 #include "base/npy.h"
 #include "record/summary.h"
+#include "record/lines.h"
 #include "trace_help.h"
 
 #define MAX_RANKS 64
@@ -24,6 +25,8 @@
 #else
 #define UNDER_TSAN 0
 #endif
+
+#define AGREED_FROM 10 /* exchanges are agreed on from here */
 
 /* The trace of `rank` of a communicator of `nranks`, `n` exchanges; durations for every 4th. */
 static void record_rank(struct ry_record *rec, const char *id, int nranks, int rank, uint64_t n, uint64_t salt)
@@ -53,12 +56,54 @@ static void record_rank(struct ry_record *rec, const char *id, int nranks, int r
                                        .captured = x % 7 == 0,
                                        .gather_count = x % 3 ? 0 : 64};
         strcpy(e.gather_comm, "00000000000000cc");
+        if (x >= AGREED_FROM) {
+            e.strategy = x % 3 ? "hierarchical" : "direct";
+            e.waited_us = 20.125 + rank;
+            e.late_us = 5.0625;
+            e.verify = x % 12 == 4;
+        }
         ry_record_exchange(rec, comm, &e);
         if (x % 4 == 0)
             ry_record_duration(rec, comm, x, 100.0 + rank);
     }
     struct ry_record_counter counters[] = {{"calls.allreduce", 3}, {"calls.allgather", (uint64_t)rank}};
     ry_record_comm_end(rec, comm, "destroy", counters, 2);
+}
+
+/* What record_rank() said of the agreement, n exchanges by each of 8 ranks. */
+static void check_agreed(const struct ry_trace_comm *c, const struct ry_summary *s, uint64_t n)
+{
+    uint64_t by[2] = {0}, verified = 0, timed[3] = {0}, told[3] = {0};
+    for (uint64_t x = 0; x < n; x++) {
+        bool verify = x >= AGREED_FROM && x % 12 == 4;
+        by[x % 3 != 0] += x >= AGREED_FROM;
+        verified += verify;
+        if (x % 4 == 0 && !verify)
+            timed[x < AGREED_FROM ? RY_TRACE_PLAIN : 1 + !(x % 3)]++;
+    }
+    ck_assert_int_eq(c->agreed.nstrategies, 3); /* exchange 10 is hierarchical, so that comes first */
+    ck_assert_str_eq(c->agreed.strategy[RY_TRACE_PLAIN], "");
+    ck_assert_str_eq(c->agreed.strategy[1], "hierarchical");
+    ck_assert_str_eq(c->agreed.strategy[2], "direct");
+    ck_assert_uint_eq(s->agreed, n - AGREED_FROM);
+    ck_assert_uint_eq(s->by_strategy[1], by[1]);
+    ck_assert_uint_eq(s->by_strategy[2], by[0]);
+    ck_assert_uint_eq(s->verified, verified);
+    ck_assert_uint_eq(c->agreed.waited.n, 8 * (n - AGREED_FROM));
+    ck_assert_double_eq(c->agreed.waited.min_us, 20.125);
+    ck_assert_double_eq(c->agreed.waited.max_us, 27.125);
+    ck_assert_double_eq_tol(c->agreed.late.max_us, 5.063, 1e-9); /* three decimals */
+    ck_assert_double_eq_tol(c->agreed.messages.min_us, 20.125 - 5.063, 1e-9);
+    ck_assert_uint_eq(c->agreed.waited_bins[ry_bin_of(20)], 8 * (n - AGREED_FROM));
+    ck_assert_uint_eq(c->agreed.messages_bins[ry_bin_of(15)], 5 * (n - AGREED_FROM)); /* below 20: ranks 0 to 4 */
+    for (int i = 0; i < c->agreed.ndurations; i++) {
+        const struct ry_trace_duration *d = &c->agreed.durations[i];
+        told[d->strategy] += d->exchanges;
+        /* the busiest rank decides, and those with half as much: not always rank 0, which measured the least */
+        ck_assert(d->median_us >= 100 && d->median_us <= 107);
+    }
+    for (int k = 0; k < 3; k++)
+        ck_assert_uint_eq(told[k], timed[k]);
 }
 
 static void check_matrix(const struct ry_trace_comm *c, uint64_t n, uint64_t salt)
@@ -148,8 +193,29 @@ START_TEST(round_trip)
     ck_assert_int_eq(s.longest, 7);
     ck_assert_int_eq(s.shortest, 0);
     ck_assert_str_eq(s.kind, "expert-parallel (all-to-all)");
+    check_agreed(c, &s, 100);
     ry_summary_free(&s);
     ry_trace_close(t);
+}
+END_TEST
+
+/* A trace of exchanges that nobody agreed on does not grow: its lines are as they always were. */
+START_TEST(observed_lines)
+{
+    static const uint64_t counts[2] = {3, 4};
+    struct ry_record_exchange e = {.number = 7, .wall_ns = 9, .type = 9, .type_bytes = 2, .send_count = counts,
+                                   .recv_count = counts, .waited_us = 5, .late_us = 5, .verify = true};
+    struct ry_text text = {0};
+    ry_line_exchange(&text, "aa", 1, 2, NULL, &e);
+    e.strategy = "direct";
+    ry_line_exchange(&text, "aa", 1, 2, "\"n\"", &e);
+    ry_text_add(&text, "", 1);
+    ck_assert_str_eq(text.at, "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":1,\"n\":7,\"wall_ns\":9,\"type\":\"bfloat16\",\"type_bytes\":2,"
+                              "\"send\":[3,4],\"recv\":[3,4]}\n"
+                              "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":1,\"n\":7,\"wall_ns\":9,\"type\":\"bfloat16\",\"type_bytes\":2,"
+                              "\"send\":[3,4],\"recv\":[3,4],\"strategy\":\"direct\",\"waited_us\":5.000,\"late_us\":5.000,"
+                              "\"verify\":true,\"name\":\"n\"}\n");
+    free(text.at);
 }
 END_TEST
 
@@ -745,6 +811,7 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, round_trip);
+    tcase_add_test(t, observed_lines);
     tcase_add_test(t, drops_are_counted);
     tcase_add_test(t, many_threads);
     tcase_add_test(t, close_while_recording);

@@ -177,6 +177,124 @@ START_TEST(pictures)
 }
 END_TEST
 
+/* 2 ranks on 2 nodes; from the 4th exchange on they agree, rank 1 waiting longer. */
+static void record_agreed(int exchanges, uint64_t differs, uint64_t short_of_staging)
+{
+    static const uint64_t counts[2] = {1000, 2000};
+    for (int r = 0; r < 2; r++) {
+        struct ry_record_config config = config_for(dir);
+        struct ry_record *rec = ry_record_open(&config, &err);
+        struct ry_record_comm_info info = info_for("00000000000000aa", 2, r, NULL, 1);
+        struct ry_record_comm *comm = ry_record_comm(rec, &info);
+        for (int x = 0; x < exchanges; x++) {
+            struct ry_record_exchange e = {.number = (uint64_t)x, .wall_ns = 1, .type = 9, .type_bytes = 2,
+                                           .send_count = counts, .recv_count = counts};
+            if (x >= 3) {
+                e.strategy = x % 2 ? "hierarchical" : "<odd>"; /* of a later Railyard; must not break the picture */
+                e.waited_us = r ? 3000 : 30;
+                e.late_us = r ? 2900 : 0;
+                e.verify = x == 5;
+            }
+            ry_record_exchange(rec, comm, &e);
+            ry_record_duration(rec, comm, (uint64_t)x, x < 3 ? 400 : x == 5 ? 9000 : 100);
+        }
+        struct ry_record_counter counters[] = {{"verify_differs", r ? differs : 0}, {"short_of_staging", r ? 0 : short_of_staging}};
+        ry_record_comm_end(rec, comm, "destroy", counters, 2);
+        ry_record_close(rec);
+    }
+}
+
+static json_t *agreed_on(void)
+{
+    char *text = report(0, "--json", "-", NULL, NULL);
+    json_t *o = json_loads(text, 0, NULL);
+    ck_assert_msg(o, "not JSON: %.200s", text);
+    json_t *a = json_object_get(json_array_get(json_object_get(o, "communicators"), 0), "agreed_on");
+    json_incref(a);
+    json_decref(o);
+    free(text);
+    return a;
+}
+
+START_TEST(agreed)
+{
+    char file[128];
+    record_agreed(103, 0, 0);
+    json_t *o = agreed_on();
+    ck_assert_int_eq(integer(o, "exchanges"), 100);
+    ck_assert_int_eq(integer(json_object_get(o, "by_strategy"), "hierarchical"), 50);
+    ck_assert_int_eq(integer(json_object_get(o, "by_strategy"), "<odd>"), 50);
+    ck_assert_int_eq(integer(o, "verified"), 1);
+    const json_t *waits = json_object_get(o, "waits"), *bin, *d;
+    json_int_t sum[2] = {0};
+    size_t i;
+    ck_assert_int_eq(integer(waits, "n"), 200);
+    ck_assert_double_eq_tol(json_number_value(json_object_get(json_object_get(waits, "in_all"), "p90_us")), 3000, 3000 * 0.016);
+    ck_assert_double_eq_tol(json_number_value(json_object_get(json_object_get(waits, "in_all"), "p99_us")), 3000, 3000 * 0.016);
+    ck_assert_double_eq_tol(json_number_value(json_object_get(json_object_get(waits, "messages"), "p99_us")), 100, 1.6);
+    ck_assert_double_eq_tol(json_number_value(json_object_get(json_object_get(waits, "late_ranks"), "median_us")), 0, 2e-3);
+    json_array_foreach(json_object_get(waits, "histogram"), i, bin)
+    {
+        double from = json_number_value(json_object_get(bin, "from_us"));
+        ck_assert_int_eq(integer(bin, "waits"), from == 20 || from == 2000 ? 100 : 0);
+        ck_assert_int_eq(integer(bin, "messages"), from == 20 || from == 100 ? 100 : 0);
+        sum[0] += integer(bin, "waits");
+        sum[1] += integer(bin, "messages");
+    }
+    ck_assert_int_eq(sum[0], 200);
+    ck_assert_int_eq(sum[1], 200);
+    ck_assert_uint_eq(json_array_size(json_object_get(o, "durations")), 3);
+    json_array_foreach(json_object_get(o, "durations"), i, d)
+    {
+        const char *strategy = json_string_value(json_object_get(d, "strategy"));
+        ck_assert_double_eq(json_number_value(json_object_get(d, "from_bytes")), 2000); /* 4000 and 2000 to the other rank */
+        ck_assert_double_eq(json_number_value(json_object_get(d, "median_us")), strcmp(strategy, "plain") ? 100 : 400);
+        ck_assert_int_eq(integer(d, "exchanges"), !strcmp(strategy, "plain") ? 3 : !strcmp(strategy, "<odd>") ? 50 : 49);
+    }
+    json_decref(o);
+    char *text = report(0, NULL, NULL, NULL, NULL);
+    ck_assert_msg(strstr(text, "agreed on  100 of 103 exchanges: 50 <odd>, 50 hierarchical; 1 verified"), "%s", text);
+    ck_assert_ptr_nonnull(strstr(text, "99 %\n             in all"));
+    ck_assert_ptr_nonnull(strstr(text, "2 ms to 5 ms           100 ########################"));
+    ck_assert_ptr_nonnull(strstr(text, "100 us (49)"));
+    ck_assert_ptr_null(strstr(text, "RAILYARD_STAGING"));
+    free(text);
+    snprintf(file, sizeof file, "%s/picture.svg", dir);
+    check_picture(file);
+}
+END_TEST
+
+START_TEST(agreed_few)
+{
+    record_agreed(52, 1, 30);
+    json_t *o = agreed_on(), *waits = json_object_get(o, "waits");
+    ck_assert_int_eq(integer(waits, "n"), 98);
+    ck_assert(json_is_null(json_object_get(json_object_get(waits, "in_all"), "p99_us")));
+    ck_assert_int_eq(integer(o, "verify_differs"), 1);
+    ck_assert_int_eq(integer(o, "short_of_staging"), 30);
+    json_decref(o);
+    char *text = report(0, NULL, NULL, NULL, NULL);
+    ck_assert_ptr_null(strstr(text, "99 %"));
+    ck_assert_ptr_nonnull(strstr(text, "differed from plain NCCL"));
+    ck_assert_ptr_nonnull(strstr(text, "30 exchanges went direct for want of staging memory: raise RAILYARD_STAGING"));
+    free(text);
+}
+END_TEST
+
+START_TEST(agreed_never)
+{
+    record_agreed(3, 0, 0);
+    json_t *o = agreed_on();
+    ck_assert(json_is_null(o));
+    json_decref(o);
+    char *text = report(0, NULL, NULL, NULL, NULL);
+    static const char *const words[] = {"agreed", "verdict", "durations"};
+    for (size_t i = 0; i < 3; i++)
+        ck_assert_msg(!strstr(text, words[i]), "%s", text);
+    free(text);
+}
+END_TEST
+
 START_TEST(missing_ranks)
 {
     record_job(6, 3, 2, NULL, 4);
@@ -215,6 +333,9 @@ int main(void)
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, numbers);
     tcase_add_test(t, pictures);
+    tcase_add_test(t, agreed);
+    tcase_add_test(t, agreed_few);
+    tcase_add_test(t, agreed_never);
     tcase_add_test(t, missing_ranks);
     tcase_add_test(t, failures);
     suite_add_tcase(suite, t);

@@ -208,6 +208,88 @@ START_TEST(other_spellings)
 }
 END_TEST
 
+#define AGREED(n, more)                                                                                                \
+    "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":" n                                                                 \
+    ",\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":[1,2,3],\"recv\":[4,5,6]" more "}\n"
+
+/* What lines say of the agreement, in the writer's spelling and in others. */
+START_TEST(agreed_lines)
+{
+    struct ry_trace *t = read_text(
+        HEAD COMM("0") X("0") AGREED("1", ",\"strategy\":\"hierarchical\",\"waited_us\":30.500,\"late_us\":10.250")
+            AGREED("2", ",\"late_us\":2, \"waited_us\":1.5e2,\"verify\":true,\"strategy\":\"direct\"")
+                AGREED("3", ",\"strategy\":\"direct\",\"waited_us\":7.000,\"late_us\":9.000,\"verify\":true,\"name\":\"x\"")
+                    AGREED("4", ",\"strategy\":\"direct\"") AGREED("5", ",\"waited_us\":4.000,\"late_us\":1.000")
+                        "{\"t\":\"end\"}\n");
+    const struct ry_trace_comm *c = t->comms[0];
+    const struct ry_trace_agreed *a = &c->agreed;
+    ck_assert_uint_eq(c->ranks[0]->lines, 6);
+    ck_assert_int_eq(a->nstrategies, 3);
+    ck_assert_str_eq(a->strategy[1], "hierarchical");
+    ck_assert_uint_eq(c->ranks[0]->by_strategy[1], 1);
+    ck_assert_uint_eq(c->ranks[0]->by_strategy[2], 3);
+    ck_assert_uint_eq(c->ranks[0]->verified, 2);
+    ck_assert_uint_eq(a->waited.n, 4);
+    ck_assert_double_eq_tol(a->waited.sum_us, 30.5 + 150 + 7, 1e-9);
+    ck_assert_double_eq_tol(a->late.sum_us, 10.25 + 2 + 7, 1e-9); /* never more than was waited */
+    ck_assert_double_eq_tol(a->messages.sum_us, 20.25 + 148, 1e-9);
+    ry_trace_close(t);
+}
+END_TEST
+
+START_TEST(bins)
+{
+    static const double from[] = {0, 1, 2, 5, 10, 20, 50, 100, 200};
+    for (int i = 0; i < 9; i++) {
+        ck_assert_double_eq(ry_bin_from(i), from[i]);
+        ck_assert_int_eq(ry_bin_of(from[i]), i);
+        ck_assert_int_eq(ry_bin_of(from[i] + 0.99), i);
+    }
+    ck_assert_int_eq(ry_bin_of(1e30), RY_BINS - 1);
+    ck_assert_int_eq(ry_bin_of(ry_bin_from(RY_BINS - 1)), RY_BINS - 1);
+}
+END_TEST
+
+/* Durations of all ranks become those of exchanges, by strategy and size. */
+START_TEST(durations_by_strategy)
+{
+    struct ry_trace_agreed a;
+    ry_agreed_init(&a);
+    int hier = ry_agreed_strategy(&a, "hierarchical");
+    ck_assert_int_eq(ry_agreed_strategy(&a, ""), RY_TRACE_PLAIN);
+    for (uint64_t x = 0; x < 3000; x++) { /* exchange x takes 100 + x % 10 us; 8 ranks, of which one is last, one idle */
+        for (uint64_t rank = 0; rank < 8; rank++) {
+            uint64_t busy = rank == (x + 3) % 8 ? 10 : 1500 + 100 * (rank % 3);
+            double late = rank == x % 8 ? 0 : 1000;
+            ry_agreed_duration(&a, x, x % 3 ? hier : RY_TRACE_PLAIN, busy, busy == 10 ? 5 : 100 + (double)(x % 10) + late);
+        }
+    }
+    ry_agreed_finish(&a);
+    ck_assert_int_eq(a.ndurations, 2);
+    for (int i = 0; i < 2; i++) {
+        ck_assert_int_eq(a.durations[i].strategy, i ? hier : RY_TRACE_PLAIN);
+        ck_assert_double_eq(ry_bin_from(a.durations[i].bin), 1000);
+        ck_assert_uint_eq(a.durations[i].exchanges, i ? 2000 : 1000);
+        ck_assert_double_eq(a.durations[i].median_us, 105);
+    }
+    ry_agreed_free(&a);
+    /* no more names than there is room for */
+    ry_agreed_init(&a);
+    for (int i = 0; i < 2 * RY_TRACE_STRATEGIES; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "s%d", i);
+        ck_assert_int_eq(ry_agreed_strategy(&a, name), i + 1 < RY_TRACE_STRATEGIES ? i + 1 : RY_TRACE_PLAIN);
+    }
+    /* nor more exchanges, and it ends */
+    for (uint64_t x = 0; x < 300000; x++)
+        ry_agreed_duration(&a, x, RY_TRACE_PLAIN, 1, 1);
+    ry_agreed_finish(&a);
+    ck_assert_int_eq(a.ndurations, 1);
+    ck_assert_uint_eq(a.durations[0].exchanges, 262144);
+    ry_agreed_free(&a);
+}
+END_TEST
+
 START_TEST(damaged_lines)
 {
     static const char *const bad[] = {
@@ -238,6 +320,9 @@ START_TEST(damaged_lines)
         "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"wall_ns\":5,\"type\":\"float32\",\"type_bytes\":4,\"send\":["
         "1,2,3],\"recv\":[4,5,6\n",
         "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":\"2\"}\n",
+        AGREED("1", ",\"strategy\":\"direct\",\"waited_us\":-1,\"late_us\":0"),
+        AGREED("1", ",\"strategy\":\"direct\",\"waited_us\":\"1\",\"late_us\":0"),
+        AGREED("1", ",\"strategy\":\"direct\",\"waited_us\":1.000,\"late_us\":"),
         "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":-2}\n",
         "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":4,\"nranks\":3}\n",
         "{\"t\":\"comm\",\"comm\":\"bb\",\"rank\":0,\"nranks\":2000000000}\n",
@@ -558,6 +643,9 @@ int main(void)
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, random_jobs);
     tcase_add_test(t, other_spellings);
+    tcase_add_test(t, agreed_lines);
+    tcase_add_test(t, bins);
+    tcase_add_test(t, durations_by_strategy);
     tcase_add_test(t, damaged_lines);
     tcase_add_test(t, unreadable_folders);
     tcase_add_test(t, contradictions);

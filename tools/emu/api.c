@@ -435,6 +435,7 @@ API(ncclResult_t, ncclSend, const void *send, size_t count, ncclDataType_t type,
                            .send = send,
                            .count = count,
                            .type = type,
+                           .stream = stream,
                            .root = peer,
                            .channel = RY_EMU_P2P};
     TRY(check_op(&op, "ncclSend", true, false));
@@ -449,6 +450,7 @@ API(ncclResult_t, ncclRecv, void *recv, size_t count, ncclDataType_t type, int p
                            .recv = recv,
                            .count = count,
                            .type = type,
+                           .stream = stream,
                            .root = peer,
                            .channel = RY_EMU_P2P};
     TRY(check_op(&op, "ncclRecv", true, false));
@@ -457,7 +459,7 @@ API(ncclResult_t, ncclRecv, void *recv, size_t count, ncclDataType_t type, int p
 
 static ncclResult_t collective(enum ry_emu_kind kind, const void *send, void *recv, size_t count, ncclDataType_t type,
                                ncclRedOp_t redop, bool reduces, int root, bool has_root, ncclComm_t comm,
-                               const char *call)
+                               cudaStream_t stream, const char *call)
 {
     struct ry_emu_op op = {.kind = kind,
                            .comm = comm,
@@ -465,6 +467,7 @@ static ncclResult_t collective(enum ry_emu_kind kind, const void *send, void *re
                            .recv = recv,
                            .count = count,
                            .type = type,
+                           .stream = stream,
                            .redop = redop,
                            .root = root,
                            .channel = RY_EMU_COLLECTIVE};
@@ -477,55 +480,55 @@ API(ncclResult_t, ncclAlltoAll, const void *send, void *recv, size_t count, nccl
 {
     if (send == recv && count && comm)
         REFUSE(ncclInvalidArgument, "ncclAlltoAll: the send buffer is the receive buffer");
-    return collective(RY_EMU_ALLTOALL, send, recv, count, type, ncclSum, false, 0, false, comm, "ncclAlltoAll");
+    return collective(RY_EMU_ALLTOALL, send, recv, count, type, ncclSum, false, 0, false, comm, stream, "ncclAlltoAll");
 }
 
 API(ncclResult_t, ncclAllGather, const void *send, void *recv, size_t count, ncclDataType_t type, ncclComm_t comm,
     cudaStream_t stream)
 {
-    return collective(RY_EMU_ALLGATHER, send, recv, count, type, ncclSum, false, 0, false, comm, "ncclAllGather");
+    return collective(RY_EMU_ALLGATHER, send, recv, count, type, ncclSum, false, 0, false, comm, stream, "ncclAllGather");
 }
 
 API(ncclResult_t, ncclAllReduce, const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
     ncclComm_t comm, cudaStream_t stream)
 {
-    return collective(RY_EMU_ALLREDUCE, send, recv, count, type, op, true, 0, false, comm, "ncclAllReduce");
+    return collective(RY_EMU_ALLREDUCE, send, recv, count, type, op, true, 0, false, comm, stream, "ncclAllReduce");
 }
 
 API(ncclResult_t, ncclReduceScatter, const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
     ncclComm_t comm, cudaStream_t stream)
 {
-    return collective(RY_EMU_REDUCESCATTER, send, recv, count, type, op, true, 0, false, comm, "ncclReduceScatter");
+    return collective(RY_EMU_REDUCESCATTER, send, recv, count, type, op, true, 0, false, comm, stream, "ncclReduceScatter");
 }
 
 API(ncclResult_t, ncclReduce, const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, int root,
     ncclComm_t comm, cudaStream_t stream)
 {
-    return collective(RY_EMU_REDUCE, send, recv, count, type, op, true, root, true, comm, "ncclReduce");
+    return collective(RY_EMU_REDUCE, send, recv, count, type, op, true, root, true, comm, stream, "ncclReduce");
 }
 
 API(ncclResult_t, ncclBroadcast, const void *send, void *recv, size_t count, ncclDataType_t type, int root,
     ncclComm_t comm, cudaStream_t stream)
 {
-    return collective(RY_EMU_BROADCAST, send, recv, count, type, ncclSum, false, root, true, comm, "ncclBroadcast");
+    return collective(RY_EMU_BROADCAST, send, recv, count, type, ncclSum, false, root, true, comm, stream, "ncclBroadcast");
 }
 
 API(ncclResult_t, ncclBcast, void *buf, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
     cudaStream_t stream)
 {
-    return collective(RY_EMU_BROADCAST, buf, buf, count, type, ncclSum, false, root, true, comm, "ncclBcast");
+    return collective(RY_EMU_BROADCAST, buf, buf, count, type, ncclSum, false, root, true, comm, stream, "ncclBcast");
 }
 
 API(ncclResult_t, ncclGather, const void *send, void *recv, size_t count, ncclDataType_t type, int root,
     ncclComm_t comm, cudaStream_t stream)
 {
-    return collective(RY_EMU_GATHER, send, recv, count, type, ncclSum, false, root, true, comm, "ncclGather");
+    return collective(RY_EMU_GATHER, send, recv, count, type, ncclSum, false, root, true, comm, stream, "ncclGather");
 }
 
 API(ncclResult_t, ncclScatter, const void *send, void *recv, size_t count, ncclDataType_t type, int root,
     ncclComm_t comm, cudaStream_t stream)
 {
-    return collective(RY_EMU_SCATTER, send, recv, count, type, ncclSum, false, root, true, comm, "ncclScatter");
+    return collective(RY_EMU_SCATTER, send, recv, count, type, ncclSum, false, root, true, comm, stream, "ncclScatter");
 }
 
 API(ncclResult_t, ncclRedOpCreatePreMulSum, ncclRedOp_t *op, void *scalar, ncclDataType_t type,

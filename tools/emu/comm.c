@@ -235,6 +235,7 @@ static struct ry_emu_peer *inherit(struct ncclComm *child, const struct ncclComm
     struct ry_emu_peer *peers = calloc((size_t)n, sizeof *peers);
     if (!peers)
         return NULL;
+    pthread_mutex_lock(&ry_emu_lock); /* others may use the parent meanwhile */
     for (int i = 0; i < n; i++) {
         peers[i] = parent->peers[members[i]];
         peers[i].met = peers[i].departed = false;
@@ -242,6 +243,7 @@ static struct ry_emu_peer *inherit(struct ncclComm *child, const struct ncclComm
         if (members[i] == parent->rank)
             child->rank = i;
     }
+    pthread_mutex_unlock(&ry_emu_lock);
     child->nranks = n;
     return peers;
 }

@@ -10,13 +10,14 @@
  *   transfer.c    matching sends with receives, moving the bytes, holding them back for the virtual links
  *   wire.c        the UCX worker, its thread that sleeps, endpoints, timers
  *   links.c       the virtual links
+ *   capture.c     streams being captured: operations put off until their graph is launched
  *
  * Threads and the one lock: everything marked [lock] is called with ry_emu_lock held, which guards all shared state,
  * UCX included. Callers wait on their batch's condition variable; the one thread of wire.c sleeps in epoll. Nothing
  * spins: 16 ranks must live on 2 cores.
  *
  * Streams are host memory's: an operation is complete when the outermost ncclGroupEnd (or the ungrouped call) returns,
- * and the stream argument is ignored.
+ * and the stream argument is ignored, unless that stream is being captured (capture.h).
  */
 #ifndef RY_EMU_H
 #define RY_EMU_H
@@ -191,6 +192,7 @@ struct ry_emu_op {
     void *recv;
     size_t count;
     ncclDataType_t type;
+    void *stream; /* only told from others, for capturing */
     ncclRedOp_t redop; /* a built-in one; a PreMulSum is a sum with a scalar */
     bool scaled;
     struct ry_emu_redop scalar;
@@ -234,6 +236,13 @@ void ry_emu_release(struct ncclComm *comm);
 void ry_emu_wait_users(struct ncclComm *comm);
 /** Queue in this thread's group, or run at once outside of one. */
 ncclResult_t ry_emu_submit(const struct ry_emu_op *op);
+
+/* ---- capture.c ---- */
+
+/** Take those operations away whose stream is being captured; returns how many are left, at the beginning of `ops`. */
+int ry_emu_capture(struct ry_emu_op *ops, int nops);
+
+/* ---- jobs ---- */
 
 /* Making of communicators, perhaps put off to the end of the group. */
 struct ry_emu_job {

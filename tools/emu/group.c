@@ -221,7 +221,7 @@ ncclResult_t ry_emu_submit(const struct ry_emu_op *op)
 {
     if (!group.depth) {
         struct ry_emu_op one = *op;
-        return ry_emu_run(&one, 1);
+        return ry_emu_capture(&one, 1) ? ry_emu_run(&one, 1) : ncclSuccess;
     }
     if (group.nops == group.room) {
         int room = group.room ? 2 * group.room : 32;
@@ -349,7 +349,7 @@ ncclResult_t ry_emu_group_end(void)
             next = jobs->next;
             job_drop(jobs);
         }
-    if (nops && (result == ncclSuccess || result == ncclInProgress)) {
+    if (nops && (result == ncclSuccess || result == ncclInProgress) && (nops = ry_emu_capture(ops, nops))) {
         ncclResult_t r = ry_emu_run(ops, nops);
         result = r == ncclSuccess ? result : r;
     }

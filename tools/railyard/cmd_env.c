@@ -26,7 +26,8 @@ int cmd_env(int argc, char **argv)
     static const struct argp_option options[] = {{"markdown", 'm', 0, 0, "Print a Markdown table, without the values in force", 0},
                                                  {0}};
     static const struct argp argp = {options, parse, 0, "Print every setting of Railyard, its default and its value now.\v"
-                                     "Settings are environment variables; set them for all ranks alike.", 0, 0, 0};
+                                     "Settings are environment variables; set them for all ranks alike. "
+                                     "man railyard, under REISSUED EXCHANGES, tells what the strategies do.", 0, 0, 0};
     if (argp_parse(&argp, argc, argv, 0, 0, 0))
         return 2;
     struct ry_settings s;

@@ -56,7 +56,7 @@ static double percent(uint64_t part, uint64_t of)
     return of ? 100.0 * (double)part / (double)of : 0;
 }
 
-static const char *us_text(double us, char out[16])
+const char *ry_report_us(double us, char out[16])
 {
     if (us < 999.5)
         snprintf(out, 16, "%.*f us", us < 9.995 ? 2 : us < 99.95 ? 1 : 0, us);
@@ -79,6 +79,11 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
              "(rank %d sent %s to rank %d, which counted %s)",
              s->pairs_differ, s->pairs_checked, s->differ_from, ry_report_bytes((double)s->differ_sent, a),
              s->differ_to, ry_report_bytes((double)s->differ_received, b));
+    if (s->verify_differs)
+        HINT("%s: verified exchanges differed from plain NCCL: a bug; set RAILYARD_DISABLE=1 and please report it",
+             c->name ? c->name : c->id);
+    if (s->agreed && s->short_of_staging > s->agreed / 10)
+        HINT("%" PRIu64 " exchanges went direct for want of staging memory: raise RAILYARD_STAGING", s->short_of_staging);
     if (!s->exchanges || !s->bytes)
         return n;
     uint64_t moved = s->in_node + s->cross_node + s->unknown;
@@ -99,7 +104,7 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
     if (s->timed_ranks > 1 && s->median_longest > 1.2 * s->median_shortest)
         HINT("rank %d arrives last, as it waits least: half of its exchanges take under %s, on rank %d (the longest) "
              "under %s",
-             s->shortest, us_text(s->median_shortest, a), s->longest, us_text(s->median_longest, b));
+             s->shortest, ry_report_us(s->median_shortest, a), s->longest, ry_report_us(s->median_longest, b));
     if (!s->same_exchanges)
         HINT("the ranks counted different numbers of exchanges: some were killed early, or took part in groups that "
              "were no exchange");
@@ -124,8 +129,8 @@ static void print_table(const char *title, const char *of, int n, uint64_t (*cel
         }
         if (timed && s->comm->ranks[i] && s->comm->ranks[i]->times.n) {
             const struct ry_trace_times *t = &s->comm->ranks[i]->times;
-            printf("   %8s", us_text(ry_trace_quantile(t, 0.5), text));
-            printf(" %8s", us_text(ry_trace_quantile(t, 0.95), text));
+            printf("   %8s", ry_report_us(ry_trace_quantile(t, 0.5), text));
+            printf(" %8s", ry_report_us(ry_trace_quantile(t, 0.95), text));
         }
         putchar('\n');
     }
@@ -159,10 +164,10 @@ static void print_time(const struct ry_summary *s)
     char a[16], b[16], c[16], d[16];
     if (!s->timed_ranks)
         return;
-    printf("  time       median %s, p95 %s", us_text(s->median, a), us_text(s->p95, b));
+    printf("  time       median %s, p95 %s", ry_report_us(s->median, a), ry_report_us(s->p95, b));
     if (s->timed_ranks > 1)
-        printf("; longest rank %d (%s), shortest rank %d (%s)", s->longest, us_text(s->median_longest, c), s->shortest,
-               us_text(s->median_shortest, d));
+        printf("; longest rank %d (%s), shortest rank %d (%s)", s->longest, ry_report_us(s->median_longest, c), s->shortest,
+               ry_report_us(s->median_shortest, d));
     if (s->cross_gbs > 0)
         printf("; %.2f GB/s across nodes per rank", s->cross_gbs);
     putchar('\n');
@@ -180,7 +185,7 @@ static void print_comm(const struct ry_summary *s)
     if (s->exchanges) {
         printf("  exchanges  %" PRIu64, s->exchanges);
         if (c->last_ns > c->first_ns)
-            printf(" in %s", us_text((double)(c->last_ns - c->first_ns) / 1e3, a));
+            printf(" in %s", ry_report_us((double)(c->last_ns - c->first_ns) / 1e3, a));
         for (int i = 0; i < c->ntypes; i++)
             printf("%s %s", i ? "," : ";", c->types[i].name);
         for (int i = 0; i < c->nrows; i++)
@@ -202,6 +207,7 @@ static void print_comm(const struct ry_summary *s)
         putchar('\n');
     }
     print_time(s);
+    ry_report_agreed_text(s);
     if (s->dropped || s->dropped_durations)
         printf("  dropped    %" PRIu64 " exchange lines and %" PRIu64
                " durations (the sums hold them; raise RAILYARD_TRACE_BUFFER)\n",

@@ -366,10 +366,10 @@ static void print(const struct table *t, const int *nodes, json_t *why, json_t *
         putchar('\n');
     }
     json_array_foreach(why, i, at)
-        printf("%s nodes: %s; %s\n", i ? "      " : "as is:", json_string_value(json_object_get(at, "experts")),
+        printf("%d nodes: %s; %s\n", nodes[i], json_string_value(json_object_get(at, "experts")),
                json_string_value(json_object_get(at, "homes")));
-    json_array_foreach(shuffle, i, at)
-        printf("%s: %s\n", "tokens shuffled among samples", json_string_value(json_object_get(at, "experts")));
+    json_array_foreach(shuffle, i, at) printf("%d nodes, tokens shuffled among samples: %s\n", nodes[i],
+                                              json_string_value(json_object_get(at, "experts")));
 }
 
 json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes, int ranks, const char *map_file,

@@ -12,8 +12,8 @@
 #include "report.h"
 
 #define MAX_CELLS 64
-#define INK "#1f2933"
-#define FAINT "#66737f"
+#define INK RY_SVG_INK
+#define FAINT RY_SVG_FAINT
 #define LINE "#c3cbd3"
 #define ACCENT "#b4540a" /* node borders and what crosses them */
 
@@ -41,7 +41,7 @@ static void put_text(FILE *f, const char *s)
     }
 }
 
-static void text_at(FILE *f, double x, double y, double size, const char *anchor, const char *color, const char *s)
+void ry_report_svg_text(FILE *f, double x, double y, double size, const char *anchor, const char *color, const char *s)
 {
     fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%.1f\" text-anchor=\"%s\" fill=\"%s\">", x, y, size, anchor,
             color);
@@ -195,10 +195,10 @@ static void draw_bar(FILE *f, const struct map *m, double x, double y, double h)
         double ty = y + h - h * i / 4;
         fprintf(f, "<line x1=\"%.1f\" x2=\"%.1f\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"" FAINT "\"/>\n", x + 12, x + 16, ty,
                 ty);
-        text_at(f, x + 20, ty + 3.5, 10.5, "start", INK, ry_report_bytes(v, text));
+        ry_report_svg_text(f, x + 20, ty + 3.5, 10.5, "start", INK, ry_report_bytes(v, text));
     }
     if (m->log)
-        text_at(f, x, y + h + 16, 10, "start", FAINT, "log scale");
+        ry_report_svg_text(f, x, y + h + 16, 10, "start", FAINT, "log scale");
 }
 
 /* The cells with their grid, and values where they fit. */
@@ -217,7 +217,7 @@ static void draw_cells(FILE *f, const struct map *m, double x, double y, double 
             fprintf(f, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"/>\n", cx + gap, cy + gap,
                     cell - 2 * gap, cell - 2 * gap, color);
             if (cell >= 42)
-                text_at(f, cx + cell / 2, cy + cell / 2 + 3.5, cell >= 52 ? 10.5 : 9, "middle",
+                ry_report_svg_text(f, cx + cell / 2, cy + cell / 2 + 3.5, cell >= 52 ? 10.5 : 9, "middle",
                         t > 0.5 ? "#ffffff" : INK, ry_report_bytes(v, text));
         }
     }
@@ -231,8 +231,8 @@ static void draw_labels(FILE *f, const struct map *m, double x, double y, double
     for (int i = 0; i < m->n; i += step) {
         char text[16];
         snprintf(text, sizeof text, "%d", m->first[i]);
-        text_at(f, x - 6, y + (i + 0.5) * cell + 3.5, 10.5, "end", FAINT, text);
-        text_at(f, x + (i + 0.5) * cell, y - 6, 10.5, "middle", FAINT, text);
+        ry_report_svg_text(f, x - 6, y + (i + 0.5) * cell + 3.5, 10.5, "end", FAINT, text);
+        ry_report_svg_text(f, x + (i + 0.5) * cell, y - 6, 10.5, "middle", FAINT, text);
     }
 }
 
@@ -262,7 +262,7 @@ static void draw_nodes(FILE *f, const struct map *m, const struct ry_trace_comm 
             double ty = y + (from + i) * cell / 2;
             fprintf(f, "<path d=\"M%.1f %.1fh-4v%.1fh4\" stroke=\"" ACCENT "\" fill=\"none\"/>\n", x - 28,
                     y + from * cell + 2, (i - from) * cell - 4);
-            text_at(f, x - 38, ty + 3.5, 10.5, "end", ACCENT, text);
+            ry_report_svg_text(f, x - 38, ty + 3.5, 10.5, "end", ACCENT, text);
         }
         from = i;
     }
@@ -288,8 +288,8 @@ static void draw_sums(FILE *f, const struct map *m, const struct ry_summary *s, 
             fprintf(f, "<rect x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"#8fa3b5\"/>\n",
                     x + i * cell + cell * 0.12, y + side + 8, cell * 0.76, 44 * in[i] / most);
         }
-        text_at(f, x + side + 8, y - 6, 10, "start", FAINT, "sent");
-        text_at(f, x - 6, y + side + 20, 10, "end", FAINT, "received");
+        ry_report_svg_text(f, x + side + 8, y - 6, 10, "start", FAINT, "sent");
+        ry_report_svg_text(f, x - 6, y + side + 20, 10, "end", FAINT, "received");
     }
     free(out);
     free(order);
@@ -317,7 +317,7 @@ static void draw_shares(FILE *f, const struct ry_summary *s, double x, double y,
                  share * 100);
         fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"10\" height=\"10\" fill=\"%s\"/>\n", label, y + 22,
                 parts[i].color);
-        text_at(f, label + 15, y + 31, 11.5, "start", INK, text);
+        ry_report_svg_text(f, label + 15, y + 31, 11.5, "start", INK, text);
         label += 45 + 6.4 * (double)strlen(text);
     }
 }
@@ -336,12 +336,12 @@ static void draw_head(FILE *f, const struct ry_summary *s, double width)
         snprintf(text + n, sizeof text - n, "…");
     }
     fprintf(f, "<g font-weight=\"bold\">");
-    text_at(f, 24, 34, 18, "start", INK, text);
+    ry_report_svg_text(f, 24, 34, 18, "start", INK, text);
     fprintf(f, "</g>");
     snprintf(text, sizeof text, "%s · %d rank%s%s · %llu exchange%s · %s", s->kind, c->nranks,
              c->nranks == 1 ? "" : "s", nodes, (unsigned long long)s->exchanges, s->exchanges == 1 ? "" : "s",
              ry_report_bytes((double)s->bytes, bytes));
-    text_at(f, 24, 56, 12.5, "start", FAINT, text);
+    ry_report_svg_text(f, 24, 56, 12.5, "start", FAINT, text);
     if (s->bytes)
         draw_shares(f, s, 24, 70, width - 48);
 }
@@ -364,7 +364,7 @@ void ry_report_svg(const struct ry_summary *s, FILE *f)
         low = top + nside + 30 > low ? top + nside + 30 : low;
     }
     width = width < 760 ? 760 : width;
-    double height = low + 24 + 18 * nhints + 14;
+    double hints_at = low + ry_report_agreed_height(s), height = hints_at + 24 + 18 * nhints + 14;
     fprintf(f,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
             "font-family=\"DejaVu Sans, Helvetica, "
@@ -375,21 +375,22 @@ void ry_report_svg(const struct ry_summary *s, FILE *f)
         snprintf(text, sizeof text, "bytes from (row) to (column), %d × %d ranks a cell", ranks.group, ranks.group);
     else
         snprintf(text, sizeof text, "bytes from rank (row) to rank (column)");
-    text_at(f, left, top - 24, 12, "start", INK, text);
+    ry_report_svg_text(f, left, top - 24, 12, "start", INK, text);
     draw_cells(f, &ranks, left, top, cell);
     draw_labels(f, &ranks, left, top, cell);
     draw_nodes(f, &ranks, c, left, top, cell);
     draw_sums(f, &ranks, s, left, top, cell);
     draw_bar(f, &ranks, left + side + 66, top, side < 150 ? 150 : side > 320 ? 320 : side);
     if (two) {
-        text_at(f, right, top - 24, 12, "start", INK, nodes.group > 1 ? "several nodes a cell" : "from node to node");
+        ry_report_svg_text(f, right, top - 24, 12, "start", INK, nodes.group > 1 ? "several nodes a cell" : "from node to node");
         draw_cells(f, &nodes, right, top, ncell);
         draw_labels(f, &nodes, right, top, ncell);
         draw_bar(f, &nodes, right + nside + 14, top, nside < 110 ? 110 : nside);
     }
+    ry_report_agreed_svg(s, f, 24, low);
     for (int i = 0; i < nhints; i++) {
-        fprintf(f, "<circle cx=\"28\" cy=\"%.1f\" r=\"2.5\" fill=\"" ACCENT "\"/>\n", low + 20 + 18 * i);
-        text_at(f, 38, low + 24 + 18 * i, 12, "start", INK, hints[i]);
+        fprintf(f, "<circle cx=\"28\" cy=\"%.1f\" r=\"2.5\" fill=\"" ACCENT "\"/>\n", hints_at + 20 + 18 * i);
+        ry_report_svg_text(f, 38, hints_at + 24 + 18 * i, 12, "start", INK, hints[i]);
     }
     fputs("</svg>\n", f);
 out:

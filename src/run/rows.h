@@ -1,0 +1,81 @@
+/*
+ * rows.h: equal rows of a send buffer, found, packed once, and expanded again.
+ *
+ * Owns: the kernels (rows.cu) and their host twins that tell, for each destination node, which rows of what is sent to its ranks
+ * are equal byte by byte; that pack the distinct ones with a list of who is which; and that write the rows out again at the
+ * other end. Not: what a row is (engine/row_width.c), whether looking pays (the policy), how the packed message travels
+ * (plan/dedup.c).
+ *
+ * Equality. Rows are candidates when a 64-bit hash of their bytes is equal; a row counts as equal to the first row of its hash (in
+ * the order of destination rank, then position) only after all bytes were compared. Rows whose hash collides without being
+ * equal stay distinct. So a hash can cost savings, never bytes. Segments that are no whole number of rows end in a
+ * shorter last row, which is distinct.
+ *
+ * The message to a node, as ry_rows_pack() writes and ry_rows_expand() reads it, all ranks alike:
+ *   distinct rows in order of their first appearance, row_bytes each, the first at offset 0;
+ *   padding to 16 bytes;
+ *   for every destination rank of the node in ascending order, for every row of its segment: uint32_t, the distinct row.
+ * Its size follows from the counts alone: ry_rows_message_bytes().
+ *
+ * Everything is enqueued on the caller's stream; nothing waits but ry_rows_found_wait(). Memory is taken when the scanner is made or
+ * grown, never during an exchange. One scanner is used by one thread at a time.
+ */
+#ifndef RY_RUN_ROWS_H
+#define RY_RUN_ROWS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/error.h"
+#include "device/device.h"
+
+struct ry_rows; /* a scanner: one per communicator */
+
+/** For a communicator of `nranks` ranks, rank r on node[r] (copied), on device `ordinal`. */
+struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nranks, int nnodes, const int *node,
+                            struct ry_err *err);
+/** Memory goes back in stream order. */
+void ry_rows_free(struct ry_rows *rows);
+/** Be able to scan up to `nrows` rows at once (in order of `stream`). -1 with `err` when memory is short: what was there stays. */
+int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_err *err);
+uint64_t ry_rows_capacity(const struct ry_rows *rows);
+
+struct ry_rows_input {
+    const void *const *send;    /* [nranks] */
+    const uint64_t *send_bytes; /* [nranks] */
+    uint64_t row_bytes;         /* > 0 */
+    const bool *scan_node;      /* [nnodes]: nodes to look at; NULL: all */
+};
+/** Enqueue the search. -1 with `err`: too many rows for the capacity, or the device refused. */
+int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *stream, struct ry_err *err);
+
+struct ry_rows_found {
+    const uint64_t *rows;     /* [nnodes] rows sent to each node (of nodes scanned; 0 for others) */
+    const uint64_t *distinct; /* [nnodes] of them distinct */
+    const uint64_t *zero;     /* [nnodes] of them all zero bytes: padding, as a rule */
+};
+/** Is the search over? Never blocks. */
+bool ry_rows_found_ready(struct ry_rows *rows);
+/** Wait for it on the host; the result is owned by the scanner and valid until the next scan. */
+int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct ry_err *err);
+
+/** Bytes of the message to a node with `distinct` distinct rows among `nrows`. */
+uint64_t ry_rows_message_bytes(uint64_t row_bytes, uint64_t distinct, uint64_t nrows);
+/** Enqueue packing what the last scan found for `node` into `message` (device memory, 16-byte aligned). */
+int ry_rows_pack(struct ry_rows *rows, int node, void *message, void *stream, struct ry_err *err);
+
+/* A message received, to be written out: piece i gets rows[i] rows at to[i] (any alignment). */
+struct ry_rows_output {
+    const void *message;
+    uint64_t row_bytes, distinct;
+    int npieces;
+    const uint64_t *rows; /* [npieces] */
+    void *const *to;      /* [npieces]; NULL: skip this piece */
+};
+/** Enqueue the expansion. An index beyond `distinct` (a damaged message) writes nothing and is reported by the next
+ *  ry_rows_expand_errors(). */
+int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_output *out, void *stream, struct ry_err *err);
+uint64_t ry_rows_expand_errors(struct ry_rows *rows);
+
+#endif

@@ -1,0 +1,28 @@
+/*
+ * meddle.h: what the tests of the engaged engine use to see, and to spoil, what the engine asks NCCL for.
+ *
+ * Owns: a library that lies between librailyard.so and the emulated NCCL. It tells the engine's own calls from the
+ * job's by the library that they come from, counts them per thread, and can flip a byte of what the engine received or
+ * let one of its calls fail. So the product needs no hook for tests. Not: the program that says when.
+ */
+#ifndef RY_TESTS_MEDDLE_H
+#define RY_TESTS_MEDDLE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+/* Calls on this thread since it last set them to zero: of the engine, and of the job (passed on by librailyard.so). */
+extern _Thread_local struct meddle_counts {
+    unsigned engine, job;
+} meddle_counts;
+
+/* The next group of the engine that receives this byte, on any thread, gets it with its lowest bit flipped; NULL then.
+ */
+extern _Atomic(unsigned char *) meddle_flip;
+
+/* The engine's next call of that kind on any thread fails with ncclSystemError (the end of a group after NCCL has done
+   it); back to none then. */
+enum meddle_failure { MEDDLE_NONE, MEDDLE_START, MEDDLE_SEND, MEDDLE_END };
+extern _Atomic int meddle_fail;
+
+#endif

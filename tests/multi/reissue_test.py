@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""The engine engaged, on the emulated cluster: never wrong, never a hang. The programs check every byte; here is read what was said.
+
+usage: reissue_test.py CASE RAILYARD FOLDER-OF-THE-PROGRAMS
+"""
+import os
+import re
+import subprocess
+import sys
+
+CASE, RAILYARD, PROGRAMS = sys.argv[1:4]
+PRELOAD = os.path.join(PROGRAMS, "..", "..", "plugin", "librailyard.so")
+# The patience also bounds how long ranks may take to meet: not too short where they are slow.
+SLOW = 4 if re.search("lib[at]san", subprocess.run(["ldd", PRELOAD], stdout=subprocess.PIPE, text=True, check=False).stdout) else 1
+LIMIT = 100  # seconds; the programs end by themselves sooner, and say where they were
+
+
+def fail(text):
+    sys.exit(f"reissue_test: {CASE}: {text}")
+
+
+def job(program, *args, ranks=4, nodes=2, env=None, status=0, preload=True, wrap=()):
+    """Run it; what it printed, and what Railyard did."""
+    argv = [RAILYARD, "emu", "-n", str(nodes), "-g", str(ranks // nodes), *(["--preload"] if preload else []), "--", *wrap,
+            os.path.join(PROGRAMS, program), *args]
+    settings = {"RAILYARD_LOG": "info", "RAILYARD_STRATEGY": "hierarchical", **(env or {})}
+    p = subprocess.Popen(argv, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = p.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        p.terminate()
+        out, err = p.communicate()
+        fail(f"{program} {' '.join(args)} hangs:\n{out}{err}")
+    if p.returncode != status:
+        fail(f"{program} {' '.join(args)} ended with {p.returncode} instead of {status}:\n{out}{err}")
+    return out, [line for line in err.splitlines() if line.startswith("railyard[")]
+
+
+def said(lines, text):
+    return [line for line in lines if re.search(text, line)]
+
+
+def expect(lines, text, number=None):
+    found = said(lines, text)
+    if (number is None and not found) or (number is not None and len(found) != number):
+        fail(f"{len(found)} lines say {text!r} instead of {number or 'some'}:\n" + "\n".join(lines))
+    return found
+
+
+def calm(lines):
+    """No warning, no error."""
+    expect(lines, r" (warning|error): ", 0)
+
+
+def reissued(out, least=0.0, most=1.0):
+    found = re.findall(r"(\d+) exchanges, (\d+) reissued", out)
+    if not found:
+        fail(f"no result in:\n{out}")
+    for made, done in found:
+        if not least <= int(done) / int(made) <= most:
+            fail(f"{done} of {made} exchanges were reissued, not {least} to {most} of them")
+    return sum(int(done) for _, done in found)
+
+
+def mix(shape, env=None, number="150"):
+    out, lines = job("reissue_right", "mix", shape, number, ranks=len(shape), nodes=1, env=env)
+    calm(lines)
+    return reissued(out, 0.7), lines
+
+
+def case_even():
+    for shape in ("aabb", "abab", "ab"):
+        mix(shape)
+
+
+def case_uneven():
+    for shape in ("abb", "aaab", "abbca", "aabcbb"):
+        mix(shape, number="100")
+
+
+def case_eight():
+    mix("aaaabbbb", number="80")
+    mix("abcabcab", number="80")
+
+
+def case_odd_shapes():
+    """Everybody alone on a node; all on one node."""
+    mix("abcd")
+    mix("aaaa")
+
+
+def case_verify():
+    """Every third exchange both ways: all equal, all counted."""
+    for shape, n in (("aabb", 3), ("abbca", 1)):
+        done, lines = mix(shape, {"RAILYARD_VERIFY": str(n)})
+        for line in expect(lines, r"\d+ verified", len(shape)):
+            hierarchical, verified = map(int, re.search(r"(\d+) hierarchical, (\d+) verified", line).groups())
+            if hierarchical < done or verified != -(-hierarchical // n):
+                fail(f"{verified} verified, {done} of them after the beginning, every {n}: {line}")
+
+
+def case_strategies():
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STRATEGY": "direct"})
+    calm(lines)
+    reissued(out, 0, 0)
+    agreed = [int(n) for line in expect(lines, "exchanges agreed on", 4) for n in re.findall(r"(\d+) exchanges agreed on", line)]
+    if min(agreed) < 50:
+        fail(f"direct is agreed on, too: {agreed}")
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STRATEGY": "observe"})
+    calm(lines)
+    reissued(out, 0, 0)
+    expect(lines, "exchanges agreed on", 0)
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STRATEGY": "auto"})
+    calm(lines)
+    reissued(out)
+
+
+def case_in_place():
+    out, lines = job("reissue_right", "in_place", "abba")
+    calm(lines)
+
+
+def case_types():
+    """A mismatch of types is no harm, but nothing that is agreed on."""
+    out, lines = job("reissue_right", "types", "abba")
+    calm(lines)
+    reissued(out, 0, 0.5)
+
+
+def case_verify_scratch():
+    """No memory left to compare in: said once, results right."""
+    out, lines = job("reissue_right", "mix", "aabb", env={"RAILYARD_VERIFY": "1", "RAILYARD_STAGING": "1M"})
+    expect(lines, "warning: verify: exchange .* was not compared", 4)
+    expect(lines, "warning", 4)
+
+
+def case_captured():
+    out, lines = job("reissue_right", "captured", "abba")
+    calm(lines)
+    print(out, end="")
+
+
+def case_threads():
+    out, lines = job("reissue_right", "threads", "abba", "60")
+    calm(lines)
+    reissued(out, 0.5)
+
+
+def case_init_all():
+    out, lines = job("reissue_right", "init_all", "-", "60", ranks=1, nodes=1)
+    calm(lines)
+    reissued(out, 0.5)
+
+
+def confusing(case, shape):
+    patience = str(0.5 * SLOW)
+    out, lines = job("reissue_confusing", case, shape, ranks=len(shape), nodes=1, env={"RAILYARD_PATIENCE": patience})
+    calm(lines)
+    print(out, end="")
+    for line in expect(lines, "for messages"):
+        if float(re.search(r"/ (\d+) us for messages", line).group(1)) > float(patience) * 0.5e6 and case == "drift":
+            fail(f"waiting out the patience counts as what messages take: {line}")
+    return reissued(out)
+
+
+def case_strays():
+    for shape in ("aabb", "abb"):
+        if confusing("strays", shape) < 40:
+            fail("little was reissued")
+
+
+def case_again():
+    confusing("again", "abab")
+
+
+def case_drift():
+    confusing("drift", "aabb")
+
+
+def case_hasty():
+    out, lines = job("reissue_confusing", "hasty", "abba", env={"RAILYARD_PATIENCE": str(0.3 * SLOW)})
+    calm(lines)
+    reissued(out)
+
+
+def case_churn():
+    out, lines = job("reissue_confusing", "churn", "abba")
+    calm(lines)
+    reissued(out, 0.9)
+
+
+def case_crossed():
+    """Thread against thread: no rank waits for its patience to end."""
+    out, lines = job("reissue_confusing", "crossed", "abab", env={"RAILYARD_PATIENCE": "60"})
+    calm(lines)
+    reissued(out, 0.8)
+
+
+def ends(case, victim, shape="abab", env=None):
+    return job("reissue_ends", case, shape, str(victim), env=env)
+
+
+def case_aborted():
+    for victim in (1, 0):
+        ends("aborted", victim)
+
+
+def case_left_alone():
+    for victim in (2, 0):
+        ends("left_alone", victim)
+
+
+def case_killed():
+    for victim in (2, 0):
+        out, lines = ends("killed", victim)
+        if len(re.findall(r"rank \d: .* after", out)) != 3:
+            fail(f"not all that are left said how it ended:\n{out}")
+        expect(lines, f"warning: communicator [0-9a-f]+: rank {victim}: .*plain NCCL from here")
+
+
+def case_killed_any():
+    for victim in (2, 0, 3, 1):
+        out, lines = ends("killed_any", victim)
+        if victim and not reissued(out):
+            fail(f"those who are left do not engage:\n" + "\n".join(lines))
+
+
+def case_stopped():
+    """A rank, and the yardmaster, stopped for 2.5 times the patience."""
+    for victim in (2, 0):
+        out, lines = ends("stopped", victim, env={"RAILYARD_PATIENCE": "1"})
+        calm(lines)
+        print(out, end="")
+        if victim and re.search(r"\b0 direct", out):
+            fail("the patience did not end")
+
+
+def case_corrupted():
+    for victim in (1, 0):
+        out, lines = ends("corrupted", victim, env={"RAILYARD_VERIFY": "1"})
+        number, peer, offset = re.search(r"exchange (\d+), rank (\d+), byte (\d+)", out).groups()
+        expect(lines, f"warning: .*exchange {number} differs from plain NCCL in what came from rank {peer}, from byte {offset} on", 1)
+
+
+def case_refused():
+    out, lines = ends("refused", 1)
+    print(out, end="")
+
+
+def case_exiting():
+    for victim in (1, 0, -1):
+        out, lines = ends("exiting", victim)
+        expect(lines, " error: ", 0)
+
+
+def case_forking():
+    # LeakSanitizer does not find what only the threads that a child lacks refer to
+    out, lines = ends("forking", 0, env={"ASAN_OPTIONS": os.environ.get("ASAN_OPTIONS", "") + ":detect_leaks=0"})
+    calm(lines)
+
+
+def case_staging():
+    out, lines = ends("staging", 0, env={"RAILYARD_STAGING": "1M", "RAILYARD_LOG": "plan"})
+    calm(lines)
+    expect(lines, "more than RAILYARD_STAGING")
+    out, lines = job("reissue_right", "plain", "aabb", env={"RAILYARD_STAGING": "0"})
+    calm(lines)
+
+
+def one_rank_differs(what, seconds="0.2"):
+    """plain, with `what` done on rank 2."""
+    wrap = ["sh", "-c", f'if [ "$RANK" = 2 ]; then {what}; fi; exec "$@"', "sh"]
+    out, lines = job("reissue_right", "plain", "aabb", "50", seconds, wrap=wrap, env={"RAILYARD_PATIENCE": "1"})
+    reissued(out, 0, 0)
+    expect(lines, "exchanges agreed on", 0)
+    return lines
+
+
+def case_unequal():
+    for name, value in (("VERIFY", "5"), ("STAGING", "2M"), ("STRATEGY", "auto"), ("PATIENCE", "2"), ("STRATEGY", "observe")):
+        lines = one_rank_differs(f"export RAILYARD_{name}={value}")
+        for line in expect(lines, "warning", 4):
+            if "other settings" not in line or not re.search("rank 2 on|than rank 2", line):
+                fail(f"does not say which rank differs: {line}")
+
+
+def case_some_ranks():
+    lines = one_rank_differs("unset LD_PRELOAD", "1.5")
+    expect(lines, "no word from rank 2 of 4", 3)
+    expect(lines, "error", 0)
+
+
+def main():
+    case = globals().get("case_" + CASE)
+    if not case:
+        fail("there is no such case")
+    case()
+    print(f"{CASE}: ok")
+
+
+main()
