@@ -11,9 +11,12 @@
 #include "place/predict.h"
 
 #define HISTORY 4
-/* Learning which experts share a node takes seconds up to here, and grows with their product. */
+/* Learning which experts share a node grows with their product: seconds, and up to a minute or so at these limits. */
 #define COPLACE_NODES 16
 #define COPLACE_EXPERTS 512
+#define COPLACE_QUICK 512 /* nodes · experts beyond which fewer starts must do */
+#define COPLACE_STARTS 2
+#define COPLACE_MOST 4096 /* nodes · experts */
 
 static const struct {
     const char *name, *about;
@@ -162,7 +165,8 @@ static int learn_coplaced(struct ry_placer *p, struct ry_err *err)
     size_t cells = (size_t)w->layers * (size_t)w->experts;
     if (p->learned)
         return 0;
-    if (p->cluster->nnodes > COPLACE_NODES || w->experts > COPLACE_EXPERTS) {
+    if (p->cluster->nnodes > COPLACE_NODES || w->experts > COPLACE_EXPERTS ||
+        p->cluster->nnodes * w->experts > COPLACE_MOST) {
         if (w->pool)
             return ry_fail(err,
                            "learning which of %d experts share a node, of %d nodes, takes too long: it is done up "
@@ -181,8 +185,10 @@ static int learn_coplaced(struct ry_placer *p, struct ry_err *err)
     if (!fit)
         return -1;
     bool distinct = p->counting == RY_DISTINCT && fit->choice_samples;
-    struct ry_coplace_options o = {
-        .counting = distinct ? RY_DISTINCT : RY_COPIES, .batch = w->samples, .seed = w->source.seed};
+    struct ry_coplace_options o = {.counting = distinct ? RY_DISTINCT : RY_COPIES,
+                                   .batch = w->samples,
+                                   .starts = p->cluster->nnodes * w->experts > COPLACE_QUICK ? COPLACE_STARTS : 0,
+                                   .seed = w->source.seed};
     struct ry_coplace *map = ry_coplace_learn(p->cluster, fit, NULL, w->fit, NULL, &o, err);
     ry_routing_close(fit);
     if (!map)
