@@ -91,7 +91,8 @@ static double *value_of(struct ry_cost_model *m, const struct field *f)
 
 /* ---- reading ---- */
 
-static int from_json(struct ry_cost_model *m, const json_t *root, uint64_t fingerprint, const char *path,
+/* `fingerprint` NULL: any cluster's. */
+static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t *fingerprint, const char *path,
                      struct ry_err *err)
 {
     char mine[17];
@@ -101,8 +102,8 @@ static int from_json(struct ry_cost_model *m, const json_t *root, uint64_t finge
         return ry_fail(err,
                        "%s: its format and version are not \"" FORMAT "\", %d: delete it and run railyard calibrate",
                        path, VERSION);
-    snprintf(mine, sizeof mine, "%016" PRIx64, fingerprint);
-    if (!print || strcmp(print, mine))
+    snprintf(mine, sizeof mine, "%016" PRIx64, fingerprint ? *fingerprint : 0);
+    if (fingerprint && (!print || strcmp(print, mine)))
         return ry_fail(
             err, "%s: fingerprint is %.32s, not %s: it was renamed or damaged; delete it and run railyard calibrate",
             path, print ? print : "missing", mine);
@@ -123,13 +124,11 @@ static int from_json(struct ry_cost_model *m, const json_t *root, uint64_t finge
     return 0;
 }
 
-int ry_cost_load(struct ry_cost_model *model, uint64_t fingerprint, struct ry_err *err)
+/* 1: there is no such file. */
+static int load(struct ry_cost_model *model, const char *path, const uint64_t *fingerprint, struct ry_err *err)
 {
-    char path[4096];
     json_error_t why;
     struct ry_cost_model m;
-    if (ry_cost_path(fingerprint, path, sizeof path, err))
-        return -1;
     FILE *f = fopen(path, "re");
     if (!f && (errno == ENOENT || errno == ENOTDIR))
         return 1;
@@ -144,6 +143,18 @@ int ry_cost_load(struct ry_cost_model *model, uint64_t fingerprint, struct ry_er
     if (!bad)
         *model = m;
     return bad;
+}
+
+int ry_cost_load(struct ry_cost_model *model, uint64_t fingerprint, struct ry_err *err)
+{
+    char path[4096];
+    return ry_cost_path(fingerprint, path, sizeof path, err) ? -1 : load(model, path, &fingerprint, err);
+}
+
+int ry_cost_read(struct ry_cost_model *model, const char *path, struct ry_err *err)
+{
+    int r = load(model, path, NULL, err);
+    return r > 0 ? ry_fail(err, "cannot read %s: there is no such file: railyard calibrate writes one", path) : r;
 }
 
 /* ---- writing ---- */

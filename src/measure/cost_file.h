@@ -16,6 +16,8 @@ uint64_t ry_cluster_fingerprint(const struct ry_cluster *cluster);
 int ry_cost_path(uint64_t fingerprint, char *out, size_t size, struct ry_err *err);
 /** 0; 1 when there is none; -1 with `err` naming file and field when it cannot be used. */
 int ry_cost_load(struct ry_cost_model *model, uint64_t fingerprint, struct ry_err *err);
+/** The same from a file by name, for whichever cluster it was measured on: a missing one is an error, too. */
+int ry_cost_read(struct ry_cost_model *model, const char *path, struct ry_err *err);
 int ry_cost_save(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_err *err);
 
 #endif

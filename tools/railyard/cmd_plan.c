@@ -7,13 +7,14 @@
 #include <string.h>
 
 #include "command.h"
+#include "measure/fabric.h"
 #include "plan.h"
 
 #define MAX_SIZES PLAN_SIZES
 #define MAX_DIRS 16
 
 static struct {
-    const char *dir, *json, *map;
+    const char *dir, *cost, *json, *map;
     const char *dirs[MAX_DIRS]; /* the first is dir */
     int ndirs;
     int nodes[MAX_SIZES], nsizes, ranks, fit, batches, batch, history, max_moved;
@@ -41,6 +42,7 @@ enum {
     KEY_ROW,
     KEY_NVLINK,
     KEY_NIC,
+    KEY_COST,
     KEY_MARGIN,
     KEY_HISTORY
 };
@@ -141,6 +143,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_NIC:
         args.nic = real(state, "nic", arg);
         return 0;
+    case KEY_COST:
+        args.cost = arg;
+        return 0;
     case KEY_MARGIN:
         args.margin = real(state, "margin", arg) / 100;
         return 0;
@@ -186,6 +191,7 @@ static const struct argp_option options[] = {
     {"gpus", 'g', "N", 0, "GPUs in a node (4)", 0},
     {"nvlink", KEY_NVLINK, "GB/S", 0, "of a GPU, each way (400)", 0},
     {"nic", KEY_NIC, "GB/S", 0, "of a node, each way (100)", 0},
+    {"cost", KEY_COST, "FILE", 0, "link costs that railyard calibrate measured, in place of both (a guess from them)", 0},
     {"row-bytes", KEY_ROW, "N", 0, "of one token's vector (4096)", 0},
     {0, 0, 0, 0, "The protocol:", 3},
     {"fit", KEY_FIT, "N", 0, "learn from the first N samples (1024)", 0},
@@ -280,15 +286,15 @@ static void size_free(struct size *z)
 static int size_new(struct size *z, const struct ry_routing *r, int nodes, struct ry_err *err)
 {
     *z = (struct size){0};
-    z->model.link[RY_LINK_LOCAL].alpha_us = 5;
-    z->model.link[RY_LINK_LOCAL].bytes_per_us = args.nvlink * 1e3;
-    z->model.link[RY_LINK_NIC].alpha_us = 15;
-    z->model.link[RY_LINK_NIC].bytes_per_us = args.nic * 1e3;
     z->cluster = ry_place_cluster(nodes, args.ranks, args.nvlink, args.nic, err);
     z->expert_rank = malloc((size_t)r->layers * (size_t)r->experts * sizeof *z->expert_rank);
     if (!z->cluster || !z->expert_rank) {
         size_free(z);
         return z->cluster ? ry_fail(err, "out of memory") : -1;
+    }
+    if (ry_fabric_model(&z->model, z->cluster, args.cost, err)) {
+        size_free(z);
+        return -1;
     }
     z->study = (struct ry_study){.routing = r,
                                  .cluster = z->cluster,
