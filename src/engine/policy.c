@@ -158,9 +158,11 @@ static void find_relayed(struct ry_chooser *c, const uint64_t *matrix)
     int n = map->nranks;
     memset(c->relayed, 0, (size_t)n * sizeof *c->relayed);
     for (int from = 0; from < n; from++)
-        for (int to = 0; to < n; to++)
-            if (map->node[from] != map->node[to])
-                c->relayed[ry_relay(map, from, map->node[to])] += matrix[(size_t)from * (size_t)n + (size_t)to];
+        for (int to = 0; to < n; to++) {
+            int relay = map->node[from] == map->node[to] ? to : ry_relay(map, from, map->node[to]);
+            if (relay != to) /* what is for the relay itself is not passed on */
+                c->relayed[relay] += matrix[(size_t)from * (size_t)n + (size_t)to];
+        }
 }
 
 /* Everything that telling the ranks will need: once a verdict is being sent nothing may fail. */

@@ -1,5 +1,5 @@
 /*
- * cost_parts.h: what an estimate is made of, so that a choice can say why. Shared by cost.c and choose.c only.
+ * cost_parts.h: what an estimate is made of, so that a choice can say why. Shared by cost.c, choose.c and the simulator (src/sim) only.
  */
 #ifndef RY_PLAN_COST_PARTS_H
 #define RY_PLAN_COST_PARTS_H

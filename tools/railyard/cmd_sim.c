@@ -18,7 +18,7 @@ static struct {
     const char *dir, *json, *svg, *cost;
     const struct ry_fabric *preset;
     int nodes[SIM_SIZES], nsizes, gpus, nics, per_gpu, experts_per_gpu, steps;
-    double local, nic, row_bytes;
+    double local, nic, row_bytes, agreement_us;
     bool placings[RY_PLACINGS];
     enum ry_counting counting;
     struct ry_source source;
@@ -30,6 +30,7 @@ enum {
     KEY_NIC,
     KEY_NICS,
     KEY_COST,
+    KEY_AGREEMENT,
     KEY_EXPERTS,
     KEY_LOCALITY,
     KEY_LAYERS,
@@ -139,6 +140,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_NIC:
         args.nic = real(state, "nic", arg, 1e-3, 1e6);
         return 0;
+    case KEY_AGREEMENT:
+        args.agreement_us = real(state, "agreement", arg, 0, 1e9);
+        return 0;
     case KEY_NICS:
         args.nics = (int)number(state, "nics", arg, 1, 1024);
         return 0;
@@ -200,6 +204,8 @@ static const struct argp_option options[] = {
     {"nic", KEY_NIC, "GB/S", 0, "of a node, all its NICs together, each way", 0},
     {"nics", KEY_NICS, "N", 0, "NICs of a node; as many as GPUs: rails", 0},
     {"cost", KEY_COST, "FILE", 0, "link costs from a file that railyard calibrate wrote, on whichever cluster", 0},
+    {"agreement", KEY_AGREEMENT, "US", 0,
+     "what agreeing on an exchange takes where it is not hidden behind work queued before; all strategies but plain (0)", 0},
     {0, 0, 0, 0, "The job:", 3},
     {"samples", 's', "N", 0, "samples of a GPU and step (4)", 0},
     {"experts", KEY_EXPERTS, "N", 0, "experts of a GPU and layer (2; recorded: the least that fits and is no less)", 0},
@@ -329,8 +335,9 @@ static int simulate(struct sim_point *p, const struct ry_routing *r, int nodes, 
         p->sim.steps = p->sim.source.samples >= 2048       ? 1
                        : 2048 / p->sim.source.samples < 16 ? 2048 / p->sim.source.samples
                                                            : 16;
-    int failed = ry_fabric_model(&p->model, c, args.cost, err) || experts_of(r, ranks, err, &p->sim.source.experts) ||
-                 ry_sim_run(&p->sim, &p->result, err);
+    int failed = ry_fabric_model(&p->model, c, args.cost, err) || experts_of(r, ranks, err, &p->sim.source.experts);
+    p->model.agreement_us = args.agreement_us;
+    failed = failed || ry_sim_run(&p->sim, &p->result, err);
     ry_cluster_free(c);
     p->sim.cluster = NULL;
     p->seconds = now_s() - watch.begun;

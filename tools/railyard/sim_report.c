@@ -70,6 +70,8 @@ static void print_head(const struct sim_study *s, const struct sim_point *p)
                f->local_gbs, f->node_gbs, f->nics, f->nics > 1 ? "s" : "");
     printf("%.3g and %.3g GB/s; one rank alone %.3g\n", p->model.link[RY_LINK_LOCAL].bytes_per_us / 1e3,
            p->model.link[RY_LINK_NIC].bytes_per_us / 1e3, p->model.nic_rank_bytes_per_us / 1e3);
+    printf("  agreement %g us an exchange%s\n", p->model.agreement_us,
+           p->model.agreement_us > 0 ? "" : ": hidden behind work queued before (--agreement)");
     if (p->sim.rails && !s->cost)
         printf("            a NIC for each GPU: a message between rails counts as one on its rail\n");
     printf("  routing   %s: %d layers of %d experts, top-%d; %d samples of %d tokens a step, rows of %g B\n",
@@ -239,11 +241,12 @@ static json_t *point_json(const struct sim_study *s, const struct sim_point *p)
     sim_scaling(s, p, scaled, sizeof scaled);
     json_t *cluster = json_pack("{ss si si si sb sf sf}", "preset", f->name, "nodes", f->nodes, "gpus", f->gpus, "nics",
                                 f->nics, "rails", p->sim.rails, "local_gbs", f->local_gbs, "node_gbs", f->node_gbs);
-    json_t *model = json_pack("{sb sf sf sf sf sf}", "measured", s->cost != NULL, "local_bytes_per_us",
+    json_t *model = json_pack("{sb sf sf sf sf sf sf}", "measured", s->cost != NULL, "local_bytes_per_us",
                               p->model.link[RY_LINK_LOCAL].bytes_per_us, "nic_bytes_per_us",
                               p->model.link[RY_LINK_NIC].bytes_per_us, "nic_rank_bytes_per_us",
                               p->model.nic_rank_bytes_per_us, "local_alpha_us", p->model.link[RY_LINK_LOCAL].alpha_us,
-                              "nic_alpha_us", p->model.link[RY_LINK_NIC].alpha_us);
+                              "nic_alpha_us", p->model.link[RY_LINK_NIC].alpha_us, "agreement_us",
+                              p->model.agreement_us);
     json_t *routing = json_pack("{si si si si si si si sf ss}", "layers", r->layers, "experts", r->experts, "topk",
                                 r->topk, "tokens_per_sample", r->tokens, "samples", r->samples, "expert_stands_for",
                                 r->split, "fit", r->fit, "distinct", r->distinct, "scaled", scaled);
