@@ -47,8 +47,8 @@ struct ry_rows {
     uint64_t errors_seen;
     struct ry_event *found; /* after the last scan */
     bool used, scanned;
-    uint64_t *host; /* the tables: pending counter, nodes, segments */
-    uint64_t *nrows; /* [nnodes]: of the last scan */
+    uint64_t *host;   /* the tables: pending counter, nodes, segments */
+    uint64_t *nrows;  /* [nnodes]: of the last scan */
     uint64_t *copies; /* [2 nnodes]: the answers, for the caller */
     void *memory;
     uint64_t capacity, slots;
@@ -69,7 +69,8 @@ static struct answers *take_answers(const struct ry_device *device, int nnodes, 
     pthread_mutex_lock(&lock);
     for (struct answers **at = &idle; *at && !a; at = *at ? &(*at)->next : at) {
         bool done = false;
-        if ((*at)->device == device && (*at)->nnodes >= nnodes && !device->event_done((*at)->used, &done, NULL) && done) {
+        if ((*at)->device == device && (*at)->nnodes >= nnodes && !device->event_done((*at)->used, &done, NULL) &&
+            done) {
             a = *at;
             *at = a->next;
             break;
@@ -217,9 +218,12 @@ int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_e
     const struct {
         uint64_t *address, bytes;
     } parts[] = {
-        {&s->npending, table_words(rows) * 8}, {&s->table, slots * sizeof(struct ry_rows_slot)},
-        {&s->where, capacity * 4},             {&s->index, capacity * 4},
-        {&s->order, capacity * 4},             {&s->state, capacity},
+        {&s->npending, table_words(rows) * 8},
+        {&s->table, slots * sizeof(struct ry_rows_slot)},
+        {&s->where, capacity * 4},
+        {&s->index, capacity * 4},
+        {&s->order, capacity * 4},
+        {&s->state, capacity},
         {&s->tiles, most_tiles(rows) * 8},
     };
     uint64_t bytes = 0;
@@ -293,11 +297,10 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
             uint64_t bytes = in->send_bytes[rows->by_node[i]];
             if (!bytes)
                 continue;
-            segment[s->nsegments++] =
-                (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)in->send[rows->by_node[i]],
-                                         .bytes = bytes,
-                                         .first_row = s->nrows,
-                                         .node = (uint64_t)n};
+            segment[s->nsegments++] = (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)in->send[rows->by_node[i]],
+                                                               .bytes = bytes,
+                                                               .first_row = s->nrows,
+                                                               .node = (uint64_t)n};
             s->nrows += bytes / in->row_bytes + (bytes % in->row_bytes ? 1 : 0);
         }
         node[n].rows = s->nrows - node[n].first_row;
@@ -332,13 +335,12 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
     if (enter(rows, stream, err) || put(rows, s.npending, rows->host, words, stream, err))
         return -1;
     uint64_t tiles = (uint64_t)s.nnodes * s.tiles_per_node;
-    if (s.nrows &&
-        (rows->device->fill((void *)(uintptr_t)s.table, 0xff, sizeof(struct ry_rows_slot) << s.table_bits, stream,
-                            err) ||
-         launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
-         launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
-         launch(rows, &rows_recompare, s.nrows * s.lanes, &s, stream, err) ||
-         launch(rows, &rows_count, tiles * 32, &s, stream, err)))
+    if (s.nrows && (rows->device->fill((void *)(uintptr_t)s.table, 0xff, sizeof(struct ry_rows_slot) << s.table_bits,
+                                       stream, err) ||
+                    launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
+                    launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
+                    launch(rows, &rows_recompare, s.nrows * s.lanes, &s, stream, err) ||
+                    launch(rows, &rows_count, tiles * 32, &s, stream, err)))
         return -1;
     if (launch(rows, &rows_number, tiles * 32, &s, stream, err) ||
         rows->device->event_record(rows->found, stream, err) || leave(rows, stream, err))
@@ -373,8 +375,7 @@ int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct
     }
     for (int i = 0; i < 2 * rows->nnodes; i++)
         rows->copies[i] = rows->answers->word[1 + i];
-    *found =
-        (struct ry_rows_found){.rows = rows->nrows, .distinct = rows->copies, .zero = rows->copies + rows->nnodes};
+    *found = (struct ry_rows_found){.rows = rows->nrows, .distinct = rows->copies, .zero = rows->copies + rows->nnodes};
     return 0;
 }
 
@@ -398,8 +399,7 @@ int ry_rows_pack(struct ry_rows *rows, int node, void *message, void *stream, st
         return ry_fail(err, "a message at %p, which is no multiple of 16", message);
     if (!rows->nrows[node])
         return 0;
-    struct ry_rows_pack p = {
-        .scan = rows->scan, .message = (uint64_t)(uintptr_t)message, .node = (uint32_t)node};
+    struct ry_rows_pack p = {.scan = rows->scan, .message = (uint64_t)(uintptr_t)message, .node = (uint32_t)node};
     if (enter(rows, stream, err) ||
         launch(rows, &rows_pack, rows->nrows[node] * chunks_of(p.scan.row_bytes) * p.scan.lanes, &p, stream, err))
         return -1;

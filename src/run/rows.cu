@@ -2,9 +2,9 @@
  * rows.cu: finding, packing and expanding equal rows at memory bandwidth. What the steps are is in rows_kernels.h, the
  * twins for host memory in rows_host.c.
  *
- * Threads of a warp share rows (`lanes` of them a row), and talk through the warp only: there is no shared memory and no
- * barrier of a block. Nothing that one thread does first shows in the result: the table keeps the least row of each key
- * wherever its slot came to lie, and the list of pending rows is worked off in any order.
+ * Threads of a warp share rows (`lanes` of them a row), and talk through the warp only: there is no shared memory and
+ * no barrier of a block. Nothing that one thread does first shows in the result: the table keeps the least row of each
+ * key wherever its slot came to lie, and the list of pending rows is worked off in any order.
  */
 #include "rows_kernels.h"
 
@@ -143,8 +143,8 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_sample_rows(const
             continue;
         AT(uint8_t, s.state)[row] = !whole ? RY_ROWS_PARTIAL : any ? 0 : RY_ROWS_LOOK;
         if (whole && any)
-            AT(uint32_t, s.where)[row] =
-                insert(s, ry_rows_sample_key(ry_rows_hash_end(hash), s.sample_mask, node), row);
+            AT(uint32_t, s.where)
+            [row] = insert(s, ry_rows_sample_key(ry_rows_hash_end(hash), s.sample_mask, node), row);
     }
 }
 
@@ -153,7 +153,8 @@ struct finding {
     uint64_t hash;
 };
 
-/* All of row `a`, by `lanes` threads: does it differ from `b` (of as many bytes; b.at NULL: no), is it zero, its hash. */
+/* All of row `a`, by `lanes` threads: does it differ from `b` (of as many bytes; b.at NULL: no), is it zero, its hash.
+ */
 static __device__ finding examine(const span &a, const span &b, uint32_t lanes)
 {
     uint32_t lane = threadIdx.x % lanes, mask = mates(lanes), differ = 0, any = 0;

@@ -1,6 +1,6 @@
 /*
- * rows_kernels.h: what the kernels of rows.cu and their twins in rows_host.c share, in C and in CUDA C: their parameters,
- * the scanner's memory, and the hash.
+ * rows_kernels.h: what the kernels of rows.cu and their twins in rows_host.c share, in C and in CUDA C: their
+ * parameters, the scanner's memory, and the hash.
  *
  * Rows that are scanned are numbered through: nodes in order, in each its ranks in order, in each the rows by position.
  * So a lower number is an earlier appearance, and a node's rows are a range.
@@ -23,12 +23,12 @@
 
 #include <stdint.h>
 
-#define RY_ROWS_SAMPLE 8u           /* words of a sample: whole for rows of up to 128 bytes, else in four places */
-#define RY_ROWS_MOST (1ull << 31)   /* rows of a scan: slots are then numbered in 32 bits */
-#define RY_ROWS_BLOCK 256u          /* threads of a block */
-#define RY_ROWS_GRID 1056u          /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
+#define RY_ROWS_SAMPLE 8u         /* words of a sample: whole for rows of up to 128 bytes, else in four places */
+#define RY_ROWS_MOST (1ull << 31) /* rows of a scan: slots are then numbered in 32 bits */
+#define RY_ROWS_BLOCK 256u        /* threads of a block */
+#define RY_ROWS_GRID 1056u        /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
 #define RY_ROWS_WARPS (RY_ROWS_BLOCK / 32 * RY_ROWS_GRID)
-#define RY_ROWS_CHUNK 4096u         /* bytes that one warp copies at a time */
+#define RY_ROWS_CHUNK 4096u /* bytes that one warp copies at a time */
 #define RY_ROWS_TILES 4096u
 #define RY_ROWS_PUT 500u
 #define RY_ROWS_PIECES 120u
@@ -59,10 +59,10 @@ struct ry_rows_scan {
     uint64_t segments; /* struct ry_rows_segment[nsegments], in order of their rows */
     uint64_t nodes;    /* struct ry_rows_node[nnodes] */
     uint64_t table;    /* struct ry_rows_slot[1 << table_bits], at least twice as many as rows: never full */
-    uint64_t where;    /* uint32_t[nrows]: the slot of the row's hash, in the end the first row equal to it, or itself */
-    uint64_t index;    /* uint32_t[nrows]: of a distinct row, its number among its node's */
-    uint64_t order;    /* uint32_t[nrows]: from each node's first row on, its distinct rows; before that: the pending */
-    uint64_t state;    /* uint8_t[nrows] */
+    uint64_t where; /* uint32_t[nrows]: the slot of the row's hash, in the end the first row equal to it, or itself */
+    uint64_t index; /* uint32_t[nrows]: of a distinct row, its number among its node's */
+    uint64_t order; /* uint32_t[nrows]: from each node's first row on, its distinct rows; before that: the pending */
+    uint64_t state; /* uint8_t[nrows] */
     uint64_t npending; /* uint64_t: rows for recompare */
     uint64_t tiles;    /* uint64_t[nnodes * tiles_per_node]: distinct rows | zero rows << 32 */
     uint64_t found;    /* uint64_t[2 nnodes], pinned: distinct rows of each node, zero rows of each node */
@@ -117,7 +117,8 @@ RY_ROWS_BOTH uint64_t ry_rows_sample_at(uint64_t row_bytes, uint32_t i)
     return (row_bytes - 32) * (i / 2) / (RY_ROWS_SAMPLE / 2 - 1) / 32 * 32 + 16 * (i % 2);
 }
 
-/* One word's share of a hash, which is their sum: threads may add them in any order. `i`: the word's number in the row. */
+/* One word's share of a hash, which is their sum: threads may add them in any order. `i`: the word's number in the row.
+ */
 RY_ROWS_BOTH uint64_t ry_rows_hash_word(uint64_t low, uint64_t high, uint64_t i)
 {
     uint64_t a = low ^ (0x2d358dccaa6c78a5ull + i * 0x9e3779b97f4a7c15ull);
@@ -138,8 +139,9 @@ RY_ROWS_BOTH uint64_t ry_rows_hash_end(uint64_t sum)
 }
 
 /*
- * Keys of three kinds that never meet. Equal rows of different nodes have different keys, since the node's factor is odd;
- * so whatever has the same key and the same bytes is the same node's. Zero rows need no comparison: only they have theirs.
+ * Keys of three kinds that never meet. Equal rows of different nodes have different keys, since the node's factor is
+ * odd; so whatever has the same key and the same bytes is the same node's. Zero rows need no comparison: only they have
+ * theirs.
  */
 RY_ROWS_BOTH uint64_t ry_rows_sample_key(uint64_t hash, uint64_t mask, uint64_t node)
 {

@@ -10,7 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "on_devices.h"
+#include "run/internal.h"
 #include "run/rows.h"
 #include "run/rows_kernels.h"
 
@@ -92,7 +94,8 @@ static void write_rows(struct job *j, int rank, enum mix mix, const unsigned cha
 static void make(struct job *j, int nranks, int nnodes, uint64_t row_bytes, uint64_t most_rows, enum mix mix)
 {
     uint64_t tokens = 1 + draw(20);
-    *j = (struct job){.nranks = nranks, .nnodes = nnodes, .row_bytes = row_bytes, .sample_mask = ~0ull, .full_mask = ~0ull};
+    *j = (struct job){
+        .nranks = nranks, .nnodes = nnodes, .row_bytes = row_bytes, .sample_mask = ~0ull, .full_mask = ~0ull};
     unsigned char *pool = malloc(tokens * row_bytes);
     noise(pool, tokens * row_bytes);
     for (int n = 0; n < nnodes; n++)
@@ -344,9 +347,10 @@ static void run(struct job *j)
     free(j->data);
 }
 
-static const uint64_t widths[] = {1,   2,   3,   4,   7,    15,   16,   17,   18,   24,   31,   32,    33,    64,   100,
-                                  127, 128, 129, 144, 160,  200,  256,  500,  512,  514,  520,  1000,  1024,  1032, 2048,
-                                  2050, 4094, 4096, 4097, 4112, 6000, 8192, 8208, 12289, 14336, 16384, 65536, 70001};
+static const uint64_t widths[] = {1,    2,    3,    4,    7,    15,    16,    17,    18,    24,   31,
+                                  32,   33,   64,   100,  127,  128,   129,   144,   160,   200,  256,
+                                  500,  512,  514,  520,  1000, 1024,  1032,  2048,  2050,  4094, 4096,
+                                  4097, 4112, 6000, 8192, 8208, 12289, 14336, 16384, 65536, 70001};
 enum { WIDTHS = sizeof widths / sizeof *widths };
 
 /* Few enough rows that the oracle and the fake driver are quick, enough that warps take several. */
@@ -460,7 +464,8 @@ START_TEST(bits_not_numbers)
 {
     static const uint32_t value[] = {0x00000000, 0x80000000, 0x7fc00000, 0x7fc00001, 0x7fc00000, 0x00000000};
     enum { N = 64 };
-    struct job j = {.nranks = 1, .nnodes = 1, .scan = {true}, .row_bytes = 4 * N, .sample_mask = ~0ull, .full_mask = ~0ull};
+    struct job j = {
+        .nranks = 1, .nnodes = 1, .scan = {true}, .row_bytes = 4 * N, .sample_mask = ~0ull, .full_mask = ~0ull};
     start();
     j.bytes[0] = j.size = sizeof value * N;
     uint32_t *row = malloc(j.size + 1);
@@ -498,7 +503,8 @@ START_TEST(nothing_beyond)
             ck_assert_uint_eq(found.distinct[0], bytes % width ? 2 : 1);
             ok(device->alloc(&message, ry_rows_message_bytes(width, found.distinct[0], n), &err));
             ok(ry_rows_pack(rows, 0, message, stream, &err));
-            struct ry_rows_output out = {message, width, found.distinct[0], 1, &n, (void *[]){(char *)piece + shift}, &bytes};
+            struct ry_rows_output out = {message, width, found.distinct[0], 1, &n, (void *[]){(char *)piece + shift},
+                                         &bytes};
             ok(ry_rows_expand(rows, &out, stream, &err));
             unsigned char *got = fetched(device, (char *)piece + shift, bytes, stream);
             for (uint64_t k = 0; k < bytes; k++)
@@ -607,6 +613,226 @@ START_TEST(life)
 }
 END_TEST
 
+/* ---- with a real GPU only ---- */
+
+/* More bytes than 32 bits count, in one segment; a scanner for more rows than 16 bits of blocks. */
+START_TEST(huge)
+{
+    enum { WIDTH = 64 };
+    const uint64_t n = UINT64_C(5) << 30, rows_all = n / WIDTH, far = rows_all - 3;
+    unsigned char row[WIDTH];
+    void *from, *to, *message;
+    uint64_t *answer, difference;
+    if (!is_large_gpu())
+        return;
+    start();
+    ok(device->prepare(0, &ry_run_kernels, &err));
+    ok(device->alloc(&from, n, &err));
+    ok(device->alloc(&to, n, &err));
+    ok(device->alloc((void **)&answer, 256, &err));
+    ok(device->fill(from, 0, n, stream, &err));
+    ok(device->fill(to, 0xee, n, stream, &err));
+    noise(row, WIDTH);
+    const uint64_t at[] = {5, rows_all / 2, far};
+    for (int i = 0; i < 3; i++)
+        ok(device->copy((char *)from + at[i] * WIDTH, row, WIDTH, stream, &err));
+    row[9] ^= 1;
+    ok(device->copy((char *)from + (far + 1) * WIDTH, row, WIDTH, stream, &err));
+    struct ry_rows *rows = ry_rows_new(device, 0, 1, 1, (int[]){0}, &err);
+    ck_assert_msg(rows, "%s", err.msg);
+    ok(ry_rows_grow(rows, rows_all, stream, &err));
+    struct ry_rows_found found;
+    struct ry_rows_input in = {.send = (const void *[]){from}, .send_bytes = &n, .row_bytes = WIDTH};
+    ok(ry_rows_scan(rows, &in, stream, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert_uint_eq(found.rows[0], rows_all);
+    ck_assert_uint_eq(found.distinct[0], 3);
+    ck_assert_uint_eq(found.zero[0], rows_all - 4);
+    ok(device->alloc(&message, ry_rows_message_bytes(WIDTH, 3, rows_all), &err));
+    ok(ry_rows_pack(rows, 0, message, stream, &err));
+    struct ry_rows_output out = {message, WIDTH, 3, 1, &rows_all, &to, NULL};
+    ok(ry_rows_expand(rows, &out, stream, &err));
+    ok(device->fill(answer, 0xff, 8, stream, &err));
+    struct ry_runner runner = {.device = device, .kernels = true};
+    struct batch batch;
+    batch_start_compare(&batch, &runner, stream, answer);
+    ok(batch_add(&batch, to, from, n, 0, &err));
+    ok(batch_flush(&batch, &err));
+    ok(device->copy(&difference, answer, 8, stream, &err));
+    ok(device->stream_sync(stream, &err));
+    ck_assert_uint_eq(difference, RY_NO_DIFFERENCE);
+    ry_rows_free(rows);
+    ok(device->release(from, &err));
+    ok(device->release(to, &err));
+    ok(device->release(message, &err));
+    ok(device->release(answer, &err));
+}
+END_TEST
+
+/* Dispatch as it is: two nodes of four ranks, each row on 1, 2 or 4 ranks of its node, in an order of each rank's own.
+ */
+enum { SPEED_RANKS = 8, SPEED_BYTES = 512 << 20 };
+struct work {
+    struct ry_rows *rows;
+    struct ry_rows_input in;
+    struct ry_rows_output out[2];
+    void *message[2], *from, *to;
+};
+
+static void plain_copy(const struct work *w)
+{
+    ok(device->copy(w->to, w->from, SPEED_BYTES, stream, &err));
+}
+
+static void scanning(const struct work *w)
+{
+    ok(ry_rows_scan(w->rows, &w->in, stream, &err));
+}
+
+static void packing(const struct work *w)
+{
+    for (int n = 0; n < 2; n++)
+        ok(ry_rows_pack(w->rows, n, w->message[n], stream, &err));
+}
+
+static void expanding(const struct work *w)
+{
+    for (int n = 0; n < 2; n++)
+        ok(ry_rows_expand(w->rows, &w->out[n], stream, &err));
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Median of 15, in microseconds. */
+static double timed(void (*what)(const struct work *), const struct work *w)
+{
+    enum { RUNS = 15 };
+    double us[RUNS];
+    struct ry_event *from, *to;
+    ok(device->event_create(&from, &err));
+    ok(device->event_create(&to, &err));
+    for (int i = -2; i < RUNS; i++) {
+        double t;
+        ok(device->event_record(from, stream, &err));
+        what(w);
+        ok(device->event_record(to, stream, &err));
+        ok(device->stream_sync(stream, &err));
+        ok(device->event_elapsed(from, to, &t, &err));
+        if (i >= 0)
+            us[i] = t;
+    }
+    device->event_destroy(from);
+    device->event_destroy(to);
+    qsort(us, RUNS, sizeof *us, by_size);
+    return us[RUNS / 2];
+}
+
+static void lay_out_dispatch(unsigned char *data, uint64_t width, uint64_t copies)
+{
+    uint64_t per_rank = SPEED_BYTES / SPEED_RANKS / width;
+    uint32_t *place = malloc(per_rank * sizeof *place);
+    for (int r = 0; r < SPEED_RANKS; r++) {
+        unsigned char *segment = data + (uint64_t)r * per_rank * width;
+        bool first = r % copies == 0; /* of those that get the same rows */
+        for (uint64_t i = 0; i < per_rank; i++)
+            place[i] = (uint32_t)i;
+        for (uint64_t i = per_rank; i > 1; i--) {
+            uint64_t k = draw(i);
+            uint32_t t = place[i - 1];
+            place[i - 1] = place[k], place[k] = t;
+        }
+        for (uint64_t i = 0; i < per_rank; i++)
+            if (first)
+                for (uint64_t *at = (uint64_t *)(segment + i * width); at < (uint64_t *)(segment + (i + 1) * width);
+                     at++)
+                    draw(2), *at = seed;
+            else
+                memcpy(segment + place[i] * width, segment - (uint64_t)r % copies * per_rank * width + i * width,
+                       width);
+    }
+    free(place);
+}
+
+START_TEST(speed)
+{
+    static const uint64_t width[] = {1 << 10, 4 << 10, 16 << 10}, copies[] = {1, 2, 4};
+    static const int node[SPEED_RANKS] = {0, 0, 0, 0, 1, 1, 1, 1};
+    if (!is_large_gpu())
+        return;
+    start();
+    struct ry_device_id id;
+    struct work w;
+    unsigned char *data = malloc(SPEED_BYTES);
+    ok(device->identify(0, &id, &err));
+    ok(device->prepare(0, &ry_run_kernels, &err));
+    ok(device->alloc(&w.from, SPEED_BYTES + 256, &err));
+    ok(device->alloc(&w.to, SPEED_BYTES + 256, &err));
+    printf(
+        "%s: %d MiB to two nodes, medians of 15. GB/s: bytes that must be read and written, in brackets bytes of the "
+        "send buffer\n%9s %5s %6s  %21s  %26s  %26s  %26s\n",
+        id.name, SPEED_BYTES >> 20, "row", "equal", "shift", "plain copy", "scan", "pack", "expand");
+    for (int i = 0; i < 12; i++) {
+        uint64_t k = width[i < 9 ? i / 3 : 1], c = copies[i % 3], shift = i < 9 ? 0 : 2; /* the last ones misaligned */
+        uint64_t per_rank = SPEED_BYTES / SPEED_RANKS / k, bytes[SPEED_RANKS], counts[SPEED_RANKS];
+        const void *send[SPEED_RANKS];
+        void *to[SPEED_RANKS];
+        lay_out_dispatch(data, k, c);
+        ok(device->copy((char *)w.from + shift, data, SPEED_BYTES, stream, &err));
+        for (int r = 0; r < SPEED_RANKS; r++) {
+            counts[r] = per_rank, bytes[r] = per_rank * k;
+            send[r] = (char *)w.from + shift + (uint64_t)r * bytes[r];
+            to[r] = (char *)w.to + shift + (uint64_t)r * bytes[r];
+        }
+        w.in = (struct ry_rows_input){.send = send, .send_bytes = bytes, .row_bytes = k};
+        w.rows = ry_rows_new(device, 0, SPEED_RANKS, 2, node, &err);
+        ck_assert_msg(w.rows, "%s", err.msg);
+        ok(ry_rows_grow(w.rows, SPEED_RANKS * per_rank, stream, &err));
+        double us[4] = {timed(plain_copy, &w), timed(scanning, &w)}, enqueue = 0;
+        struct ry_rows_found found;
+        ok(ry_rows_found_wait(w.rows, &found, &err));
+        uint64_t distinct = found.distinct[0] + found.distinct[1], rows = SPEED_RANKS * per_rank;
+        ck_assert_uint_eq(distinct, rows / c);
+        for (int n = 0; n < 2; n++) {
+            ok(device->alloc(&w.message[n], ry_rows_message_bytes(k, found.distinct[n], found.rows[n]), &err));
+            w.out[n] = (struct ry_rows_output){w.message[n], k, found.distinct[n], 4, counts, to + 4 * n, NULL};
+        }
+        us[2] = timed(packing, &w);
+        us[3] = timed(expanding, &w);
+        unsigned char *got = fetched(device, (char *)w.to + shift, SPEED_BYTES, stream);
+        ck_assert(!memcmp(got, data, SPEED_BYTES));
+        free(got);
+        uint64_t begun = ry_now_ns();
+        scanning(&w);
+        enqueue = (double)(ry_now_ns() - begun) / 1e3;
+        ok(device->stream_sync(stream, &err));
+        /* scan: samples, then each row that has an equal one before it, and that one, which may come out of the cache
+         */
+        double moved[4] = {2.0 * SPEED_BYTES, (double)(rows * 128 + 2 * (rows - distinct) * k),
+                           2.0 * (double)(distinct * k), (double)(distinct * k) + SPEED_BYTES};
+        printf("%9llu %3d %% %6llu", (unsigned long long)k, (int)(100 - 100 / c), (unsigned long long)shift);
+        for (int m = 0; m < 4; m++) {
+            printf("  %8.1f us %5.0f GB/s", us[m], moved[m] / us[m] / 1e3);
+            if (m)
+                printf(" [%5.0f]", SPEED_BYTES / us[m] / 1e3);
+        }
+        printf("  host %.1f us a scan\n", enqueue);
+        fflush(stdout);
+        ry_rows_free(w.rows);
+        ok(device->release(w.message[0], &err));
+        ok(device->release(w.message[1], &err));
+        /* Loose, since the machine may be shared; far below means that something is wrong. */
+        ck_assert_msg(us[1] < 4 * us[0] && us[2] < 3 * us[0] && us[3] < 3 * us[0], "far slower than a copy");
+    }
+    ok(device->release(w.from, &err));
+    ok(device->release(w.to, &err));
+    free(data);
+}
+END_TEST
+
 static void add_tests(TCase *t, bool cuda)
 {
     tcase_add_test(t, all_widths);
@@ -618,6 +844,10 @@ static void add_tests(TCase *t, bool cuda)
     tcase_add_test(t, nothing_beyond);
     tcase_add_test(t, damage);
     tcase_add_test(t, life);
+    if (cuda) {
+        tcase_add_test(t, huge);
+        tcase_add_test(t, speed);
+    }
 }
 
 int main(void)

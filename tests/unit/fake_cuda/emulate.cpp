@@ -1,8 +1,8 @@
 /*
  * emulate.cpp: see emulate.h. Includes the kernels' source and gives it what of CUDA C it uses. The kernels have no
- * barriers of a block and no shared memory, so warps may run one after the other; a sanitizer then sees what each thread
- * reads. Threads of a warp talk to each other in rows.cu: there each is a fiber (warp.h). Blocks and warps take turns in
- * another order at every launch, so a result that depends on it does not stay the same.
+ * barriers of a block and no shared memory, so warps may run one after the other; a sanitizer then sees what each
+ * thread reads. Threads of a warp talk to each other in rows.cu: there each is a fiber (warp.h). Blocks and warps take
+ * turns in another order at every launch, so a result that depends on it does not stay the same.
  */
 #include "emulate.h"
 

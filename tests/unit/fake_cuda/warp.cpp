@@ -13,8 +13,8 @@
 #define LEAVING(keep, stack, size) __sanitizer_start_switch_fiber(keep, stack, size)
 #define ENTERED(keep, stack, size) __sanitizer_finish_switch_fiber(keep, stack, size)
 #else
-#define LEAVING(keep, stack, size) (void)0
-#define ENTERED(keep, stack, size) (void)0
+#define LEAVING(keep, stack, size) ((void)(keep), (void)(stack), (void)(size))
+#define ENTERED(keep, stack, size) LEAVING(keep, stack, size)
 #endif
 
 namespace
