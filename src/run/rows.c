@@ -45,6 +45,7 @@ struct ry_rows {
     int *first_of; /* [nnodes + 1]: where each node's begin in it */
     struct answers *answers;
     uint64_t errors_seen;
+    unsigned blocks;        /* of a launch, at most */
     struct ry_event *found; /* after the last scan */
     bool used, scanned;
     uint64_t *host;   /* the tables: pending counter, nodes, segments */
@@ -65,13 +66,11 @@ static size_t table_words(const struct ry_rows *rows)
 
 static struct answers *take_answers(const struct ry_device *device, int nnodes, struct ry_err *err)
 {
-    struct answers *a = NULL;
+    struct answers *a;
     pthread_mutex_lock(&lock);
-    for (struct answers **at = &idle; *at && !a; at = *at ? &(*at)->next : at) {
+    for (struct answers **at = &idle; (a = *at); at = &a->next) {
         bool done = false;
-        if ((*at)->device == device && (*at)->nnodes >= nnodes && !device->event_done((*at)->used, &done, NULL) &&
-            done) {
-            a = *at;
+        if (a->device == device && a->nnodes >= nnodes && !device->event_done(a->used, &done, NULL) && done) {
             *at = a->next;
             break;
         }
@@ -156,12 +155,13 @@ struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nra
         rows->first_of[n + 1] = i;
     }
     memset((void *)(uintptr_t)rows->answers->word, 0, (1 + 2 * (size_t)nnodes) * sizeof *rows->answers->word);
-    ry_rows_weaken(rows, ~UINT64_C(0), ~UINT64_C(0));
+    ry_rows_for_tests(rows, ~UINT64_C(0), ~UINT64_C(0), 0);
     return rows;
 }
 
-void ry_rows_weaken(struct ry_rows *rows, uint64_t sample_mask, uint64_t full_mask)
+void ry_rows_for_tests(struct ry_rows *rows, uint64_t sample_mask, uint64_t full_mask, unsigned blocks)
 {
+    rows->blocks = blocks ? blocks : RY_ROWS_GRID;
     rows->scan.sample_mask = sample_mask;
     rows->scan.full_mask = full_mask;
 }
@@ -250,16 +250,12 @@ int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_e
 
 /* ---- scan ---- */
 
-static unsigned blocks(uint64_t threads)
-{
-    uint64_t n = (threads + RY_ROWS_BLOCK - 1) / RY_ROWS_BLOCK;
-    return n > RY_ROWS_GRID ? RY_ROWS_GRID : n ? (unsigned)n : 1;
-}
-
 static int launch(const struct ry_rows *rows, struct ry_kernel *kernel, uint64_t threads, const void *param,
                   void *stream, struct ry_err *err)
 {
-    return rows->device->launch(kernel, blocks(threads), RY_ROWS_BLOCK, param, stream, err);
+    uint64_t blocks = (threads + RY_ROWS_BLOCK - 1) / RY_ROWS_BLOCK;
+    return rows->device->launch(kernel, blocks < rows->blocks ? (unsigned)blocks : rows->blocks, RY_ROWS_BLOCK, param,
+                                stream, err);
 }
 
 static int put(const struct ry_rows *rows, uint64_t to, const uint64_t *word, size_t n, void *stream,
@@ -313,7 +309,7 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
     s->nnodes = (uint32_t)rows->nnodes;
     s->lanes = lanes_for(in->row_bytes);
     s->batch = 32 / s->lanes;
-    while (s->batch < 32 && s->nrows > (uint64_t)s->batch * RY_ROWS_WARPS)
+    while (s->batch < 32 && s->nrows > (uint64_t)s->batch * (RY_ROWS_BLOCK / 32) * rows->blocks)
         s->batch *= 2;
     s->table_bits = 1;
     while ((UINT64_C(1) << s->table_bits) < 2 * s->nrows)

@@ -82,7 +82,8 @@ struct ry_rows_output {
 int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_output *out, void *stream, struct ry_err *err);
 uint64_t ry_rows_expand_errors(struct ry_rows *rows);
 
-/** For tests: let only these bits of the two hashes count, so that unequal rows collide. */
-void ry_rows_weaken(struct ry_rows *rows, uint64_t sample_mask, uint64_t full_mask);
+/** For tests: let only these bits of the two hashes count, so that unequal rows collide; launch so many blocks at most, so that few
+ *  rows are many (0: as usual). */
+void ry_rows_for_tests(struct ry_rows *rows, uint64_t sample_mask, uint64_t full_mask, unsigned blocks);
 
 #endif

@@ -27,8 +27,7 @@
 #define RY_ROWS_MOST (1ull << 31) /* rows of a scan: slots are then numbered in 32 bits */
 #define RY_ROWS_BLOCK 256u        /* threads of a block */
 #define RY_ROWS_GRID 1056u        /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
-#define RY_ROWS_WARPS (RY_ROWS_BLOCK / 32 * RY_ROWS_GRID)
-#define RY_ROWS_CHUNK 4096u /* bytes that one warp copies at a time */
+#define RY_ROWS_CHUNK 4096u       /* bytes that one warp copies at a time */
 #define RY_ROWS_TILES 4096u
 #define RY_ROWS_PUT 500u
 #define RY_ROWS_PIECES 120u

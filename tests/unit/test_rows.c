@@ -53,16 +53,25 @@ struct job {
     uint64_t row_bytes, bytes[RANKS], at[RANKS], size; /* segments in a buffer of `size` bytes */
     unsigned char *data;
     uint64_t sample_mask, full_mask;
+    unsigned blocks;
     bool scan[RANKS];
     /* what the oracle says of each node */
     uint64_t rows[RANKS], distinct[RANKS], zero[RANKS];
 };
 
-enum mix { ANY, EQUAL, DISTINCT, ZERO };
+enum mix { ANY, EQUAL, DISTINCT, ZERO, TOKENS };
 
 static uint64_t rows_of(uint64_t bytes, uint64_t row_bytes)
 {
     return (bytes + row_bytes - 1) / row_bytes;
+}
+
+static uint64_t all_rows(const struct job *j)
+{
+    uint64_t n = 0;
+    for (int r = 0; r < j->nranks; r++)
+        n += rows_of(j->bytes[r], j->row_bytes);
+    return n;
 }
 
 static void noise(unsigned char *p, uint64_t n)
@@ -77,7 +86,7 @@ static void write_rows(struct job *j, int rank, enum mix mix, const unsigned cha
     for (uint64_t at = 0, n; at < j->bytes[rank]; at += n) {
         unsigned char *row = j->data + j->at[rank] + at;
         n = j->bytes[rank] - at < j->row_bytes ? j->bytes[rank] - at : j->row_bytes;
-        uint64_t kind = mix == ANY ? draw(10) : 0;
+        uint64_t kind = mix == ANY ? draw(10) : mix == TOKENS ? 7 : 0;
         if (mix == EQUAL || kind > 4)
             memcpy(row, pool + (mix == EQUAL ? 0 : draw(tokens)) * j->row_bytes, n);
         else if (mix == ZERO || kind == 4)
@@ -96,6 +105,7 @@ static void make(struct job *j, int nranks, int nnodes, uint64_t row_bytes, uint
     uint64_t tokens = 1 + draw(20);
     *j = (struct job){
         .nranks = nranks, .nnodes = nnodes, .row_bytes = row_bytes, .sample_mask = ~0ull, .full_mask = ~0ull};
+    j->blocks = (unsigned)draw(4); /* often so few that each thread takes several rows */
     unsigned char *pool = malloc(tokens * row_bytes);
     noise(pool, tokens * row_bytes);
     for (int n = 0; n < nnodes; n++)
@@ -269,9 +279,7 @@ static void there_and_back(struct ry_rows *rows, const struct job *j, int node, 
 
 static struct ry_rows *scanner(const struct ry_device *on, const struct job *j, void *s)
 {
-    uint64_t total = 0;
-    for (int r = 0; r < j->nranks; r++)
-        total += rows_of(j->bytes[r], j->row_bytes);
+    uint64_t total = all_rows(j);
     struct ry_rows *rows = ry_rows_new(on, 0, j->nranks, j->nnodes, j->node, &err);
     ck_assert_msg(rows, "%s", err.msg);
     ok(ry_rows_grow(rows, total, s, &err));
@@ -290,7 +298,7 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
     ok(on->copy(buffer, j->data, j->size + 1, s, &err));
     for (int r = 0; r < j->nranks; r++)
         send[r] = j->bytes[r] ? (char *)buffer + j->at[r] : NULL;
-    ry_rows_weaken(rows, j->sample_mask, j->full_mask);
+    ry_rows_for_tests(rows, j->sample_mask, j->full_mask, j->blocks);
     struct ry_rows_input in = {.send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan};
     ok(ry_rows_scan(rows, &in, s, &err));
     ok(ry_rows_found_wait(rows, &found, &err));
@@ -421,6 +429,22 @@ START_TEST(collisions)
 }
 END_TEST
 
+/* Many more rows than the threads of a launch: each warp takes batches of several. */
+START_TEST(many)
+{
+    static const uint64_t width[] = {20, 100, 300, 500};
+    struct job j;
+    start();
+    for (int i = 0; i < 8; i++) {
+        make(&j, 2, 2, width[i % 4], 1500, i < 4 ? TOKENS : DISTINCT);
+        j.blocks = 1 + (unsigned)draw(2);
+        if (i >= 4)
+            j.sample_mask = 0;
+        run(&j);
+    }
+}
+END_TEST
+
 /* With hashes of few bits, what is found depends on them; never the bytes, nor from one backend to the other. */
 START_TEST(few_bits)
 {
@@ -439,7 +463,7 @@ START_TEST(few_bits)
         struct ry_rows_input in = {.send = send, .send_bytes = j.bytes, .row_bytes = j.row_bytes};
         struct ry_rows_found found;
         struct ry_rows *host = scanner(ry_device_host(), &j, NULL), *rows = scanner(device, &j, stream);
-        ry_rows_weaken(host, j.sample_mask, j.full_mask);
+        ry_rows_for_tests(host, j.sample_mask, j.full_mask, 0);
         ok(ry_rows_scan(host, &in, NULL, &err));
         ok(ry_rows_found_wait(host, &found, &err));
         for (int n = 0; n < 2; n++) {
@@ -480,6 +504,16 @@ START_TEST(bits_not_numbers)
 }
 END_TEST
 
+/* Memory before a segment, where it begins misaligned: only whole groups of 8 bytes can be told to a sanitizer. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define FORBID(p, n) __asan_poison_memory_region(p, (n) / 8 * 8)
+#define ALLOW(p, n) __asan_unpoison_memory_region(p, n)
+#else
+#define FORBID(p, n) (void)0
+#define ALLOW(p, n) (void)0
+#endif
+
 /* Segments and pieces that end where memory does: nothing beyond may be read or written (a sanitizer tells). */
 START_TEST(nothing_beyond)
 {
@@ -492,6 +526,7 @@ START_TEST(nothing_beyond)
             ok(device->alloc(&segment, bytes + shift, &err));
             ok(device->alloc(&piece, bytes + shift, &err));
             ok(device->fill(segment, 3, bytes + shift, stream, &err));
+            FORBID(segment, shift);
             const void *send[] = {(char *)segment + shift};
             struct ry_rows_input in = {.send = send, .send_bytes = &bytes, .row_bytes = width};
             struct ry_rows_found found;
@@ -511,6 +546,7 @@ START_TEST(nothing_beyond)
                 ck_assert_msg(got[k] == 3, "byte %llu is %d", (unsigned long long)k, got[k]);
             free(got);
             ry_rows_free(rows);
+            ALLOW(segment, shift);
             ok(device->release(segment, &err));
             ok(device->release(message, &err));
             ok(device->release(piece, &err));
@@ -839,6 +875,7 @@ static void add_tests(TCase *t, bool cuda)
     tcase_add_test(t, mixes);
     tcase_add_test(t, shapes);
     tcase_add_test(t, collisions);
+    tcase_add_test(t, many);
     tcase_add_test(t, few_bits);
     tcase_add_test(t, bits_not_numbers);
     tcase_add_test(t, nothing_beyond);
