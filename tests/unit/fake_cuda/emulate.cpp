@@ -1,11 +1,15 @@
 /*
  * emulate.cpp: see emulate.h. Includes the kernels' source and gives it what of CUDA C it uses. The kernels have no
- * barriers and no shared memory, so threads may run one after the other; a sanitizer then sees what each of them reads.
+ * barriers of a block and no shared memory, so warps may run one after the other; a sanitizer then sees what each
+ * thread reads. Threads of a warp talk to each other in rows.cu: there each is a fiber (warp.h). Blocks and warps take
+ * turns in another order at every launch, so a result that depends on it does not stay the same.
  */
 #include "emulate.h"
 
 #include <cstdint>
 #include <cstring>
+
+#include "warp.h"
 
 namespace
 {
@@ -33,10 +37,55 @@ int __ffs(uint32_t x)
     return __builtin_ffs((int)x);
 }
 
+int __popc(uint32_t x)
+{
+    return __builtin_popcount(x);
+}
+
 void atomicMin(unsigned long long *at, unsigned long long value)
 {
     if (value < *at)
         *at = value;
+}
+
+unsigned long long atomicAdd(unsigned long long *at, unsigned long long value)
+{
+    unsigned long long was = *at;
+    *at += value;
+    return was;
+}
+
+unsigned long long atomicCAS(unsigned long long *at, unsigned long long from, unsigned long long to)
+{
+    unsigned long long was = *at;
+    if (was == from)
+        *at = to;
+    return was;
+}
+
+template <class T> T __shfl_sync(uint32_t mask, T v, int from)
+{
+    uint64_t bits = (uint64_t)v;
+    return (T)warp_exchange(mask, bits)[from % 32];
+}
+
+template <class T> T __shfl_xor_sync(uint32_t mask, T v, uint32_t with)
+{
+    return __shfl_sync(mask, v, (int)(threadIdx.x % 32 ^ with));
+}
+
+uint32_t __ballot_sync(uint32_t mask, bool v)
+{
+    const uint64_t *of = warp_exchange(mask, v);
+    uint32_t votes = 0;
+    for (int lane = 0; lane < 32; lane++)
+        votes |= mask >> lane & 1 && of[lane] ? 1u << lane : 0;
+    return votes;
+}
+
+void __syncwarp(uint32_t mask)
+{
+    warp_exchange(mask, 0);
 }
 
 } // namespace
@@ -45,7 +94,22 @@ void atomicMin(unsigned long long *at, unsigned long long value)
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(threads)
+#define __CUDACC__
 #include "run/kernels.cu"
+#include "run/rows.cu"
+
+/* Every number below n once, in an order that is another one each time. */
+template <class F> static void in_any_order(unsigned n, F what)
+{
+    static uint32_t random = 12345;
+    unsigned all = 1;
+    while (all < n)
+        all *= 2;
+    random = random * 1664525 + 1013904223;
+    for (unsigned i = 0, step = (random >> 8) | 1, at = random >> 16; i < all; i++, at += step)
+        if ((at & (all - 1)) < n)
+            what(at & (all - 1));
+}
 
 template <void (*kernel)(const ry_segments)> static void run(unsigned grid, unsigned block, const void *param)
 {
@@ -55,9 +119,38 @@ template <void (*kernel)(const ry_segments)> static void run(unsigned grid, unsi
             kernel(*static_cast<const ry_segments *>(param));
 }
 
+/* In warps whose threads may wait for each other. */
+template <class P, void (*kernel)(const P)> static void run_warps(unsigned grid, unsigned block, const void *param)
+{
+    const P copy = *static_cast<const P *>(param);
+    gridDim.x = grid;
+    in_any_order(grid, [&](unsigned b) {
+        in_any_order(block / 32, [&](unsigned warp) {
+            blockIdx.x = b;
+            warp_run([](const void *p) { kernel(*static_cast<const P *>(p)); }, &copy, &threadIdx.x, warp * 32);
+        });
+    });
+}
+
 void (*emulated(const char *name))(unsigned, unsigned, const void *)
 {
-    return !strcmp(name, "ry_copy_segments")      ? run<ry_copy_segments>
-           : !strcmp(name, "ry_compare_segments") ? run<ry_compare_segments>
-                                                  : nullptr;
+    static const struct {
+        const char *name;
+        void (*run)(unsigned, unsigned, const void *);
+    } kernels[] = {
+        {"ry_copy_segments", run<ry_copy_segments>},
+        {"ry_compare_segments", run<ry_compare_segments>},
+        {"ry_put_words", run_warps<struct ry_rows_put, ry_put_words>},
+        {"ry_sample_rows", run_warps<ry_rows_scan, ry_sample_rows>},
+        {"ry_compare_rows", run_warps<ry_rows_scan, ry_compare_rows>},
+        {"ry_recompare_rows", run_warps<ry_rows_scan, ry_recompare_rows>},
+        {"ry_count_rows", run_warps<ry_rows_scan, ry_count_rows>},
+        {"ry_number_rows", run_warps<ry_rows_scan, ry_number_rows>},
+        {"ry_pack_rows", run_warps<struct ry_rows_pack, ry_pack_rows>},
+        {"ry_expand_rows", run_warps<struct ry_rows_expand, ry_expand_rows>},
+    };
+    for (const auto &k : kernels)
+        if (!strcmp(name, k.name))
+            return k.run;
+    return nullptr;
 }

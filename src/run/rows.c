@@ -1,0 +1,452 @@
+/*
+ * rows.c: scanning, packing and expanding: which kernel runs when, on what memory.
+ *
+ * Owns: the scanner's memory, the tables that kernels get, results on their way to the host. Not: the kernels (rows.cu;
+ * for host memory rows_host.c).
+ *
+ * Tables go to the device as parameters of a small kernel, so nothing on the host must outlive a call. Results are
+ * written by the last kernel to pinned memory, which stays with the process for good: taking it or giving it back may
+ * wait for the device, and a kernel of a communicator that has gone may still write to it.
+ */
+#include "rows.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "rows_internal.h"
+
+#define ALIGN 256
+
+_Static_assert(sizeof(struct ry_rows_put) <= 4096 && sizeof(struct ry_rows_expand) <= 4096 &&
+                   sizeof(struct ry_rows_pack) <= 4096,
+               "kernel parameters");
+_Static_assert(sizeof(struct ry_rows_segment) % 8 == 0 && sizeof(struct ry_rows_node) % 8 == 0, "put as words");
+
+/* Pinned memory, and when it may be used again. */
+struct answers {
+    struct answers *next;
+    const struct ry_device *device;
+    struct ry_event *used;
+    int nnodes;
+    volatile uint64_t *word; /* [1 + 2 nnodes]: errors, distinct, zero */
+};
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct answers *idle;
+
+struct ry_rows {
+    const struct ry_device *device;
+    int nranks, nnodes;
+    int *by_node;  /* [nranks]: the ranks, node after node */
+    int *first_of; /* [nnodes + 1]: where each node's begin in it */
+    struct answers *answers;
+    uint64_t errors_seen;
+    unsigned blocks;        /* of a launch, at most */
+    struct ry_event *found; /* after the last scan */
+    bool used, scanned;
+    uint64_t *host;   /* the tables: pending counter, nodes, segments */
+    uint64_t *nrows;  /* [nnodes]: of the last scan */
+    uint64_t *copies; /* [2 nnodes]: the answers, for the caller */
+    void *memory;
+    uint64_t capacity, slots;
+    struct ry_rows_scan scan; /* of the last scan; addresses from ry_rows_grow() */
+};
+
+static size_t table_words(const struct ry_rows *rows)
+{
+    return 1 + (size_t)rows->nnodes * sizeof(struct ry_rows_node) / 8 +
+           (size_t)rows->nranks * sizeof(struct ry_rows_segment) / 8;
+}
+
+/* ---- life ---- */
+
+static struct answers *take_answers(const struct ry_device *device, int nnodes, struct ry_err *err)
+{
+    struct answers *a;
+    pthread_mutex_lock(&lock);
+    for (struct answers **at = &idle; (a = *at); at = &a->next) {
+        bool done = false;
+        if (a->device == device && a->nnodes >= nnodes && !device->event_done(a->used, &done, NULL) && done) {
+            *at = a->next;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    if (a)
+        return a;
+    if (!(a = calloc(1, sizeof *a))) {
+        ry_fail(err, "out of memory");
+        return NULL;
+    }
+    void *word = NULL;
+    if (device->event_create_untimed(&a->used, err)) {
+        free(a);
+        return NULL;
+    }
+    if (device->pinned_alloc(&word, (1 + 2 * (size_t)nnodes) * sizeof *a->word, err)) {
+        device->event_destroy(a->used);
+        free(a);
+        return NULL;
+    }
+    a->device = device;
+    a->nnodes = nnodes;
+    a->word = word;
+    return a;
+}
+
+void ry_rows_free(struct ry_rows *rows)
+{
+    struct ry_err why;
+    if (!rows)
+        return;
+    if (rows->memory && rows->device->free_after(rows->memory, rows->answers->used, &why))
+        ry_info("the memory of a row scanner is lost: %s", why.msg);
+    if (rows->answers) {
+        pthread_mutex_lock(&lock);
+        rows->answers->next = idle;
+        idle = rows->answers;
+        pthread_mutex_unlock(&lock);
+    }
+    if (rows->found)
+        rows->device->event_destroy(rows->found);
+    free(rows->by_node);
+    free(rows->first_of);
+    free(rows->host);
+    free(rows->nrows);
+    free(rows->copies);
+    free(rows);
+}
+
+struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nranks, int nnodes, const int *node,
+                            struct ry_err *err)
+{
+    for (int r = 0; r < nranks; r++)
+        if (node[r] < 0 || node[r] >= nnodes) {
+            ry_fail(err, "rank %d is on node %d of %d", r, node[r], nnodes);
+            return NULL;
+        }
+    struct ry_rows *rows = calloc(1, sizeof *rows);
+    if (!rows) {
+        ry_fail(err, "out of memory");
+        return NULL;
+    }
+    *rows = (struct ry_rows){.device = device, .nranks = nranks, .nnodes = nnodes};
+    rows->by_node = calloc((size_t)nranks + 1, sizeof *rows->by_node);
+    rows->first_of = calloc((size_t)nnodes + 1, sizeof *rows->first_of);
+    rows->host = calloc(table_words(rows), sizeof *rows->host);
+    rows->nrows = calloc((size_t)nnodes + 1, sizeof *rows->nrows);
+    rows->copies = calloc(2 * (size_t)nnodes + 1, sizeof *rows->copies);
+    if (!rows->by_node || !rows->first_of || !rows->host || !rows->nrows || !rows->copies)
+        ry_fail(err, "out of memory for %d ranks", nranks);
+    else if (!device->prepare(ordinal, &rows_kernels, err) && !device->event_create_untimed(&rows->found, err))
+        rows->answers = take_answers(device, nnodes, err);
+    if (!rows->answers) {
+        ry_rows_free(rows);
+        return NULL;
+    }
+    for (int n = 0, i = 0; n < nnodes; n++) {
+        for (int r = 0; r < nranks; r++)
+            if (node[r] == n)
+                rows->by_node[i++] = r;
+        rows->first_of[n + 1] = i;
+    }
+    memset((void *)(uintptr_t)rows->answers->word, 0, (1 + 2 * (size_t)nnodes) * sizeof *rows->answers->word);
+    ry_rows_for_tests(rows, ~UINT64_C(0), ~UINT64_C(0), 0);
+    return rows;
+}
+
+void ry_rows_for_tests(struct ry_rows *rows, uint64_t sample_mask, uint64_t full_mask, unsigned blocks)
+{
+    rows->blocks = blocks ? blocks : RY_ROWS_GRID;
+    rows->scan.sample_mask = sample_mask;
+    rows->scan.full_mask = full_mask;
+}
+
+uint64_t ry_rows_capacity(const struct ry_rows *rows)
+{
+    return rows->capacity;
+}
+
+/* What this scanner does next comes after what it did last, whatever the streams. */
+static int enter(struct ry_rows *rows, void *stream, struct ry_err *err)
+{
+    return rows->used ? rows->device->stream_wait(stream, rows->answers->used, err) : 0;
+}
+
+static int leave(struct ry_rows *rows, void *stream, struct ry_err *err)
+{
+    rows->used = true;
+    return rows->device->event_record(rows->answers->used, stream, err);
+}
+
+static uint64_t round_up(uint64_t n)
+{
+    return (n + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+/* The least power of 2 that is not below n. */
+static uint64_t power_of_2(uint64_t n)
+{
+    uint64_t p = 1;
+    while (p < n)
+        p *= 2;
+    return p;
+}
+
+static size_t most_tiles(const struct ry_rows *rows)
+{
+    return rows->nnodes > (int)RY_ROWS_TILES ? (size_t)rows->nnodes : RY_ROWS_TILES;
+}
+
+int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_err *err)
+{
+    const struct ry_device *device = rows->device;
+    struct ry_err lost;
+    if (nrows <= rows->capacity && rows->memory)
+        return 0;
+    if (nrows > RY_ROWS_MOST)
+        return ry_fail(err, "%llu rows are beyond the %llu of a scan", (unsigned long long)nrows,
+                       (unsigned long long)RY_ROWS_MOST);
+    if (enter(rows, stream, err))
+        return -1;
+    uint64_t capacity = (nrows + 1023) / 1024 * 1024, slots = power_of_2(2 * (capacity ? capacity : 1024));
+    struct ry_rows_scan *s = &rows->scan;
+    const struct {
+        uint64_t *address, bytes;
+    } parts[] = {
+        {&s->npending, table_words(rows) * 8},
+        {&s->table, slots * sizeof(struct ry_rows_slot)},
+        {&s->where, capacity * 4},
+        {&s->index, capacity * 4},
+        {&s->order, capacity * 4},
+        {&s->state, capacity},
+        {&s->tiles, most_tiles(rows) * 8},
+    };
+    uint64_t bytes = 0;
+    void *memory;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        bytes += round_up(parts[i].bytes);
+    if (device->alloc_async(&memory, bytes, stream, err))
+        return -1;
+    if (rows->memory && device->free_async(rows->memory, stream, &lost))
+        ry_info("the memory of a row scanner is lost: %s", lost.msg);
+    uint64_t at = (uint64_t)(uintptr_t)memory;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].address = at;
+        at += round_up(parts[i].bytes);
+    }
+    s->nodes = s->npending + 8;
+    s->segments = s->nodes + (uint64_t)rows->nnodes * sizeof(struct ry_rows_node);
+    rows->memory = memory;
+    rows->capacity = capacity;
+    rows->slots = slots;
+    rows->scanned = false;
+    return leave(rows, stream, err);
+}
+
+/* ---- scan ---- */
+
+static int launch(const struct ry_rows *rows, struct ry_kernel *kernel, uint64_t threads, const void *param,
+                  void *stream, struct ry_err *err)
+{
+    uint64_t blocks = (threads + RY_ROWS_BLOCK - 1) / RY_ROWS_BLOCK;
+    return rows->device->launch(kernel, blocks < rows->blocks ? (unsigned)blocks : rows->blocks, RY_ROWS_BLOCK, param,
+                                stream, err);
+}
+
+static int put(const struct ry_rows *rows, uint64_t to, const uint64_t *word, size_t n, void *stream,
+               struct ry_err *err)
+{
+    struct ry_rows_put p;
+    for (size_t done = 0; done < n; done += p.n) {
+        p.n = n - done < RY_ROWS_PUT ? n - done : RY_ROWS_PUT;
+        p.to = to + done * 8;
+        memcpy(p.word, word + done, p.n * 8);
+        if (launch(rows, &rows_put, p.n, &p, stream, err))
+            return -1;
+    }
+    return 0;
+}
+
+static uint32_t lanes_for(uint64_t row_bytes)
+{
+    uint64_t words = (row_bytes + 15) / 16;
+    return words >= 32 ? 32 : (uint32_t)power_of_2(words);
+}
+
+/* Fill the tables and what depends on them. Returns the words of the tables. */
+static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct ry_rows_input *in)
+{
+    struct ry_rows_node *node = (struct ry_rows_node *)(rows->host + 1);
+    struct ry_rows_segment *segment = (struct ry_rows_segment *)(node + rows->nnodes);
+    uint64_t most = 0;
+    rows->host[0] = 0; /* none pending */
+    s->nrows = 0;
+    s->nsegments = 0;
+    for (int n = 0; n < rows->nnodes; n++) {
+        node[n] = (struct ry_rows_node){.first_row = s->nrows};
+        for (int i = rows->first_of[n]; i < rows->first_of[n + 1] && (!in->scan_node || in->scan_node[n]); i++) {
+            uint64_t bytes = in->send_bytes[rows->by_node[i]];
+            if (!bytes)
+                continue;
+            segment[s->nsegments++] = (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)in->send[rows->by_node[i]],
+                                                               .bytes = bytes,
+                                                               .first_row = s->nrows,
+                                                               .node = (uint64_t)n};
+            s->nrows += bytes / in->row_bytes + (bytes % in->row_bytes ? 1 : 0);
+        }
+        node[n].rows = s->nrows - node[n].first_row;
+        most = node[n].rows > most ? node[n].rows : most;
+    }
+    uint64_t tiles = rows->nnodes ? RY_ROWS_TILES / (uint64_t)rows->nnodes : 1, wanted = (most + 255) / 256;
+    tiles = wanted < tiles ? wanted : tiles;
+    s->tiles_per_node = tiles ? (uint32_t)tiles : 1;
+    s->row_bytes = in->row_bytes;
+    s->nnodes = (uint32_t)rows->nnodes;
+    s->lanes = lanes_for(in->row_bytes);
+    s->batch = 32 / s->lanes;
+    while (s->batch < 32 && s->nrows > (uint64_t)s->batch * (RY_ROWS_BLOCK / 32) * rows->blocks)
+        s->batch *= 2;
+    s->table_bits = 1;
+    while ((UINT64_C(1) << s->table_bits) < 2 * s->nrows)
+        s->table_bits++;
+    return 1 + (size_t)((uint64_t *)(segment + s->nsegments) - (uint64_t *)node);
+}
+
+int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *stream, struct ry_err *err)
+{
+    struct ry_rows_scan s = rows->scan;
+    if (!in->row_bytes)
+        return ry_fail(err, "rows of no bytes");
+    size_t words = lay_out(rows, &s, in);
+    if (!rows->memory || s.nrows > rows->capacity)
+        return ry_fail(err, "%llu rows are more than the %llu that there is memory for", (unsigned long long)s.nrows,
+                       (unsigned long long)rows->capacity);
+    s.found = (uint64_t)(uintptr_t)(rows->answers->word + 1);
+    rows->scanned = false;
+    if (enter(rows, stream, err) || put(rows, s.npending, rows->host, words, stream, err))
+        return -1;
+    uint64_t tiles = (uint64_t)s.nnodes * s.tiles_per_node;
+    if (s.nrows && (rows->device->fill((void *)(uintptr_t)s.table, 0xff, sizeof(struct ry_rows_slot) << s.table_bits,
+                                       stream, err) ||
+                    launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
+                    launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
+                    launch(rows, &rows_recompare, s.nrows * s.lanes, &s, stream, err) ||
+                    launch(rows, &rows_count, tiles * 32, &s, stream, err)))
+        return -1;
+    if (launch(rows, &rows_number, tiles * 32, &s, stream, err) ||
+        rows->device->event_record(rows->found, stream, err) || leave(rows, stream, err))
+        return -1;
+    rows->scan = s;
+    rows->scanned = true;
+    for (int n = 0; n < rows->nnodes; n++)
+        rows->nrows[n] = ((struct ry_rows_node *)(rows->host + 1))[n].rows;
+    return 0;
+}
+
+bool ry_rows_found_ready(struct ry_rows *rows)
+{
+    bool done = false;
+    return rows->scanned && !rows->device->event_done(rows->found, &done, NULL) && done;
+}
+
+int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct ry_err *err)
+{
+    if (!rows->scanned)
+        return ry_fail(err, "nothing was scanned");
+    uint64_t begun = ry_now_ns();
+    for (bool done = false;;) {
+        if (rows->device->event_done(rows->found, &done, err))
+            return -1;
+        if (done)
+            break;
+        if (ry_now_ns() - begun < 100000)
+            sched_yield();
+        else
+            nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+    }
+    for (int i = 0; i < 2 * rows->nnodes; i++)
+        rows->copies[i] = rows->answers->word[1 + i];
+    *found = (struct ry_rows_found){.rows = rows->nrows, .distinct = rows->copies, .zero = rows->copies + rows->nnodes};
+    return 0;
+}
+
+/* ---- messages ---- */
+
+uint64_t ry_rows_message_bytes(uint64_t row_bytes, uint64_t distinct, uint64_t nrows)
+{
+    return ry_rows_list_at(row_bytes, distinct) + nrows * sizeof(uint32_t);
+}
+
+static uint64_t chunks_of(uint64_t row_bytes)
+{
+    return (row_bytes + RY_ROWS_CHUNK - 1) / RY_ROWS_CHUNK;
+}
+
+int ry_rows_pack(struct ry_rows *rows, int node, void *message, void *stream, struct ry_err *err)
+{
+    if (!rows->scanned || node < 0 || node >= rows->nnodes)
+        return ry_fail(err, "nothing was found for node %d", node);
+    if ((uintptr_t)message % 16)
+        return ry_fail(err, "a message at %p, which is no multiple of 16", message);
+    if (!rows->nrows[node])
+        return 0;
+    struct ry_rows_pack p = {.scan = rows->scan, .message = (uint64_t)(uintptr_t)message, .node = (uint32_t)node};
+    if (enter(rows, stream, err) ||
+        launch(rows, &rows_pack, rows->nrows[node] * chunks_of(p.scan.row_bytes) * p.scan.lanes, &p, stream, err))
+        return -1;
+    return leave(rows, stream, err);
+}
+
+static int flush(struct ry_rows *rows, struct ry_rows_expand *e, void *stream, struct ry_err *err)
+{
+    uint32_t n = e->n;
+    int rc = n ? launch(rows, &rows_expand, e->first_row[n] * chunks_of(e->row_bytes) * e->lanes, e, stream, err) : 0;
+    e->n = 0;
+    return rc;
+}
+
+int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_output *out, void *stream, struct ry_err *err)
+{
+    struct ry_rows_expand e = {.message = (uint64_t)(uintptr_t)out->message,
+                               .row_bytes = out->row_bytes,
+                               .distinct = out->distinct,
+                               .errors = (uint64_t)(uintptr_t)rows->answers->word,
+                               .lanes = lanes_for(out->row_bytes)};
+    uint64_t list = 0;
+    if (!out->row_bytes)
+        return ry_fail(err, "rows of no bytes");
+    if ((uintptr_t)out->message % 16)
+        return ry_fail(err, "a message at %p, which is no multiple of 16", out->message);
+    for (int i = 0; i < out->npieces; i++) {
+        uint64_t n = out->rows[i], bytes = out->bytes ? out->bytes[i] : n * out->row_bytes;
+        if (n != bytes / out->row_bytes + (bytes % out->row_bytes ? 1 : 0))
+            return ry_fail(err, "piece %d: %llu bytes are not %llu rows of %llu", i, (unsigned long long)bytes,
+                           (unsigned long long)n, (unsigned long long)out->row_bytes);
+    }
+    if (enter(rows, stream, err))
+        return -1;
+    for (int i = 0; i < out->npieces; list += out->rows[i++]) {
+        if (!out->rows[i] || !out->to[i])
+            continue;
+        if (e.n == RY_ROWS_PIECES && flush(rows, &e, stream, err))
+            return -1;
+        e.to[e.n] = (uint64_t)(uintptr_t)out->to[i];
+        e.bytes[e.n] = out->bytes ? out->bytes[i] : out->rows[i] * out->row_bytes;
+        e.list[e.n] = list;
+        e.first_row[e.n + 1] = e.first_row[e.n] + out->rows[i];
+        e.n++;
+    }
+    return flush(rows, &e, stream, err) ? -1 : leave(rows, stream, err);
+}
+
+uint64_t ry_rows_expand_errors(struct ry_rows *rows)
+{
+    uint64_t now = *rows->answers->word, more = now - rows->errors_seen;
+    rows->errors_seen = now;
+    return more;
+}

@@ -1,0 +1,893 @@
+/*
+ * test_rows.c: equal rows found, packed and expanded (run/rows.h), on every backend that this machine has: against an
+ * oracle that compares each row with all others, against the twins on host memory bit for bit, and there and back. On
+ * a real GPU it also prints how fast the kernels are beside a plain copy; RY_TEST_SMALL=1 leaves that out, for
+ * compute-sanitizer.
+ */
+#include <check.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "on_devices.h"
+#include "run/internal.h"
+#include "run/rows.h"
+#include "run/rows_kernels.h"
+
+static void *stream;
+static uint64_t seed;
+
+static uint64_t draw(uint64_t below)
+{
+    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+    return (seed >> 11) % below;
+}
+
+static bool is_large_gpu(void)
+{
+    void *lib = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    bool fake = lib && dlsym(lib, "fake_cuda_depth");
+    if (lib)
+        dlclose(lib);
+    return device != ry_device_host() && !fake && !getenv("RY_TEST_SMALL");
+}
+
+static void start(void)
+{
+    const char *given = getenv("RY_TEST_SEED");
+    seed = given ? strtoull(given, NULL, 0) | 1 : (uint64_t)getpid() * 2654435761u | 1;
+    printf("seed %llu\n", (unsigned long long)seed);
+    fflush(stdout);
+    ok(device->use(0, &err));
+    ok(device->stream_create(&stream, &err));
+}
+
+/* ---- an exchange to scan ---- */
+
+enum { RANKS = 300 };
+struct job {
+    int nranks, nnodes;
+    int node[RANKS];
+    uint64_t row_bytes, bytes[RANKS], at[RANKS], size; /* segments in a buffer of `size` bytes */
+    unsigned char *data;
+    uint64_t sample_mask, full_mask;
+    unsigned blocks;
+    bool scan[RANKS];
+    /* what the oracle says of each node */
+    uint64_t rows[RANKS], distinct[RANKS], zero[RANKS];
+};
+
+enum mix { ANY, EQUAL, DISTINCT, ZERO, TOKENS };
+
+static uint64_t rows_of(uint64_t bytes, uint64_t row_bytes)
+{
+    return (bytes + row_bytes - 1) / row_bytes;
+}
+
+static uint64_t all_rows(const struct job *j)
+{
+    uint64_t n = 0;
+    for (int r = 0; r < j->nranks; r++)
+        n += rows_of(j->bytes[r], j->row_bytes);
+    return n;
+}
+
+static void noise(unsigned char *p, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        p[i] = (unsigned char)draw(256);
+}
+
+/* Rows of a segment: new ones, tokens of a pool, all zero, the token before with one bit changed, or sparse. */
+static void write_rows(struct job *j, int rank, enum mix mix, const unsigned char *pool, uint64_t tokens)
+{
+    for (uint64_t at = 0, n; at < j->bytes[rank]; at += n) {
+        unsigned char *row = j->data + j->at[rank] + at;
+        n = j->bytes[rank] - at < j->row_bytes ? j->bytes[rank] - at : j->row_bytes;
+        uint64_t kind = mix == ANY ? draw(10) : mix == TOKENS ? 7 : 0;
+        if (mix == EQUAL || kind > 4)
+            memcpy(row, pool + (mix == EQUAL ? 0 : draw(tokens)) * j->row_bytes, n);
+        else if (mix == ZERO || kind == 4)
+            memset(row, 0, n);
+        else
+            noise(row, n);
+        if (kind == 3)
+            memset(row, 0, n);
+        if (kind == 3 || kind == 9 || kind == 8)
+            row[draw(4) ? draw(n) : draw(2) ? 0 : n - 1] ^= (unsigned char)(1u << draw(8));
+    }
+}
+
+static void make(struct job *j, int nranks, int nnodes, uint64_t row_bytes, uint64_t most_rows, enum mix mix)
+{
+    uint64_t tokens = 1 + draw(20);
+    *j = (struct job){
+        .nranks = nranks, .nnodes = nnodes, .row_bytes = row_bytes, .sample_mask = ~0ull, .full_mask = ~0ull};
+    j->blocks = (unsigned)draw(4); /* often so few that each thread takes several rows */
+    unsigned char *pool = malloc(tokens * row_bytes);
+    noise(pool, tokens * row_bytes);
+    for (int n = 0; n < nnodes; n++)
+        j->scan[n] = true;
+    for (int r = 0; r < nranks; r++) {
+        j->node[r] = draw(2) ? (int)draw((uint64_t)nnodes) : r * nnodes / nranks;
+        uint64_t rows = draw(5) ? draw(most_rows + 1) : 0;
+        j->bytes[r] = rows * row_bytes;
+        if (rows && !draw(4))
+            j->bytes[r] -= draw(row_bytes); /* a shorter last row */
+        j->at[r] = j->size + 1 + (draw(2) ? (15 - j->size % 16) : draw(40));
+        j->size = j->at[r] + j->bytes[r];
+    }
+    j->data = malloc(j->size + 1);
+    memset(j->data, 0x5a, j->size + 1);
+    for (int r = 0; r < nranks; r++)
+        write_rows(j, r, mix, pool, tokens);
+    free(pool);
+}
+
+/* ---- the oracle ---- */
+
+struct seen {
+    const unsigned char *row;
+    bool whole;
+};
+
+static bool is_zero(const unsigned char *p, uint64_t n)
+{
+    while (n && !*p)
+        p++, n--;
+    return !n;
+}
+
+static bool sample_is_zero(const unsigned char *row, uint64_t row_bytes)
+{
+    for (uint32_t i = 0; i < RY_ROWS_SAMPLE; i++) {
+        uint64_t at = ry_rows_sample_at(row_bytes, i);
+        if (at < row_bytes && !is_zero(row + at, row_bytes - at < 16 ? row_bytes - at : 16))
+            return false;
+    }
+    return true;
+}
+
+/* The message that each node should get; hashes are perfect, or (both masks 0) all the same. */
+static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
+{
+    struct seen *seen = NULL;
+    uint32_t *list = NULL;
+    uint64_t n = 0, rows = 0, zero = 0;
+    bool blind = !j->sample_mask && !j->full_mask;
+    const unsigned char *leader = NULL, *second = NULL;
+    for (int r = 0; r < j->nranks && j->scan[node]; r++) {
+        uint64_t count = j->node[r] == node ? rows_of(j->bytes[r], j->row_bytes) : 0;
+        if (!count)
+            continue;
+        seen = realloc(seen, (rows + count) * sizeof *seen);
+        list = realloc(list, (rows + count) * sizeof *list);
+        for (uint64_t i = 0; i < count; i++, rows++) {
+            const unsigned char *row = j->data + j->at[r] + i * j->row_bytes;
+            uint64_t left = j->bytes[r] - i * j->row_bytes, d = n;
+            bool whole = left >= j->row_bytes, nothing = is_zero(row, whole ? j->row_bytes : left);
+            zero += nothing;
+            bool may = whole;
+            if (blind && whole && !nothing) {
+                if (!leader && !sample_is_zero(row, j->row_bytes))
+                    leader = row;
+                bool first = leader && !sample_is_zero(row, j->row_bytes) && !memcmp(row, leader, j->row_bytes);
+                if (!second && !first)
+                    second = row;
+                may = first || !memcmp(row, second, j->row_bytes);
+            }
+            if (may)
+                for (d = 0; d < n && !(seen[d].whole && !memcmp(seen[d].row, row, j->row_bytes)); d++)
+                    ;
+            if (d == n)
+                seen[n++] = (struct seen){row, whole};
+            if (d + 1 == n && seen[d].row == row)
+                seen[d].whole = may;
+            list[rows] = (uint32_t)d;
+        }
+    }
+    j->rows[node] = rows;
+    j->distinct[node] = n;
+    j->zero[node] = zero;
+    *bytes = ry_rows_message_bytes(j->row_bytes, n, rows);
+    unsigned char *message = calloc(1, *bytes + 1);
+    ck_assert_uint_eq(*bytes, (n * j->row_bytes + 15) / 16 * 16 + 4 * rows);
+    for (uint64_t d = 0; d < n; d++) {
+        uint64_t left = j->row_bytes;
+        for (int r = 0; r < j->nranks; r++) {
+            const unsigned char *from = j->data + j->at[r];
+            if (j->bytes[r] && seen[d].row >= from && seen[d].row < from + j->bytes[r])
+                left = (uint64_t)(from + j->bytes[r] - seen[d].row);
+        }
+        memcpy(message + d * j->row_bytes, seen[d].row, left < j->row_bytes ? left : j->row_bytes);
+    }
+    if (rows)
+        memcpy(message + (n * j->row_bytes + 15) / 16 * 16, list, 4 * rows);
+    free(seen), free(list);
+    return message;
+}
+
+/* ---- one job through one backend ---- */
+
+static void *filled(const struct ry_device *on, uint64_t bytes, void *s)
+{
+    void *p;
+    ok(on->alloc(&p, bytes, &err));
+    ok(on->fill(p, 0xee, bytes, s, &err));
+    return p;
+}
+
+static unsigned char *fetched(const struct ry_device *on, const void *from, uint64_t bytes, void *s)
+{
+    unsigned char *p = malloc(bytes + 1);
+    ok(on->copy(p, from, bytes, s, &err));
+    ok(on->stream_sync(s, &err));
+    return p;
+}
+
+static void same(const unsigned char *got, const unsigned char *want, uint64_t n, const char *what, int node)
+{
+    for (uint64_t i = 0; i < n; i++)
+        if (got[i] != want[i])
+            ck_abort_msg("node %d: byte %llu of %llu of %s is %02x, not %02x", node, (unsigned long long)i,
+                         (unsigned long long)n, what, got[i], want[i]);
+}
+
+/* Write the message out again at the far end, at other alignments, and some pieces not at all. */
+static void there_and_back(struct ry_rows *rows, const struct job *j, int node, const void *message)
+{
+    uint64_t counts[RANKS], bytes[RANKS], at[RANKS], from[RANKS], size = 32;
+    void *to[RANKS];
+    int n = 0, missed = 0;
+    bool partial = false;
+    for (int r = 0; r < j->nranks; r++)
+        if (j->node[r] == node) {
+            counts[n] = rows_of(j->bytes[r], j->row_bytes);
+            bytes[n] = j->bytes[r];
+            partial |= bytes[n] % j->row_bytes != 0;
+            from[n] = j->at[r];
+            at[n++] = size = size + draw(20);
+            size += j->bytes[r];
+        }
+    size += 32;
+    unsigned char *want = malloc(size);
+    void *received = filled(device, size, stream);
+    memset(want, 0xee, size);
+    for (int i = 0; i < n; i++) {
+        to[i] = draw(8) ? (char *)received + at[i] : NULL;
+        if (to[i])
+            memcpy(want + at[i], j->data + from[i], bytes[i]);
+        else
+            missed++;
+    }
+    struct ry_rows_output out = {.message = message,
+                                 .row_bytes = j->row_bytes,
+                                 .distinct = j->distinct[node],
+                                 .npieces = n,
+                                 .rows = counts,
+                                 .to = to,
+                                 .bytes = partial || draw(2) ? bytes : NULL};
+    ok(ry_rows_expand(rows, &out, stream, &err));
+    unsigned char *got = fetched(device, received, size, stream);
+    same(got, want, size, "what was expanded", node);
+    ck_assert_uint_eq(ry_rows_expand_errors(rows), 0);
+    free(got), free(want);
+    ok(device->release(received, &err));
+}
+
+static struct ry_rows *scanner(const struct ry_device *on, const struct job *j, void *s)
+{
+    uint64_t total = all_rows(j);
+    struct ry_rows *rows = ry_rows_new(on, 0, j->nranks, j->nnodes, j->node, &err);
+    ck_assert_msg(rows, "%s", err.msg);
+    ok(ry_rows_grow(rows, total, s, &err));
+    ck_assert_uint_ge(ry_rows_capacity(rows), total);
+    return rows;
+}
+
+/* The messages of all nodes from backend `on`, 0xee beyond their ends. */
+static void messages(const struct ry_device *on, struct ry_rows *rows, const struct job *j, void *s,
+                     unsigned char **message, uint64_t *bytes, bool back)
+{
+    const void *send[RANKS];
+    struct ry_rows_found found;
+    void *buffer;
+    ok(on->alloc(&buffer, j->size + 1, &err));
+    ok(on->copy(buffer, j->data, j->size + 1, s, &err));
+    for (int r = 0; r < j->nranks; r++)
+        send[r] = j->bytes[r] ? (char *)buffer + j->at[r] : NULL;
+    ry_rows_for_tests(rows, j->sample_mask, j->full_mask, j->blocks);
+    struct ry_rows_input in = {.send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan};
+    ok(ry_rows_scan(rows, &in, s, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert(ry_rows_found_ready(rows));
+    for (int n = 0; n < j->nnodes; n++) {
+        ck_assert_msg(found.rows[n] == j->rows[n] && found.distinct[n] == j->distinct[n] && found.zero[n] == j->zero[n],
+                      "node %d of %d, %llu bytes: %llu rows, %llu distinct, %llu zero; not %llu, %llu, %llu", n,
+                      j->nnodes, (unsigned long long)j->row_bytes, (unsigned long long)found.rows[n],
+                      (unsigned long long)found.distinct[n], (unsigned long long)found.zero[n],
+                      (unsigned long long)j->rows[n], (unsigned long long)j->distinct[n],
+                      (unsigned long long)j->zero[n]);
+        bytes[n] = ry_rows_message_bytes(j->row_bytes, found.distinct[n], found.rows[n]);
+        void *packed = filled(on, bytes[n] + 64, s);
+        ok(ry_rows_pack(rows, n, packed, s, &err));
+        if (back && j->scan[n])
+            there_and_back(rows, j, n, packed);
+        message[n] = fetched(on, packed, bytes[n] + 64, s);
+        for (int i = 0; i < 64; i++)
+            ck_assert_uint_eq(message[n][bytes[n] + (uint64_t)i], 0xee);
+        ok(on->release(packed, &err));
+    }
+    ok(on->release(buffer, &err));
+}
+
+static void run(struct job *j)
+{
+    unsigned char *message[RANKS], *again[RANKS];
+    uint64_t bytes[RANKS], bytes_again[RANKS], want_bytes;
+    unsigned char *want[RANKS];
+    for (int n = 0; n < j->nnodes; n++)
+        want[n] = expected(j, n, &want_bytes);
+    struct ry_rows *rows = scanner(device, j, stream);
+    messages(device, rows, j, stream, message, bytes, true);
+    messages(device, rows, j, stream, again, bytes_again, false); /* the same every time */
+    for (int n = 0; n < j->nnodes; n++) {
+        ck_assert_uint_eq(bytes[n], bytes_again[n]);
+        same(message[n], want[n], bytes[n], "the message", n);
+        same(again[n], message[n], bytes[n], "the message, packed again,", n);
+        free(again[n]);
+    }
+    ry_rows_free(rows);
+    if (device != ry_device_host()) {
+        rows = scanner(ry_device_host(), j, NULL);
+        messages(ry_device_host(), rows, j, NULL, again, bytes_again, false);
+        for (int n = 0; n < j->nnodes; n++) {
+            ck_assert_uint_eq(bytes[n], bytes_again[n]);
+            same(message[n], again[n], bytes[n], "the message, against the host's,", n);
+            free(again[n]);
+        }
+        ry_rows_free(rows);
+    }
+    for (int n = 0; n < j->nnodes; n++)
+        free(message[n]), free(want[n]);
+    free(j->data);
+}
+
+static const uint64_t widths[] = {1,    2,    3,    4,    7,    15,    16,    17,    18,    24,   31,
+                                  32,   33,   64,   100,  127,  128,   129,   144,   160,   200,  256,
+                                  500,  512,  514,  520,  1000, 1024,  1032,  2048,  2050,  4094, 4096,
+                                  4097, 4112, 6000, 8192, 8208, 12289, 14336, 16384, 65536, 70001};
+enum { WIDTHS = sizeof widths / sizeof *widths };
+
+/* Few enough rows that the oracle and the fake driver are quick, enough that warps take several. */
+static uint64_t some_rows(uint64_t row_bytes)
+{
+    uint64_t n = 40000 / row_bytes;
+    return n > 90 ? 90 : n < 3 ? 3 : n;
+}
+
+START_TEST(all_widths)
+{
+    struct job j;
+    start();
+    for (int i = 0; i < WIDTHS; i++) {
+        make(&j, 6, 3, widths[i], some_rows(widths[i]), ANY);
+        run(&j);
+    }
+}
+END_TEST
+
+START_TEST(mixes)
+{
+    struct job j;
+    start();
+    for (enum mix mix = EQUAL; mix <= ZERO; mix++)
+        for (int i = 0; i < WIDTHS; i += 3) {
+            make(&j, 4, 2, widths[i], some_rows(widths[i]), mix);
+            run(&j);
+        }
+}
+END_TEST
+
+START_TEST(shapes)
+{
+    struct job j;
+    start();
+    for (int round = 0; round < 25; round++) {
+        int nranks = 1 + (int)draw(20), nnodes = 1 + (int)draw((uint64_t)nranks + 2);
+        make(&j, nranks, nnodes, 1 + draw(300), 1 + draw(40), ANY);
+        for (int n = 0; n < nnodes; n++)
+            j.scan[n] = draw(5) != 0;
+        run(&j);
+    }
+    make(&j, RANKS, 150, 40, 3, ANY); /* tables and pieces of several launches */
+    run(&j);
+    make(&j, RANKS, 1, 20, 2, ANY);
+    run(&j);
+    make(&j, 1, 1, 64, 0, ANY); /* nothing at all */
+    run(&j);
+    do /* one row in all */
+        make(&j, 1, 1, 1024, 1, DISTINCT);
+    while (!j.size && (free(j.data), true));
+    run(&j);
+}
+END_TEST
+
+/* Hashes that collide: any bytes may then look alike, and only comparing tells. */
+START_TEST(collisions)
+{
+    struct job j;
+    start();
+    for (int i = 0; i < WIDTHS; i++) {
+        make(&j, 5, 2, widths[i], some_rows(widths[i]) / 2 + 2, ANY);
+        j.sample_mask = 0; /* the hash of all bytes makes up for it, completely */
+        j.full_mask = i % 2 ? ~0ull : 0;
+        run(&j);
+    }
+}
+END_TEST
+
+/* Many more rows than the threads of a launch: each warp takes batches of several. */
+START_TEST(many)
+{
+    static const uint64_t width[] = {20, 100, 300, 500};
+    struct job j;
+    start();
+    for (int i = 0; i < 8; i++) {
+        make(&j, 2, 2, width[i % 4], 1500, i < 4 ? TOKENS : DISTINCT);
+        j.blocks = 1 + (unsigned)draw(2);
+        if (i >= 4)
+            j.sample_mask = 0;
+        run(&j);
+    }
+}
+END_TEST
+
+/* With hashes of few bits, what is found depends on them; never the bytes, nor from one backend to the other. */
+START_TEST(few_bits)
+{
+    struct job j;
+    start();
+    for (int round = 0; round < 12; round++) {
+        make(&j, 5, 2, 1 + draw(1200), 40, ANY);
+        j.sample_mask = draw(16), j.full_mask = draw(16);
+        unsigned char *message[2], *other[2];
+        uint64_t bytes[2], least[2];
+        for (int n = 0; n < 2; n++)
+            free(expected(&j, n, &bytes[n])), least[n] = j.distinct[n];
+        const void *send[RANKS];
+        for (int r = 0; r < j.nranks; r++)
+            send[r] = j.data + j.at[r];
+        struct ry_rows_input in = {.send = send, .send_bytes = j.bytes, .row_bytes = j.row_bytes};
+        struct ry_rows_found found;
+        struct ry_rows *host = scanner(ry_device_host(), &j, NULL), *rows = scanner(device, &j, stream);
+        ry_rows_for_tests(host, j.sample_mask, j.full_mask, 0);
+        ok(ry_rows_scan(host, &in, NULL, &err));
+        ok(ry_rows_found_wait(host, &found, &err));
+        for (int n = 0; n < 2; n++) {
+            ck_assert_uint_ge(found.distinct[n], least[n]);
+            ck_assert_uint_eq(found.zero[n], j.zero[n]);
+            j.distinct[n] = found.distinct[n];
+        }
+        messages(device, rows, &j, stream, message, bytes, true);
+        messages(ry_device_host(), host, &j, NULL, other, bytes, false);
+        for (int n = 0; n < 2; n++) {
+            same(message[n], other[n], bytes[n], "the message, against the host's,", n);
+            free(message[n]), free(other[n]);
+        }
+        ry_rows_free(host), ry_rows_free(rows);
+        free(j.data);
+    }
+}
+END_TEST
+
+/* Equal as numbers is not equal as bytes, and the other way about: -0 and +0, and NaNs. */
+START_TEST(bits_not_numbers)
+{
+    static const uint32_t value[] = {0x00000000, 0x80000000, 0x7fc00000, 0x7fc00001, 0x7fc00000, 0x00000000};
+    enum { N = 64 };
+    struct job j = {
+        .nranks = 1, .nnodes = 1, .scan = {true}, .row_bytes = 4 * N, .sample_mask = ~0ull, .full_mask = ~0ull};
+    start();
+    j.bytes[0] = j.size = sizeof value * N;
+    uint32_t *row = malloc(j.size + 1);
+    j.data = (unsigned char *)row;
+    for (uint64_t i = 0; i < j.size / 4; i++)
+        row[i] = value[i / N];
+    uint64_t bytes;
+    free(expected(&j, 0, &bytes));
+    ck_assert_uint_eq(j.distinct[0], 4);
+    ck_assert_uint_eq(j.zero[0], 2);
+    run(&j);
+}
+END_TEST
+
+/* Memory before a segment, where it begins misaligned: only whole groups of 8 bytes can be told to a sanitizer. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define FORBID(p, n) __asan_poison_memory_region(p, (n) / 8 * 8)
+#define ALLOW(p, n) __asan_unpoison_memory_region(p, n)
+#else
+#define FORBID(p, n) (void)0
+#define ALLOW(p, n) (void)0
+#endif
+
+/* Segments and pieces that end where memory does: nothing beyond may be read or written (a sanitizer tells). */
+START_TEST(nothing_beyond)
+{
+    static const uint64_t row_bytes[] = {1, 9, 16, 33, 100, 130, 513, 4100};
+    start();
+    for (int i = 0; i < (int)(sizeof row_bytes / sizeof *row_bytes); i++)
+        for (uint64_t shift = 0; shift < 16; shift += 3) {
+            uint64_t width = row_bytes[i], n = 5, bytes = n * width - (width > 2 ? width / 3 : 0);
+            void *segment, *message, *piece;
+            ok(device->alloc(&segment, bytes + shift, &err));
+            ok(device->alloc(&piece, bytes + shift, &err));
+            ok(device->fill(segment, 3, bytes + shift, stream, &err));
+            FORBID(segment, shift);
+            const void *send[] = {(char *)segment + shift};
+            struct ry_rows_input in = {.send = send, .send_bytes = &bytes, .row_bytes = width};
+            struct ry_rows_found found;
+            struct ry_rows *rows = ry_rows_new(device, 0, 1, 1, (int[]){0}, &err);
+            ck_assert_msg(rows, "%s", err.msg);
+            ok(ry_rows_grow(rows, n, stream, &err));
+            ok(ry_rows_scan(rows, &in, stream, &err));
+            ok(ry_rows_found_wait(rows, &found, &err));
+            ck_assert_uint_eq(found.distinct[0], bytes % width ? 2 : 1);
+            ok(device->alloc(&message, ry_rows_message_bytes(width, found.distinct[0], n), &err));
+            ok(ry_rows_pack(rows, 0, message, stream, &err));
+            struct ry_rows_output out = {message, width, found.distinct[0], 1, &n, (void *[]){(char *)piece + shift},
+                                         &bytes};
+            ok(ry_rows_expand(rows, &out, stream, &err));
+            unsigned char *got = fetched(device, (char *)piece + shift, bytes, stream);
+            for (uint64_t k = 0; k < bytes; k++)
+                ck_assert_msg(got[k] == 3, "byte %llu is %d", (unsigned long long)k, got[k]);
+            free(got);
+            ry_rows_free(rows);
+            ALLOW(segment, shift);
+            ok(device->release(segment, &err));
+            ok(device->release(message, &err));
+            ok(device->release(piece, &err));
+        }
+}
+END_TEST
+
+/* A message that was damaged: its bad indices write nothing and are counted, the others are as good as ever. */
+START_TEST(damage)
+{
+    enum { WIDTH = 4500, DISTINCT_ROWS = 3, ROWS = 40, LIST = (WIDTH * DISTINCT_ROWS + 15) / 16 * 16 };
+    uint64_t bytes = ry_rows_message_bytes(WIDTH, DISTINCT_ROWS, ROWS), bad = 0, counts[] = {25, 0, 15};
+    start();
+    unsigned char *message = malloc(bytes), *want = malloc(ROWS * WIDTH);
+    uint32_t *list = (uint32_t *)(message + LIST);
+    noise(message, LIST);
+    memset(want, 0xee, ROWS * WIDTH);
+    for (int i = 0; i < ROWS; i++) {
+        list[i] = draw(3) ? (uint32_t)draw(3) : draw(2) ? 3 : 0xffffffff - (uint32_t)draw(2);
+        if (list[i] < DISTINCT_ROWS)
+            memcpy(want + i * WIDTH, message + list[i] * WIDTH, WIDTH);
+        else
+            bad++;
+    }
+    void *on_device, *to = filled(device, ROWS * WIDTH, stream);
+    ok(device->alloc(&on_device, bytes, &err));
+    ok(device->copy(on_device, message, bytes, stream, &err));
+    struct ry_rows *rows = ry_rows_new(device, 0, 1, 1, (int[]){0}, &err);
+    ck_assert_msg(rows, "%s", err.msg);
+    void *pieces[] = {to, NULL, (char *)to + 25 * WIDTH};
+    struct ry_rows_output out = {on_device, WIDTH, DISTINCT_ROWS, 3, counts, pieces, NULL};
+    for (int round = 0; round < 3; round++) {
+        ok(ry_rows_expand(rows, &out, stream, &err));
+        unsigned char *got = fetched(device, to, ROWS * WIDTH, stream);
+        same(got, want, ROWS * WIDTH, "what was expanded", 0);
+        free(got);
+        ck_assert_uint_eq(ry_rows_expand_errors(rows), bad);
+    }
+    ck_assert_uint_eq(ry_rows_expand_errors(rows), 0);
+    uint64_t wrong[] = {25 * WIDTH, 0, 16 * WIDTH};
+    out.bytes = wrong;
+    ck_assert_int_eq(ry_rows_expand(rows, &out, stream, &err), -1);
+    ck_assert_msg(strstr(err.msg, "piece 2"), "%s", err.msg);
+    ry_rows_free(rows);
+    ok(device->release(on_device, &err));
+    ok(device->release(to, &err));
+    free(message), free(want);
+}
+END_TEST
+
+/* Capacity, errors, and a scanner that grows between scans. */
+START_TEST(life)
+{
+    struct job j;
+    start();
+    make(&j, 2, 2, 32, 30, EQUAL);
+    j.node[0] = 0, j.node[1] = 1;
+    j.bytes[0] = j.bytes[1] = 0;
+    const void *send[] = {j.data, j.data};
+    uint64_t bytes[] = {32 * 5000, 0};
+    struct ry_rows_input in = {.send = send, .send_bytes = bytes, .row_bytes = 32};
+    struct ry_rows_found found;
+    struct ry_rows *rows = ry_rows_new(device, 0, 2, 2, j.node, &err);
+    ck_assert_msg(rows, "%s", err.msg);
+    ck_assert_uint_eq(ry_rows_capacity(rows), 0);
+    ck_assert(!ry_rows_found_ready(rows));
+    ck_assert_int_eq(ry_rows_found_wait(rows, &found, &err), -1);
+    ck_assert_int_eq(ry_rows_scan(rows, &in, stream, &err), -1);
+    ck_assert_msg(strstr(err.msg, "5000 rows"), "%s", err.msg);
+    ck_assert_int_eq(ry_rows_pack(rows, 0, NULL, stream, &err), -1);
+    ok(ry_rows_grow(rows, 10, stream, &err));
+    ck_assert_int_eq(ry_rows_scan(rows, &in, stream, &err), -1);
+    uint64_t held = ry_rows_capacity(rows);
+    ck_assert_int_eq(ry_rows_grow(rows, RY_ROWS_MOST + 1, stream, &err), -1);
+    ck_assert_uint_eq(ry_rows_capacity(rows), held);
+    ok(ry_rows_grow(rows, 5000, stream, &err));
+    void *buffer, *message;
+    ok(device->alloc(&buffer, 32 * 5000, &err));
+    ok(device->fill(buffer, 0, 32 * 5000, stream, &err));
+    send[0] = send[1] = buffer;
+    ok(ry_rows_scan(rows, &in, stream, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert_uint_eq(found.rows[0], 5000);
+    ck_assert_uint_eq(found.distinct[0], 1);
+    ck_assert_uint_eq(found.zero[0], 5000);
+    ck_assert_uint_eq(found.rows[1] + found.distinct[1] + found.zero[1], 0);
+    ok(device->alloc(&message, 32 + 4 * 5000, &err));
+    ck_assert_int_eq(ry_rows_pack(rows, 0, (char *)message + 8, stream, &err), -1);
+    ck_assert_int_eq(ry_rows_pack(rows, 2, message, stream, &err), -1);
+    ok(ry_rows_pack(rows, 1, message, stream, &err));
+    in.row_bytes = 0;
+    ck_assert_int_eq(ry_rows_scan(rows, &in, stream, &err), -1);
+    ck_assert(!ry_rows_new(device, 0, 2, 1, j.node, &err));
+    ck_assert_msg(strstr(err.msg, "rank 1"), "%s", err.msg);
+    ry_rows_free(rows);
+    ry_rows_free(NULL);
+    ok(device->release(buffer, &err));
+    ok(device->release(message, &err));
+    free(j.data);
+}
+END_TEST
+
+/* ---- with a real GPU only ---- */
+
+/* More bytes than 32 bits count, in one segment; a scanner for more rows than 16 bits of blocks. */
+START_TEST(huge)
+{
+    enum { WIDTH = 64 };
+    const uint64_t n = UINT64_C(5) << 30, rows_all = n / WIDTH, far = rows_all - 3;
+    unsigned char row[WIDTH];
+    void *from, *to, *message;
+    uint64_t *answer, difference;
+    if (!is_large_gpu())
+        return;
+    start();
+    ok(device->prepare(0, &ry_run_kernels, &err));
+    ok(device->alloc(&from, n, &err));
+    ok(device->alloc(&to, n, &err));
+    ok(device->alloc((void **)&answer, 256, &err));
+    ok(device->fill(from, 0, n, stream, &err));
+    ok(device->fill(to, 0xee, n, stream, &err));
+    noise(row, WIDTH);
+    const uint64_t at[] = {5, rows_all / 2, far};
+    for (int i = 0; i < 3; i++)
+        ok(device->copy((char *)from + at[i] * WIDTH, row, WIDTH, stream, &err));
+    row[9] ^= 1;
+    ok(device->copy((char *)from + (far + 1) * WIDTH, row, WIDTH, stream, &err));
+    struct ry_rows *rows = ry_rows_new(device, 0, 1, 1, (int[]){0}, &err);
+    ck_assert_msg(rows, "%s", err.msg);
+    ok(ry_rows_grow(rows, rows_all, stream, &err));
+    struct ry_rows_found found;
+    struct ry_rows_input in = {.send = (const void *[]){from}, .send_bytes = &n, .row_bytes = WIDTH};
+    ok(ry_rows_scan(rows, &in, stream, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert_uint_eq(found.rows[0], rows_all);
+    ck_assert_uint_eq(found.distinct[0], 3);
+    ck_assert_uint_eq(found.zero[0], rows_all - 4);
+    ok(device->alloc(&message, ry_rows_message_bytes(WIDTH, 3, rows_all), &err));
+    ok(ry_rows_pack(rows, 0, message, stream, &err));
+    struct ry_rows_output out = {message, WIDTH, 3, 1, &rows_all, &to, NULL};
+    ok(ry_rows_expand(rows, &out, stream, &err));
+    ok(device->fill(answer, 0xff, 8, stream, &err));
+    struct ry_runner runner = {.device = device, .kernels = true};
+    struct batch batch;
+    batch_start_compare(&batch, &runner, stream, answer);
+    ok(batch_add(&batch, to, from, n, 0, &err));
+    ok(batch_flush(&batch, &err));
+    ok(device->copy(&difference, answer, 8, stream, &err));
+    ok(device->stream_sync(stream, &err));
+    ck_assert_uint_eq(difference, RY_NO_DIFFERENCE);
+    ry_rows_free(rows);
+    ok(device->release(from, &err));
+    ok(device->release(to, &err));
+    ok(device->release(message, &err));
+    ok(device->release(answer, &err));
+}
+END_TEST
+
+/* Dispatch as it is: two nodes of four ranks, each row on 1, 2 or 4 ranks of its node, in an order of each rank's own.
+ */
+enum { SPEED_RANKS = 8, SPEED_BYTES = 512 << 20 };
+struct work {
+    struct ry_rows *rows;
+    struct ry_rows_input in;
+    struct ry_rows_output out[2];
+    void *message[2], *from, *to;
+};
+
+static void plain_copy(const struct work *w)
+{
+    ok(device->copy(w->to, w->from, SPEED_BYTES, stream, &err));
+}
+
+static void scanning(const struct work *w)
+{
+    ok(ry_rows_scan(w->rows, &w->in, stream, &err));
+}
+
+static void packing(const struct work *w)
+{
+    for (int n = 0; n < 2; n++)
+        ok(ry_rows_pack(w->rows, n, w->message[n], stream, &err));
+}
+
+static void expanding(const struct work *w)
+{
+    for (int n = 0; n < 2; n++)
+        ok(ry_rows_expand(w->rows, &w->out[n], stream, &err));
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Median of 15, in microseconds. */
+static double timed(void (*what)(const struct work *), const struct work *w)
+{
+    enum { RUNS = 15 };
+    double us[RUNS];
+    struct ry_event *from, *to;
+    ok(device->event_create(&from, &err));
+    ok(device->event_create(&to, &err));
+    for (int i = -2; i < RUNS; i++) {
+        double t;
+        ok(device->event_record(from, stream, &err));
+        what(w);
+        ok(device->event_record(to, stream, &err));
+        ok(device->stream_sync(stream, &err));
+        ok(device->event_elapsed(from, to, &t, &err));
+        if (i >= 0)
+            us[i] = t;
+    }
+    device->event_destroy(from);
+    device->event_destroy(to);
+    qsort(us, RUNS, sizeof *us, by_size);
+    return us[RUNS / 2];
+}
+
+static void lay_out_dispatch(unsigned char *data, uint64_t width, uint64_t copies)
+{
+    uint64_t per_rank = SPEED_BYTES / SPEED_RANKS / width;
+    uint32_t *place = malloc(per_rank * sizeof *place);
+    for (int r = 0; r < SPEED_RANKS; r++) {
+        unsigned char *segment = data + (uint64_t)r * per_rank * width;
+        bool first = r % copies == 0; /* of those that get the same rows */
+        for (uint64_t i = 0; i < per_rank; i++)
+            place[i] = (uint32_t)i;
+        for (uint64_t i = per_rank; i > 1; i--) {
+            uint64_t k = draw(i);
+            uint32_t t = place[i - 1];
+            place[i - 1] = place[k], place[k] = t;
+        }
+        for (uint64_t i = 0; i < per_rank; i++)
+            if (first)
+                for (uint64_t *at = (uint64_t *)(segment + i * width); at < (uint64_t *)(segment + (i + 1) * width);
+                     at++)
+                    draw(2), *at = seed;
+            else
+                memcpy(segment + place[i] * width, segment - (uint64_t)r % copies * per_rank * width + i * width,
+                       width);
+    }
+    free(place);
+}
+
+START_TEST(speed)
+{
+    static const uint64_t width[] = {1 << 10, 4 << 10, 16 << 10}, copies[] = {1, 2, 4};
+    static const int node[SPEED_RANKS] = {0, 0, 0, 0, 1, 1, 1, 1};
+    if (!is_large_gpu())
+        return;
+    start();
+    struct ry_device_id id;
+    struct work w;
+    unsigned char *data = malloc(SPEED_BYTES);
+    ok(device->identify(0, &id, &err));
+    ok(device->prepare(0, &ry_run_kernels, &err));
+    ok(device->alloc(&w.from, SPEED_BYTES + 256, &err));
+    ok(device->alloc(&w.to, SPEED_BYTES + 256, &err));
+    printf(
+        "%s: %d MiB to two nodes, medians of 15. GB/s: bytes that must be read and written, in brackets bytes of the "
+        "send buffer\n%9s %5s %6s  %21s  %26s  %26s  %26s\n",
+        id.name, SPEED_BYTES >> 20, "row", "equal", "shift", "plain copy", "scan", "pack", "expand");
+    for (int i = 0; i < 12; i++) {
+        uint64_t k = width[i < 9 ? i / 3 : 1], c = copies[i % 3], shift = i < 9 ? 0 : 2; /* the last ones misaligned */
+        uint64_t per_rank = SPEED_BYTES / SPEED_RANKS / k, bytes[SPEED_RANKS], counts[SPEED_RANKS];
+        const void *send[SPEED_RANKS];
+        void *to[SPEED_RANKS];
+        lay_out_dispatch(data, k, c);
+        ok(device->copy((char *)w.from + shift, data, SPEED_BYTES, stream, &err));
+        for (int r = 0; r < SPEED_RANKS; r++) {
+            counts[r] = per_rank, bytes[r] = per_rank * k;
+            send[r] = (char *)w.from + shift + (uint64_t)r * bytes[r];
+            to[r] = (char *)w.to + shift + (uint64_t)r * bytes[r];
+        }
+        w.in = (struct ry_rows_input){.send = send, .send_bytes = bytes, .row_bytes = k};
+        w.rows = ry_rows_new(device, 0, SPEED_RANKS, 2, node, &err);
+        ck_assert_msg(w.rows, "%s", err.msg);
+        ok(ry_rows_grow(w.rows, SPEED_RANKS * per_rank, stream, &err));
+        double us[4] = {timed(plain_copy, &w), timed(scanning, &w)}, enqueue = 0;
+        struct ry_rows_found found;
+        ok(ry_rows_found_wait(w.rows, &found, &err));
+        uint64_t distinct = found.distinct[0] + found.distinct[1], rows = SPEED_RANKS * per_rank;
+        ck_assert_uint_eq(distinct, rows / c);
+        for (int n = 0; n < 2; n++) {
+            ok(device->alloc(&w.message[n], ry_rows_message_bytes(k, found.distinct[n], found.rows[n]), &err));
+            w.out[n] = (struct ry_rows_output){w.message[n], k, found.distinct[n], 4, counts, to + 4 * n, NULL};
+        }
+        us[2] = timed(packing, &w);
+        us[3] = timed(expanding, &w);
+        unsigned char *got = fetched(device, (char *)w.to + shift, SPEED_BYTES, stream);
+        ck_assert(!memcmp(got, data, SPEED_BYTES));
+        free(got);
+        uint64_t begun = ry_now_ns();
+        scanning(&w);
+        enqueue = (double)(ry_now_ns() - begun) / 1e3;
+        ok(device->stream_sync(stream, &err));
+        /* scan: samples, then each row that has an equal one before it, and that one, which may come out of the cache
+         */
+        double moved[4] = {2.0 * SPEED_BYTES, (double)(rows * 128 + 2 * (rows - distinct) * k),
+                           2.0 * (double)(distinct * k), (double)(distinct * k) + SPEED_BYTES};
+        printf("%9llu %3d %% %6llu", (unsigned long long)k, (int)(100 - 100 / c), (unsigned long long)shift);
+        for (int m = 0; m < 4; m++) {
+            printf("  %8.1f us %5.0f GB/s", us[m], moved[m] / us[m] / 1e3);
+            if (m)
+                printf(" [%5.0f]", SPEED_BYTES / us[m] / 1e3);
+        }
+        printf("  host %.1f us a scan\n", enqueue);
+        fflush(stdout);
+        ry_rows_free(w.rows);
+        ok(device->release(w.message[0], &err));
+        ok(device->release(w.message[1], &err));
+        /* Loose, since the machine may be shared; far below means that something is wrong. */
+        ck_assert_msg(us[1] < 4 * us[0] && us[2] < 3 * us[0] && us[3] < 3 * us[0], "far slower than a copy");
+    }
+    ok(device->release(w.from, &err));
+    ok(device->release(w.to, &err));
+    free(data);
+}
+END_TEST
+
+static void add_tests(TCase *t, bool cuda)
+{
+    tcase_add_test(t, all_widths);
+    tcase_add_test(t, mixes);
+    tcase_add_test(t, shapes);
+    tcase_add_test(t, collisions);
+    tcase_add_test(t, many);
+    tcase_add_test(t, few_bits);
+    tcase_add_test(t, bits_not_numbers);
+    tcase_add_test(t, nothing_beyond);
+    tcase_add_test(t, damage);
+    tcase_add_test(t, life);
+    if (cuda) {
+        tcase_add_test(t, huge);
+        tcase_add_test(t, speed);
+    }
+}
+
+int main(void)
+{
+    return on_devices("rows", add_tests);
+}
