@@ -307,22 +307,20 @@ out:
 }
 
 /* The same trace with its tokens dealt out anew: what would the planner do? */
-static int shuffled(struct scene *s, json_t *list, struct ry_err *err)
+static int shuffled(struct scene *s, const struct ry_routing *anew, json_t *list, struct ry_err *err)
 {
-    struct ry_routing *r = ry_routing_shuffled(s->routing, s->study->seed, err);
     struct ry_coplace_options o = {.batch = s->study->batch, .seed = s->study->seed, .starts = 1};
-    struct ry_coplace *p = r ? ry_coplace_learn(s->cluster, r, NULL, s->study->fit, NULL, &o, err) : NULL;
+    struct ry_coplace *p = ry_coplace_learn(s->cluster, anew, NULL, s->study->fit, NULL, &o, err);
     if (p)
         json_array_append_new(list, json_pack("{si ss sb sb}", "nodes", s->cluster->nnodes, "experts", p->why,
                                               "move_experts", p->move_experts, "move_samples", p->move_samples));
     int rc = p ? 0 : -1;
     ry_coplace_free(p);
-    ry_routing_close(r);
     return rc;
 }
 
-static int one_size(const struct ry_study *study, int nodes, int ranks, const char *map_file, struct table *t,
-                    json_t *why, json_t *shuffle, struct ry_err *err)
+static int one_size(const struct ry_study *study, const struct ry_routing *anew, int nodes, int ranks,
+                    const char *map_file, struct table *t, json_t *why, json_t *shuffle, struct ry_err *err)
 {
     const struct ry_routing *r = study->routing;
     size_t slots = (size_t)r->layers * (size_t)r->experts;
@@ -340,7 +338,7 @@ static int one_size(const struct ry_study *study, int nodes, int ranks, const ch
     if (nodes > RY_HOME_NODES)
         ry_fail(err, "homes are told from tokens for up to %d nodes, not %d", RY_HOME_NODES, nodes);
     else if (!ry_experts_contiguous(s.blocks, r->layers, r->experts, s.cluster->nranks, err) && !netmoe(&s, t, err) &&
-             !copies(&s, t, why, map_file, err) && !shuffled(&s, shuffle, err))
+             !copies(&s, t, why, map_file, err) && !shuffled(&s, anew, shuffle, err))
         rc = r->choice_samples >= 64 && r->tokens ? distinct(&s, t, err) : 0;
 out:
     ry_cluster_free(s.cluster);
@@ -377,12 +375,14 @@ json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes,
 {
     struct table t = {.nsizes = nsizes};
     json_t *why = json_array(), *shuffle = json_array(), *rows = json_array(), *sizes = json_array();
-    int failed = ry_study_check(study, err);
+    struct ry_routing *anew = ry_study_check(study, err) ? NULL : ry_routing_shuffled(study->routing, study->seed, err);
+    int failed = !anew;
     for (int i = 0; i < nsizes && !failed; i++) {
         t.at = i;
         json_array_append_new(sizes, json_integer(nodes[i]));
-        failed = one_size(study, nodes[i], ranks, map_file, &t, why, shuffle, err);
+        failed = one_size(study, anew, nodes[i], ranks, map_file, &t, why, shuffle, err);
     }
+    ry_routing_close(anew);
     for (int i = 0; i < t.nrows; i++) {
         json_t *values = json_array();
         for (int k = 0; k < nsizes; k++)
