@@ -29,6 +29,11 @@
 #define WIDE
 #endif
 
+/* A set, seen from one of its experts. */
+struct member {
+    int set, sample, weight;
+};
+
 struct search {
     const struct ry_anneal *a;
     int *map;
@@ -40,16 +45,28 @@ struct search {
     int32_t *take;     /* … and to the second's */
     int64_t *weight;   /* [layer][expert]: copies */
     int64_t *load;     /* [layer][node]: copies */
-    uint8_t *held;     /* [set][node]: how many of the set's experts the node holds */
-    int *first, *list; /* sets that an expert is in: list[first[layer · experts + e] …] */
+    int words, stride; /* of a row of rows: 64-bit words that tell the set's experts, and those with what nodes hold */
+    uint64_t *rows; /* [set][stride]: a bit per expert, then a byte per node: how many of the set's experts it holds */
+    int *first;     /* sets that an expert is in: list[first[layer · experts + e] …] */
+    struct member *list;
 };
 
 static void search_free(struct search *s)
 {
     void *all[] = {s->affinity, s->best, s->price, s->others, s->give, s->take,
-                   s->weight,   s->load, s->held,  s->first,  s->list};
+                   s->weight,   s->load, s->rows,  s->first,  s->list};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
+}
+
+static uint64_t *row_of(const struct search *s, int set)
+{
+    return s->rows + (size_t)set * (size_t)s->stride;
+}
+
+static uint8_t *held_by(const struct search *s, uint64_t *row)
+{
+    return (uint8_t *)(row + s->words);
 }
 
 static int search_sets(struct search *s)
@@ -57,10 +74,12 @@ static int search_sets(struct search *s)
     const struct ry_anneal *a = s->a;
     const struct ry_token_sets *t = a->sets;
     size_t slots = (size_t)a->layers * (size_t)a->experts;
-    s->held = calloc((size_t)t->count + 1, (size_t)a->nodes);
+    s->words = (a->experts + 63) / 64;
+    s->stride = s->words + (a->nodes + 7) / 8;
+    s->rows = calloc((size_t)t->count + 1, (size_t)s->stride * sizeof *s->rows);
     s->first = calloc(slots + 2, sizeof *s->first);
     s->list = malloc(((size_t)t->count * (size_t)t->topk + 1) * sizeof *s->list);
-    if (!s->held || !s->first || !s->list)
+    if (!s->rows || !s->first || !s->list)
         return -1;
     /* Counted two slots ahead, so that filling the list leaves first[slot] where the slot begins. */
     for (int pass = 0; pass < 2; pass++) {
@@ -70,11 +89,13 @@ static int search_sets(struct search *s)
                 if (k && set[k] == set[k - 1]) /* a token that chose an expert twice holds it once */
                     continue;
                 size_t slot = (size_t)t->layer[u] * (size_t)a->experts + set[k];
-                if (pass)
-                    s->list[s->first[slot + 1]++] = u;
-                else {
+                if (pass) {
+                    s->list[s->first[slot + 1]++] = (struct member){u, t->sample[u], t->weight[u]};
+                } else {
+                    uint64_t *row = row_of(s, u);
                     s->first[slot + 2]++;
-                    s->held[(size_t)u * (size_t)a->nodes + (size_t)s->map[slot]]++;
+                    row[set[k] / 64] |= UINT64_C(1) << set[k] % 64;
+                    held_by(s, row)[s->map[slot]]++;
                 }
             }
         }
@@ -83,7 +104,7 @@ static int search_sets(struct search *s)
     }
     for (int u = 0; u < t->count; u++)
         for (int n = 0; n < a->nodes; n++)
-            if (s->held[(size_t)u * (size_t)a->nodes + (size_t)n])
+            if (held_by(s, row_of(s, u))[n])
                 s->affinity[(size_t)n * (size_t)a->samples + (size_t)t->sample[u]] += t->weight[u];
     return 0;
 }
@@ -212,22 +233,25 @@ static void set_prices(struct search *s, int rounds)
     set_best(s);
 }
 
-/* Moving expert x from node `from` to `to`, expert y going the other way: what it changes for sets that hold x. */
+/* Moving expert x from node `from` to `to`, expert y going the other way: what it changes for sets that hold x. Without
+   a branch on what a set is like, which nothing predicts; a sample's sets follow each other. */
 static void set_deltas(const struct search *s, int layer, int x, int y, int from, int to, int32_t *lose, int32_t *win)
 {
-    const struct ry_token_sets *t = s->a->sets;
     const int *first = s->first + (size_t)layer * (size_t)s->a->experts + (size_t)x;
-    for (int i = first[0]; i < first[1]; i++) {
-        int u = s->list[i];
-        const uint8_t *held = s->held + (size_t)u * (size_t)s->a->nodes;
-        bool leaves = held[from] == 1, enters = held[to] == 0;
-        if (leaves && !enters) { /* a set that holds both only exchanges them */
-            const uint16_t *set = t->experts + (size_t)u * (size_t)t->topk;
-            for (int k = 0; k < t->topk; k++)
-                leaves &= set[k] != y;
+    const struct member *at = s->list + first[0], *end = s->list + first[1];
+    while (at < end) {
+        int32_t lost = 0, won = 0;
+        int sample = at->sample;
+        for (; at < end && at->sample == sample; at++) {
+            uint64_t *row = row_of(s, at->set);
+            const uint8_t *held = held_by(s, row);
+            int enters = held[to] == 0, both = (int)(row[y / 64] >> y % 64 & 1);
+            int leaves = (held[from] == 1) & (enters | !both); /* a set that holds both only exchanges them */
+            lost += -leaves & at->weight;
+            won += -enters & at->weight;
         }
-        lose[t->sample[u]] -= leaves ? t->weight[u] : 0;
-        win[t->sample[u]] += enters ? t->weight[u] : 0;
+        lose[sample] -= lost;
+        win[sample] += won;
     }
 }
 
@@ -303,7 +327,7 @@ static void swap_apply(struct search *s, int layer, int x, int y)
     for (int pass = 0; a->sets && pass < 2; pass++) {
         const int *first = s->first + slot + (pass ? y : x);
         for (int i = first[0]; i < first[1]; i++) {
-            uint8_t *held = s->held + (size_t)s->list[i] * (size_t)a->nodes;
+            uint8_t *held = held_by(s, row_of(s, s->list[i].set));
             held[pass ? m : n]--;
             held[pass ? n : m]++;
         }
@@ -370,21 +394,6 @@ double ry_anneal_value(const struct ry_anneal *a, const int *map)
     double v = search_init(&s, a, (int *)map) ? -1 : value(&s, PRICING_ROUNDS);
     search_free(&s);
     return v;
-}
-
-int64_t ry_anneal_excess(const struct ry_anneal *a, const int *map, int layer)
-{
-    int64_t excess = 0;
-    for (int n = 0; a->bound && n < a->nodes; n++) {
-        int64_t load = 0;
-        for (int e = 0; e < a->experts; e++) {
-            size_t j = (size_t)layer * (size_t)a->experts + (size_t)e;
-            for (int i = 0; map[j] == n && i < a->samples; i++)
-                load += a->counts[j * (size_t)a->samples + (size_t)i];
-        }
-        excess += over(load, a->bound[layer * a->nodes + n]);
-    }
-    return excess;
 }
 
 /* Bounds first, then gains, until no pair is left that helps. Prices are reconsidered for each swap: under fixed ones,
