@@ -241,7 +241,7 @@ static int decide(const struct lesson *all, struct ry_coplace *out, struct ry_er
         *(ry_random_below(&random, (uint64_t)(n - i)) < (uint64_t)(n / 4 - nheld) ? &held[nheld++] : &learn[nlearn++]) =
             all->which[i];
     if (lesson_begin(&part, all->cluster, r, learn, nlearn, all->seats, &all->opt, err) ||
-        search(&part, (all->opt.starts + 3) / 4, map, err))
+        search(&part, (all->opt.starts + 11) / 12, map, err))
         goto out;
     enum ry_counting counting = all->opt.counting;
     int done = cross(&part, held, nheld, part.contiguous, RY_COPIES, false, base, err);
@@ -453,8 +453,9 @@ struct ry_coplace *ry_coplace_learn(const struct ry_cluster *c, const struct ry_
     opt.load_margin = opt.load_margin ? fmax(opt.load_margin, 0) : 0.03;
     opt.least_gain = opt.least_gain > 0 ? opt.least_gain : 0.02;
     opt.batch = opt.batch ? opt.batch : 128;
-    opt.starts = opt.starts ? opt.starts : opt.counting == RY_DISTINCT ? 3 : 8;
-    opt.moves = opt.moves ? opt.moves : opt.counting == RY_DISTINCT ? 40000 : 150000;
+    opt.starts = opt.starts ? opt.starts : opt.counting == RY_DISTINCT ? 3 : 24;
+    long most = opt.counting == RY_DISTINCT ? 40000 : 150000, each = opt.counting == RY_DISTINCT ? 160 : 600;
+    opt.moves = opt.moves ? opt.moves : (long)fmin((double)most, (double)each * r->layers * r->experts);
 
     int *use = malloc((size_t)n * sizeof *use), *seats = calloc((size_t)c->nnodes, sizeof *seats), used = 0, rc = -1;
     struct ry_coplace *out = calloc(1, sizeof *out);

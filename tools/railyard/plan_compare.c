@@ -68,7 +68,7 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
 {
     const struct ry_routing *r = s->routing;
     const int *node = nodes_of(s, expert_rank), nodes = s->cluster->nnodes;
-    struct ry_home_options o = {.seed = s->study->seed, .map = ry_home_map_id(node, r->layers, r->experts)};
+    struct ry_home_options o = {.seed = s->study->seed, .window = fit, .map = ry_home_map_id(node, r->layers, r->experts)};
     struct ry_home_model *m = ry_home_model_new(nodes, &o, err);
     uint32_t *affinity = malloc((size_t)r->layers * (size_t)nodes * sizeof *affinity);
     bool failed = !m || !affinity;
@@ -83,7 +83,9 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
                                        rows, err);
     }
     free(affinity);
-    if (failed) {
+    if (failed || !isfinite(ry_home_model_settle(m, 200, 1e-6))) {
+        if (!failed)
+            ry_fail(err, "out of memory for homes from tokens");
         ry_home_model_free(m);
         return NULL;
     }
