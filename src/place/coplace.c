@@ -7,11 +7,11 @@
 #include <string.h>
 
 #include "place/anneal.h"
-#include "place/batches.h"
 #include "place/crossing_bound.h"
 #include "place/expert_load.h"
 #include "place/locality.h"
 #include "place/random.h"
+#include "place/study.h"
 
 #define LEAST_SAMPLES 16 /* below, nothing can be told from held-out samples */
 #define SURE 3.0         /* standard errors by which a gain must exceed nothing */
@@ -130,16 +130,12 @@ static int lesson_begin(struct lesson *t, const struct ry_cluster *cluster, cons
 static int cross(const struct lesson *t, const int *which, int n, const int *map, enum ry_counting counting, bool homes,
                  double *crossing, struct ry_err *err)
 {
-    struct ry_batches b;
     int batch = t->opt.batch < n ? t->opt.batch : n, *share = malloc((size_t)t->cluster->nnodes * sizeof *share);
     if (!share)
         return ry_fail(err, "out of memory");
     ry_share_out(share, t->seats, t->cluster->nnodes, batch);
-    int done = ry_batches_make(&b, t->routing, which, n, map, share, t->cluster->nnodes, counting, err);
-    if (!done) {
-        done = ry_batches_cross(&b, homes ? b.affinity : NULL, crossing, err);
-        ry_batches_free(&b);
-    }
+    struct ry_batches b = {t->routing, which, n, t->cluster->nnodes, share, map, counting};
+    int done = ry_study_cross(&b, homes ? RY_HOMES_KNOWN : RY_HOMES_IN_ORDER, NULL, crossing, err);
     free(share);
     return done;
 }

@@ -5,7 +5,6 @@
 #include <string.h>
 #include <time.h>
 
-#include "place/batches.h"
 #include "place/coplace.h"
 #include "place/expert_load.h"
 #include "place/expert_map.h"
@@ -68,7 +67,8 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
 {
     const struct ry_routing *r = s->routing;
     const int *node = nodes_of(s, expert_rank), nodes = s->cluster->nnodes;
-    struct ry_home_options o = {.seed = s->study->seed, .window = fit, .map = ry_home_map_id(node, r->layers, r->experts)};
+    struct ry_home_options o = {
+        .seed = s->study->seed, .window = fit, .map = ry_home_map_id(node, r->layers, r->experts)};
     struct ry_home_model *m = ry_home_model_new(nodes, &o, err);
     uint32_t *affinity = malloc((size_t)r->layers * (size_t)nodes * sizeof *affinity);
     bool failed = !m || !affinity;
@@ -93,31 +93,26 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
 }
 
 /* What crosses in batches of which[n], summed: homes in order; known; or as the model tells from tokens. */
-enum homes { IN_ORDER, KNOWN, FROM_TOKENS };
 static int cross(struct scene *s, const int *which, int n, const int *expert_rank, enum ry_counting counting,
-                 enum homes homes, const struct ry_home_model *model, double *sum, struct ry_err *err)
+                 enum ry_homes_by homes, const struct ry_home_model *model, double *sum, struct ry_err *err)
 {
     const struct ry_routing *r = s->routing;
     size_t nodes = (size_t)s->cluster->nnodes;
-    struct ry_batches b;
+    struct ry_batches b = {r, which, n, (int)nodes, s->share, nodes_of(s, expert_rank), counting};
     double *crossing = malloc((size_t)n * sizeof *crossing);
     int32_t *guess = calloc((size_t)n * nodes, sizeof *guess);
     int done = -1;
+    for (int i = 0; guess && homes == RY_HOMES_GUESSED && i < n; i++) {
+        float shares[RY_HOME_NODES];
+        ry_home_model_predict(model, r->tokens + (size_t)which[i] * (size_t)r->tokens_per_sample, r->tokens_per_sample,
+                              shares);
+        for (size_t k = 0; k < nodes; k++)
+            guess[(size_t)i * nodes + k] = (int32_t)lrintf(shares[k] * 1e6f);
+    }
     if (!crossing || !guess)
         ry_fail(err, "out of memory for %d samples", n);
-    else if (!ry_batches_make(&b, r, which, n, nodes_of(s, expert_rank), s->share, (int)nodes, counting, err)) {
-        for (int i = 0; homes == FROM_TOKENS && i < n; i++) {
-            float shares[RY_HOME_NODES];
-            ry_home_model_predict(model, r->tokens + (size_t)which[i] * (size_t)r->tokens_per_sample,
-                                  r->tokens_per_sample, shares);
-            for (size_t k = 0; k < nodes; k++)
-                guess[(size_t)i * nodes + k] = (int32_t)lrintf(shares[k] * 1e6f);
-        }
-        done = ry_batches_cross(&b, homes == IN_ORDER ? NULL : homes == KNOWN ? b.affinity : guess, crossing, err);
-        if (done >= 0)
-            *sum = total(crossing, done);
-        ry_batches_free(&b);
-    }
+    else if ((done = ry_study_cross(&b, homes, guess, crossing, err)) >= 0)
+        *sum = total(crossing, done);
     free(crossing);
     free(guess);
     return done < 0 ? -1 : 0;
@@ -199,7 +194,7 @@ static int copies(struct scene *s, struct table *t, json_t *why, const char *map
     ry_share_out(s->share, s->cluster->node_size, s->cluster->nnodes, y->batch);
     for (int k = 0; which && k < y->batches; k++)
         ry_study_batch(y, k, which + k * y->batch);
-    if (!which || cross(s, which, n, s->blocks, RY_COPIES, IN_ORDER, NULL, &base, err))
+    if (!which || cross(s, which, n, s->blocks, RY_COPIES, RY_HOMES_IN_ORDER, NULL, &base, err))
         goto out;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         const struct kind *k = &kinds[i];
@@ -208,12 +203,12 @@ static int copies(struct scene *s, struct table *t, json_t *why, const char *map
         if (!(p = ry_coplace_learn(s->cluster, r, NULL, y->fit, NULL, &o, err)))
             goto out;
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-        if (cross(s, which, n, p->expert_rank, RY_COPIES, KNOWN, NULL, &sum, err))
+        if (cross(s, which, n, p->expert_rank, RY_COPIES, RY_HOMES_KNOWN, NULL, &sum, err))
             goto out;
         put(t, k->keys[0], k->names[0], sum / base);
         if (r->tokens) {
             if (!(m = model_of(s, p->expert_rank, y->fit, 0, 0, err)) ||
-                cross(s, which, n, p->expert_rank, RY_COPIES, FROM_TOKENS, m, &sum, err))
+                cross(s, which, n, p->expert_rank, RY_COPIES, RY_HOMES_GUESSED, m, &sum, err))
                 goto out;
             put(t, k->keys[1], k->names[1], sum / base);
         }
@@ -277,15 +272,15 @@ static int distinct(struct scene *s, struct table *t, struct ry_err *err)
             ry_study_batch(&y, k, which + k * batch);
         for (int i = 0; i < half; i++)
             learn[i] = (1 - f) * half + i;
-        if (cross(s, which, n, s->blocks, RY_COPIES, IN_ORDER, NULL, &base[f], err) ||
-            cross(s, which, n, s->blocks, RY_DISTINCT, IN_ORDER, NULL, &alone[f], err))
+        if (cross(s, which, n, s->blocks, RY_COPIES, RY_HOMES_IN_ORDER, NULL, &base[f], err) ||
+            cross(s, which, n, s->blocks, RY_DISTINCT, RY_HOMES_IN_ORDER, NULL, &alone[f], err))
             goto out;
         for (int i = 0; i < 2; i++) {
             struct ry_coplace_options o = {
                 .counting = RY_DISTINCT, .load_from = kinds[i].from, .batch = batch, .seed = y.seed};
             if (!(p = ry_coplace_learn(s->cluster, r, learn, half, NULL, &o, err)) ||
                 !(m = model_of(s, p->expert_rank, s->study->fit, y.fit, y.end, err)) ||
-                cross(s, which, n, p->expert_rank, RY_DISTINCT, FROM_TOKENS, m, &sum[i][f], err) ||
+                cross(s, which, n, p->expert_rank, RY_DISTINCT, RY_HOMES_GUESSED, m, &sum[i][f], err) ||
                 busiest_node(s, which, n, p->expert_rank, &load[i][f]))
                 goto out;
             ry_coplace_free(p);
