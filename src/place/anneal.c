@@ -19,6 +19,20 @@
 #define MOVES_PER_PRICING 200
 #define PRICING_ROUNDS 20
 #define FAR (INT32_MAX / 4) /* beyond any affinity */
+#define BLOCK 512           /* samples that a swap is judged for at a time: what is made for them stays in the cache */
+
+/* The loops over samples, with the widest vectors that the machine has: they are nearly all of a search's time.
+   (Sanitizers instrument the choice, which is made before they are ready.) */
+#if defined __x86_64__ && !defined __SANITIZE_ADDRESS__ && !defined __SANITIZE_THREAD__
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+/* A set, seen from one of its experts. */
+struct member {
+    int set, sample, weight;
+};
 
 struct search {
     const struct ry_anneal *a;
@@ -31,16 +45,28 @@ struct search {
     int32_t *take;     /* … and to the second's */
     int64_t *weight;   /* [layer][expert]: copies */
     int64_t *load;     /* [layer][node]: copies */
-    uint8_t *held;     /* [set][node]: how many of the set's experts the node holds */
-    int *first, *list; /* sets that an expert is in: list[first[layer · experts + e] …] */
+    int words, stride; /* of a row of rows: 64-bit words that tell the set's experts, and those with what nodes hold */
+    uint64_t *rows; /* [set][stride]: a bit per expert, then a byte per node: how many of the set's experts it holds */
+    int *first;     /* sets that an expert is in: list[first[layer · experts + e] …] */
+    struct member *list;
 };
 
 static void search_free(struct search *s)
 {
     void *all[] = {s->affinity, s->best, s->price, s->others, s->give, s->take,
-                   s->weight,   s->load, s->held,  s->first,  s->list};
+                   s->weight,   s->load, s->rows,  s->first,  s->list};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
+}
+
+static uint64_t *row_of(const struct search *s, int set)
+{
+    return s->rows + (size_t)set * (size_t)s->stride;
+}
+
+static uint8_t *held_by(const struct search *s, uint64_t *row)
+{
+    return (uint8_t *)(row + s->words);
 }
 
 static int search_sets(struct search *s)
@@ -48,10 +74,12 @@ static int search_sets(struct search *s)
     const struct ry_anneal *a = s->a;
     const struct ry_token_sets *t = a->sets;
     size_t slots = (size_t)a->layers * (size_t)a->experts;
-    s->held = calloc((size_t)t->count + 1, (size_t)a->nodes);
+    s->words = (a->experts + 63) / 64;
+    s->stride = s->words + (a->nodes + 7) / 8;
+    s->rows = calloc((size_t)t->count + 1, (size_t)s->stride * sizeof *s->rows);
     s->first = calloc(slots + 2, sizeof *s->first);
     s->list = malloc(((size_t)t->count * (size_t)t->topk + 1) * sizeof *s->list);
-    if (!s->held || !s->first || !s->list)
+    if (!s->rows || !s->first || !s->list)
         return -1;
     /* Counted two slots ahead, so that filling the list leaves first[slot] where the slot begins. */
     for (int pass = 0; pass < 2; pass++) {
@@ -61,11 +89,13 @@ static int search_sets(struct search *s)
                 if (k && set[k] == set[k - 1]) /* a token that chose an expert twice holds it once */
                     continue;
                 size_t slot = (size_t)t->layer[u] * (size_t)a->experts + set[k];
-                if (pass)
-                    s->list[s->first[slot + 1]++] = u;
-                else {
+                if (pass) {
+                    s->list[s->first[slot + 1]++] = (struct member){u, t->sample[u], t->weight[u]};
+                } else {
+                    uint64_t *row = row_of(s, u);
                     s->first[slot + 2]++;
-                    s->held[(size_t)u * (size_t)a->nodes + (size_t)s->map[slot]]++;
+                    row[set[k] / 64] |= UINT64_C(1) << set[k] % 64;
+                    held_by(s, row)[s->map[slot]]++;
                 }
             }
         }
@@ -74,7 +104,7 @@ static int search_sets(struct search *s)
     }
     for (int u = 0; u < t->count; u++)
         for (int n = 0; n < a->nodes; n++)
-            if (s->held[(size_t)u * (size_t)a->nodes + (size_t)n])
+            if (held_by(s, row_of(s, u))[n])
                 s->affinity[(size_t)n * (size_t)a->samples + (size_t)t->sample[u]] += t->weight[u];
     return 0;
 }
@@ -105,48 +135,75 @@ static int search_init(struct search *s, const struct ry_anneal *a, int *map)
     return a->sets ? search_sets(s) : 0;
 }
 
-/* The k-th largest (from 0) of v, which is reordered: Hoare's selection. */
-static int32_t kth(int32_t *v, int n, int k)
+WIDE static int at_least(const int32_t *v, int n, int32_t least)
 {
-    int lo = 0, hi = n - 1;
-    while (lo < hi) {
-        int32_t pivot = v[lo + (hi - lo) / 2];
-        int i = lo, j = hi;
-        while (i <= j) {
-            while (v[i] > pivot)
-                i++;
-            while (v[j] < pivot)
-                j--;
-            if (i <= j) {
-                int32_t t = v[i];
-                v[i++] = v[j];
-                v[j--] = t;
-            }
-        }
-        if (k <= j)
-            hi = j;
-        else if (k >= i)
-            lo = i;
-        else
-            break;
-    }
-    return v[k];
+    int count = 0;
+    for (int i = 0; i < n; i++)
+        count += v[i] >= least;
+    return count;
 }
 
-/* out[sample] = the highest affinity less price over all nodes but two (-1: none is left out). */
-static void best_without(const struct search *s, int n, int m, int32_t *restrict out)
+/* The least of those that are `at` or more, the greatest of those that are less. */
+WIDE static void beside(const int32_t *v, int n, int32_t at, int32_t *least, int32_t *greatest)
 {
-    int samples = s->a->samples;
-    for (int i = 0; i < samples; i++)
+    int32_t lo = INT32_MAX, hi = INT32_MIN;
+    for (int i = 0; i < n; i++) {
+        int32_t above = v[i] >= at ? v[i] : INT32_MAX, below = v[i] >= at ? INT32_MIN : v[i];
+        lo = above < lo ? above : lo;
+        hi = below > hi ? below : hi;
+    }
+    *least = lo;
+    *greatest = hi;
+}
+
+/* The k-th largest (from 1) of v, and the one after it; 0 < k < n. Halving the range of values, not the array: no
+   branch hangs on an element. */
+static void split_at(const int32_t *v, int n, int k, int32_t *kth, int32_t *next)
+{
+    int32_t least, greatest, ignored;
+    beside(v, n, INT32_MIN, &least, &ignored);
+    beside(v, n, INT32_MAX, &ignored, &greatest);
+    int64_t lo = least, hi = (int64_t)greatest + 1; /* at least k are lo or more, fewer are hi or more */
+    while (hi - lo > 1) {
+        int64_t middle = lo + (hi - lo) / 2;
+        int count = at_least(v, n, (int32_t)middle);
+        *(count >= k ? &lo : &hi) = middle;
+        if (count == k)
+            break;
+    }
+    beside(v, n, (int32_t)lo, kth, next);
+    if (at_least(v, n, (int32_t)lo) > k)
+        *next = *kth; /* equal ones */
+}
+
+/* out[sample - from] = the highest affinity less price over all nodes but two (-1: none is left out). */
+static inline __attribute__((always_inline)) void best_without(const struct search *s, int n, int m, int from, int to,
+                                                               int32_t *restrict out)
+{
+    for (int i = 0; i < to - from; i++)
         out[i] = -FAR;
     for (int q = 0; q < s->a->nodes; q++) {
         if (q == n || q == m)
             continue;
-        const int32_t *restrict at = s->affinity + (size_t)q * (size_t)samples;
+        const int32_t *restrict at = s->affinity + (size_t)q * (size_t)s->a->samples + (size_t)from;
         int32_t price = s->price[q];
-        for (int i = 0; i < samples; i++)
+        for (int i = 0; i < to - from; i++)
             out[i] = at[i] - price > out[i] ? at[i] - price : out[i];
     }
+}
+
+/* What each sample gains by living on node n rather than on the best other one, price aside. */
+WIDE static void preference(const struct search *s, int n, int32_t *restrict out)
+{
+    const int32_t *restrict at = s->affinity + (size_t)n * (size_t)s->a->samples;
+    best_without(s, n, -1, 0, s->a->samples, out);
+    for (int i = 0; i < s->a->samples; i++)
+        out[i] = at[i] - out[i];
+}
+
+WIDE static void set_best(const struct search *s)
+{
+    best_without(s, -1, -1, 0, s->a->samples, s->best);
 }
 
 /* Prices by coordinate descent: each in turn such that its node is preferred by as many samples as shall live there. */
@@ -154,103 +211,123 @@ static void set_prices(struct search *s, int rounds)
 {
     int samples = s->a->samples;
     for (int r = 0; r < rounds && s->a->nodes > 1; r++) {
+        bool changed = false;
         for (int n = 0; n < s->a->nodes; n++) {
-            const int32_t *at = s->affinity + (size_t)n * (size_t)samples;
             int homes = s->a->homes[n];
-            best_without(s, n, -1, s->others);
-            for (int i = 0; i < samples; i++)
-                s->others[i] = at[i] - s->others[i];
-            if (homes == 0)
-                s->price[n] = kth(s->others, samples, 0) + 1;
-            else if (homes == samples)
-                s->price[n] = kth(s->others, samples, samples - 1) - 1;
-            else {
-                int32_t in = kth(s->others, samples, homes - 1), out = kth(s->others, samples, homes);
+            int32_t was = s->price[n];
+            preference(s, n, s->others);
+            if (homes == 0 || homes == samples) {
+                int32_t least, greatest;
+                beside(s->others, samples, homes ? INT32_MIN : INT32_MAX, &least, &greatest);
+                s->price[n] = homes ? least - 1 : greatest + 1;
+            } else {
+                int32_t in, out;
+                split_at(s->others, samples, homes, &in, &out);
                 s->price[n] = out + (in - out) / 2;
             }
+            changed |= s->price[n] != was;
         }
+        if (!changed)
+            break;
     }
-    best_without(s, -1, -1, s->best);
+    set_best(s);
 }
 
-/* Moving expert x from node `from` to `to`, expert y going the other way: what it changes for sets that hold x. */
+/* Moving expert x from node `from` to `to`, expert y going the other way: what it changes for sets that hold x. Without
+   a branch on what a set is like, which nothing predicts; a sample's sets follow each other. */
 static void set_deltas(const struct search *s, int layer, int x, int y, int from, int to, int32_t *lose, int32_t *win)
 {
-    const struct ry_token_sets *t = s->a->sets;
     const int *first = s->first + (size_t)layer * (size_t)s->a->experts + (size_t)x;
-    for (int i = first[0]; i < first[1]; i++) {
-        int u = s->list[i];
-        const uint8_t *held = s->held + (size_t)u * (size_t)s->a->nodes;
-        bool leaves = held[from] == 1, enters = held[to] == 0;
-        if (leaves && !enters) { /* a set that holds both only exchanges them */
-            const uint16_t *set = t->experts + (size_t)u * (size_t)t->topk;
-            for (int k = 0; k < t->topk; k++)
-                leaves &= set[k] != y;
+    const struct member *at = s->list + first[0], *end = s->list + first[1];
+    while (at < end) {
+        int32_t lost = 0, won = 0;
+        int sample = at->sample;
+        for (; at < end && at->sample == sample; at++) {
+            uint64_t *row = row_of(s, at->set);
+            const uint8_t *held = held_by(s, row);
+            int enters = held[to] == 0, both = (int)(row[y / 64] >> y % 64 & 1);
+            int leaves = (held[from] == 1) & (enters | !both); /* a set that holds both only exchanges them */
+            lost += -leaves & at->weight;
+            won += -enters & at->weight;
         }
-        lose[t->sample[u]] -= leaves ? t->weight[u] : 0;
-        win[t->sample[u]] += enters ? t->weight[u] : 0;
+        lose[sample] -= lost;
+        win[sample] += won;
     }
+}
+
+/* What exchanging experts x and y changes for samples [from, to), whose tokens choose them cx and cy times; with sets,
+   give and take are filled in already. Fills give, take and others; returns what it saves. */
+WIDE static int64_t block_gain(const struct search *s, const uint16_t *restrict cx, const uint16_t *restrict cy, int n,
+                               int m, int from, int to)
+{
+    int32_t *restrict give = s->give + from, *restrict take = s->take + from, *restrict others = s->others + from;
+    const int32_t *restrict an = s->affinity + (size_t)n * (size_t)s->a->samples + (size_t)from;
+    const int32_t *restrict am = s->affinity + (size_t)m * (size_t)s->a->samples + (size_t)from;
+    const int32_t *restrict best = s->best + from;
+    int32_t pn = s->price[n], pm = s->price[m], gain = 0; /* 32 bits hold the sum over a block */
+    best_without(s, n, m, from, to, others);
+    for (int i = 0; cx && i < to - from; i++) {
+        give[i] = cy[i] - cx[i];
+        take[i] = cx[i] - cy[i];
+    }
+    for (int i = 0; i < to - from; i++) {
+        int32_t v = an[i] - pn + give[i], w = am[i] - pm + take[i];
+        v = v > w ? v : w;
+        v = v > others[i] ? v : others[i];
+        gain += v - best[i] - give[i] - take[i];
+    }
+    return gain;
 }
 
 /* Crossing tokens that exchanging experts x (on node n) and y (on m) of a layer saves; fills give, take and others. */
 static int64_t swap_gain(struct search *s, int layer, int x, int y, int n, int m)
 {
     const struct ry_anneal *a = s->a;
-    int samples = a->samples;
-    int32_t *restrict give = s->give, *restrict take = s->take, *restrict others = s->others;
+    size_t samples = (size_t)a->samples, slot = (size_t)layer * (size_t)a->experts;
+    const uint16_t *cx = a->sets ? NULL : a->counts + (slot + (size_t)x) * samples;
+    const uint16_t *cy = a->sets ? NULL : a->counts + (slot + (size_t)y) * samples;
     if (a->sets) {
-        memset(give, 0, (size_t)samples * sizeof *give);
-        memset(take, 0, (size_t)samples * sizeof *take);
-        set_deltas(s, layer, x, y, n, m, give, take);
-        set_deltas(s, layer, y, x, m, n, take, give);
-    } else {
-        const uint16_t *restrict cx = a->counts + ((size_t)layer * (size_t)a->experts + (size_t)x) * (size_t)samples;
-        const uint16_t *restrict cy = a->counts + ((size_t)layer * (size_t)a->experts + (size_t)y) * (size_t)samples;
-        for (int i = 0; i < samples; i++) {
-            give[i] = cy[i] - cx[i];
-            take[i] = cx[i] - cy[i];
-        }
+        memset(s->give, 0, samples * sizeof *s->give);
+        memset(s->take, 0, samples * sizeof *s->take);
+        set_deltas(s, layer, x, y, n, m, s->give, s->take);
+        set_deltas(s, layer, y, x, m, n, s->take, s->give);
     }
-    best_without(s, n, m, others);
-    const int32_t *restrict an = s->affinity + (size_t)n * (size_t)samples;
-    const int32_t *restrict am = s->affinity + (size_t)m * (size_t)samples;
-    const int32_t *restrict best = s->best;
-    int32_t pn = s->price[n], pm = s->price[m];
     int64_t gain = 0;
-    for (int from = 0; from < samples; from += 1024) { /* short enough for 32-bit sums, which compilers vectorize */
-        int to = from + 1024 < samples ? from + 1024 : samples;
-        int32_t part = 0;
-        for (int i = from; i < to; i++) {
-            int32_t v = an[i] - pn + give[i], w = am[i] - pm + take[i];
-            v = v > w ? v : w;
-            v = v > others[i] ? v : others[i];
-            part += v - best[i] - give[i] - take[i];
-        }
-        gain += part;
+    for (int from = 0; from < a->samples; from += BLOCK) {
+        int to = from + BLOCK < a->samples ? from + BLOCK : a->samples;
+        gain += block_gain(s, cx ? cx + from : NULL, cy ? cy + from : NULL, n, m, from, to);
     }
     return gain;
+}
+
+WIDE static void shift_samples(struct search *s, int n, int m)
+{
+    int samples = s->a->samples;
+    int32_t *restrict an = s->affinity + (size_t)n * (size_t)samples;
+    int32_t *restrict am = s->affinity + (size_t)m * (size_t)samples, *restrict best = s->best;
+    const int32_t *restrict give = s->give, *restrict take = s->take, *restrict others = s->others;
+    int32_t pn = s->price[n], pm = s->price[m];
+    for (int i = 0; i < samples; i++) {
+        an[i] += give[i];
+        am[i] += take[i];
+        int32_t v = an[i] - pn, w = am[i] - pm;
+        v = v > w ? v : w;
+        best[i] = v > others[i] ? v : others[i];
+    }
 }
 
 /* Carry out what swap_gain() has just judged. */
 static void swap_apply(struct search *s, int layer, int x, int y)
 {
     const struct ry_anneal *a = s->a;
-    int samples = a->samples;
     size_t slot = (size_t)layer * (size_t)a->experts;
     int n = s->map[slot + (size_t)x], m = s->map[slot + (size_t)y];
     int64_t shift = s->weight[slot + (size_t)x] - s->weight[slot + (size_t)y];
-    int32_t *an = s->affinity + (size_t)n * (size_t)samples, *am = s->affinity + (size_t)m * (size_t)samples;
-    for (int i = 0; i < samples; i++) {
-        an[i] += s->give[i];
-        am[i] += s->take[i];
-        int32_t v = an[i] - s->price[n], w = am[i] - s->price[m];
-        v = v > w ? v : w;
-        s->best[i] = v > s->others[i] ? v : s->others[i];
-    }
+    shift_samples(s, n, m);
     for (int pass = 0; a->sets && pass < 2; pass++) {
         const int *first = s->first + slot + (pass ? y : x);
         for (int i = first[0]; i < first[1]; i++) {
-            uint8_t *held = s->held + (size_t)s->list[i] * (size_t)a->nodes;
+            uint8_t *held = held_by(s, row_of(s, s->list[i].set));
             held[pass ? m : n]--;
             held[pass ? n : m]++;
         }
@@ -317,21 +394,6 @@ double ry_anneal_value(const struct ry_anneal *a, const int *map)
     double v = search_init(&s, a, (int *)map) ? -1 : value(&s, PRICING_ROUNDS);
     search_free(&s);
     return v;
-}
-
-int64_t ry_anneal_excess(const struct ry_anneal *a, const int *map, int layer)
-{
-    int64_t excess = 0;
-    for (int n = 0; a->bound && n < a->nodes; n++) {
-        int64_t load = 0;
-        for (int e = 0; e < a->experts; e++) {
-            size_t j = (size_t)layer * (size_t)a->experts + (size_t)e;
-            for (int i = 0; map[j] == n && i < a->samples; i++)
-                load += a->counts[j * (size_t)a->samples + (size_t)i];
-        }
-        excess += over(load, a->bound[layer * a->nodes + n]);
-    }
-    return excess;
 }
 
 /* Bounds first, then gains, until no pair is left that helps. Prices are reconsidered for each swap: under fixed ones,

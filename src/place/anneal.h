@@ -43,15 +43,12 @@ struct ry_anneal {
 /**
  * Improve `map` ([layer][expert] → node) by `moves` random swaps within layers while cooling, then by all pairs until
  * no swap helps; the number of experts that each node holds in each layer stays what it is. Bounds may be broken on the
- * way and are held at the end wherever swaps can hold them: look at ry_anneal_excess(). Returns what crosses nodes
+ * way and are held at the end wherever swaps can hold them, which is the caller's to see. Returns what crosses nodes
  * (copies or distinct pairs, one direction), homes being where prices put them; -1 out of memory.
  */
 double ry_anneal_run(const struct ry_anneal *a, int *map, long moves, uint64_t seed);
 
 /** What crosses under `map`: a lower bound over homes, exact up to ties between them. -1 out of memory. */
 double ry_anneal_value(const struct ry_anneal *a, const int *map);
-
-/** Copies over the bounds of a layer, summed over nodes. */
-int64_t ry_anneal_excess(const struct ry_anneal *a, const int *map, int layer);
 
 #endif

@@ -7,11 +7,11 @@
 #include <string.h>
 
 #include "place/anneal.h"
-#include "place/batches.h"
 #include "place/crossing_bound.h"
 #include "place/expert_load.h"
 #include "place/locality.h"
 #include "place/random.h"
+#include "place/study.h"
 
 #define LEAST_SAMPLES 16 /* below, nothing can be told from held-out samples */
 #define SURE 3.0         /* standard errors by which a gain must exceed nothing */
@@ -27,7 +27,8 @@ struct lesson {
     int *contiguous;  /* [layers][experts] → node */
     uint16_t *counts; /* [layer][expert][n] */
     int64_t *weight;  /* [layer][expert]: copies, of all samples together */
-    int64_t *bound;   /* [layer][node] */
+    int64_t *limit;   /* [layer][node]: copies that a node may get */
+    int64_t *bound;   /* the same less a margin, as others than these samples shall keep within the limit */
     int *homes;       /* [nodes] */
     struct ry_token_sets sets;
     struct ry_anneal search;
@@ -45,21 +46,30 @@ void ry_share_out(int *out, const int *share, int n, int total)
     }
 }
 
-/* Bounds are per GPU of a node, so that nodes may be of different sizes. */
+/* Copies that the busiest of equal places may get of a layer. */
+static double limit_of(const struct ry_coplace_options *opt, double mean, double busiest)
+{
+    return opt->load_times * (opt->load_from == RY_BOUND_MEAN ? mean : busiest);
+}
+
+/* Limits are per GPU of a node, so that nodes may be of different sizes. The margin takes at most half of what a limit
+   leaves above the mean: where contiguous experts are nearly even already, no map would be left. */
 static void set_bounds(struct lesson *t)
 {
     const struct ry_cluster *c = t->cluster;
     int experts = t->routing->experts;
     for (int l = 0; l < t->routing->layers; l++) {
-        int64_t *bound = t->bound + l * c->nnodes, total;
-        total = ry_expert_load(t->weight + l * experts, t->contiguous + l * experts, experts, c->nnodes, bound);
-        double unit = 0;
+        int64_t *limit = t->limit + l * c->nnodes, total;
+        total = ry_expert_load(t->weight + l * experts, t->contiguous + l * experts, experts, c->nnodes, limit);
+        double unit = 0, mean = (double)total / c->nranks;
         for (int m = 0; m < c->nnodes; m++)
-            unit = fmax(unit, (double)bound[m] / c->node_size[m]);
-        if (t->opt.load_from == RY_BOUND_MEAN)
-            unit = (double)total / c->nranks;
-        for (int m = 0; m < c->nnodes; m++)
-            bound[m] = (int64_t)floor(unit * t->opt.load_times * c->node_size[m] + 1e-6);
+            unit = fmax(unit, (double)limit[m] / c->node_size[m]);
+        unit = limit_of(&t->opt, mean, unit);
+        double within = fmin(unit, fmax(unit * (1 - t->opt.load_margin), (mean + unit) / 2));
+        for (int m = 0; m < c->nnodes; m++) {
+            limit[m] = (int64_t)floor(unit * c->node_size[m] + 1e-6);
+            t->bound[l * c->nnodes + m] = (int64_t)floor(within * c->node_size[m] + 1e-6);
+        }
     }
 }
 
@@ -69,6 +79,7 @@ static void lesson_end(struct lesson *t)
     free(t->contiguous);
     free(t->counts);
     free(t->weight);
+    free(t->limit);
     free(t->bound);
     free(t->homes);
     ry_token_sets_free(&t->sets);
@@ -84,9 +95,10 @@ static int lesson_begin(struct lesson *t, const struct ry_cluster *cluster, cons
     t->contiguous = malloc(slots * sizeof *t->contiguous);
     t->counts = malloc(slots * (size_t)n * sizeof *t->counts);
     t->weight = calloc(slots, sizeof *t->weight);
+    t->limit = malloc((size_t)r->layers * nodes * sizeof *t->limit);
     t->bound = malloc((size_t)r->layers * nodes * sizeof *t->bound);
     t->homes = malloc(nodes * sizeof *t->homes);
-    if (!t->which || !t->contiguous || !t->counts || !t->weight || !t->bound || !t->homes ||
+    if (!t->which || !t->contiguous || !t->counts || !t->weight || !t->limit || !t->bound || !t->homes ||
         (opt->counting == RY_DISTINCT && ry_token_sets_make(&t->sets, r, which, n))) {
         lesson_end(t);
         return ry_fail(err, "out of memory for learning an expert map from %d samples", n);
@@ -118,16 +130,12 @@ static int lesson_begin(struct lesson *t, const struct ry_cluster *cluster, cons
 static int cross(const struct lesson *t, const int *which, int n, const int *map, enum ry_counting counting, bool homes,
                  double *crossing, struct ry_err *err)
 {
-    struct ry_batches b;
     int batch = t->opt.batch < n ? t->opt.batch : n, *share = malloc((size_t)t->cluster->nnodes * sizeof *share);
     if (!share)
         return ry_fail(err, "out of memory");
     ry_share_out(share, t->seats, t->cluster->nnodes, batch);
-    int done = ry_batches_make(&b, t->routing, which, n, map, share, t->cluster->nnodes, counting, err);
-    if (!done) {
-        done = ry_batches_cross(&b, homes ? b.affinity : NULL, crossing, err);
-        ry_batches_free(&b);
-    }
+    struct ry_batches b = {t->routing, which, n, t->cluster->nnodes, share, map, counting};
+    int done = ry_study_cross(&b, homes ? RY_HOMES_KNOWN : RY_HOMES_IN_ORDER, NULL, crossing, err);
     free(share);
     return done;
 }
@@ -140,6 +148,16 @@ static double sum(const double *v, int n)
     return s;
 }
 
+static bool nodes_held(const struct lesson *t, int layer, const int *map, int64_t *room)
+{
+    int experts = t->routing->experts, nodes = t->cluster->nnodes;
+    ry_expert_load(t->weight + layer * experts, map + layer * experts, experts, nodes, room);
+    for (int m = 0; m < nodes && t->opt.load_from != RY_BOUND_NONE; m++)
+        if (room[m] > t->limit[layer * nodes + m])
+            return false;
+    return true;
+}
+
 /* A map into best[layers][experts]: that of the start which lets least cross when samples come in batches, as the job's
    do. That differs a little from what the search goes by, all samples' homes in balance at once: a batch has more of
    one kind of samples than of another, and a good map bears that. */
@@ -147,8 +165,9 @@ static int search(const struct lesson *t, int starts, int *best, struct ry_err *
 {
     size_t slots = (size_t)t->routing->layers * (size_t)t->routing->experts;
     int *map = malloc(slots * sizeof *map), rc = -1;
+    int64_t *room = malloc((size_t)t->cluster->nnodes * sizeof *room);
     double *crossing = malloc((size_t)t->n * sizeof *crossing), least = INFINITY;
-    if (!map || !crossing) {
+    if (!map || !room || !crossing) {
         ry_fail(err, "out of memory for an expert map");
         goto out;
     }
@@ -159,7 +178,7 @@ static int search(const struct lesson *t, int starts, int *best, struct ry_err *
             goto out;
         }
         for (int l = 0; l < t->routing->layers; l++) /* as a last resort; never seen to be needed */
-            if (ry_anneal_excess(&t->search, map, l))
+            if (!nodes_held(t, l, map, room))
                 memcpy(map + l * t->routing->experts, t->contiguous, (size_t)t->routing->experts * sizeof *map);
         int done = cross(t, t->which, t->n, map, t->opt.counting, true, crossing, err);
         if (done < 0)
@@ -173,6 +192,7 @@ static int search(const struct lesson *t, int starts, int *best, struct ry_err *
     rc = 0;
 out:
     free(map);
+    free(room);
     free(crossing);
     return rc;
 }
@@ -217,7 +237,7 @@ static int decide(const struct lesson *all, struct ry_coplace *out, struct ry_er
         *(ry_random_below(&random, (uint64_t)(n - i)) < (uint64_t)(n / 4 - nheld) ? &held[nheld++] : &learn[nlearn++]) =
             all->which[i];
     if (lesson_begin(&part, all->cluster, r, learn, nlearn, all->seats, &all->opt, err) ||
-        search(&part, (all->opt.starts + 3) / 4, map, err))
+        search(&part, (all->opt.starts + 11) / 12, map, err))
         goto out;
     enum ry_counting counting = all->opt.counting;
     int done = cross(&part, held, nheld, part.contiguous, RY_COPIES, false, base, err);
@@ -264,7 +284,7 @@ static double rank_bound(const struct lesson *t, int layer, const int *blocks, i
             top = 0;
     for (int i = 0; i < ranks; i++)
         top = room[i] > top ? room[i] : top;
-    return t->opt.load_times * (t->opt.load_from == RY_BOUND_MEAN ? (double)total / ranks : (double)top);
+    return limit_of(&t->opt, (double)total / ranks, (double)top);
 }
 
 /* A layer's node map to ranks; returns the busiest rank's copies, and which one it is; -1 out of memory. */
@@ -279,16 +299,6 @@ static int64_t layer_to_ranks(const struct lesson *t, int layer, const int *map,
     for (int i = 0; i < t->cluster->nranks; i++)
         *busiest = room[i] > room[*busiest] ? i : *busiest;
     return room[*busiest];
-}
-
-static bool nodes_held(const struct lesson *t, int layer, const int *map, int64_t *room)
-{
-    int experts = t->routing->experts, nodes = t->cluster->nnodes;
-    ry_expert_load(t->weight + layer * experts, map + layer * experts, experts, nodes, room);
-    for (int m = 0; m < nodes; m++)
-        if (room[m] > t->bound[layer * nodes + m])
-            return false;
-    return true;
 }
 
 /* Where no way of dealing a node's experts out keeps a rank within its bound, the node gives one away: the exchange
@@ -357,7 +367,7 @@ static int seat_experts(const struct lesson *t, int *map, struct ry_coplace *out
     out->rank_load = ry_expert_busiest(t->weight, out->expert_rank, layers, experts, c->nranks, NULL, now, room);
     out->bound_held = true;
     for (int l = 0; l < layers && t->opt.load_from != RY_BOUND_NONE; l++)
-        out->bound_held &= now[l] <= rank_bound(t, l, blocks, room) + 1e-6 && !ry_anneal_excess(&t->search, map, l);
+        out->bound_held &= now[l] <= rank_bound(t, l, blocks, room) + 1e-6 && nodes_held(t, l, map, room);
     rc = 0;
 out:
     free(blocks);
@@ -423,7 +433,8 @@ static int check(const struct ry_cluster *c, const struct ry_routing *r, const i
     if (opt->counting == RY_DISTINCT && !r->choice_samples)
         return ry_fail(err,
                        "counting distinct pairs needs token-level choices, which this routing has not: count copies");
-    if (!(opt->load_times >= 0) || !(opt->least_gain >= 0) || opt->starts < 0 || opt->moves < 0 || opt->batch < 0)
+    if (!(opt->load_times >= 0) || !(opt->load_margin < 1) || !(opt->least_gain >= 0) || opt->starts < 0 ||
+        opt->moves < 0 || opt->batch < 0)
         return ry_fail(err, "expert map: an option is negative or not a number");
     return 0;
 }
@@ -435,10 +446,12 @@ struct ry_coplace *ry_coplace_learn(const struct ry_cluster *c, const struct ry_
         return NULL;
     struct ry_coplace_options opt = *options;
     opt.load_times = opt.load_times > 0 ? opt.load_times : 1;
+    opt.load_margin = opt.load_margin ? fmax(opt.load_margin, 0) : 0.03;
     opt.least_gain = opt.least_gain > 0 ? opt.least_gain : 0.02;
     opt.batch = opt.batch ? opt.batch : 128;
-    opt.starts = opt.starts ? opt.starts : opt.counting == RY_DISTINCT ? 3 : 8;
-    opt.moves = opt.moves ? opt.moves : opt.counting == RY_DISTINCT ? 40000 : 150000;
+    opt.starts = opt.starts ? opt.starts : opt.counting == RY_DISTINCT ? 3 : 24;
+    long most = opt.counting == RY_DISTINCT ? 40000 : 150000, each = opt.counting == RY_DISTINCT ? 160 : 600;
+    opt.moves = opt.moves ? opt.moves : (long)fmin((double)most, (double)each * r->layers * r->experts);
 
     int *use = malloc((size_t)n * sizeof *use), *seats = calloc((size_t)c->nnodes, sizeof *seats), used = 0, rc = -1;
     struct ry_coplace *out = calloc(1, sizeof *out);

@@ -30,10 +30,12 @@ struct ry_coplace_options {
     enum ry_counting counting;    /* RY_DISTINCT: learns from samples with token-level choices only */
     enum ry_load_bound load_from; /* what the bound is a multiple of: the contiguous map's busiest, or the mean */
     double load_times;            /* that many times; 0: 1 */
-    double least_gain;            /* what held-out samples must save to move anything; 0: 0.02 of what crosses */
-    int batch;                    /* samples per iteration of the job, all ranks together; 0: 128 */
-    int starts;                   /* 0: 8 counting copies, 3 counting distinct pairs */
-    long moves;                   /* of each start; 0: 150,000 counting copies, 40,000 counting distinct pairs */
+    double load_margin; /* part of a node's bound that is left free, as other samples differ from those learned
+                           from (but at most half of what the bound is above the mean); 0: 0.03, < 0: none */
+    double least_gain;  /* what held-out samples must save to move anything; 0: 0.02 of what crosses */
+    int batch;          /* samples per iteration of the job, all ranks together; 0: 128 */
+    int starts;         /* 0: 24 counting copies, 3 counting distinct pairs */
+    long moves; /* of each start; 0: 600 for each expert of each layer, at most 150,000; distinct: 160 and 40,000 */
     uint64_t seed;
 };
 

@@ -8,6 +8,7 @@
 
 #define ROUNDS 400
 #define GUARD 4 /* vectors iterated beyond those needed: speeds up the last of these */
+#define PARTS 8
 
 /* Subtract from each layer's part its mean. */
 static void center_layers(const struct ry_anneal *a, double *v)
@@ -36,9 +37,16 @@ static void gram(const struct ry_anneal *a, const double *v, double *room, doubl
     for (size_t i = 0; i < samples; i++)
         room[i] -= mean;
     for (size_t j = 0; j < slots; j++) {
-        double sum = 0;
-        for (size_t i = 0; i < samples; i++)
-            sum += room[i] * a->counts[j * samples + i];
+        const uint16_t *column = a->counts + j * samples;
+        double part[PARTS] = {0}, sum = 0; /* sums that do not wait for each other */
+        size_t i = 0;
+        for (; i + PARTS <= samples; i += PARTS)
+            for (size_t k = 0; k < PARTS; k++)
+                part[k] += room[i + k] * column[i + k];
+        for (; i < samples; i++)
+            sum += room[i] * column[i];
+        for (size_t k = 0; k < PARTS; k++)
+            sum += part[k];
         out[j] = sum;
     }
     center_layers(a, out);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "place/assign.h"
 #include "place/locality.h"
 #include "place/random.h"
 
@@ -234,4 +235,56 @@ int ry_study_worth(const struct ry_study *s, const struct ry_netmoe_options *opt
             trial.batches, 100 * out->gain, what, out->dispersion);
     out->worth = out->dispersion >= RY_LOCALITY_LEAST && out->gain >= margin;
     return 0;
+}
+
+/* The node affinities of samples under an expert map, all layers together, and their sums. */
+static int affinities(const struct ry_routing *r, const int *which, int n, const int *expert_node, size_t nodes,
+                      enum ry_counting counting, int32_t *affinity, int64_t *rows)
+{
+    uint32_t *layers = malloc((size_t)r->layers * nodes * sizeof *layers);
+    for (int i = 0; layers && i < n; i++) {
+        ry_affinity_by(r, which[i], expert_node, (int)nodes, counting, layers);
+        for (size_t j = 0; j < (size_t)r->layers * nodes; j++) {
+            affinity[(size_t)i * nodes + j % nodes] += (int32_t)layers[j];
+            rows[i] += layers[j];
+        }
+    }
+    free(layers);
+    return layers ? 0 : -1;
+}
+
+int ry_study_cross(const struct ry_batches *b, enum ry_homes_by by, const int32_t *guess, double *crossing,
+                   struct ry_err *err)
+{
+    size_t nodes = (size_t)b->nodes, size = 0;
+    for (size_t m = 0; m < nodes; m++)
+        size += (size_t)b->share[m];
+    int batches = b->n / (int)size, rc = -1;
+    int32_t *affinity = calloc((size_t)b->n * nodes, sizeof *affinity), *cost = calloc(size * nodes, sizeof *cost);
+    int64_t *rows = calloc((size_t)b->n, sizeof *rows);
+    int *home = malloc(size * sizeof *home);
+    struct ry_assign *ws = ry_assign_new((int)size, b->nodes, 0, err);
+    if (!ws || !affinity || !cost || !rows || !home ||
+        affinities(b->routing, b->which, b->n, b->expert_node, nodes, b->counting, affinity, rows)) {
+        ry_fail(err, "out of memory for batches of %zu samples", size);
+        goto out;
+    }
+    const int32_t *by_what = by == RY_HOMES_KNOWN ? affinity : guess;
+    for (int i = 0; i < batches; i++) {
+        size_t first = (size_t)i * size;
+        for (size_t j = 0; by != RY_HOMES_IN_ORDER && j < size * nodes; j++)
+            cost[j] = -by_what[first * nodes + j];
+        struct ry_assign_problem p = {.nsamples = (int)size, .nplaces = b->nodes, .cost = cost, .capacity = b->share};
+        ry_assign(ws, by == RY_HOMES_IN_ORDER ? RY_SOLVE_NONE : RY_SOLVE_EXACT, &p, home);
+        for (size_t s = first; s < first + size; s++)
+            crossing[s] = 2.0 * (double)(rows[s] - affinity[s * nodes + (size_t)home[s - first]]);
+    }
+    rc = batches * (int)size;
+out:
+    ry_assign_free(ws);
+    free(affinity);
+    free(cost);
+    free(rows);
+    free(home);
+    return rc;
 }

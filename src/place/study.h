@@ -2,8 +2,8 @@
  * study.h: how good a placement is on recorded routing: learn from the first samples, place batches drawn from the
  * rest.
  *
- * Owns: the protocol (which samples are learned from, which batches are drawn), running NetMoE and homes by it, and the
- * decision whether placing is worth while at all. Not: printing (tools/railyard/cmd_plan.c).
+ * Owns: the protocol (which samples are learned from, which batches are drawn, what crosses of them), running NetMoE
+ * and homes by it, and the decision whether placing is worth while at all. Not: printing (tools/railyard/cmd_plan.c).
  *
  * Everything follows from the seed.
  */
@@ -44,6 +44,26 @@ int ry_study_netmoe(const struct ry_study *study, const struct ry_netmoe_options
 
 /** One home per sample and batch, all layers' routing known: what no prediction can beat under this expert map. */
 int ry_study_homes(const struct ry_study *study, const struct ry_homes_options *options, struct ry_study_result *out,
+                   struct ry_err *err);
+
+/* Samples in the order in which batches take them. */
+struct ry_batches {
+    const struct ry_routing *routing;
+    const int *which; /* [n]; a last part of a batch is left out */
+    int n, nodes;
+    const int *share;       /* [nodes]: how many of each batch live on each node, together the batch */
+    const int *expert_node; /* [layers][experts] */
+    enum ry_counting counting;
+};
+
+enum ry_homes_by { RY_HOMES_IN_ORDER, RY_HOMES_KNOWN, RY_HOMES_GUESSED };
+
+/**
+ * What crosses nodes of each sample, both directions, with one home per sample: in order, chosen exactly by what the
+ * sample sends, or by guess [n][nodes] (NULL otherwise) of it. Returns the number of samples that crossing[n] was
+ * filled for, -1 with `err`.
+ */
+int ry_study_cross(const struct ry_batches *batches, enum ry_homes_by by, const int32_t *guess, double *crossing,
                    struct ry_err *err);
 
 /** A predictor that has learned from [0, fit). */

@@ -11,12 +11,12 @@
 
 #include "base/npy.h"
 #include "place/anneal.h"
-#include "place/batches.h"
 #include "place/coplace.h"
 #include "place/crossing_bound.h"
 #include "place/expert_load.h"
 #include "place/expert_map.h"
 #include "place/random.h"
+#include "place/study.h"
 
 static struct ry_err err;
 static uint64_t rng;
@@ -301,15 +301,13 @@ START_TEST(distinct_value_is_counted_right)
             map[j] = j % 8 / (8 / nodes);
         double v = ry_anneal_run(&a, map, 3000, rng), again = ry_anneal_value(&a, map);
         ck_assert_msg(fabs(v - again) <= 0.02 * again, "%g while searching, %g afresh", v, again);
-        struct ry_batches b;
+        struct ry_batches b = {r, which, 12, nodes, share, map, RY_DISTINCT};
         double crossing[12], all = 0;
         ry_share_out(share, (int[4]){0}, nodes, 12);
-        ck_assert_int_eq(ry_batches_make(&b, r, which, 12, map, share, nodes, RY_DISTINCT, &err), 0);
-        ck_assert_int_eq(ry_batches_cross(&b, b.affinity, crossing, &err), 12);
+        ck_assert_int_eq(ry_study_cross(&b, RY_HOMES_KNOWN, NULL, crossing, &err), 12);
         for (int s = 0; s < 12; s++)
             all += crossing[s] / 2;
         ck_assert_msg(again <= all && all <= 1.1 * again + 4, "by prices %g, by exact homes %g", again, all);
-        ry_batches_free(&b);
         ry_token_sets_free(&sets);
         free(counts);
         ry_routing_close(r);

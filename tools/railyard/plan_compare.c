@@ -5,7 +5,6 @@
 #include <string.h>
 #include <time.h>
 
-#include "place/batches.h"
 #include "place/coplace.h"
 #include "place/expert_load.h"
 #include "place/expert_map.h"
@@ -68,7 +67,8 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
 {
     const struct ry_routing *r = s->routing;
     const int *node = nodes_of(s, expert_rank), nodes = s->cluster->nnodes;
-    struct ry_home_options o = {.seed = s->study->seed, .map = ry_home_map_id(node, r->layers, r->experts)};
+    struct ry_home_options o = {
+        .seed = s->study->seed, .window = fit, .map = ry_home_map_id(node, r->layers, r->experts)};
     struct ry_home_model *m = ry_home_model_new(nodes, &o, err);
     uint32_t *affinity = malloc((size_t)r->layers * (size_t)nodes * sizeof *affinity);
     bool failed = !m || !affinity;
@@ -83,7 +83,9 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
                                        rows, err);
     }
     free(affinity);
-    if (failed) {
+    if (failed || !isfinite(ry_home_model_settle(m, 200, 1e-6))) {
+        if (!failed)
+            ry_fail(err, "out of memory for homes from tokens");
         ry_home_model_free(m);
         return NULL;
     }
@@ -91,31 +93,26 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
 }
 
 /* What crosses in batches of which[n], summed: homes in order; known; or as the model tells from tokens. */
-enum homes { IN_ORDER, KNOWN, FROM_TOKENS };
 static int cross(struct scene *s, const int *which, int n, const int *expert_rank, enum ry_counting counting,
-                 enum homes homes, const struct ry_home_model *model, double *sum, struct ry_err *err)
+                 enum ry_homes_by homes, const struct ry_home_model *model, double *sum, struct ry_err *err)
 {
     const struct ry_routing *r = s->routing;
     size_t nodes = (size_t)s->cluster->nnodes;
-    struct ry_batches b;
+    struct ry_batches b = {r, which, n, (int)nodes, s->share, nodes_of(s, expert_rank), counting};
     double *crossing = malloc((size_t)n * sizeof *crossing);
     int32_t *guess = calloc((size_t)n * nodes, sizeof *guess);
     int done = -1;
+    for (int i = 0; guess && homes == RY_HOMES_GUESSED && i < n; i++) {
+        float shares[RY_HOME_NODES];
+        ry_home_model_predict(model, r->tokens + (size_t)which[i] * (size_t)r->tokens_per_sample, r->tokens_per_sample,
+                              shares);
+        for (size_t k = 0; k < nodes; k++)
+            guess[(size_t)i * nodes + k] = (int32_t)lrintf(shares[k] * 1e6f);
+    }
     if (!crossing || !guess)
         ry_fail(err, "out of memory for %d samples", n);
-    else if (!ry_batches_make(&b, r, which, n, nodes_of(s, expert_rank), s->share, (int)nodes, counting, err)) {
-        for (int i = 0; homes == FROM_TOKENS && i < n; i++) {
-            float shares[RY_HOME_NODES];
-            ry_home_model_predict(model, r->tokens + (size_t)which[i] * (size_t)r->tokens_per_sample,
-                                  r->tokens_per_sample, shares);
-            for (size_t k = 0; k < nodes; k++)
-                guess[(size_t)i * nodes + k] = (int32_t)lrintf(shares[k] * 1e6f);
-        }
-        done = ry_batches_cross(&b, homes == IN_ORDER ? NULL : homes == KNOWN ? b.affinity : guess, crossing, err);
-        if (done >= 0)
-            *sum = total(crossing, done);
-        ry_batches_free(&b);
-    }
+    else if ((done = ry_study_cross(&b, homes, guess, crossing, err)) >= 0)
+        *sum = total(crossing, done);
     free(crossing);
     free(guess);
     return done < 0 ? -1 : 0;
@@ -197,7 +194,7 @@ static int copies(struct scene *s, struct table *t, json_t *why, const char *map
     ry_share_out(s->share, s->cluster->node_size, s->cluster->nnodes, y->batch);
     for (int k = 0; which && k < y->batches; k++)
         ry_study_batch(y, k, which + k * y->batch);
-    if (!which || cross(s, which, n, s->blocks, RY_COPIES, IN_ORDER, NULL, &base, err))
+    if (!which || cross(s, which, n, s->blocks, RY_COPIES, RY_HOMES_IN_ORDER, NULL, &base, err))
         goto out;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         const struct kind *k = &kinds[i];
@@ -206,12 +203,12 @@ static int copies(struct scene *s, struct table *t, json_t *why, const char *map
         if (!(p = ry_coplace_learn(s->cluster, r, NULL, y->fit, NULL, &o, err)))
             goto out;
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-        if (cross(s, which, n, p->expert_rank, RY_COPIES, KNOWN, NULL, &sum, err))
+        if (cross(s, which, n, p->expert_rank, RY_COPIES, RY_HOMES_KNOWN, NULL, &sum, err))
             goto out;
         put(t, k->keys[0], k->names[0], sum / base);
         if (r->tokens) {
             if (!(m = model_of(s, p->expert_rank, y->fit, 0, 0, err)) ||
-                cross(s, which, n, p->expert_rank, RY_COPIES, FROM_TOKENS, m, &sum, err))
+                cross(s, which, n, p->expert_rank, RY_COPIES, RY_HOMES_GUESSED, m, &sum, err))
                 goto out;
             put(t, k->keys[1], k->names[1], sum / base);
         }
@@ -275,15 +272,15 @@ static int distinct(struct scene *s, struct table *t, struct ry_err *err)
             ry_study_batch(&y, k, which + k * batch);
         for (int i = 0; i < half; i++)
             learn[i] = (1 - f) * half + i;
-        if (cross(s, which, n, s->blocks, RY_COPIES, IN_ORDER, NULL, &base[f], err) ||
-            cross(s, which, n, s->blocks, RY_DISTINCT, IN_ORDER, NULL, &alone[f], err))
+        if (cross(s, which, n, s->blocks, RY_COPIES, RY_HOMES_IN_ORDER, NULL, &base[f], err) ||
+            cross(s, which, n, s->blocks, RY_DISTINCT, RY_HOMES_IN_ORDER, NULL, &alone[f], err))
             goto out;
         for (int i = 0; i < 2; i++) {
             struct ry_coplace_options o = {
                 .counting = RY_DISTINCT, .load_from = kinds[i].from, .batch = batch, .seed = y.seed};
             if (!(p = ry_coplace_learn(s->cluster, r, learn, half, NULL, &o, err)) ||
                 !(m = model_of(s, p->expert_rank, s->study->fit, y.fit, y.end, err)) ||
-                cross(s, which, n, p->expert_rank, RY_DISTINCT, FROM_TOKENS, m, &sum[i][f], err) ||
+                cross(s, which, n, p->expert_rank, RY_DISTINCT, RY_HOMES_GUESSED, m, &sum[i][f], err) ||
                 busiest_node(s, which, n, p->expert_rank, &load[i][f]))
                 goto out;
             ry_coplace_free(p);
@@ -307,22 +304,20 @@ out:
 }
 
 /* The same trace with its tokens dealt out anew: what would the planner do? */
-static int shuffled(struct scene *s, json_t *list, struct ry_err *err)
+static int shuffled(struct scene *s, const struct ry_routing *anew, json_t *list, struct ry_err *err)
 {
-    struct ry_routing *r = ry_routing_shuffled(s->routing, s->study->seed, err);
     struct ry_coplace_options o = {.batch = s->study->batch, .seed = s->study->seed, .starts = 1};
-    struct ry_coplace *p = r ? ry_coplace_learn(s->cluster, r, NULL, s->study->fit, NULL, &o, err) : NULL;
+    struct ry_coplace *p = ry_coplace_learn(s->cluster, anew, NULL, s->study->fit, NULL, &o, err);
     if (p)
         json_array_append_new(list, json_pack("{si ss sb sb}", "nodes", s->cluster->nnodes, "experts", p->why,
                                               "move_experts", p->move_experts, "move_samples", p->move_samples));
     int rc = p ? 0 : -1;
     ry_coplace_free(p);
-    ry_routing_close(r);
     return rc;
 }
 
-static int one_size(const struct ry_study *study, int nodes, int ranks, const char *map_file, struct table *t,
-                    json_t *why, json_t *shuffle, struct ry_err *err)
+static int one_size(const struct ry_study *study, const struct ry_routing *anew, int nodes, int ranks,
+                    const char *map_file, struct table *t, json_t *why, json_t *shuffle, struct ry_err *err)
 {
     const struct ry_routing *r = study->routing;
     size_t slots = (size_t)r->layers * (size_t)r->experts;
@@ -340,7 +335,7 @@ static int one_size(const struct ry_study *study, int nodes, int ranks, const ch
     if (nodes > RY_HOME_NODES)
         ry_fail(err, "homes are told from tokens for up to %d nodes, not %d", RY_HOME_NODES, nodes);
     else if (!ry_experts_contiguous(s.blocks, r->layers, r->experts, s.cluster->nranks, err) && !netmoe(&s, t, err) &&
-             !copies(&s, t, why, map_file, err) && !shuffled(&s, shuffle, err))
+             !copies(&s, t, why, map_file, err) && !shuffled(&s, anew, shuffle, err))
         rc = r->choice_samples >= 64 && r->tokens ? distinct(&s, t, err) : 0;
 out:
     ry_cluster_free(s.cluster);
@@ -377,12 +372,14 @@ json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes,
 {
     struct table t = {.nsizes = nsizes};
     json_t *why = json_array(), *shuffle = json_array(), *rows = json_array(), *sizes = json_array();
-    int failed = ry_study_check(study, err);
+    struct ry_routing *anew = ry_study_check(study, err) ? NULL : ry_routing_shuffled(study->routing, study->seed, err);
+    int failed = !anew;
     for (int i = 0; i < nsizes && !failed; i++) {
         t.at = i;
         json_array_append_new(sizes, json_integer(nodes[i]));
-        failed = one_size(study, nodes[i], ranks, map_file, &t, why, shuffle, err);
+        failed = one_size(study, anew, nodes[i], ranks, map_file, &t, why, shuffle, err);
     }
+    ry_routing_close(anew);
     for (int i = 0; i < t.nrows; i++) {
         json_t *values = json_array();
         for (int k = 0; k < nsizes; k++)
