@@ -390,7 +390,7 @@ START_TEST(killed_ranks_are_lost)
     for (int r = 1; r < 4; r++) { /* not waited for: a zombie is dead, too */
         uint64_t t = ry_now_ns();
         kill(kids[r], SIGKILL);
-        wait_until(atomic_load(&e.losses) == (uint64_t)r, 5); /* the last thing that lost() says */
+        wait_until(atomic_load(&e.losses) == r, 5); /* the last thing that lost() says */
         uint64_t took = atomic_load(&e.lost_at) - t;
         printf("rank %d: lost %.2f ms after kill -9: %s\n", r, (double)took * 1e-6, e.why);
         ck_assert_uint_lt(took, SECOND / 10);
