@@ -26,6 +26,7 @@ struct ry_talk {
     struct ry_yard *yard; /* on rank 0 */
     struct ry_line *line;
     uint64_t spin_ns;
+    bool leaving; /* what becomes of the others is of no interest any more: they may be gone before they hear of it */
     char *out; /* a message with its first byte */
     size_t out_size;
 };
@@ -97,8 +98,10 @@ static void lost(void *context, int peer, const char *why)
     else
         ry_agree_fail(t->agree, "the connection to the yardmaster is lost");
     settle(t);
+    bool tell = !t->leaving;
     pthread_mutex_unlock(&t->lock);
-    t->config.trouble(t->config.context, peer, why);
+    if (tell)
+        t->config.trouble(t->config.context, peer, why);
 }
 
 static void timer(void *context, uint64_t now_ns)
@@ -158,6 +161,7 @@ struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err 
 void ry_talk_close(struct ry_talk *t)
 {
     pthread_mutex_lock(&t->lock);
+    t->leaving = true;
     ry_agree_leave(t->agree);
     if (t->yard) /* what the rank told it would come too late */
         ry_yard_lost(t->yard, ry_now_ns(), t->config.rank);
@@ -217,6 +221,7 @@ void ry_talk_stray(struct ry_talk *t)
 void ry_talk_leave(struct ry_talk *t)
 {
     pthread_mutex_lock(&t->lock);
+    t->leaving = true;
     ry_agree_leave(t->agree);
     settle(t);
     pthread_mutex_unlock(&t->lock);
