@@ -22,8 +22,6 @@ bool ry_control_poll(struct ry_control *c)
     if (pthread_mutex_trylock(&c->lock))
         return false;
     bool any = ucp_worker_progress(c->worker) != 0;
-    if (c->broken_eps)
-        ry_peers_close_broken(c);
     any |= ry_lines_dispatch(c);
     pthread_mutex_unlock(&c->lock);
     return any;
@@ -56,8 +54,6 @@ static void *progress(void *arg)
         if (fds[1].revents || ry_watch_deadline(c->watch) <= now)
             ry_watch_drive(c->watch, now);
         fds[1].revents = 0;
-        if (c->broken_eps)
-            ry_peers_close_broken(c);
         uint64_t until = ry_lines_look_at_clock(c, now);
         if (ry_lines_dispatch(c) || moved) {
             busy = 0;
@@ -196,13 +192,25 @@ static void drive_until(struct ry_control *c, void **request, uint64_t until)
         ucp_request_free(*request);
 }
 
-void ry_control_stop(struct ry_control *c)
+static void end_thread(struct ry_control *c)
 {
     pthread_mutex_lock(&c->lock);
     c->stop = true;
     eventfd_write(c->wake, 1);
     pthread_mutex_unlock(&c->lock);
     pthread_join(c->thread, NULL);
+}
+
+void ry_control_abandon(struct ry_control *c)
+{
+    static struct ry_control *volatile abandoned; /* for leak checkers */
+    abandoned = c;
+    end_thread(abandoned);
+}
+
+void ry_control_stop(struct ry_control *c)
+{
+    end_thread(c);
     pthread_mutex_lock(&c->lock); /* for the checkers of locks: nobody else is here */
     ucp_request_param_t none = {0};
     void *flush = ucp_worker_flush_nbx(c->worker, &none);

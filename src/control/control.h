@@ -43,6 +43,9 @@ struct ry_line;    /* one per communicator and rank of this process */
 struct ry_control *ry_control_start(struct ry_err *err);
 /** Ends the thread and closes everything; lines must be closed before. */
 void ry_control_stop(struct ry_control *control);
+/** The same at the end of the process: the thread ends, UCX is left as it is. Taking it down while peers do the same, or while
+ *  connections are being made, ends in assertions of UCX 1.13.1, and so in the job's abort. */
+void ry_control_abandon(struct ry_control *control);
 
 /** The worker's address, to be handed to others (some hundred bytes, more with RDMA): owned by `control`. */
 const void *ry_control_address(const struct ry_control *control, size_t *size);

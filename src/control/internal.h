@@ -114,7 +114,6 @@ struct ry_control {
     struct ry_line *lines;
     struct list unclaimed;
     size_t unclaimed_bytes;
-    bool broken_eps;
     uint64_t asleep_until;  /* 0: the thread is awake */
     bool napping;           /* asleep, but looks again within NAP_NS */
     _Atomic uint32_t ready; /* lines with something to tell */

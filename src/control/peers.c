@@ -24,7 +24,6 @@ void ry_peer_gone(struct peer *p, const char *why)
     }
     p->queue = NULL;
     p->ep_failed = p->ep != NULL;
-    c->broken_eps |= p->ep_failed; /* closed outside of UCX's callbacks */
     ry_lines_lose(c, p);
     pthread_cond_broadcast(&c->changed);
 }
@@ -175,9 +174,10 @@ void ry_peers_gone(void *context, uint32_t mine, const char *why)
     ry_peer_gone(c->peers[mine], why);
 }
 
+/* Only when all is over: to close an endpoint by force while the other side is still connecting ends in an assertion of UCX 1.13.1. A
+   failed one costs a few KiB. */
 void ry_peers_close_broken(struct ry_control *c)
 {
-    c->broken_eps = false;
     for (uint32_t i = 0; i < c->npeers; i++) {
         struct peer *p = c->peers[i];
         if (!p->ep_failed || !p->ep)

@@ -26,10 +26,13 @@ struct ry_talk {
     struct ry_yard *yard; /* on rank 0 */
     struct ry_line *line;
     uint64_t spin_ns;
+    void *address; /* the yardmaster's, a copy: a rank connects when it has something to say */
     bool leaving; /* what becomes of the others is of no interest any more: they may be gone before they hear of it */
     char *out; /* a message with its first byte */
     size_t out_size;
 };
+
+static int open_line(struct ry_talk *t, struct ry_err *err);
 
 static void send_to(struct ry_talk *t, char whom, int to, const void *bytes, size_t size)
 {
@@ -42,7 +45,8 @@ static void send_to(struct ry_talk *t, char whom, int to, const void *bytes, siz
     }
     t->out[0] = whom;
     memcpy(t->out + 1, bytes, size);
-    ry_line_send(t->line, to, t->out, size + 1);
+    if (t->line || (!t->leaving && !open_line(t, NULL)))
+        ry_line_send(t->line, to, t->out, size + 1);
 }
 
 static void rank_sends(void *context, int to, const void *bytes, size_t size)
@@ -93,12 +97,13 @@ static void lost(void *context, int peer, const char *why)
 {
     struct ry_talk *t = context;
     pthread_mutex_lock(&t->lock);
+    bool engaged = ry_agree_hold(t->agree); /* else nothing changes, and a process may well end before this one does */
     if (t->yard)
         ry_yard_lost(t->yard, ry_now_ns(), peer);
     else
         ry_agree_fail(t->agree, "the connection to the yardmaster is lost");
     settle(t);
-    bool tell = !t->leaving;
+    bool tell = engaged && !t->leaving;
     pthread_mutex_unlock(&t->lock);
     if (tell)
         t->config.trouble(t->config.context, peer, why);
@@ -115,8 +120,21 @@ static void timer(void *context, uint64_t now_ns)
 
 /* ---- coming and going ---- */
 
+/*
+ * The yardmaster must be there to be talked to; the others connect when they first have something to say: communicators that do
+ * few exchanges, or none that could gain, make no connections, and have none to take down.
+ */
+static int open_line(struct ry_talk *t, struct ry_err *err)
+{
+    struct ry_line_handlers handlers = {t, message, lost, timer};
+    const struct ry_talk_config *c = &t->config;
+    t->line = ry_line_open(c->control, c->key, c->nranks, c->rank, t->address, c->address_size, &handlers, err);
+    return t->line ? 0 : -1;
+}
+
 static void free_talk(struct ry_talk *t)
 {
+    free(t->address);
     ry_agree_free(t->agree);
     ry_yard_free(t->yard);
     pthread_mutex_destroy(&t->lock);
@@ -132,6 +150,8 @@ struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err 
         return ry_fail(err, "out of memory"), NULL;
     cpu_set_t cpus;
     t->config = *config;
+    if (config->address && config->address_size && (t->address = malloc(config->address_size)))
+        memcpy(t->address, config->address, config->address_size);
     t->spin_ns = !sched_getaffinity(0, sizeof cpus, &cpus) && CPU_COUNT(&cpus) < FEW_CPUS ? SPIN_NS_FEW_CPUS : SPIN_NS;
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->decided, NULL);
@@ -146,12 +166,10 @@ struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err 
         free_talk(t);
         return NULL;
     }
-    struct ry_line_handlers handlers = {t, message, lost, timer};
     pthread_mutex_lock(&t->lock); /* the first message may come before the line is known here */
-    t->line = ry_line_open(config->control, config->key, config->nranks, config->rank, config->address,
-                           config->address_size, &handlers, err);
+    int failed = config->rank == 0 ? open_line(t, err) : 0;
     pthread_mutex_unlock(&t->lock);
-    if (!t->line) {
+    if (failed) {
         free_talk(t);
         return NULL;
     }
@@ -167,7 +185,8 @@ void ry_talk_close(struct ry_talk *t)
         ry_yard_lost(t->yard, ry_now_ns(), t->config.rank);
     atomic_store(t->config.hold, 0);
     pthread_mutex_unlock(&t->lock);
-    ry_line_close(t->line);
+    if (t->line)
+        ry_line_close(t->line);
     free_talk(t);
 }
 

@@ -27,7 +27,7 @@ struct ry_talk_config {
     double patience;                /* seconds */
     const struct ry_policy *policy; /* used on rank 0 only; called under the communicator's lock, on any thread */
     _Atomic uint32_t *hold;         /* set and cleared as the agreement goes */
-    /** Rank `peer` is lost or talks nonsense, `why` says how; on ranks other than 0 it is the yardmaster. Any thread. */
+    /** While engaged: rank `peer` is lost or talks nonsense, `why` says how; on ranks other than 0 it is the yardmaster. Any thread. */
     void (*trouble)(void *context, int peer, const char *why);
     void *context;
 };

@@ -350,7 +350,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     for (struct comm *c = ry_engine.comms; c; c = c->next)
         ry_reissue_close(c, true); /* the driver may be gone by now */
     if (ry_engine.control)
-        ry_control_stop(ry_engine.control);
+        ry_control_abandon(ry_engine.control);
     if (!ry_engine.record)
         return;
     for (struct comm *c = ry_engine.comms; c; c = c->next) {
