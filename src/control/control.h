@@ -73,6 +73,9 @@ struct ry_line *ry_line_open(struct ry_control *control, uint64_t key, int nrank
 /** Messages sent before are still flushed for up to 100 ms; when this returns, no callback runs or will run. No other thread may
  *  use the line meanwhile. */
 void ry_line_close(struct ry_line *line);
+/** The same where the others close theirs, too, and their processes may be ending: says so only where there is a connection. To make one
+ *  to a peer that is going makes UCX 1.13.1 assert. */
+void ry_line_close_with_all(struct ry_line *line);
 
 /** Send to rank `to` (the yardmaster to anybody who has spoken to it; others only to the yardmaster). Copies; never blocks.
  *  To a peer that is lost, or has not spoken yet: nothing. */

@@ -230,15 +230,13 @@ static bool in_flight(const struct ry_line *l)
     return false;
 }
 
-/* Not to whom nothing was ever sent: to connect to a peer that may be closing, too, makes UCX 1.13.1 assert. */
-static void say_bye(struct ry_line *l, uint32_t rank)
+static bool connected(struct ry_line *l, uint32_t rank)
 {
-    struct way *w = way_to(l, rank);
-    if (w && (w->here || (w->peer && w->peer->ep)))
-        say(l, rank, BYE, NULL, 0);
+    const struct way *w = way_to(l, rank);
+    return w && (w->here || (w->peer && w->peer->ep));
 }
 
-void ry_line_close(struct ry_line *l)
+static void close_line(struct ry_line *l, bool tell_all)
 {
     struct ry_control *c = l->control;
     pthread_mutex_lock(&c->lock);
@@ -247,7 +245,8 @@ void ry_line_close(struct ry_line *l)
         pthread_cond_wait(&c->changed, &c->lock);
     for (uint32_t r = 0; r < l->ways; r++)
         if (l->rank || r) /* not to itself */
-            say_bye(l, r);
+            if (tell_all || connected(l, r))
+                say(l, r, BYE, NULL, 0);
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += RY_FLUSH_NS;
@@ -269,6 +268,16 @@ void ry_line_close(struct ry_line *l)
     for (struct item *i; (i = ry_list_take(&l->inbox));)
         free(i);
     free(l);
+}
+
+void ry_line_close(struct ry_line *l)
+{
+    close_line(l, true);
+}
+
+void ry_line_close_with_all(struct ry_line *l)
+{
+    close_line(l, false);
 }
 
 void ry_line_wake_at(struct ry_line *l, uint64_t ns)

@@ -186,7 +186,7 @@ void ry_talk_close(struct ry_talk *t)
     atomic_store(t->config.hold, 0);
     pthread_mutex_unlock(&t->lock);
     if (t->line)
-        ry_line_close(t->line);
+        ry_line_close_with_all(t->line);
     free_talk(t);
 }
 
