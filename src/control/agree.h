@@ -8,28 +8,36 @@
  * yardmaster's caller chooses, through a callback), how messages travel.
  *
  * The protocol.
- *   Observing    Exchanges pass. Now and then each rank tells the yardmaster SEEN x, without waiting: all of them at
- * the same numbers, dense at first (0, 1, 2, 4, 7, 11, …), then one in 1021, so that a communicator that never engages
- *                costs next to nothing; none at all after giving up.
- *   Proposed     When SEEN x has come from all ranks (x ≥ engage_after - 1 exchanges after the last engagement: numbers
- * are consecutive, so all have issued the ones before as well) and the caller's policy finds it worth while, the
- *                yardmaster sends PROPOSE m, m beyond any number it knows of. A rank that has not begun exchange m
- * answers PROMISE: from m on it sends a MANIFEST for each exchange and waits for the outcome. One that has answers
- *                REFUSE with its own next number: END, and a later m is tried at once. Patience over: END. All promises
- * in: committed. That is the yardmaster's knowledge only; a rank that promised does the same before and after, so no
- * message tells it and there is no race between COMMIT and whatever else is on its way. Engaged      The yardmaster
- * sends a VERDICT when all manifests of an exchange are in and fit. It may be the last: back to observing after it. A
- * rank that says "not me" goes direct without waiting; those who do wait for that exchange, early or late, get the
- * verdict "direct", and nothing else changes. A manifest missing for `patience` after the first came, manifests that do
- * not fit, a STRAY, a rank lost or leaving: END. END          Everything not yet decided in this epoch goes direct, on
- * ranks that wait and on those that come there later, and all observe again. Failed       Connection to the yardmaster
- * lost, communicator aborted, communicator ending: every wait ends at once with "direct", and nothing of this
- * communicator is ever waited for again. Each proposal opens an epoch, carried by every message, so that what comes
- * late or twice from an earlier one is recognized. Why all ranks take the same path: a verdict other than direct needs
- * the manifests of all ranks for that exchange, so all wait for it, and it is sent to all at once; END names an
- * exchange below which all is answered, so a rank that END reaches before a verdict given earlier goes on waiting for
- * that verdict. The order in which messages of one pair arrive therefore matters only for how soon, never for what; but
- * none may be lost without ry_yard_lost() on the one side and ry_agree_fail() on the other.
+ *
+ * Observing: exchanges pass. Now and then each rank tells the yardmaster SEEN x, without waiting: all of them at the same
+ * numbers, dense at first (0, 1, 2, 4, 7, 11, …), then one in 1021, so that a communicator that never engages costs next to
+ * nothing; none at all after giving up.
+ *
+ * Proposed: when SEEN x has come from all ranks (x ≥ engage_after - 1 exchanges after the last engagement: numbers are
+ * consecutive, so all have issued the ones before as well) and the caller's policy finds it worth while, the yardmaster
+ * sends PROPOSE m, m beyond any number it knows of. A rank that has not begun exchange m answers PROMISE: from m on it
+ * sends a MANIFEST for each exchange and waits for the outcome. One that has answers REFUSE with its own next number: END,
+ * and a later m is tried at once. Patience over: END. All promises in: committed. That is the yardmaster's knowledge only;
+ * a rank that promised does the same before and after, so no message tells it and there is no race between COMMIT and
+ * whatever else is on its way.
+ *
+ * Engaged: the yardmaster sends a VERDICT when all manifests of an exchange are in and fit. It may be the last: back to
+ * observing after it. A rank that says "not me" goes direct without waiting; those who do wait for that exchange, early
+ * or late, get the verdict "direct", and nothing else changes. A manifest missing for `patience` after the first came,
+ * manifests that do not fit, a STRAY, a rank lost or leaving: END.
+ *
+ * END: everything not yet decided in this epoch goes direct, on ranks that wait and on those that come there later, and
+ * all observe again.
+ *
+ * Failed: connection to the yardmaster lost, communicator aborted, communicator ending: every wait ends at once with
+ * "direct", and nothing of this communicator is ever waited for again.
+ *
+ * Each proposal opens an epoch, carried by every message, so that what comes late or twice from an earlier one is
+ * recognized. Why all ranks take the same path: a verdict other than direct needs the manifests of all ranks for that
+ * exchange, so all wait for it, and it is sent to all at once; END names the first undecided exchange, so a rank that END
+ * reaches before a verdict given earlier goes on waiting for that verdict. The order in which messages of one pair arrive
+ * therefore matters only for how soon, never for what; but none may be lost without ry_yard_lost() on the one side and
+ * ry_agree_fail() on the other.
  *
  * The same exchange? Numbers can drift apart when a group looks like an exchange on one rank only. NCCL matches p2p by
  * order within each pair. So a manifest tells for each peer how many sends and receives this rank has issued on the

@@ -32,7 +32,7 @@ struct ry_talk_config {
     void *context;
 };
 
-/** Join in. NULL with `err`: this rank then never engages, and so nobody does. */
+/** Join in. The yardmaster can be talked to from here on; other ranks connect when they first have something to say. NULL with `err`: this rank then never engages, and so nobody does. */
 struct ry_talk *ry_talk_open(const struct ry_talk_config *config, struct ry_err *err);
 /** Tells the others that this rank is out, and frees it. */
 void ry_talk_close(struct ry_talk *talk);

@@ -3,11 +3,12 @@
  *
  * Owns: the order in which the parts are asked. Not: what they do.
  *
- *   ry_exchange_begin()  numbers it, and may start the clock (sampler.c).
+ *   ry_exchange_begin()  numbers it.
  *   ry_exchange_take()   describe() this rank's side; agree() with the other ranks (control/talk.h), which may wait; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
  *                        the caller's stream (run/run.h). Otherwise the preload passes the exchange on to NCCL as it is.
- *   ry_exchange_end()    learns the row width and records it.
+ *                        May start the clock (sampler.c), once nothing is waited for any more.
+ *   ry_exchange_end()    learns the row width, records it, and stops the clock.
  *
  * Between a verdict and its plan nothing may be left to chance: the other ranks go the same way whatever happens here. So
  * memory is held before the manifest is sent, and what fails all the same makes the job's call fail, with a line that says

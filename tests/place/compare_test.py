@@ -4,33 +4,18 @@ import json
 import os
 import random
 import struct
-import subprocess
 import sys
 import tempfile
 
-railyard = sys.argv[1]
+from cli import Cli
+
 SAMPLES, LAYERS, EXPERTS, TOPK, TOKENS, CHOICES, DOMAINS = 512, 2, 8, 2, 24, 64, 4
 PROTOCOL = ["--fit", "384", "--batches", "2", "--batch", "32", "-g", "2"]
 KEYS = ["netmoe_gather", "netmoe_predicted", "netmoe_known", "coplaced_known", "coplaced_tokens", "coplaced_node_load", "coplaced_seconds",
         "bounded_known", "bounded_tokens", "bounded_node_load", "bounded_seconds", "contiguous_node_load", "fit", "least",
         "distinct_alone", "distinct_tokens", "distinct_node_load", "distinct_bounded_tokens", "distinct_bounded_node_load"]
-bad = []
-
-
-def check(what, ok):
-    if not ok:
-        bad.append(what)
-
-
-def run(*args, status=0):
-    p = subprocess.run([railyard, "plan", "--compare", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    check(f"{' '.join(args)}: exit status {p.returncode}, not {status}: {p.stderr}", p.returncode == status)
-    return p
-
-
-def wants(text, *args, status=1):
-    p = run(*args, status=status)
-    check(f"{' '.join(args)}: '{p.stderr.strip()}' does not say '{text}'", text in p.stderr)
+cli = Cli(sys.argv[1], "plan", "--compare")
+run, check, wants = cli.run, cli.check, cli.wants
 
 
 def npy(path, shape, kind, values):
@@ -122,6 +107,4 @@ with tempfile.TemporaryDirectory() as tmp:
     with open(f"{local}/tokens.npy", "r+b") as f:
         f.truncate(200)
     wants("tokens.npy", *PROTOCOL, "-n", "2", local)
-for text in bad:
-    print(text)
-sys.exit(1 if bad else 0)
+cli.end()

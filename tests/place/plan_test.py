@@ -2,30 +2,13 @@
 """`railyard plan` as a user meets it: text, JSON, errors. usage: plan_test.py RAILYARD [--no-speed]"""
 import json
 import os
-import subprocess
 import sys
 import tempfile
 
-railyard = sys.argv[1]
-bad = []
+from cli import Cli
 
-
-def run(*args, status=0):
-    p = subprocess.run([railyard, "plan", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if p.returncode != status:
-        bad.append(f"plan {' '.join(args)}: exit status {p.returncode}, not {status}: {p.stderr}")
-    return p
-
-
-def check(what, ok):
-    if not ok:
-        bad.append(what)
-
-
-def wants(text, *args, status=1):
-    p = run(*args, status=status)
-    check(f"plan {' '.join(args)}: '{p.stderr.strip()}' does not say '{text}'", text in p.stderr)
-    check(f"plan {' '.join(args)}: more than one line of error", status == 2 or p.stderr.count("\n") == 1)
+cli = Cli(sys.argv[1], "plan")
+run, check, wants = cli.run, cli.check, cli.wants
 
 
 wants("meta.json: cannot be opened", "/nonexistent")
@@ -44,7 +27,7 @@ if "--no-speed" not in sys.argv:  # sanitized builds tell nothing of it
 trace = os.path.join(os.environ.get("RY_SHARED", ""), "traces", "gpt-e32-k2")
 if not os.path.isdir(trace):
     print("SKIPPED in part: no routing traces in RY_SHARED")
-    sys.exit(1 if bad else 77)
+    cli.end(77)
 
 wants("32 experts cannot be dealt out evenly to 12 ranks", "-n", "3", trace)
 wants("with 3000 to learn from, 72 are left, but a batch has 128", "--fit", "3000", trace)
@@ -88,6 +71,4 @@ again = json.loads(run(*short, "--json", "-", trace).stdout)["clusters"][0]["row
 check("two runs with one seed differ", [r["cross_rows"] for r in again] == [r["cross_rows"] for r in many])
 for row in few + many + even:
     print(f"{row['placement']:32} cross {row['cross']:.3f} busiest NIC {row['busiest_nic']:.3f} moved {row['moved']:.2f}")
-for text in bad:
-    print(text)
-sys.exit(1 if bad else 0)
+cli.end()

@@ -3,30 +3,14 @@
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 
-railyard = sys.argv[1]
-bad = []
+from cli import Cli
 
-
-def run(*args, status=0):
-    p = subprocess.run([railyard, "sim", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if p.returncode != status:
-        bad.append(f"sim {' '.join(args)}: exit status {p.returncode}, not {status}: {p.stderr}")
-    return p
-
-
-def check(what, ok):
-    if not ok:
-        bad.append(what)
-
-
-def wants(text, *args, status=1):
-    p = run(*args, status=status)
-    check(f"sim {' '.join(args)}: '{p.stderr.strip()}' does not say '{text}'", text in p.stderr)
+cli = Cli(sys.argv[1], "sim")
+run, check, wants = cli.run, cli.check, cli.wants
 
 
 def points(*args):
@@ -123,6 +107,4 @@ else:
     check("the scaling is not told", p["routing"]["expert_stands_for"] == 2 and "stands for 2" in p["routing"]["scaled"])
     check("the paper's figures are not there", p["netmoe"]["here"]["placement"] == "netmoe-predicted" and p["netmoe"]["differs"])
     check("samples hardly move", p["netmoe"]["here"]["moved"] > 0.7)
-for text in bad:
-    print(text)
-sys.exit(1 if bad else 77 if skipped else 0)
+cli.end(77 if skipped else 0)
