@@ -119,8 +119,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.staging = ry_run_staging(r->runner);
     for (int i = 0; i < RY_STRATEGIES; i++)
-        side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at);
-    ry_load_of(&side.load, r->map, x->rank, r->send, r->recv);
+        side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, NULL);
+    ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, NULL);
     struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
                             .one_call = x->one_call,
                             .type = x->type,

@@ -124,7 +124,7 @@ static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
     int class = size_class(c), least = RY_DIRECT;
     if (!unknown(c, choice))
         return false;
-    for (int s = 0; s < RY_STRATEGIES; s++)
+    for (int s = 0; s <= RY_HIERARCHICAL; s++)
         if (c->learned.at[s][class].samples < c->learned.at[least][class].samples)
             least = s;
     if (c->learned.at[least][class].samples >= TRIES) {
@@ -132,7 +132,7 @@ static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
         return false;
     }
     /* Durations come late: take turns, rather than wait for the last one's. */
-    choice->strategy = c->tried[class] < RY_STRATEGIES * TRIES ? c->tried[class] % RY_STRATEGIES : (enum ry_strategy)least;
+    choice->strategy = c->tried[class] < 2 * TRIES ? c->tried[class] % 2 : (enum ry_strategy)least;
     c->tried[class]++;
     snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", c->tried[class],
              (1ull << class) >> 10);
@@ -212,7 +212,7 @@ static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, cons
     memset(c->need, 0, (size_t)n * sizeof *c->need);
     if (strategy == RY_DIRECT)
         return true;
-    if (ry_plan_stage_all(c->config.map, strategy, matrix, c->need, c->spare, NULL))
+    if (ry_plan_stage_all(c->config.map, strategy, matrix, NULL, c->need, c->spare, NULL))
         return snprintf(why, size, "out of memory for the verdict"), false;
     for (int r = 0; r < n; r++) {
         uint64_t need = c->need[r] + c->sides[r].pack[strategy];
@@ -238,7 +238,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     }
     learn(c);
     find_relayed(c, x->matrix);
-    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, c->relayed, MARGIN);
+    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &(struct ry_cost_matrix){.relayed = c->relayed}, MARGIN);
     int forced = atomic_load(c->config.forced);
     bool trial = forced < 0 && find_out(c, &choice);
     c->timed = trial || choice.trial;

@@ -13,7 +13,11 @@
 #include "plan/cost.h"
 #include "plan/plan.h"
 
-/* What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory. */
+/*
+ * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a manifest followed
+ * by uint64_t distinct[nnodes], as in struct ry_repeats, where row_bytes is not 0 (its own node's entry means nothing).
+ * In SEEN, load.scanned and packed_out may be an expectation from earlier exchanges.
+ */
 struct ry_side {
     struct ry_load load;
     uint64_t staging;             /* bytes that it holds */
@@ -21,10 +25,11 @@ struct ry_side {
     uint64_t measured;            /* 1 + the latest exchange that was timed here, 0: none yet */
     double measured_us;           /* how long that took on the device */
     uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
+    uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
 };
 
-/* What a verdict adds, followed by the cells of the rank's slice (none for direct). */
+/* What a verdict adds, followed by the cells of the rank's slice (none for direct), then its repeats (dedup). */
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */

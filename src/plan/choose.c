@@ -106,6 +106,8 @@ static void say_times(struct ry_choice *c, int first, const double *factor)
 {
     for (int i = 0; i < RY_STRATEGIES; i++) {
         int s = i == 0 ? first : i == first ? 0 : i;
+        if (!isfinite(c->us[s]))
+            continue;
         SAY(c, "%s%s %.0f us", i ? ", " : "", s == RY_HIERARCHICAL ? "hierarchical" : "direct", c->us[s]);
         if (factor[s] > 0.05 || factor[s] < -0.05)
             SAY(c, " (x%.2f)", exp(factor[s]));
@@ -156,14 +158,14 @@ static bool time_for_trial(struct ry_cost_learned *learned, int class, double ot
 }
 
 void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,
-                    const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed,
-                    double margin)
+                    const struct ry_cluster *cluster, const struct ry_load *loads,
+                    const struct ry_cost_matrix *matrix, double margin)
 {
     struct ry_cost_parts parts[RY_STRATEGIES];
     double factor[RY_STRATEGIES];
     bool own[RY_STRATEGIES];
     *choice = (struct ry_choice){.strategy = RY_DIRECT};
-    int class = class_of(ry_cost_parts_of(parts, model, cluster, loads, relayed));
+    int class = class_of(ry_cost_parts_of(parts, model, cluster, loads, matrix));
     for (int s = 0; s < RY_STRATEGIES; s++) {
         choice->model_us[s] = parts[s].total;
         factor[s] = correction(learned, s, class, &own[s]);

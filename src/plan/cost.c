@@ -98,8 +98,9 @@ static uint32_t count_nodes(const struct ry_cluster *c, int node, const uint64_t
 }
 
 void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send,
-                const uint64_t *recv)
+                const uint64_t *recv, const struct ry_repeats *repeats)
 {
+    (void)repeats;
     int node = cluster->node[rank];
     struct ry_load l = {.self = send[rank]};
     for (int r = 0; r < cluster->nranks; r++) {
@@ -119,6 +120,7 @@ void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank
     }
     l.nodes_out = l.cross_sends ? count_nodes(cluster, node, send) : 0;
     l.nodes_in = l.cross_recvs ? count_nodes(cluster, node, recv) : 0;
+    l.packed_out = l.cross_out;
     *load = l;
 }
 
@@ -244,8 +246,9 @@ static inline uint64_t busiest_way(const struct ry_load *l)
 }
 
 uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
-                          const struct ry_cluster *c, const struct ry_load *loads, const uint64_t *relayed)
+                          const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
+    const uint64_t *relayed = matrix ? matrix->relayed : NULL;
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL];
     const struct paces k = {pace_of(m, RY_LINK_SELF), pace_of(m, RY_LINK_LOCAL), pace_of(m, RY_LINK_NIC),
                             1 / m->nic_rank_bytes_per_us};
@@ -268,7 +271,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = *direct;
+    *hier = parts[RY_DEDUP] = *direct;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
@@ -288,7 +291,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         struct ry_cost_parts *p = &parts[s];
         double links = larger(p->self, larger(p->local, p->nic));
         p->groups = m->group_us * ((links > 0) + (p->forward > 0));
-        p->total = p->groups + links + p->copies + p->forward + p->overhead;
+        p->total = s == RY_DEDUP ? INFINITY : p->groups + links + p->copies + p->forward + p->overhead;
     }
     return busiest;
 }
@@ -302,10 +305,10 @@ uint64_t ry_cost_busiest(const struct ry_cluster *cluster, const struct ry_load 
 }
 
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster,
-                        const struct ry_load *loads, const uint64_t *relayed, enum ry_strategy strategy)
+                        const struct ry_load *loads, const struct ry_cost_matrix *matrix, enum ry_strategy strategy)
 {
     struct ry_cost_parts parts[RY_STRATEGIES];
-    ry_cost_parts_of(parts, model, cluster, loads, relayed);
+    ry_cost_parts_of(parts, model, cluster, loads, matrix);
     return parts[strategy].total;
 }
 

@@ -45,16 +45,26 @@ struct ry_load {
     uint64_t local_out, local_in, cross_out, cross_in;          /* bytes */
     uint32_t local_sends, local_recvs, cross_sends, cross_recvs; /* messages of direct that carry bytes */
     uint32_t nodes_out, nodes_in; /* remote nodes that it sends anything to, gets anything from */
+    uint64_t scanned;    /* bytes of cross_out that were searched for equal rows; 0: not looked */
+    uint64_t packed_out; /* what would cross instead of cross_out; equal to it where nothing was found or not looked */
 };
-void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send, const uint64_t *recv);
+/** `repeats` ([nnodes], or NULL: not looked) as in plan.h. */
+void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send, const uint64_t *recv,
+                const struct ry_repeats *repeats);
+
+/* What only the full matrix tells, where it is known (any may be NULL). Bytes. */
+struct ry_cost_matrix {
+    const uint64_t *relayed;   /* [nranks] what a rank relays for others, hierarchical. NULL: even among the node's ranks */
+    const uint64_t *packed_in; /* [nnodes] dedup: what comes into a node. NULL: cross_in, less what all save on average */
+};
 
 /**
  * Estimate `strategy` for an exchange in which rank r has loads[r], agreement included (plain NCCL, not engaged: take
- * model->agreement_us off direct's). `relayed[r]` (may be NULL: assumed even among the node's ranks) is what r relays
- * for others, in bytes. O(nranks), no allocation.
+ * model->agreement_us off direct's). Dedup includes looking for equal rows, packing and writing out; it is INFINITY where
+ * nobody looked or nothing was found. O(nranks), no allocation.
  */
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
-                        const uint64_t *relayed, enum ry_strategy strategy);
+                        const struct ry_cost_matrix *matrix, enum ry_strategy strategy);
 
 /** The same from the steps themselves: all ranks' plans, of one exchange. For simulation and for tests of the estimate.
  *  NAN when out of memory. */
@@ -107,6 +117,7 @@ struct ry_choice {
  * `learned` may be NULL: no corrections, hysteresis or trials. O(nranks), no allocation.
  */
 void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,
-                    const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed, double margin);
+                    const struct ry_cluster *cluster, const struct ry_load *loads, const struct ry_cost_matrix *matrix,
+                     double margin);
 
 #endif

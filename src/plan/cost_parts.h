@@ -21,6 +21,6 @@ struct ry_cost_parts {
 /** All strategies' estimates: see ry_cost_estimate(). At once, since they need the same sums.
  *  Returns ry_cost_busiest(). */
 uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *model,
-                          const struct ry_cluster *cluster, const struct ry_load *loads, const uint64_t *relayed);
+                          const struct ry_cluster *cluster, const struct ry_load *loads, const struct ry_cost_matrix *matrix);
 
 #endif

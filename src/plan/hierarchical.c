@@ -196,8 +196,9 @@ static int build(struct ry_building *b)
     return 0;
 }
 
-static uint64_t stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix)
+static uint64_t stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix, const struct ry_repeats *repeats)
 {
+    (void)repeats;
     uint64_t stage = 0;
     int node = c->node[rank], size = c->node_size[node];
     for (int from = 0; from < c->nranks; from++) {
@@ -218,8 +219,10 @@ static uint64_t stage_relay(const struct ry_cluster *c, int rank, const uint64_t
 }
 
 /* What a rank packs, without a list of each node's ranks: nodes are walked from their lowest rank. */
-static uint64_t stage_pack(const struct ry_cluster *c, int rank, const uint64_t *send, const uintptr_t *send_at)
+static uint64_t stage_pack(const struct ry_cluster *c, int rank, const uint64_t *send, const uintptr_t *send_at,
+                           const struct ry_repeats *repeats)
 {
+    (void)repeats;
     uint64_t stage = 0;
     for (int n = 0; n < c->nnodes; n++) {
         if (n == c->node[rank])
@@ -245,9 +248,10 @@ static uint64_t stage_pack(const struct ry_cluster *c, int rank, const uint64_t 
 }
 
 /* Each row of the matrix once, added up by node. */
-static int stage_all(const struct ry_cluster *c, const uint64_t *matrix, uint64_t *relay, uint64_t *pack,
-                     struct ry_err *err)
+static int stage_all(const struct ry_cluster *c, const uint64_t *matrix, const struct ry_repeats *repeats, uint64_t *relay,
+                     uint64_t *pack, struct ry_err *err)
 {
+    (void)repeats;
     struct sum {
         uint64_t bytes;
         uint32_t pieces, start; /* the node's ranks begin there in `members` */
@@ -287,5 +291,7 @@ static int stage_all(const struct ry_cluster *c, const uint64_t *matrix, uint64_
     return 0;
 }
 
-const struct ry_strategy_ops ry_hierarchical_ops = {"hierarchical", row,         column,     most_steps,
-                                                    build,          stage_relay, stage_pack, stage_all};
+const struct ry_strategy_ops ry_hierarchical_ops = {"hierarchical", row, column, most_steps, build, stage_relay, stage_pack, stage_all, false};
+
+/* Until dedup.c is there: what hierarchical does, which packs nothing. */
+const struct ry_strategy_ops ry_dedup_ops = {"dedup", row, column, most_steps, build, stage_relay, stage_pack, stage_all, false};

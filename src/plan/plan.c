@@ -12,6 +12,7 @@
 static const struct ry_strategy_ops *const strategies[RY_STRATEGIES] = {
     [RY_DIRECT] = &ry_direct_ops,
     [RY_HIERARCHICAL] = &ry_hierarchical_ops,
+    [RY_DEDUP] = &ry_dedup_ops,
 };
 
 const char *ry_strategy_name(enum ry_strategy s)
@@ -57,11 +58,13 @@ int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int 
         slice->nrows = slice->ncols = 0;
         return 0;
     }
-    size_t rows = (size_t)slice->nrows, cols = (size_t)slice->ncols;
-    slice->cells = calloc(1, rows * cols * sizeof *slice->cells + (rows + cols) * sizeof(int)); /* one block */
+    size_t rows = (size_t)slice->nrows, cols = (size_t)slice->ncols, repeats = ops->repeats ? rows : 0;
+    slice->cells = calloc(1, rows * cols * sizeof *slice->cells + repeats * sizeof *slice->repeats +
+                                 (rows + cols) * sizeof(int)); /* one block */
     if (!slice->cells)
         return ry_fail(err, "no memory for %zu cells of the matrix", rows * cols);
-    slice->rows = (int *)(slice->cells + rows * cols);
+    slice->repeats = repeats ? (struct ry_repeats *)(slice->cells + rows * cols) : NULL;
+    slice->rows = (int *)((struct ry_repeats *)(slice->cells + rows * cols) + repeats);
     slice->cols = slice->rows + rows;
     for (int r = 0, i = 0, j = 0; r < cluster->nranks; r++) {
         if (ops->row(cluster, rank, r))
@@ -72,12 +75,18 @@ int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int 
     return 0;
 }
 
-void ry_slice_fill(struct ry_slice *slice, const uint64_t *matrix, int nranks)
+void ry_slice_fill(struct ry_slice *slice, const struct ry_cluster *cluster, const uint64_t *matrix,
+                   const struct ry_repeats *repeats)
 {
-    for (int i = 0; i < slice->nrows; i++)
+    for (int i = 0; i < slice->nrows; i++) {
+        size_t from = (size_t)slice->rows[i];
         for (int j = 0; j < slice->ncols; j++)
             slice->cells[(size_t)i * (size_t)slice->ncols + (size_t)j] =
-                matrix[(size_t)slice->rows[i] * (size_t)nranks + (size_t)slice->cols[j]];
+                matrix[from * (size_t)cluster->nranks + (size_t)slice->cols[j]];
+        if (slice->repeats)
+            slice->repeats[i] = repeats ? repeats[from * (size_t)cluster->nnodes + (size_t)cluster->node[slice->cols[0]]]
+                                        : (struct ry_repeats){0};
+    }
 }
 
 void ry_slice_free(struct ry_slice *slice)
@@ -86,35 +95,49 @@ void ry_slice_free(struct ry_slice *slice)
     *slice = (struct ry_slice){0};
 }
 
+uint64_t ry_packed_bytes(struct ry_repeats repeats, uint64_t rows)
+{
+    unsigned __int128 bytes = (unsigned __int128)repeats.row_bytes * repeats.distinct;
+    bytes = (bytes + 15) / 16 * 16 + 4 * (unsigned __int128)rows;
+    return bytes > UINT64_MAX ? UINT64_MAX : (uint64_t)bytes;
+}
+
+/* A sixteenth is what packing and writing out again should at least save. */
+bool ry_packs(struct ry_repeats repeats, uint64_t rows, uint64_t bytes)
+{
+    return repeats.row_bytes && rows && repeats.distinct && ry_packed_bytes(repeats, rows) <= bytes - bytes / 16;
+}
+
 uint64_t ry_plan_stage_relay(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
-                             const uint64_t *matrix)
+                             const uint64_t *matrix, const struct ry_repeats *repeats)
 {
     const struct ry_strategy_ops *ops = strategies[strategy];
-    return ops->stage_relay ? ops->stage_relay(cluster, rank, matrix) : 0;
+    return ops->stage_relay ? ops->stage_relay(cluster, rank, matrix, repeats) : 0;
 }
 
 uint64_t ry_plan_stage_pack(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send,
-                            const uintptr_t *send_at)
+                            const uintptr_t *send_at, const struct ry_repeats *repeats)
 {
     const struct ry_strategy_ops *ops = strategies[strategy];
-    return ops->stage_pack ? ops->stage_pack(cluster, rank, send, send_at) : 0;
+    return ops->stage_pack ? ops->stage_pack(cluster, rank, send, send_at, repeats) : 0;
 }
 
 uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
-                             const uint64_t *matrix)
+                             const uint64_t *matrix, const struct ry_repeats *repeats)
 {
     const uint64_t *row = matrix + (size_t)rank * (size_t)cluster->nranks;
-    return ry_sum(ry_plan_stage_relay(cluster, rank, strategy, matrix),
-                  ry_plan_stage_pack(cluster, rank, strategy, row, NULL));
+    return ry_sum(ry_plan_stage_relay(cluster, rank, strategy, matrix, repeats),
+                  ry_plan_stage_pack(cluster, rank, strategy, row, NULL,
+                                     repeats ? repeats + (size_t)rank * (size_t)cluster->nnodes : NULL));
 }
 
 int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strategy, const uint64_t *matrix,
-                      uint64_t *relay, uint64_t *pack, struct ry_err *err)
+                      const struct ry_repeats *repeats, uint64_t *relay, uint64_t *pack, struct ry_err *err)
 {
     const struct ry_strategy_ops *ops = strategies[strategy];
     memset(relay, 0, (size_t)cluster->nranks * sizeof *relay);
     memset(pack, 0, (size_t)cluster->nranks * sizeof *pack);
-    return ops->stage_all ? ops->stage_all(cluster, matrix, relay, pack, err) : 0;
+    return ops->stage_all ? ops->stage_all(cluster, matrix, repeats, relay, pack, err) : 0;
 }
 
 /* The slice against what its layout must be and against the own column: both tell what comes from a row's rank. */

@@ -15,6 +15,10 @@
  *                 local index l mod size(m), which is rank l of the same rail where nodes are alike. The relay passes each
  *                 piece on inside its node. Messages across nodes: one per remote node instead of one per remote rank.
  *                 In-node segments go directly.
+ *   dedup         hierarchical, but what a rank sends to a node is cut into rows, and of equal rows only one crosses: the
+ *                 packed message of run/rows.h, for every message where that is shorter (ry_packs()). The relay hands the
+ *                 packed message on to those ranks of its node for which that is shorter than their rows, and writes
+ *                 out the rows of the others; whoever holds the message writes its own rows straight into place.
  *
  * Thread-safety: everything is a function of its arguments; a plan is read-only once built.
  */
@@ -29,7 +33,7 @@
 #include "base/error.h"
 #include "cluster.h"
 
-enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_STRATEGIES };
+enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_DEDUP, RY_STRATEGIES };
 const char *ry_strategy_name(enum ry_strategy s);
 /** -1 for an unknown name; the error lists the known ones. */
 int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err);
@@ -38,20 +42,42 @@ int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *er
 int ry_relay(const struct ry_cluster *cluster, int from, int node);
 
 /*
+ * What a rank found (run/rows.h) among what it sends to the ranks of one other node: taken segment by segment in ascending
+ * rank, each cut into rows of row_bytes, the last of a segment perhaps shorter, so many rows differ from all before them.
+ * Whatever the numbers, a plan is right as long as all ranks build theirs from the same ones.
+ */
+struct ry_repeats {
+    uint64_t row_bytes; /* 0: it did not look; the message goes as it is */
+    uint64_t distinct;
+};
+/** Rows of a segment: whole ones and the rest. */
+static inline uint64_t ry_rows_of(uint64_t bytes, uint64_t row_bytes)
+{
+    return bytes / row_bytes + (bytes % row_bytes != 0);
+}
+/** Bytes of the packed message: distinct rows, 16-byte alignment, a uint32_t for each of `rows`. */
+uint64_t ry_packed_bytes(struct ry_repeats repeats, uint64_t rows);
+/** Does a message of `bytes` in `rows` rows go packed? The same answer for sender, relay and receiver. */
+bool ry_packs(struct ry_repeats repeats, uint64_t rows, uint64_t bytes);
+
+/*
  * The part of the byte matrix, beyond a rank's own row and column, that its plan depends on: cells (from, to) for `from` in
  * rows and `to` in cols, both ascending. For hierarchical: rows = the remote ranks that this rank relays for, cols = its
- * node's ranks; empty for a rank that is alone on its node. The yardmaster sends each rank just these cells.
+ * node's ranks; empty for a rank that is alone on its node. For dedup: rows = all remote ranks, cols = its node's ranks, and
+ * what each row's rank found among what it sends to this node. The yardmaster sends each rank just these.
  */
 struct ry_slice {
     int nrows, ncols;
     int *rows, *cols;
-    uint64_t *cells; /* [nrows][ncols], bytes */
+    uint64_t *cells;            /* [nrows][ncols], bytes */
+    struct ry_repeats *repeats; /* [nrows]; NULL but for dedup */
 };
-/** Which cells rank `rank` needs; `cells` is allocated and zero. Freed by ry_slice_free(). -1 when out of memory. */
+/** Which cells rank `rank` needs; `cells` and `repeats` are allocated and zero. Freed by ry_slice_free(). -1 when out of memory. */
 int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
                   struct ry_err *err);
-/** Fill in the cells from the full matrix, matrix[from * nranks + to]. */
-void ry_slice_fill(struct ry_slice *slice, const uint64_t *matrix, int nranks);
+/** Fill in from the full matrix, matrix[from * nranks + to], and repeats[from * nnodes + node] (NULL: nobody looked). */
+void ry_slice_fill(struct ry_slice *slice, const struct ry_cluster *cluster, const uint64_t *matrix,
+                   const struct ry_repeats *repeats);
 void ry_slice_free(struct ry_slice *slice);
 
 struct ry_plan_input {
@@ -59,10 +85,11 @@ struct ry_plan_input {
     int rank;
     enum ry_strategy strategy;
     const uint64_t *send, *recv; /* [nranks], bytes: this rank's row and column of the matrix */
-    const struct ry_slice *slice; /* as ry_slice_init() laid it out, cells filled in; may be NULL for direct */
+    const struct ry_slice *slice; /* as ry_slice_init() laid it out, filled in; may be NULL for direct */
     /* Addresses of the segments, so that neighbours in memory can go without packing; NULL: assume all lie apart.
        They change which bytes are packed first, never what crosses the wire. */
     const uintptr_t *send_at, *recv_at;
+    const struct ry_repeats *repeats; /* [nnodes], dedup: what this rank found itself; NULL: it did not look */
 };
 
 /* Where bytes lie. */
@@ -78,7 +105,14 @@ struct ry_at {
     uint64_t offset;
 };
 
-enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV };
+enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV, RY_STEP_PACK, RY_STEP_EXPAND };
+
+/*
+ * PACK: write the packed message for node `peer` to `to` (staging memory, 16-byte aligned): `bytes` is its length.
+ * EXPAND: `from` is a packed message of rank `peer` in staging memory; write `bytes` bytes to `to` (its receive segment, or
+ * staging memory for a rank that it is passed on to): the rows that entries skip, skip + 1, … of the index list name, the last
+ * perhaps shorter.
+ */
 
 /*
  * Steps are carried out in order. Consecutive SEND and RECV steps of the same `group` are one NCCL group: they start
@@ -86,11 +120,13 @@ enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV };
  */
 struct ry_step {
     enum ry_step_kind kind;
-    int group;       /* transfers: 0, 1, …, ascending along the list; -1 for copies */
-    int peer;        /* the other rank of a transfer; -1 for copies */
-    struct ry_at to; /* COPY, RECV */
-    struct ry_at from; /* COPY, SEND */
-    uint64_t bytes;  /* > 0 */
+    int group;         /* transfers: 0, 1, …, ascending along the list; -1 for others */
+    int peer;          /* the other rank of a transfer; PACK: a node; EXPAND: the message's sender; -1 for copies */
+    struct ry_at to;   /* COPY, RECV, PACK, EXPAND */
+    struct ry_at from; /* COPY, SEND, EXPAND */
+    uint64_t bytes;    /* > 0 */
+    struct ry_repeats repeats; /* PACK, EXPAND: of the message */
+    uint64_t rows, skip;       /* PACK: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 
 struct ry_plan {
@@ -108,19 +144,22 @@ void ry_plan_free(struct ry_plan *plan);
 
 /**
  * Staging memory that a rank's plan needs, without building it: exactly ry_plan_stage_relay() + ry_plan_stage_pack().
- * The first is what it relays for others, which only the full matrix tells (matrix[from * nranks + to]). The second is
- * what it packs itself: its own row and addresses (NULL: all apart), so known to it before the verdict; 0 where the
- * pieces for each node are neighbours in the send buffer. ry_plan_stage_bytes() is their sum where the addresses are
- * not known: an upper bound. UINT64_MAX when the counts add up to more than 64 bits. Nothing is allocated; O(nranks)
- * where the ranks of a node follow each other.
+ * The first is what it gets to relay or to write out, which only the full matrix tells (matrix[from * nranks + to],
+ * repeats[from * nnodes + node] or NULL). The second is what it packs itself: its own row, addresses (NULL: all apart) and
+ * repeats ([nnodes] or NULL), so known to it before the verdict; 0 where the pieces for each node are neighbours in the send
+ * buffer and go as they are. UINT64_MAX when the counts add up to more than 64 bits. Nothing is allocated; O(nranks) where
+ * the ranks of a node follow each other (dedup: times the node's ranks).
  */
-uint64_t ry_plan_stage_relay(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix);
+uint64_t ry_plan_stage_relay(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix,
+                             const struct ry_repeats *repeats);
 uint64_t ry_plan_stage_pack(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send,
-                            const uintptr_t *send_at);
-uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix);
+                            const uintptr_t *send_at, const struct ry_repeats *repeats);
+/** Their sum, addresses not known: an upper bound. */
+uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix,
+                             const struct ry_repeats *repeats);
 /** Both parts for all ranks in one go through the matrix (pack: all apart), [nranks] each. -1 when out of memory. */
-int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strategy, const uint64_t *matrix, uint64_t *relay,
-                      uint64_t *pack, struct ry_err *err);
+int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strategy, const uint64_t *matrix,
+                      const struct ry_repeats *repeats, uint64_t *relay, uint64_t *pack, struct ry_err *err);
 
 /** The plan in words, one line per step or run of like steps ("group 0: send 1.0 MiB to rank 5 (node 1, rail 1) …"). */
 void ry_plan_explain(const struct ry_plan *plan, const struct ry_cluster *cluster, FILE *f);

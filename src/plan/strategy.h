@@ -34,12 +34,14 @@ struct ry_strategy_ops {
     /* Fills plan->steps, nsteps, ngroups, stage_bytes; -1 with err. The input was checked by plan.c. */
     int (*build)(struct ry_building *b);
     /* See ry_plan_stage_relay(), _pack(), _all() (the results are zero before). NULL: no staging memory at all. */
-    uint64_t (*stage_relay)(const struct ry_cluster *cluster, int rank, const uint64_t *matrix);
-    uint64_t (*stage_pack)(const struct ry_cluster *cluster, int rank, const uint64_t *send, const uintptr_t *send_at);
-    int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, uint64_t *relay, uint64_t *pack,
-                     struct ry_err *err);
+    uint64_t (*stage_relay)(const struct ry_cluster *cluster, int rank, const uint64_t *matrix, const struct ry_repeats *repeats);
+    uint64_t (*stage_pack)(const struct ry_cluster *cluster, int rank, const uint64_t *send, const uintptr_t *send_at,
+                           const struct ry_repeats *repeats);
+    int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_repeats *repeats, uint64_t *relay,
+                     uint64_t *pack, struct ry_err *err);
+    bool repeats; /* slices hold what the rows' ranks found */
 };
-extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops;
+extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_dedup_ops;
 
 /* Append a step; one without bytes is left out. */
 static inline void ry_step_add(struct ry_plan *plan, struct ry_step step)
@@ -50,7 +52,7 @@ static inline void ry_step_add(struct ry_plan *plan, struct ry_step step)
 
 static inline void ry_step_copy(struct ry_plan *plan, struct ry_at to, struct ry_at from, uint64_t bytes)
 {
-    ry_step_add(plan, (struct ry_step){RY_STEP_COPY, -1, -1, to, from, bytes});
+    ry_step_add(plan, (struct ry_step){.kind = RY_STEP_COPY, .group = -1, .peer = -1, .to = to, .from = from, .bytes = bytes});
 }
 
 static inline void ry_step_send(struct ry_plan *plan, int group, int peer, struct ry_at from, uint64_t bytes)

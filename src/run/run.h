@@ -62,6 +62,23 @@ uint64_t ry_run_staging(const struct ry_runner *runner);
  *  what was held stays. */
 int ry_run_staging_grow(struct ry_runner *runner, uint64_t bytes, void *stream, struct ry_err *err);
 
+/*
+ * Equal rows (rows.h). A runner holds one scanner, made at the first scan. What was found is valid until the next scan, and
+ * the PACK steps of a plan refer to the latest.
+ */
+/** Enqueue the search of what goes to other nodes of `map` on b->stream. -1 with `err`: not possible now (memory, too many rows);
+ *  nothing was enqueued, and the exchange goes without. */
+int ry_run_scan(struct ry_runner *runner, const struct ry_cluster *map, const struct ry_buffers *b, uint64_t row_bytes,
+                struct ry_err *err);
+/** Is the latest search over? Never blocks. */
+bool ry_run_scan_over(struct ry_runner *runner);
+/** Wait for it on the host. repeats[nnodes] is filled in; *rows, *distinct, *zero are sums over the nodes searched
+ *  (zero: rows of zero bytes only). -1 with `err` if the device failed. */
+struct ry_scan_sums {
+    uint64_t rows, distinct, zero;
+};
+int ry_run_scan_wait(struct ry_runner *runner, struct ry_repeats *repeats, struct ry_scan_sums *sums, struct ry_err *err);
+
 /**
  * May a plan be run on these buffers? False when a receive segment overlaps a send segment or another receive segment:
  * NCCL's result is then not ours to repeat. O(nranks log nranks).

@@ -324,8 +324,8 @@ static double pass_us(const struct ry_cost_model *m, const struct ry_exchange *x
 static double dedup_us(const struct ry_cost_model *m, struct ry_exchange *x, bool mirrored)
 {
     struct ry_cost_parts full[RY_STRATEGIES], less[RY_STRATEGIES];
-    ry_cost_parts_of(full, m, x->cluster, x->load, x->passed);
-    ry_cost_parts_of(less, m, x->cluster, x->less, x->passed_less);
+    ry_cost_parts_of(full, m, x->cluster, x->load, &(struct ry_cost_matrix){.relayed = x->passed});
+    ry_cost_parts_of(less, m, x->cluster, x->less, &(struct ry_cost_matrix){.relayed = x->passed_less});
     const struct ry_cost_parts *f = &full[RY_HIERARCHICAL], *l = &less[RY_HIERARCHICAL];
     uint64_t most_out = 0;
     for (int r = 0; r < x->cluster->nranks; r++)
@@ -387,7 +387,7 @@ void ry_exchange_costs(struct ry_exchange *x, const struct ry_cost_model *m, dou
             local += (double)x->load[r].local_out;
         double direct = ry_cost_estimate(m, x->cluster, x->load, NULL, RY_DIRECT);
         o[RY_SIM_PLAIN].us = direct - m->agreement_us;
-        o[RY_SIM_HIERARCHICAL].us = ry_cost_estimate(m, x->cluster, x->load, x->passed, RY_HIERARCHICAL);
+        o[RY_SIM_HIERARCHICAL].us = ry_cost_estimate(m, x->cluster, x->load, &(struct ry_cost_matrix){.relayed = x->passed}, RY_HIERARCHICAL);
         fill_nics(x, NULL, NULL);
         balance(x, rails, &o[RY_SIM_PLAIN]);
         o[RY_SIM_PLAIN].local_bytes = local;

@@ -150,7 +150,7 @@ static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t 
 {
     struct ry_slice slice;
     CHECK(!ry_slice_init(&slice, cluster, who.rank, strategy, &err), "%s", err.msg);
-    ry_slice_fill(&slice, matrix, who.world);
+    ry_slice_fill(&slice, cluster, matrix, NULL);
     struct ry_plan_input in = {.cluster = cluster,
                                .rank = who.rank,
                                .strategy = strategy,

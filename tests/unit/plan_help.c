@@ -132,7 +132,7 @@ static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy 
     for (int i = 0; i < n; i++)
         column[i] = job->matrix[(size_t)i * (size_t)n + (size_t)r];
     ck_assert_int_eq(ry_slice_init(&slice, job->cluster, r, strategy, err), 0);
-    ry_slice_fill(&slice, job->matrix, n);
+    ry_slice_fill(&slice, job->cluster, job->matrix, NULL);
     struct ry_plan_input in = {job->cluster,
                                r,
                                strategy,

@@ -72,7 +72,7 @@ static struct ry_load *loads_of(const struct ry_cluster *c, const uint64_t *matr
     for (size_t r = 0; r < n; r++) {
         for (size_t from = 0; from < n; from++)
             column[from] = matrix[from * n + r];
-        ry_load_of(&all[r], c, (int)r, matrix + r * n, column);
+        ry_load_of(&all[r], c, (int)r, matrix + r * n, column, NULL);
     }
     free(column);
     return all;
@@ -109,7 +109,7 @@ START_TEST(loads)
     struct ry_cluster *c = cluster_of(at, 5, "n");
     const uint64_t send[] = {10, 20, 30, 0, 50}, recv[] = {10, 0, 0, 7, 9};
     struct ry_load l;
-    ry_load_of(&l, c, 0, send, recv);
+    ry_load_of(&l, c, 0, send, recv, NULL);
     ck_assert_uint_eq(l.self, 10);
     ck_assert_uint_eq(l.local_out, 30);
     ck_assert_uint_eq(l.local_in, 0);
@@ -130,7 +130,7 @@ START_TEST(loads)
         ones[i] = 1;
     }
     c = cluster_of(many, 9000, "n");
-    ry_load_of(&l, c, 4500, ones, ones);
+    ry_load_of(&l, c, 4500, ones, ones, NULL);
     ck_assert_uint_eq(l.nodes_out, 8999);
     ck_assert_uint_eq(l.cross_sends, 8999);
     ry_cluster_free(c);
@@ -161,7 +161,7 @@ START_TEST(by_hand)
     const uint64_t relayed[] = {12000000, 0, 0, 0, 3000000, 3000000, 3000000, 3000000};
     forward = 5 + 3 * 1 + 12 * mb / 200e3;
     double one_gets = 13 * mb / 2e3; /* ... through its own share of the NIC */
-    near(ry_cost_estimate(&typical, c, l, relayed, RY_HIERARCHICAL),
+    near(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL),
          50 + 8 * 0.2 + 2 * 15 + 40 + 1 * 10 + one_gets + forward, "hierarchical, one relay");
     ck_assert_uint_eq(ry_cost_busiest(c, l), 8000000);
     free(l);
@@ -226,7 +226,7 @@ static double from_plans(const struct ry_cluster *c, const uint64_t *m, enum ry_
     for (int r = 0; r < n; r++) {
         struct ry_slice slice;
         ck_assert_msg(!ry_slice_init(&slice, c, r, strategy, &err), "%s", err.msg);
-        ry_slice_fill(&slice, m, n);
+        ry_slice_fill(&slice, c, m, NULL);
         for (int p = 0; p < n; p++)
             column[p] = m[p * n + r];
         at[0] = 4096; /* segments follow each other, as PyTorch lays them out */
@@ -281,7 +281,7 @@ START_TEST(against_plans)
         error[0] = log(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT) / from_plans(c, m, RY_DIRECT, relayed));
         double steps = from_plans(c, m, RY_HIERARCHICAL, relayed);
         error[1] = log(ry_cost_estimate(&typical, c, l, NULL, RY_HIERARCHICAL) / steps);
-        error[2] = log(ry_cost_estimate(&typical, c, l, relayed, RY_HIERARCHICAL) / steps);
+        error[2] = log(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL) / steps);
         ck_assert_msg(fabs(error[0]) < 0.1 && fabs(error[1]) < log(2) && fabs(error[2]) < log(2),
                       "seed %u: %d ranks on %d nodes: direct x%.3f, hierarchical x%.3f, with relays x%.3f", seed,
                       c->nranks, c->nnodes, exp(error[0]), exp(error[1]), exp(error[2]));

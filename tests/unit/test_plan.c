@@ -12,12 +12,12 @@ static void check_promises(const struct job *job)
 {
     const struct ry_cluster *c = job->cluster;
     uint64_t *relay = malloc(2 * (size_t)job->n * sizeof *relay), *pack = relay + job->n;
-    ck_assert_int_eq(ry_plan_stage_all(c, job->plans[0]->strategy, job->matrix, relay, pack, NULL), 0);
+    ck_assert_int_eq(ry_plan_stage_all(c, job->plans[0]->strategy, job->matrix, NULL, relay, pack, NULL), 0);
     for (int r = 0; r < job->n; r++) {
         const struct ry_plan *p = job->plans[r];
         const uint64_t *row = job->matrix + (size_t)r * (size_t)job->n;
         const uintptr_t *at = job->send_at ? job->send_at[r] : NULL;
-        uint64_t cross = 0, crossed = 0, most = ry_plan_stage_bytes(c, r, p->strategy, job->matrix);
+        uint64_t cross = 0, crossed = 0, most = ry_plan_stage_bytes(c, r, p->strategy, job->matrix, NULL);
         int messages = 0;
         for (int i = 0; i < job->n; i++)
             cross += c->node[i] != c->node[r] ? row[i] : 0;
@@ -30,11 +30,11 @@ static void check_promises(const struct job *job)
         ck_assert_uint_eq(crossed, cross);
         if (p->strategy == RY_HIERARCHICAL)
             ck_assert_int_lt(messages, c->nnodes);
-        ck_assert_uint_eq(p->stage_bytes, ry_plan_stage_relay(c, r, p->strategy, job->matrix) +
-                                              ry_plan_stage_pack(c, r, p->strategy, row, at));
+        ck_assert_uint_eq(p->stage_bytes, ry_plan_stage_relay(c, r, p->strategy, job->matrix, NULL) +
+                                              ry_plan_stage_pack(c, r, p->strategy, row, at, NULL));
         ck_assert_uint_le(p->stage_bytes, most);
         ck_assert_uint_eq(most, relay[r] + pack[r]);
-        ck_assert_uint_eq(pack[r], ry_plan_stage_pack(c, r, p->strategy, row, NULL));
+        ck_assert_uint_eq(pack[r], ry_plan_stage_pack(c, r, p->strategy, row, NULL, NULL));
         if (!at)
             ck_assert_uint_eq(p->stage_bytes, most);
         for (int i = 0; i < p->nsteps; i++) {
@@ -126,8 +126,8 @@ START_TEST(build_time)
         for (int i = 0; i < 1024; i++)
             column[i] = job.matrix[i * 1024 + r];
         ck_assert_int_eq(ry_slice_init(&slice, job.cluster, r, s, NULL), 0);
-        ry_slice_fill(&slice, job.matrix, 1024);
-        struct ry_plan_input in = {job.cluster, r, s, job.matrix + 1024 * r, column, &slice, NULL, NULL};
+        ry_slice_fill(&slice, job.cluster, job.matrix, NULL);
+        struct ry_plan_input in = {job.cluster, r, s, job.matrix + 1024 * r, column, &slice, NULL, NULL, NULL};
         for (int i = 0; i < ROUNDS; i++) {
             double begin = seconds();
             struct ry_plan *plan = ry_plan_build(&in, NULL);
@@ -137,7 +137,7 @@ START_TEST(build_time)
         }
         double begin = seconds();
         uint64_t relay[1024], pack[1024], sum = 0;
-        ck_assert_int_eq(ry_plan_stage_all(job.cluster, s, job.matrix, relay, pack, NULL), 0);
+        ck_assert_int_eq(ry_plan_stage_all(job.cluster, s, job.matrix, NULL, relay, pack, NULL), 0);
         for (int i = 0; i < 1024; i++)
             sum += relay[i] + pack[i];
         stage = (seconds() - begin) * 1e6;
@@ -216,13 +216,13 @@ START_TEST(contradictions)
         recv[p] = m[p * 4 + 1];
     }
     ck_assert_int_eq(ry_slice_init(&slice, c, 1, RY_HIERARCHICAL, &err), 0);
-    ry_slice_fill(&slice, m, 4);
+    ry_slice_fill(&slice, c, m, NULL);
     ck_assert_int_eq(slice.nrows, 1);
     ck_assert_int_eq(slice.ncols, 2);
     ck_assert_int_eq(slice.rows[0], 3);
     ck_assert_int_eq(slice.cols[1], 1);
     ck_assert_uint_eq(slice.cells[0], m[12]);
-    struct ry_plan_input in = {c, 1, RY_HIERARCHICAL, send, recv, &slice, NULL, NULL};
+    struct ry_plan_input in = {c, 1, RY_HIERARCHICAL, send, recv, &slice, NULL, NULL, NULL};
     struct ry_plan *p = ry_plan_build(&in, &err);
     ck_assert_ptr_nonnull(p);
     ry_plan_free(p);

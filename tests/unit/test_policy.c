@@ -62,7 +62,7 @@ static void uniform(uint64_t bytes, uint64_t staging)
     for (int i = 0; i < RANKS * RANKS; i++)
         matrix[i] = bytes;
     for (int r = 0; r < RANKS; r++) {
-        ry_load_of(&sides[r].load, map, r, row, row);
+        ry_load_of(&sides[r].load, map, r, row, row, NULL);
         sides[r].staging = staging;
         for (int s = 0; s < RY_STRATEGIES; s++)
             sides[r].pack[s] = 0;
@@ -152,7 +152,7 @@ START_TEST(staging_comes_first)
     ck_assert_int_eq(exchange(), RY_DIRECT);
     for (int r = 0; r < RANKS; r++) {
         uint64_t wanted = order_of(RY_DIRECT, r, &cells, &n).staging_wanted;
-        ck_assert_uint_eq(wanted, ry_plan_stage_relay(map, r, RY_HIERARCHICAL, matrix));
+        ck_assert_uint_eq(wanted, ry_plan_stage_relay(map, r, RY_HIERARCHICAL, matrix, NULL));
         ck_assert_uint_gt(wanted, 0);
         ck_assert_uint_eq(n, 0);
         sides[r].staging = wanted;

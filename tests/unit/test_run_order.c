@@ -122,7 +122,7 @@ static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t 
 {
     struct ry_slice slice;
     ok(ry_slice_init(&slice, cluster, s->b.rank, strategy, &err));
-    ry_slice_fill(&slice, matrix, cluster->nranks);
+    ry_slice_fill(&slice, cluster, matrix, NULL);
     struct ry_plan_input in = {.cluster = cluster,
                                .rank = s->b.rank,
                                .strategy = strategy,

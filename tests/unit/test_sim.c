@@ -91,7 +91,7 @@ START_TEST(same_loads_as_the_engine)
             struct ry_load want;
             for (size_t from = 0; from < R; from++)
                 column[from] = m[from * R + (size_t)r];
-            ry_load_of(&want, c, r, m + (size_t)r * R, column);
+            ry_load_of(&want, c, r, m + (size_t)r * R, column, NULL);
             ck_assert_mem_eq(&want, &load[r], sizeof want);
             ck_assert_uint_eq(passed[r], relays[r]);
             nic += (double)want.cross_out;

@@ -283,7 +283,7 @@ static int build(struct job *job, enum ry_strategy strategy, struct ry_err *err)
         for (size_t i = 0; i < n; i++)
             column[i] = job->matrix[i * n + r];
         rc = ry_slice_init(&slice, job->cluster, (int)r, strategy, err);
-        ry_slice_fill(&slice, job->matrix, (int)n);
+        ry_slice_fill(&slice, job->cluster, job->matrix, NULL);
         struct ry_plan_input in = {job->cluster,
                                    (int)r,
                                    strategy,
