@@ -129,6 +129,11 @@ struct ry_step {
     uint64_t rows, skip;       /* PACK: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 
+static inline bool ry_is_transfer(const struct ry_step *step)
+{
+    return step->kind == RY_STEP_SEND || step->kind == RY_STEP_RECV;
+}
+
 struct ry_plan {
     enum ry_strategy strategy;
     int rank, nranks;
