@@ -9,12 +9,12 @@
 
 #include "base/log.h"
 
-#define MARGIN 0.05       /* a strategy must promise as much over direct */
-#define ACCOUNT 64        /* engaged exchanges after which it is asked whether agreeing still pays */
-#define RECENT 256        /* choices remembered until their duration is known */
-#define CHEAP 0.02        /* agreeing that costs no more than this share of an exchange is worth it just to find out */
-#define TRIES 6           /* exchanges measured of each strategy to find out, */
-#define MOST_TRIES 64     /* and made at most for that */
+#define MARGIN 0.05   /* a strategy must promise as much over direct */
+#define ACCOUNT 64    /* engaged exchanges after which it is asked whether agreeing still pays */
+#define RECENT 256    /* choices remembered until their duration is known */
+#define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define TRIES 6       /* exchanges measured of each strategy to find out, */
+#define MOST_TRIES 64 /* and made at most for that */
 
 /* A choice, until it is known how long it took. */
 struct recent {
@@ -32,19 +32,75 @@ struct ry_chooser {
     struct ry_chooser_counts counts;
     double saved_us; /* since the account was opened: what plain NCCL would have taken, less what was chosen */
     int accounted;
-    uint64_t reissued; /* exchanges, for verify */
-    bool timed;        /* the exchange being decided is to be timed */
+    uint64_t reissued;              /* exchanges, for verify */
+    bool timed;                     /* the exchange being decided is to be timed */
     uint8_t tried[RY_COST_CLASSES]; /* exchanges made to find out, by size class; MOST_TRIES: it is known */
     struct recent recent[RECENT];
     uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
-    struct ry_side *sides;            /* [nranks] */
-    struct ry_load *loads;            /* [nranks] */
-    uint64_t *relayed, *need, *spare; /* [nranks] bytes; need: of staging */
+    struct ry_side *sides;                  /* [nranks] */
+    struct ry_load *loads;                  /* [nranks] */
+    uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
     char *order;                            /* what one rank is told */
     size_t order_size;
 };
+
+/* ---- as it is sent ---- */
+
+size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const struct ry_repeats *repeats)
+{
+    struct ry_side s = *side;
+    s.row_bytes = repeats ? s.row_bytes : 0;
+    memcpy(out, &s, sizeof s);
+    if (!s.row_bytes)
+        return sizeof s;
+    char *at = (char *)out + sizeof s;
+    for (int n = 0; n < nnodes; n++, at += sizeof(uint64_t))
+        memcpy(at, &(uint64_t){repeats[n].row_bytes ? repeats[n].distinct : 0}, sizeof(uint64_t));
+    return ry_side_most(nnodes);
+}
+
+int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes)
+{
+    if (bytes < sizeof *side)
+        return -1;
+    memcpy(side, extra, sizeof *side);
+    if (bytes != (side->row_bytes ? ry_side_most(nnodes) : sizeof *side))
+        return -1;
+    const char *at = (const char *)extra + sizeof *side;
+    for (int n = 0; n < nnodes; n++) {
+        repeats[n] = (struct ry_repeats){0};
+        if (!side->row_bytes)
+            continue;
+        repeats[n].row_bytes = side->row_bytes;
+        memcpy(&repeats[n].distinct, at + (size_t)n * sizeof(uint64_t), sizeof(uint64_t));
+    }
+    return 0;
+}
+
+static size_t cells_bytes(const struct ry_slice *s)
+{
+    return (size_t)s->nrows * (size_t)s->ncols * sizeof *s->cells;
+}
+
+size_t ry_order_bytes(const struct ry_slice *slice)
+{
+    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) : 0) +
+           (slice && slice->repeats ? (size_t)slice->nrows * sizeof *slice->repeats : 0);
+}
+
+int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, struct ry_err *err)
+{
+    size_t expected = ry_order_bytes(slice), cells = cells_bytes(slice), order = sizeof(struct ry_order);
+    if (bytes != expected)
+        return ry_fail(err, "the verdict holds %zu bytes instead of %zu", bytes, expected);
+    if (cells)
+        memcpy(slice->cells, (const char *)extra + order, cells);
+    if (slice->repeats)
+        memcpy(slice->repeats, (const char *)extra + order + cells, bytes - order - cells);
+    return 0;
+}
 
 static bool get_sides(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
 {
@@ -60,8 +116,8 @@ static bool get_sides(struct ry_chooser *c, const void *const *extra, const size
 /* ---- learning ---- */
 
 /*
- * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too: what
- * counts is the least among those with much to do (cost.h).
+ * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too:
+ * what counts is the least among those with much to do (cost.h).
  */
 static void learn(struct ry_chooser *c)
 {
@@ -200,12 +256,16 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
     bool ask = !yes && unknown(c, &choice);
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
-           yes ? "worth agreeing on" : ask ? "worth finding out" : "not worth agreeing on", choice.why, plain);
+           yes   ? "worth agreeing on"
+           : ask ? "worth finding out"
+                 : "not worth agreeing on",
+           choice.why, plain);
     return yes || ask;
 }
 
 /* Staging memory: what each rank still needs for the strategy goes to c->need. True if nobody needs any more. */
-static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix, char *why, size_t size)
+static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix, char *why,
+                           size_t size)
 {
     int n = c->config.map->nranks;
     bool enough = true;
@@ -219,7 +279,8 @@ static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, cons
         bool over = need > c->config.staging_limit || need < c->need[r];
         c->need[r] = need > c->sides[r].staging && !over ? need : 0;
         if (over)
-            snprintf(why, size, "%s would need %" PRIu64 " bytes of staging memory on rank %d: more than RAILYARD_STAGING",
+            snprintf(why, size,
+                     "%s would need %" PRIu64 " bytes of staging memory on rank %d: more than RAILYARD_STAGING",
                      ry_strategy_name(strategy), need, r);
         else if (c->need[r])
             snprintf(why, size, "%s, once the ranks hold enough staging memory", ry_strategy_name(strategy));
@@ -238,7 +299,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     }
     learn(c);
     find_relayed(c, x->matrix);
-    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &(struct ry_cost_matrix){.relayed = c->relayed}, MARGIN);
+    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads,
+                   &(struct ry_cost_matrix){.relayed = c->relayed}, MARGIN);
     int forced = atomic_load(c->config.forced);
     bool trial = forced < 0 && find_out(c, &choice);
     c->timed = trial || choice.trial;
