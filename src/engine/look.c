@@ -85,7 +85,7 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     s->aside = false; /* what nobody waited for is given up for what somebody waits for */
     if (ry_run_scan(r->runner, r->map, b, rows->bytes, &err)) {
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number, err.msg);
-        ry_habits_failed(&r->habits, rows->habit);
+        ry_habit_failed(rows->habit);
         return false;
     }
     *s = (struct searched){.aside = look == RY_LOOK_ASIDE,
@@ -121,7 +121,7 @@ void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *row
     if (!waited)
         return;
     s->strategy = strategy;
-    ry_habits_used(rows->habit, packed);
+    ry_habit_used(rows->habit, packed);
     tell(c, s);
 }
 
@@ -129,7 +129,7 @@ void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *row
    since the last that packing would save most of. */
 void ry_look_expect(struct reissue *r, const struct rows_seen *rows, int rank)
 {
-    double saving = ry_habits_share(rows->habit) * (double)rows->cross;
+    double saving = ry_habit_share(rows->habit) * (double)rows->cross;
     if (saving <= r->promising.saving)
         return;
     ry_load_of(&r->promising.load, r->map, rank, r->send, r->recv, NULL);

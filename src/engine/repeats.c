@@ -1,6 +1,8 @@
 /* repeats.c: see repeats.h. */
 #include "repeats.h"
 
+#include <stddef.h>
+
 #define RARELY 64     /* of so many exchanges one is looked at aside, all in all */
 #define AT_FIRST 12   /* so many more at the beginning */
 #define MOST_GAP 1024 /* turns */
@@ -22,14 +24,12 @@ struct ry_habit *ry_habits_next(struct ry_habits *h, enum ry_direction direction
     habit->used_at = h->exchanges;
     habit->turn++;
     h->spent -= 1.0 / RARELY;
-    if (h->spent < -AT_FIRST) /* a long silence is no reason to look at everything after it */
-        h->spent = -AT_FIRST;
-    if (h->exchanges == 1)
+    if (h->exchanges == 1 || h->spent < -AT_FIRST) /* a long silence is no reason to look at everything after it */
         h->spent = -AT_FIRST;
     return habit;
 }
 
-double ry_habits_share(const struct ry_habit *habit)
+double ry_habit_share(const struct ry_habit *habit)
 {
     return habit->looks && habit->share >= RY_REPEATING ? habit->share : 0;
 }
@@ -46,7 +46,7 @@ enum ry_look ry_habits_look(struct ry_habits *h, struct ry_habit *habit, uint64_
         return habit->row_bytes >= RY_LOOK_ROW_FORCED && cross ? RY_LOOK_FIRST : RY_LOOK_NOT;
     if (habit->row_bytes < RY_LOOK_ROW || cross < RY_LOOK_BYTES)
         return RY_LOOK_NOT;
-    bool repeats = ry_habits_share(habit) > 0, due = habit->turn >= habit->due;
+    bool repeats = ry_habit_share(habit) > 0, due = habit->turn >= habit->due;
     if (repeats && engaged) {
         if (habit->unused < RY_UNUSED)
             return RY_LOOK_FIRST;
@@ -61,9 +61,8 @@ enum ry_look ry_habits_look(struct ry_habits *h, struct ry_habit *habit, uint64_
     return RY_LOOK_ASIDE;
 }
 
-void ry_habits_failed(struct ry_habits *h, struct ry_habit *habit)
+void ry_habit_failed(struct ry_habit *habit)
 {
-    (void)h;
     habit->gap = MOST_GAP;
     habit->unused = RY_UNUSED; /* while engaged it is not tried at every exchange either */
     put_off(habit);
@@ -76,15 +75,15 @@ void ry_habits_found(struct ry_habits *h, enum ry_direction direction, uint64_t 
         struct ry_habit *habit = &h->of[i];
         if (habit->direction != direction || habit->row_bytes != row_bytes)
             continue;
-        bool repeated = ry_habits_share(habit) > 0;
+        bool repeated = ry_habit_share(habit) > 0;
         habit->share = habit->looks++ ? (habit->share + saved) / 2 : saved;
-        if (!repeated && ry_habits_share(habit) > 0)
+        if (!repeated && ry_habit_share(habit) > 0)
             habit->unused = 0; /* let the yardmaster say */
         return;
     }
 }
 
-void ry_habits_used(struct ry_habit *habit, bool packed)
+void ry_habit_used(struct ry_habit *habit, bool packed)
 {
     if (packed) {
         habit->unused = 0;

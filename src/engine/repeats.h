@@ -63,12 +63,12 @@ struct ry_habit *ry_habits_next(struct ry_habits *h, enum ry_direction direction
 /** Shall it be looked at? `cross`: bytes that it sends to other nodes from here. Never RY_LOOK_FIRST unless `engaged`. */
 enum ry_look ry_habits_look(struct ry_habits *h, struct ry_habit *habit, uint64_t cross, bool engaged, bool always);
 /** It was not possible after all: for want of memory, as a rule. */
-void ry_habits_failed(struct ry_habits *h, struct ry_habit *habit);
+void ry_habit_failed(struct ry_habit *habit);
 /** An answer: of `cross` bytes `packed` would be left. A kind that was forgotten meanwhile stays so. */
 void ry_habits_found(struct ry_habits *h, enum ry_direction direction, uint64_t row_bytes, uint64_t cross, uint64_t packed);
 /** What came of a look first: the exchange went packed, or not. */
-void ry_habits_used(struct ry_habit *habit, bool packed);
+void ry_habit_used(struct ry_habit *habit, bool packed);
 /** The share that packing is expected to save; 0 where the kind is not known to repeat. */
-double ry_habits_share(const struct ry_habit *habit);
+double ry_habit_share(const struct ry_habit *habit);
 
 #endif
