@@ -252,6 +252,10 @@ void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks
         p = put_us(p, x->waited_us);
         p = PUT(p, ",\"late_us\":");
         p = put_us(p, x->late_us);
+        if (x->plain_us > 0) {
+            p = PUT(p, ",\"plain_us\":");
+            p = put_us(p, x->plain_us);
+        }
         if (x->verify)
             p = PUT(p, ",\"verify\":true");
     }

@@ -67,6 +67,7 @@ struct ry_record_exchange {
     /* where it was agreed on (NULL: it was not, and what follows means nothing) */
     const char *strategy;      /* a string constant, at most 15 characters */
     double waited_us, late_us; /* how long the job's thread waited for the verdict; of it for other ranks */
+    double plain_us;           /* what the model says plain NCCL would have taken; 0: not known */
     bool verify;               /* carried out both ways */
 };
 
