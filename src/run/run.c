@@ -2,7 +2,7 @@
  * run.c: a plan's steps as NCCL calls and device copies, in stream order.
  *
  * Owns: the runner, ry_run(), and whether buffers allow it. Not: staging memory (staging.c), many copies in one launch
- * (batch.c), verify mode (checks.c).
+ * (batch.c), packed messages (packed.c), verify mode (checks.c).
  */
 #include "internal.h"
 
@@ -53,6 +53,8 @@ struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_devi
     r->kernels = !device->prepare(ordinal, &ry_run_kernels, &why) && !checks_prepare(device, &why);
     if (!r->kernels)
         ry_warn_once("plans run without Railyard's own kernels: %s", why.msg);
+    else
+        scan_prepare(r, ordinal);
     return r;
 }
 
@@ -65,6 +67,7 @@ void ry_runner_free(struct ry_runner *r, bool aborted)
     if (aborted && r->stage)
         ry_debug("staging memory of an aborted communicator: %llu bytes", (unsigned long long)r->stage_bytes);
     checks_free(r);
+    scan_free(r);
     staging_free(r);
     free(r);
 }
@@ -169,6 +172,13 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
                        (unsigned long long)plan->stage_bytes, (unsigned long long)r->stage_bytes);
     for (int i = 0; i < plan->nsteps; i++) {
         const struct ry_step *s = &plan->steps[i];
+        struct ry_err why;
+        if (s->kind == RY_STEP_PACK || s->kind == RY_STEP_EXPAND) {
+            if (packed_check(r, plan, b, s, &why))
+                return ry_fail(err, "step %d of the plan, which %s a message: %s", i,
+                               s->kind == RY_STEP_PACK ? "packs" : "expands", why.msg);
+            continue;
+        }
         bool reads = s->kind != RY_STEP_RECV, writes = s->kind != RY_STEP_SEND;
         if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= b->nranks)) ||
             (reads && !fits(plan, b, &s->from, s->bytes, false)) || (writes && !fits(plan, b, &s->to, s->bytes, true)))
@@ -196,6 +206,20 @@ static int end_batch(struct copying *c, struct ry_err *err)
     return batch_flush(&c->batch, err);
 }
 
+static int pack_or_expand(struct packed *p, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                          struct ry_err *err)
+{
+    if (s->kind == RY_STEP_PACK)
+        return packed_pack(p, s->peer, address(r, b, &s->to), err);
+    struct ry_rows_piece piece = {.message = address(r, b, &s->from),
+                                  .row_bytes = s->repeats.row_bytes,
+                                  .distinct = s->repeats.distinct,
+                                  .skip = s->skip,
+                                  .bytes = s->bytes,
+                                  .to = address(r, b, &s->to)};
+    return packed_expand(p, &piece, ry_rows_message_bytes(piece.row_bytes, piece.distinct, s->rows), err);
+}
+
 static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
                 struct ry_err *err)
 {
@@ -212,6 +236,11 @@ static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers 
     return from == to ? end_batch(c, err) : 0; /* whatever comes next may depend on it */
 }
 
+static bool is_transfer(const struct ry_step *s)
+{
+    return s->kind == RY_STEP_SEND || s->kind == RY_STEP_RECV;
+}
+
 /* The steps of one group, from `first` on: returns how many. */
 static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first, int *result)
 {
@@ -219,7 +248,7 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
     int group = s->group;
     if ((*result = r->nccl.group_start()))
         return 0;
-    for (; s < end && s->kind != RY_STEP_COPY && s->group == group; s++) {
+    for (; s < end && is_transfer(s) && s->group == group; s++) {
         if (*result)
             continue;
         *result = s->kind == RY_STEP_SEND
@@ -235,24 +264,30 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
 int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err)
 {
     struct copying copying = {.stage_end = 0};
+    struct packed packed;
     *result = 0;
     if (check(r, plan, b, err))
         return -1;
     if (plan->stage_bytes && staging_enter(r, b->stream, err))
         return -1;
     batch_start_copy(&copying.batch, r, b->stream);
+    packed_start(&packed, r, b->stream);
     int rc = 0;
     for (int i = 0; i < plan->nsteps && !rc && !*result;) {
         const struct ry_step *s = &plan->steps[i];
-        if (s->kind == RY_STEP_COPY) {
-            rc = copy(&copying, r, b, s, err);
-            i++;
-        } else if (!(rc = end_batch(&copying, err))) {
+        /* Only what follows its own kind is collected: the stream keeps all else in order. */
+        if ((s->kind != RY_STEP_COPY && (rc = end_batch(&copying, err))) ||
+            ((s->kind == RY_STEP_COPY || is_transfer(s)) && (rc = packed_flush(&packed, err))))
+            break;
+        if (is_transfer(s)) {
             i += transfer(r, b, plan, i, result);
+        } else {
+            rc = s->kind == RY_STEP_COPY ? copy(&copying, r, b, s, err) : pack_or_expand(&packed, r, b, s, err);
+            i++;
         }
     }
-    if (!rc && !*result)
-        rc = end_batch(&copying, err);
+    if (!rc && !*result && !(rc = end_batch(&copying, err)))
+        rc = packed_flush(&packed, err);
     /* Even after a failure: what was enqueued may still use the memory. */
     if (plan->stage_bytes && staging_leave(r, b->stream, rc ? NULL : err))
         rc = -1;
