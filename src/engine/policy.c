@@ -9,12 +9,16 @@
 
 #include "base/log.h"
 
-#define MARGIN 0.05   /* a strategy must promise as much over direct */
-#define ACCOUNT 64    /* engaged exchanges after which it is asked whether agreeing still pays */
+#define MARGIN 0.05 /* a strategy must promise as much over direct */
+#define FIRST_ACCOUNT                                                                                                  \
+    12             /* engaged exchanges after which it is asked whether agreeing pays, at first: a layer has up to 8, */
+#define ACCOUNT 64 /* and once it paid */
+#define MOST_UNPAID 6
 #define RECENT 256    /* choices remembered until their duration is known */
 #define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define CLOSE 1.5     /* where rows are equal, only what is estimated to come so close to the best is found out about */
 #define TRIES 6       /* exchanges measured of each strategy to find out, */
-#define MOST_TRIES 64 /* and made at most for that */
+#define MOST_TRIES 64 /* and made at most for that, of one size class */
 
 /* A choice, until it is known how long it took. */
 struct recent {
@@ -30,17 +34,21 @@ struct ry_chooser {
     char name[24];
     struct ry_cost_learned learned;
     struct ry_chooser_counts counts;
-    double saved_us; /* since the account was opened: what plain NCCL would have taken, less what was chosen */
-    int accounted;
-    uint64_t reissued;              /* exchanges, for verify */
-    bool timed;                     /* the exchange being decided is to be timed */
-    uint8_t tried[RY_COST_CLASSES]; /* exchanges made to find out, by size class; MOST_TRIES: it is known */
+    double saved_us;        /* since the account was opened: what plain NCCL would have taken, less what was chosen */
+    int accounted, account; /* exchanges in it; to be */
+    int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
+    uint64_t reissued;      /* exchanges, for verify */
+    bool timed;             /* the exchange being decided is to be timed */
+    uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
     uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
     struct ry_side *sides;                  /* [nranks] */
     struct ry_load *loads;                  /* [nranks] */
     uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
+    bool looked;                            /* any rank for equal rows */
+    struct ry_repeats *repeats;             /* [nranks][nnodes] */
+    uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
     char *order;                            /* what one rank is told */
     size_t order_size;
@@ -102,7 +110,7 @@ int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, str
     return 0;
 }
 
-static bool get_sides(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
+static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
 {
     for (int r = 0; r < c->config.map->nranks; r++) {
         if (bytes[r] != sizeof c->sides[r])
@@ -110,6 +118,59 @@ static bool get_sides(struct ry_chooser *c, const void *const *extra, const size
         memcpy(&c->sides[r], extra[r], sizeof c->sides[r]);
         c->loads[r] = c->sides[r].load;
     }
+    return true;
+}
+
+/*
+ * What rank `from` found, against its row of the matrix: there are no more distinct rows than rows. What it packs is
+ * not taken from what it says of its load. False: it cannot be.
+ */
+static bool check_found(struct ry_chooser *c, int from, const uint64_t *cells)
+{
+    const struct ry_cluster *map = c->config.map;
+    struct ry_repeats *found = c->repeats + (size_t)from * (size_t)map->nnodes;
+    struct ry_load *load = &c->loads[from];
+    uint64_t row_bytes = c->sides[from].row_bytes, *rows = c->need,
+             *bytes = c->spare; /* as scratch: nnodes <= nranks */
+    memset(rows, 0, (size_t)map->nnodes * sizeof *rows);
+    memset(bytes, 0, (size_t)map->nnodes * sizeof *bytes);
+    found[map->node[from]] = (struct ry_repeats){0};
+    for (int to = 0; to < map->nranks; to++) {
+        rows[map->node[to]] += row_bytes ? ry_rows_of(cells[to], row_bytes) : 0;
+        bytes[map->node[to]] += cells[to];
+    }
+    load->packed_out = 0;
+    for (int n = 0; n < map->nnodes; n++) {
+        if (n == map->node[from])
+            continue;
+        if (found[n].distinct > rows[n])
+            return false;
+        uint64_t crosses = ry_packs(found[n], rows[n], bytes[n]) ? ry_packed_bytes(found[n], rows[n]) : bytes[n];
+        load->packed_out += crosses;
+        c->packed_in[n] += crosses;
+    }
+    return true;
+}
+
+static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
+{
+    const struct ry_cluster *map = c->config.map;
+    size_t nodes = (size_t)map->nnodes;
+    c->looked = false;
+    for (int r = 0; r < map->nranks; r++) {
+        struct ry_side *side = &c->sides[r];
+        struct ry_load *load = &c->loads[r];
+        if (ry_side_unpack(side, c->repeats + (size_t)r * nodes, map->nnodes, x->extra[r], x->extra_bytes[r]))
+            return false;
+        *load = side->load;
+        load->packed_out = load->cross_out;
+        load->scanned = !side->row_bytes ? 0 : load->scanned < load->cross_out ? load->scanned : load->cross_out;
+        c->looked |= side->row_bytes > 0;
+    }
+    memset(c->packed_in, 0, nodes * sizeof *c->packed_in);
+    for (int r = 0; c->looked && r < map->nranks; r++)
+        if (!check_found(c, r, x->matrix + (size_t)r * (size_t)map->nranks))
+            return false;
     return true;
 }
 
@@ -148,18 +209,22 @@ static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choi
     struct recent *k = &c->recent[number % RECENT];
     if (k->reported < c->config.map->nranks && 2 * k->reported > c->config.map->nranks) /* the others never will */
         ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
-    *k = (struct recent){.number = number,
-                         .busiest = ry_cost_busiest(c->config.map, c->loads),
-                         .strategy = choice->strategy,
-                         .us = choice->model_us[choice->strategy] - c->config.model.agreement_us,
-                         .least = INFINITY};
+    *k =
+        (struct recent){.number = number,
+                        .busiest = ry_cost_busiest(c->config.map, c->loads),
+                        .strategy = choice->strategy,
+                        .us = choice->model_us[choice->strategy] - c->config.model.agreement_us -
+                              (choice->strategy == RY_DEDUP ? choice->search_us : 0), /* over before the clock starts */
+                        .least = INFINITY};
 }
 
 /* ---- finding out ---- */
 
 /*
  * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs next to nothing, each
- * strategy is therefore tried a few times in every size class, once, and measured.
+ * strategy is therefore tried a few times in every size class, once, and measured. Where rows are equal much is at
+ * stake, and what is far from the best is left out, but for a few of direct: that the model says so must not be all
+ * there is against it.
  */
 static int size_class(const struct ry_chooser *c)
 {
@@ -167,43 +232,78 @@ static int size_class(const struct ry_chooser *c)
     return busiest ? 63 - __builtin_clzll(busiest) : 0;
 }
 
-static bool unknown(const struct ry_chooser *c, const struct ry_choice *choice)
+static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choice, int strategy)
 {
-    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
-    return c->config.map->nnodes > 1 && c->tried[size_class(c)] < MOST_TRIES &&
-           c->config.model.agreement_us <= CHEAP * plain;
+    const struct ry_cluster *map = c->config.map;
+    double best = INFINITY;
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        best = choice->us[s] < best ? choice->us[s] : best;
+    if (!isfinite(choice->us[strategy]) || (strategy == RY_HIERARCHICAL && map->nnodes == map->nranks))
+        return 0;
+    if (!isfinite(choice->us[RY_DEDUP]) || choice->us[strategy] <= CLOSE * best)
+        return TRIES;
+    return strategy == RY_DIRECT ? RY_COST_ENOUGH : 0;
 }
 
-/* The strategy measured least often, if there is one to find out about; false: all are known. */
+/* The strategy to be tried next: the one made least often, then the one measured least; -1: all are known. */
+static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choice, int class)
+{
+    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
+    int all = 0, make = -1, measure = -1, several = 0;
+    if (c->config.map->nnodes < 2 || !(c->config.model.agreement_us <= CHEAP * plain))
+        return -1;
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        uint32_t enough = wanted(c, choice, s);
+        all += c->tried[s][class];
+        several += enough > 0;
+        if (c->tried[s][class] < enough && (make < 0 || c->tried[s][class] < c->tried[make][class]))
+            make = s;
+        if (c->learned.at[s][class].samples < enough &&
+            (measure < 0 || c->learned.at[s][class].samples < c->learned.at[measure][class].samples))
+            measure = s;
+    }
+    if (several < 2 || all >= MOST_TRIES || measure < 0)
+        return -1;
+    return make >= 0 ? make : measure; /* durations come late: take turns, rather than wait for the last one's */
+}
+
+static void open_account(struct ry_chooser *c, int exchanges)
+{
+    c->saved_us = 0;
+    c->accounted = 0;
+    c->account = exchanges;
+}
+
 static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
 {
-    int class = size_class(c), least = RY_DIRECT;
-    if (!unknown(c, choice))
+    int class = size_class(c), strategy = to_find_out(c, choice, class), all = 0;
+    if (strategy < 0)
         return false;
-    for (int s = 0; s <= RY_HIERARCHICAL; s++)
-        if (c->learned.at[s][class].samples < c->learned.at[least][class].samples)
-            least = s;
-    if (c->learned.at[least][class].samples >= TRIES) {
-        c->tried[class] = MOST_TRIES;
-        return false;
-    }
-    /* Durations come late: take turns, rather than wait for the last one's. */
-    choice->strategy = c->tried[class] < 2 * TRIES ? c->tried[class] % 2 : (enum ry_strategy)least;
-    c->tried[class]++;
-    snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", c->tried[class],
+    choice->strategy = (enum ry_strategy)strategy;
+    c->tried[strategy][class]++;
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        all += c->tried[s][class];
+    snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", all,
              (1ull << class) >> 10);
+    open_account(c, FIRST_ACCOUNT); /* what was estimated before is not what is known after */
     return true;
 }
 
-/* Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ. */
+/*
+ * Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ; soon after it began, or after
+ * something was found out. Where it did not pay again and again, proposals are made less and less often.
+ */
 static bool pays(struct ry_chooser *c, const struct ry_choice *choice)
 {
     c->saved_us += choice->us[RY_DIRECT] - c->config.model.agreement_us - choice->us[choice->strategy];
-    if (++c->accounted < ACCOUNT)
+    if (choice->strategy != RY_DEDUP)
+        c->saved_us -= choice->search_us; /* looked for nothing */
+    if (++c->accounted < c->account)
         return true;
     bool pays = c->saved_us > 0;
-    c->saved_us = 0;
-    c->accounted = 0;
+    c->unpaid = pays ? 0 : c->unpaid < MOST_UNPAID ? c->unpaid + 1 : c->unpaid;
+    c->skip = pays ? 0 : (1 << c->unpaid) - 2;
+    open_account(c, ACCOUNT);
     return pays;
 }
 
@@ -228,7 +328,7 @@ static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
         struct ry_slice *s = &c->slices[strategy][r];
         if (!s->rows && ry_slice_init(s, c->config.map, r, strategy, NULL))
             return false;
-        size_t bytes = sizeof(struct ry_order) + (size_t)s->nrows * (size_t)s->ncols * sizeof *s->cells;
+        size_t bytes = ry_order_bytes(s);
         if (bytes <= c->order_size)
             continue;
         char *p = realloc(c->order, bytes);
@@ -247,20 +347,23 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     struct ry_chooser *c = context;
     if (atomic_load(c->config.forced) >= 0)
         return true; /* direct, too: that is how the agreement's own price is measured */
-    if (!get_sides(c, seen, bytes))
+    if (!get_seen(c, seen, bytes))
         return false;
     struct ry_choice choice;
     struct ry_cost_learned learned = c->learned; /* asking is not choosing: nothing may be remembered of it */
     ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
-    bool ask = !yes && unknown(c, &choice);
+    bool ask = !yes && to_find_out(c, &choice, size_class(c)) >= 0, skip = yes && c->skip > 0;
+    c->skip -= skip;
+    open_account(c, FIRST_ACCOUNT); /* nothing is engaged */
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
-           yes   ? "worth agreeing on"
+           skip  ? "not worth agreeing on, since it did not pay lately"
+           : yes ? "worth agreeing on"
            : ask ? "worth finding out"
                  : "not worth agreeing on",
            choice.why, plain);
-    return yes || ask;
+    return (yes && !skip) || ask;
 }
 
 /* Staging memory: what each rank still needs for the strategy goes to c->need. True if nobody needs any more. */
@@ -272,7 +375,7 @@ static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, cons
     memset(c->need, 0, (size_t)n * sizeof *c->need);
     if (strategy == RY_DIRECT)
         return true;
-    if (ry_plan_stage_all(c->config.map, strategy, matrix, NULL, c->need, c->spare, NULL))
+    if (ry_plan_stage_all(c->config.map, strategy, matrix, c->looked ? c->repeats : NULL, c->need, c->spare, NULL))
         return snprintf(why, size, "out of memory for the verdict"), false;
     for (int r = 0; r < n; r++) {
         uint64_t need = c->need[r] + c->sides[r].pack[strategy];
@@ -293,14 +396,18 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
 {
     struct ry_chooser *c = context;
     struct ry_choice choice;
-    if (!get_sides(c, x->extra, x->extra_bytes)) {
+    if (!get_sides(c, x)) {
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": a manifest contradicts itself: direct, and no more",
+               c->name, x->number);
+        memset(c->need, 0, (size_t)c->config.map->nranks * sizeof *c->need);
+        c->timed = false;
         *last = true;
         return RY_DIRECT;
     }
     learn(c);
     find_relayed(c, x->matrix);
-    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads,
-                   &(struct ry_cost_matrix){.relayed = c->relayed}, MARGIN);
+    struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
+    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
     bool trial = forced < 0 && find_out(c, &choice);
     c->timed = trial || choice.trial;
@@ -317,7 +424,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     }
     remember(c, x->number, &choice);
     c->counts.chosen[choice.strategy]++;
-    *last = !trial && !pays(c, &choice) && forced < 0;
+    *last = forced < 0 && !trial && !pays(c, &choice);
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
@@ -330,7 +437,7 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     struct ry_chooser *c = context;
     const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
     struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed};
-    size_t cells = (size_t)s->nrows * (size_t)s->ncols;
+    size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
     *size = 0;
     if (strategy == RY_DIRECT && !order.staging_wanted && !order.timed)
         return NULL;
@@ -339,7 +446,10 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     for (int i = 0; i < s->nrows; i++)
         for (int j = 0; j < s->ncols; j++)
             *cell++ = x->matrix[(size_t)s->rows[i] * (size_t)x->nranks + (size_t)s->cols[j]];
-    *size = sizeof order + cells * sizeof *cell;
+    struct ry_repeats *repeats = (struct ry_repeats *)cell;
+    for (int i = 0; s->repeats && i < s->nrows; i++)
+        repeats[i] = c->looked ? c->repeats[(size_t)s->rows[i] * nnodes + node] : (struct ry_repeats){0};
+    *size = ry_order_bytes(s);
     return c->order;
 }
 
@@ -348,8 +458,9 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct ry_err *err)
 {
     struct ry_chooser *c = calloc(1, sizeof *c);
-    size_t n = (size_t)config->map->nranks;
+    size_t n = (size_t)config->map->nranks, nodes = (size_t)config->map->nnodes;
     if (c) {
+        open_account(c, FIRST_ACCOUNT);
         c->config = *config;
         snprintf(c->name, sizeof c->name, "%s", config->name);
         for (int i = 0; i < RECENT; i++)
@@ -358,6 +469,8 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
         !(c->spare = calloc(n, sizeof *c->spare)) || !(c->measured = calloc(n, sizeof *c->measured)) ||
+        !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
+        !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
         goto no_memory;
     for (int i = 0; i < RY_STRATEGIES; i++)
@@ -385,6 +498,8 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->spare);
     free(c->sides);
     free(c->measured);
+    free(c->repeats);
+    free(c->packed_in);
     free(c->order);
     free(c);
 }
