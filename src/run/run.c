@@ -188,52 +188,77 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
 }
 
 /*
- * Copies that follow each other go in one batch as long as none may depend on another. Send segments are never written;
+ * Copies that follow each other go in one batch as long as none may depend on another; so do messages to pack, in a launch
+ * of their own, and pieces to expand, without copies among them. Send segments are never written;
  * a batch that reads from the staging memory or the receive buffer does not write there as well, and staging memory is
  * written in ascending order (what is not, is still right, in a batch of its own).
  */
 struct copying {
     struct batch batch;
+    struct packed packed; /* messages to pack count as copies; if there are pieces to expand, there is nothing else */
     bool reads[3], writes[3]; /* by enum ry_place */
     uint64_t stage_end;
 };
+
+static void start_batch(struct copying *c, struct ry_runner *r, void *stream)
+{
+    memset(c->reads, 0, sizeof c->reads);
+    memset(c->writes, 0, sizeof c->writes);
+    c->stage_end = 0;
+    batch_start_copy(&c->batch, r, stream);
+    packed_start(&c->packed, r, stream);
+}
 
 static int end_batch(struct copying *c, struct ry_err *err)
 {
     memset(c->reads, 0, sizeof c->reads);
     memset(c->writes, 0, sizeof c->writes);
     c->stage_end = 0;
-    return batch_flush(&c->batch, err);
+    int rc = batch_flush(&c->batch, err);
+    return packed_flush(&c->packed, rc ? NULL : err) ? -1 : rc;
 }
 
-static int pack_or_expand(struct packed *p, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
-                          struct ry_err *err)
+/* Before a copy, or a message that is packed, joins the batch. */
+static int join(struct copying *c, const struct ry_step *s, enum ry_place from, struct ry_err *err)
 {
-    if (s->kind == RY_STEP_PACK)
-        return packed_pack(p, s->peer, address(r, b, &s->to), err);
+    enum ry_place to = s->to.place;
+    bool overlaps = to == RY_AT_STAGE && s->to.offset < c->stage_end;
+    if ((overlaps || c->writes[from] || c->reads[to] || c->packed.npieces) && end_batch(c, err))
+        return -1;
+    c->reads[from] = true;
+    c->writes[to] = true;
+    if (to == RY_AT_STAGE)
+        c->stage_end = s->to.offset + s->bytes;
+    return 0;
+}
+
+static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                struct ry_err *err)
+{
+    if (join(c, s, s->from.place, err) ||
+        batch_add(&c->batch, address(r, b, &s->to), address(r, b, &s->from), s->bytes, 0, err))
+        return -1;
+    return s->from.place == s->to.place ? end_batch(c, err) : 0; /* whatever comes next may depend on it */
+}
+
+static int pack(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                struct ry_err *err)
+{
+    return join(c, s, RY_AT_SEND, err) || packed_pack(&c->packed, s->peer, address(r, b, &s->to), err) ? -1 : 0;
+}
+
+static int expand(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                  struct ry_err *err)
+{
+    if (!c->packed.npieces && end_batch(c, err))
+        return -1;
     struct ry_rows_piece piece = {.message = address(r, b, &s->from),
                                   .row_bytes = s->repeats.row_bytes,
                                   .distinct = s->repeats.distinct,
                                   .skip = s->skip,
                                   .bytes = s->bytes,
                                   .to = address(r, b, &s->to)};
-    return packed_expand(p, &piece, ry_rows_message_bytes(piece.row_bytes, piece.distinct, s->rows), err);
-}
-
-static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
-                struct ry_err *err)
-{
-    enum ry_place from = s->from.place, to = s->to.place;
-    bool overlaps = to == RY_AT_STAGE && s->to.offset < c->stage_end;
-    if ((overlaps || c->writes[from] || c->reads[to]) && end_batch(c, err))
-        return -1;
-    c->reads[from] = true;
-    c->writes[to] = true;
-    if (to == RY_AT_STAGE)
-        c->stage_end = s->to.offset + s->bytes;
-    if (batch_add(&c->batch, address(r, b, &s->to), address(r, b, &s->from), s->bytes, 0, err))
-        return -1;
-    return from == to ? end_batch(c, err) : 0; /* whatever comes next may depend on it */
+    return packed_expand(&c->packed, &piece, ry_rows_message_bytes(piece.row_bytes, piece.distinct, s->rows), err);
 }
 
 static bool is_transfer(const struct ry_step *s)
@@ -263,31 +288,28 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
 
 int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err)
 {
-    struct copying copying = {.stage_end = 0};
-    struct packed packed;
+    struct copying copying;
     *result = 0;
     if (check(r, plan, b, err))
         return -1;
     if (plan->stage_bytes && staging_enter(r, b->stream, err))
         return -1;
-    batch_start_copy(&copying.batch, r, b->stream);
-    packed_start(&packed, r, b->stream);
+    start_batch(&copying, r, b->stream);
     int rc = 0;
     for (int i = 0; i < plan->nsteps && !rc && !*result;) {
         const struct ry_step *s = &plan->steps[i];
-        /* Only what follows its own kind is collected: the stream keeps all else in order. */
-        if ((s->kind != RY_STEP_COPY && (rc = end_batch(&copying, err))) ||
-            ((s->kind == RY_STEP_COPY || is_transfer(s)) && (rc = packed_flush(&packed, err))))
-            break;
         if (is_transfer(s)) {
-            i += transfer(r, b, plan, i, result);
-        } else {
-            rc = s->kind == RY_STEP_COPY ? copy(&copying, r, b, s, err) : pack_or_expand(&packed, r, b, s, err);
-            i++;
+            if (!(rc = end_batch(&copying, err)))
+                i += transfer(r, b, plan, i, result);
+            continue;
         }
+        rc = s->kind == RY_STEP_COPY   ? copy(&copying, r, b, s, err)
+             : s->kind == RY_STEP_PACK ? pack(&copying, r, b, s, err)
+                                       : expand(&copying, r, b, s, err);
+        i++;
     }
-    if (!rc && !*result && !(rc = end_batch(&copying, err)))
-        rc = packed_flush(&packed, err);
+    if (!rc && !*result)
+        rc = end_batch(&copying, err);
     /* Even after a failure: what was enqueued may still use the memory. */
     if (plan->stage_bytes && staging_leave(r, b->stream, rc ? NULL : err))
         rc = -1;
