@@ -366,30 +366,52 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     return (yes && !skip) || ask;
 }
 
-/* Staging memory: what each rank still needs for the strategy goes to c->need. True if nobody needs any more. */
-static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix, char *why,
-                           size_t size)
+/*
+ * Staging memory: what each rank still needs for the strategy goes to c->need, nothing where that would be too much for
+ * one of them: *never. True if nobody needs any more.
+ */
+static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix,
+                           struct ry_choice *choice, bool *never)
 {
     int n = c->config.map->nranks;
     bool enough = true;
+    *never = false;
     memset(c->need, 0, (size_t)n * sizeof *c->need);
     if (strategy == RY_DIRECT)
         return true;
-    if (ry_plan_stage_all(c->config.map, strategy, matrix, c->looked ? c->repeats : NULL, c->need, c->spare, NULL))
-        return snprintf(why, size, "out of memory for the verdict"), false;
-    for (int r = 0; r < n; r++) {
+    if (ry_plan_stage_all(c->config.map, strategy, matrix, c->looked ? c->repeats : NULL, c->need, c->spare, NULL)) {
+        memset(c->need, 0, (size_t)n * sizeof *c->need);
+        return snprintf(choice->why, sizeof choice->why, "out of memory for the verdict"), false;
+    }
+    for (int r = 0; r < n && !*never; r++) {
         uint64_t need = c->need[r] + c->sides[r].pack[strategy];
-        bool over = need > c->config.staging_limit || need < c->need[r];
-        c->need[r] = need > c->sides[r].staging && !over ? need : 0;
-        if (over)
-            snprintf(why, size,
+        *never = need > c->config.staging_limit || need < c->need[r];
+        c->need[r] = need > c->sides[r].staging ? need : 0;
+        enough &= !c->need[r];
+        if (*never)
+            snprintf(choice->why, sizeof choice->why,
                      "%s would need %" PRIu64 " bytes of staging memory on rank %d: more than RAILYARD_STAGING",
                      ry_strategy_name(strategy), need, r);
-        else if (c->need[r])
-            snprintf(why, size, "%s, once the ranks hold enough staging memory", ry_strategy_name(strategy));
-        enough &= !over && !c->need[r];
     }
-    return enough;
+    if (*never)
+        memset(c->need, 0, (size_t)n * sizeof *c->need);
+    else if (!enough)
+        snprintf(choice->why, sizeof choice->why, "%s, once the ranks hold enough staging memory",
+                 ry_strategy_name(strategy));
+    return enough && !*never;
+}
+
+/* The choice that the ranks' staging memory allows; dedup takes more than hierarchical, which may be next. */
+static void fit_staging(struct ry_chooser *c, struct ry_choice *choice, const uint64_t *matrix, bool forced)
+{
+    bool never;
+    if (enough_staging(c, choice->strategy, matrix, choice, &never))
+        return;
+    c->counts.short_of_staging++;
+    bool next = never && !forced && choice->strategy == RY_DEDUP &&
+                choice->us[RY_HIERARCHICAL] < choice->us[RY_DIRECT] * (1 - MARGIN) &&
+                enough_staging(c, RY_HIERARCHICAL, matrix, choice, &never);
+    choice->strategy = next ? RY_HIERARCHICAL : RY_DIRECT;
 }
 
 static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
@@ -415,10 +437,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
         choice.strategy = (enum ry_strategy)forced;
     }
-    if (!enough_staging(c, choice.strategy, x->matrix, choice.why, sizeof choice.why)) {
-        c->counts.short_of_staging++;
-        choice.strategy = RY_DIRECT;
-    } else if (!prepare(c, choice.strategy)) {
+    fit_staging(c, &choice, x->matrix, forced >= 0);
+    if (!prepare(c, choice.strategy)) {
         snprintf(choice.why, sizeof choice.why, "out of memory for the verdict");
         choice.strategy = RY_DIRECT;
     }

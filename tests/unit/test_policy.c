@@ -18,7 +18,8 @@ static struct ry_policy policy;
 static _Atomic int forced;
 static struct ry_side sides[RANKS];
 static struct ry_repeats found[RANKS * NODES];
-static bool slow_nic; /* and fast links in the nodes */
+static double message_us = 2; /* across, where the NIC is slow */
+static bool slow_nic;         /* and fast links in the nodes */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth */
 static int went[RY_STRATEGIES];
@@ -43,6 +44,7 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
     if (slow_nic) {
         config.model.link[RY_LINK_NIC].bytes_per_us = config.model.nic_rank_bytes_per_us = 3e3;
         config.model.link[RY_LINK_LOCAL].bytes_per_us = 200e3;
+        config.model.link[RY_LINK_NIC].message_us = message_us;
         config.model.measured = true;
     }
     chooser = ry_chooser_new(&config, &err);
@@ -203,6 +205,34 @@ START_TEST(staging_comes_first)
     for (int r = 0; r < RANKS; r++)
         ck_assert_uint_eq(order_of(RY_DIRECT, r, &cells, &n).staging_wanted, 0);
     end();
+}
+END_TEST
+
+/* Dedup takes more than hierarchical: where that is too much, hierarchical is next if it is worth anything. */
+START_TEST(staging_for_the_next_best)
+{
+    uint64_t most[RY_STRATEGIES] = {0}, relay[RANKS], pack[RANKS];
+    slow_nic = true;
+    message_us = 50;
+    for (int limit = RY_DEDUP; limit >= RY_DIRECT; limit--) {
+        begin(0, most[limit] ? most[limit] : 1 << 30, 100);
+        uniform(65536, 1 << 30);
+        duplicates(64, 4);
+        for (int s = RY_HIERARCHICAL; limit == RY_DEDUP && s < RY_STRATEGIES; s++) {
+            ck_assert(!ry_plan_stage_all(map, (enum ry_strategy)s, matrix, found, relay, pack, NULL));
+            for (int r = 0; r < RANKS; r++)
+                most[s] = relay[r] > most[s] ? relay[r] : most[s];
+        }
+        most[RY_DIRECT] = 1;
+        ck_assert_uint_gt(most[RY_DEDUP], most[RY_HIERARCHICAL]);
+        ck_assert_int_eq(exchange(), limit);
+        struct ry_chooser_counts counts;
+        ry_chooser_counts(chooser, &counts);
+        ck_assert_uint_eq(counts.short_of_staging, limit != RY_DEDUP);
+        end();
+    }
+    message_us = 2;
+    slow_nic = false;
 }
 END_TEST
 
@@ -512,6 +542,7 @@ int main(void)
     TCase *t = tcase_create("policy");
     tcase_add_test(t, forced_is_obeyed);
     tcase_add_test(t, staging_comes_first);
+    tcase_add_test(t, staging_for_the_next_best);
     tcase_add_test(t, slices_are_the_ranks_own);
     tcase_add_test(t, every_nth_is_verified);
     tcase_add_test(t, declines_where_agreeing_costs_more);
