@@ -32,7 +32,7 @@
 struct rows_seen {
     uint64_t elems; /* of one row; 0: not known */
     const char *source;
-    uint64_t bytes; /* of one row */
+    uint64_t bytes; /* by which equal ones are looked for */
     enum ry_direction direction;
     struct ry_habit *habit; /* of its kind */
     uint64_t cross;         /* bytes that it sends to other nodes */

@@ -20,7 +20,7 @@ void ry_look_see(struct comm *c, struct reissue *r, const struct ry_exchange *x,
 {
     *rows = (struct rows_seen){0};
     rows->elems = ry_row_width_see(&c->rows, x->send_count, x->recv_count, x->type_bytes, &rows->source);
-    rows->bytes = rows->elems * x->type_bytes;
+    rows->bytes = ry_row_width_search(rows->elems * x->type_bytes, rows->source);
     rows->direction = ry_directions_see(&c->directions, x->send_count, x->recv_count, x->nranks, x->type_bytes);
     if (!r)
         return;
