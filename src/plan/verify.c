@@ -156,12 +156,6 @@ static int pair_all(struct machine *m)
 
 /* ---- all together ---- */
 
-static struct token sent(const struct machine *m, int from, int to, uint64_t offset)
-{
-    const uintptr_t *at = addresses(m, RY_AT_SEND, from);
-    return at ? (struct token){from, -1, at[to] + offset} : (struct token){from, to, offset};
-}
-
 static struct spans *segment(struct machine *m, int rank, int from)
 {
     size_t a = m->seg_start[rank], b = m->seg_start[rank + 1];
@@ -422,9 +416,7 @@ int ry_verify_all(struct machine *m)
 int ry_plan_verify_at(const struct ry_cluster *cluster, const uint64_t *matrix, struct ry_plan *const *plans,
                       const uintptr_t *const *send_at, const uintptr_t *const *recv_at, struct ry_err *err)
 {
-    struct machine m = {.n = cluster->nranks, .cluster = cluster, .matrix = matrix, .plans = plans, .send_at = send_at,
-                        .recv_at = recv_at, .err = err};
-    return ry_verify_all(&m);
+    return ry_plan_verify_rows_at(cluster, matrix, NULL, plans, send_at, recv_at, err);
 }
 
 int ry_plan_verify(const struct ry_cluster *cluster, const uint64_t *matrix, struct ry_plan *const *plans,

@@ -35,7 +35,7 @@ struct machine {
     struct packed {
         const struct ry_row_map *map;
         uint64_t rows;
-        uint32_t *number; /* [rows]: which of the distinct rows */
+        uint32_t *number;  /* [rows]: which of the distinct rows */
     } * packed;            /* [n * nnodes] */
     uint64_t *rows_before; /* [n * n] */
 
@@ -92,7 +92,8 @@ int ry_verify_row_step(struct machine *m, int rank, int step);
 /* what it writes, into m->pieces; */
 int ry_verify_pack(struct machine *m, int rank, int step);
 int ry_verify_expand(struct machine *m, int rank, int step);
-/* how many bytes from `t` on are as good as those from `offset` on of what `from` sends to `to`, the next row left aside; */
+/* how many bytes from `t` on are as good as those from `offset` on of what `from` sends to `to`, the next row left
+ * aside; */
 uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset);
 /* a token with a segment below -1. */
 struct text ry_verify_packed_name(struct token t);
@@ -118,6 +119,12 @@ static inline const uintptr_t *addresses(const struct machine *m, enum ry_place 
 {
     const uintptr_t *const *at = place == RY_AT_SEND ? m->send_at : m->recv_at;
     return at ? at[rank] : NULL;
+}
+
+static inline struct token sent(const struct machine *m, int from, int to, uint64_t offset)
+{
+    const uintptr_t *at = addresses(m, RY_AT_SEND, from);
+    return at ? (struct token){from, -1, at[to] + offset} : (struct token){from, to, offset};
 }
 
 static inline int no_memory(struct machine *m)

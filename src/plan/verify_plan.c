@@ -27,8 +27,8 @@ struct text ry_verify_name(const struct machine *m, int rank, int i)
     else if (s->kind == RY_STEP_PACK)
         snprintf(t.s, sizeof t.s, "rank %d, step %d (pack %" PRIu64 " bytes for node %d)", rank, i, s->bytes, s->peer);
     else if (s->kind == RY_STEP_EXPAND)
-        snprintf(t.s, sizeof t.s, "rank %d, step %d (expand %" PRIu64 " bytes of what rank %d packed)", rank, i, s->bytes,
-                 s->peer);
+        snprintf(t.s, sizeof t.s, "rank %d, step %d (expand %" PRIu64 " bytes of what rank %d packed)", rank, i,
+                 s->bytes, s->peer);
     else
         snprintf(t.s, sizeof t.s, "rank %d, step %d (group %d: %s %" PRIu64 " bytes %s rank %d)", rank, i, s->group,
                  s->kind == RY_STEP_SEND ? "send" : "receive", s->bytes, s->kind == RY_STEP_SEND ? "to" : "from",

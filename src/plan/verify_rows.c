@@ -1,10 +1,10 @@
 /*
- * verify_rows.c: the verifier's part about packed messages: what PACK writes, what EXPAND reads, and which rows are as good as
- * each other.
+ * verify_rows.c: the verifier's part about packed messages: what PACK writes, what EXPAND reads, and which rows are as
+ * good as each other.
  *
  * A packed message consists of bytes of the send buffer, known by where the first of equal rows lies; of entries of the
- * index list, known by sender, node and place in that list; and of bytes that mean nothing. An entry is taken to hold what
- * the row map says that the scan finds, so it can be followed wherever it was sent.
+ * index list, known by sender, node and place in that list; and of bytes that mean nothing. An entry is taken to hold
+ * what the row map says that the scan finds, so it can be followed wherever it was sent.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -37,7 +37,8 @@ static uint64_t *rows_before(const struct machine *m, int from, int to)
     return &m->rows_before[(size_t)from * (size_t)m->n + (size_t)to];
 }
 
-/* Where the next row begins that `from` sends to `node`, in the order of the message, after offset *at of rank *to's. */
+/* Where the next row begins that `from` sends to `node`, in the order of the message, after offset *at of rank *to's.
+ */
 static bool next_row(const struct machine *m, int from, int node, uint64_t row_bytes, int *to, uint64_t *at)
 {
     if (*to >= 0)
@@ -101,7 +102,7 @@ int ry_verify_pack(struct machine *m, int rank, int step)
         uint64_t left = segment_bytes(m, RY_AT_SEND, rank, to) - at;
         if (p->map->first[row] != row)
             continue;
-        if (ry_verify_piece(m, left < row_bytes ? left : row_bytes, (struct token){rank, to, at}))
+        if (ry_verify_piece(m, left < row_bytes ? left : row_bytes, sent(m, rank, to, at)))
             return -1;
         if (left < row_bytes && ry_verify_piece(m, row_bytes - left, (struct token){rank, FILLED_IN, filled++}))
             return -1;
@@ -123,8 +124,7 @@ int ry_verify_expand(struct machine *m, int rank, int step)
     for (size_t i = 0; i < m->npieces; i++) {
         struct token t = m->pieces[i].token;
         if (t.rank != s->peer || t.seg != INDEX_LIST(node) || t.off != 4 * s->skip + m->pieces[i].lo)
-            return ry_fail(m->err,
-                           "%s: wrong source: where entry %" PRIu64 " of the index list should be, there is %s",
+            return ry_fail(m->err, "%s: wrong source: where entry %" PRIu64 " of the index list should be, there is %s",
                            ry_verify_name(m, rank, step).s, s->skip + m->pieces[i].lo / 4, ry_verify_token_name(t).s);
     }
     m->npieces = 0;
@@ -139,14 +139,20 @@ int ry_verify_expand(struct machine *m, int rank, int step)
 uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset)
 {
     int node = m->cluster->node[to];
-    if (!m->maps || t.rank != from || t.seg < 0 || m->cluster->node[t.seg] != node || node == m->cluster->node[from])
+    const uintptr_t *at = addresses(m, RY_AT_SEND, from);
+    if (!m->maps || t.rank != from || t.seg < -1 || node == m->cluster->node[from])
         return 0;
     const struct ry_row_map *map = packed(m, from, node)->map;
-    uint64_t row_bytes = map->repeats.row_bytes;
-    if (!row_bytes || t.off % row_bytes != offset % row_bytes)
-        return 0;
-    uint64_t is = *rows_before(m, from, t.seg) + t.off / row_bytes, wanted = *rows_before(m, from, to) + offset / row_bytes;
-    return map->first[is] == map->first[wanted] ? row_bytes - offset % row_bytes : 0;
+    uint64_t row_bytes = map->repeats.row_bytes, wanted = offset / (row_bytes ? row_bytes : 1);
+    /* By its address it may be a byte of several segments. */
+    for (int seg = at ? m->cluster->node_first[node] : t.seg; row_bytes && seg < (at ? m->n : t.seg + 1); seg++) {
+        uint64_t off = t.off - (at ? at[seg] : 0);
+        if (m->cluster->node[seg] == node && off < segment_bytes(m, RY_AT_SEND, from, seg) &&
+            off % row_bytes == offset % row_bytes &&
+            map->first[*rows_before(m, from, seg) + off / row_bytes] == map->first[*rows_before(m, from, to) + wanted])
+            return row_bytes - offset % row_bytes;
+    }
+    return 0;
 }
 
 /* The form of a step that packs or writes out, and that it fits the row map. */
@@ -158,7 +164,8 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
     int own = c->node[rank], node = packs ? s->peer : own, from = packs ? rank : s->peer;
     struct text name = ry_verify_name(m, rank, step);
     if (!m->maps)
-        return ry_fail(m->err, "%s: cannot be proved without knowing which rows are equal (ry_plan_verify_rows())", name.s);
+        return ry_fail(m->err, "%s: cannot be proved without knowing which rows are equal (ry_plan_verify_rows())",
+                       name.s);
     if (s->group != -1)
         return ry_fail(m->err, "%s: is in group %d", name.s, s->group);
     if (s->peer < 0 || s->peer >= (packs ? c->nnodes : c->nranks) || (packs ? s->peer : c->node[s->peer]) == own)
@@ -169,8 +176,8 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
         return ry_fail(m->err, "%s: rank %d did not look for equal rows", name.s, from);
     if (s->repeats.row_bytes != is.row_bytes || s->repeats.distinct != is.distinct || s->rows != p->rows)
         return ry_fail(m->err,
-                       "%s: takes the message for %" PRIu64 " of %" PRIu64 " rows of %" PRIu64 " bytes, but it has %" PRIu64
-                       " of %" PRIu64 " of %" PRIu64 " bytes",
+                       "%s: takes the message for %" PRIu64 " of %" PRIu64 " rows of %" PRIu64
+                       " bytes, but it has %" PRIu64 " of %" PRIu64 " of %" PRIu64 " bytes",
                        name.s, s->repeats.distinct, s->rows, s->repeats.row_bytes, is.distinct, p->rows, is.row_bytes);
     struct ry_at message = packs ? s->to : s->from;
     if (message.place != RY_AT_STAGE || message.offset % 16)
@@ -186,11 +193,21 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
     return 0;
 }
 
-int ry_plan_verify_rows(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
-                        struct ry_plan *const *plans, struct ry_err *err)
+int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
+                           struct ry_plan *const *plans, const uintptr_t *const *send_at,
+                           const uintptr_t *const *recv_at, struct ry_err *err)
 {
     size_t n = (size_t)cluster->nranks, nnodes = (size_t)cluster->nnodes;
-    struct machine m = {.n = cluster->nranks, .cluster = cluster, .matrix = matrix, .plans = plans, .maps = maps, .err = err};
+    struct machine m = {.n = cluster->nranks,
+                        .cluster = cluster,
+                        .matrix = matrix,
+                        .plans = plans,
+                        .send_at = send_at,
+                        .recv_at = recv_at,
+                        .err = err,
+                        .maps = maps};
+    if (!maps)
+        return ry_verify_all(&m);
     m.packed = calloc(n * nnodes, sizeof *m.packed);
     m.rows_before = calloc(n * n, sizeof *m.rows_before);
     int rc = m.packed && m.rows_before ? 0 : no_memory(&m);
@@ -207,4 +224,10 @@ int ry_plan_verify_rows(const struct ry_cluster *cluster, const uint64_t *matrix
     free(m.packed);
     free(m.rows_before);
     return rc;
+}
+
+int ry_plan_verify_rows(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
+                        struct ry_plan *const *plans, struct ry_err *err)
+{
+    return ry_plan_verify_rows_at(cluster, matrix, maps, plans, NULL, NULL, err);
 }

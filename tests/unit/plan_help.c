@@ -160,10 +160,9 @@ void build_all(struct job *job, enum ry_strategy strategy)
 
 int verify(const struct job *job, struct ry_err *err)
 {
-    if (job->maps)
-        return ry_plan_verify_rows(job->cluster, job->matrix, job->maps, job->plans, err);
-    return ry_plan_verify_at(job->cluster, job->matrix, job->plans, (const uintptr_t *const *)job->send_at,
-                             (const uintptr_t *const *)job->recv_at, err);
+    return ry_plan_verify_rows_at(job->cluster, job->matrix, job->maps, job->plans,
+                                  job->blind ? NULL : (const uintptr_t *const *)job->send_at,
+                                  job->blind ? NULL : (const uintptr_t *const *)job->recv_at, err);
 }
 
 void free_plans(struct job *job)

@@ -127,8 +127,12 @@ START_TEST(build_time)
             column[i] = job.matrix[i * 1024 + r];
         ck_assert_int_eq(ry_slice_init(&slice, job.cluster, r, s, NULL), 0);
         ry_slice_fill(&slice, job.cluster, job.matrix, NULL);
-        struct ry_plan_input in = {.cluster = job.cluster, .rank = r, .strategy = s, .send = job.matrix + 1024 * r,
-                                   .recv = column, .slice = &slice};
+        struct ry_plan_input in = {.cluster = job.cluster,
+                                   .rank = r,
+                                   .strategy = s,
+                                   .send = job.matrix + 1024 * r,
+                                   .recv = column,
+                                   .slice = &slice};
         for (int i = 0; i < ROUNDS; i++) {
             double begin = seconds();
             struct ry_plan *plan = ry_plan_build(&in, NULL);

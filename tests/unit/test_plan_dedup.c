@@ -1,6 +1,6 @@
 /*
- * test_plan_dedup.c: plans that pack: proved for random jobs and rows, carried out on host memory, broken in every way that a
- * verifier must find, and what plan.h promises of their memory.
+ * test_plan_dedup.c: plans that pack: proved for random jobs and rows, carried out on host memory, broken in every way
+ * that a verifier must find, and what plan.h promises of their memory.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,7 +63,8 @@ static void check_promises(const struct job *job, struct seen *seen)
                 ck_assert_uint_eq(s->to.offset % 256, 0);
             seen->whole += s->kind == RY_STEP_RECV && s->group == 1 && s->to.place == RY_AT_STAGE;
             seen->pieces += s->kind == RY_STEP_EXPAND && s->to.place == RY_AT_STAGE;
-            seen->kept += s->kind == RY_STEP_EXPAND && s->to.place == RY_AT_RECV && ry_relay(c, s->peer, c->node[r]) == r;
+            seen->kept +=
+                s->kind == RY_STEP_EXPAND && s->to.place == RY_AT_RECV && ry_relay(c, s->peer, c->node[r]) == r;
         }
         for (int node = 0; node < c->nnodes; node++) {
             bool packed;
@@ -94,7 +95,8 @@ START_TEST(random_jobs)
         }
         free_job(&job);
     }
-    printf("messages across: %ld packed, %ld as they are; in the node: %ld passed on packed, %ld written out first, %ld kept\n",
+    printf("messages across: %ld packed, %ld as they are; in the node: %ld passed on packed, %ld written out first, "
+           "%ld kept\n",
            seen.packed, seen.plain, seen.whole, seen.pieces, seen.kept);
     ck_assert(seen.packed > 1000 && seen.plain > 1000 && seen.whole > 100 && seen.pieces > 1000 && seen.kept > 1000);
 }
@@ -111,8 +113,7 @@ START_TEST(real_memory)
         make_real(&job, &mem, (int)rnd(4));
         job.blind = rnd(2);
         build_all(&job, RY_DEDUP);
-        if (job.blind)
-            ck_assert_msg(!verify(&job, &err), "%s", err.msg);
+        ck_assert_msg(!verify(&job, &err), "%s", err.msg);
         check_promises(&job, &seen);
         const char *why = interpret(&job, &mem);
         ck_assert_msg(!*why, "%d ranks: %s", job.n, why);
@@ -146,8 +147,9 @@ enum {
     MUTATIONS
 };
 static const char *const mutation_names[MUTATIONS] = {
-    "skip",      "distinct",   "row bytes",     "rows",    "sender",     "node",       "segment",   "expand early", "pack late",
-    "cut short", "message at", "other entries", "dropped", "in a group", "not staged", "too short", "too long",     "onto itself"};
+    "skip",    "distinct",     "row bytes",  "rows",      "sender",     "node",
+    "segment", "expand early", "pack late",  "cut short", "message at", "other entries",
+    "dropped", "in a group",   "not staged", "too short", "too long",   "onto itself"};
 
 static void move(struct ry_plan *p, int from, int to)
 {
@@ -168,7 +170,8 @@ static struct ry_step *meeting(struct ry_plan *p, enum ry_step_kind kind, int gr
     return NULL;
 }
 
-/* Break step `i`, false where `how` says nothing of such a step. Rows next to each other differ where `even_rows` made them. */
+/* Break step `i`, false where `how` says nothing of such a step. Rows next to each other differ where `even_rows` made
+ * them. */
 static bool mutate(struct job *job, int rank, int i, int how)
 {
     struct ry_plan *p = job->plans[rank];
@@ -292,8 +295,8 @@ START_TEST(accepted_is_right)
             random_rows(&job);
         else
             even_rows(&job, 4 + rnd(9), 3 + rnd(40));
-        make_real(&job, &mem, 0);
-        job.blind = true;
+        make_real(&job, &mem, (int)rnd(4));
+        job.blind = rnd(2);
         build_all(&job, RY_DEDUP);
         for (int k = 1 + (int)rnd(2); k; k--) {
             struct ry_plan *p = job.plans[rnd((uint64_t)job.n)];
@@ -413,8 +416,8 @@ END_TEST
 
 /* ---- by hand ---- */
 
-/* Two nodes of two; 100 rows of 64 bytes from rank 0 to ranks 2 and 3 each, 50 distinct: the message of 50 * 64 + 4 * 200 =
-   4000 bytes is shorter than what rank 3 gets, so it is passed on whole. With 90 distinct ones it is not. */
+/* Two nodes of two; 100 rows of 64 bytes from rank 0 to ranks 2 and 3 each, 50 distinct: the message of 50 * 64 + 4 *
+   200 = 4000 bytes is shorter than what rank 3 gets, so it is passed on whole. With 90 distinct ones it is not. */
 START_TEST(to_the_letter)
 {
     struct job job = {.n = 4, .cluster = cluster_of(4, blocks, 2), .matrix = calloc(16, sizeof *job.matrix)};
@@ -435,7 +438,8 @@ START_TEST(to_the_letter)
     s = job.plans[3]->steps;
     ck_assert_int_eq(job.plans[3]->nsteps, 2);
     ck_assert(s[0].kind == RY_STEP_RECV && s[0].group == 1 && s[0].peer == 2 && s[0].to.place == RY_AT_STAGE);
-    ck_assert(s[1].kind == RY_STEP_EXPAND && s[1].peer == 0 && s[1].bytes == 6400 && s[1].skip == 100 && s[1].rows == 200);
+    ck_assert(s[1].kind == RY_STEP_EXPAND && s[1].peer == 0 && s[1].bytes == 6400 && s[1].skip == 100 &&
+              s[1].rows == 200);
     ck_assert_uint_eq(job.plans[0]->stage_bytes, 4096);
     ck_assert_uint_eq(job.plans[3]->stage_bytes, 4096);
     free_plans(&job);
@@ -456,11 +460,16 @@ START_TEST(to_the_letter)
     struct ry_slice slice;
     uint64_t nothing[4] = {0}, column[4] = {6400};
     job.repeats[1].distinct = 201; /* what cannot be, both sides refuse */
-    struct ry_plan_input in = {.cluster = job.cluster, .strategy = RY_DEDUP, .send = job.matrix, .recv = nothing,
-                               .slice = &slice, .repeats = job.repeats};
+    struct ry_plan_input in = {.cluster = job.cluster,
+                               .strategy = RY_DEDUP,
+                               .send = job.matrix,
+                               .recv = nothing,
+                               .slice = &slice,
+                               .repeats = job.repeats};
     ck_assert_int_eq(ry_slice_init(&slice, job.cluster, 0, RY_DEDUP, &err), 0);
     ck_assert_ptr_null(ry_plan_build(&in, &err));
-    ck_assert_msg(strstr(err.msg, "rank 0 says that it found 201 distinct rows among what it sends to node 1"), "%s", err.msg);
+    ck_assert_msg(strstr(err.msg, "rank 0 says that it found 201 distinct rows among what it sends to node 1"), "%s",
+                  err.msg);
     ry_slice_free(&slice);
     ck_assert_int_eq(ry_slice_init(&slice, job.cluster, 3, RY_DEDUP, &err), 0);
     ry_slice_fill(&slice, job.cluster, job.matrix, job.repeats);
@@ -489,7 +498,8 @@ static int by_time(const void *a, const void *b)
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
-/* At 128 x 8 with no empty cell and everything packed: passed on whole, or written out by relays, which are the most steps. */
+/* At 128 x 8 with no empty cell and everything packed: passed on whole, or written out by relays, which are the most
+ * steps. */
 START_TEST(build_time)
 {
     enum { ROUNDS = 41, N = 1024 };
@@ -508,8 +518,13 @@ START_TEST(build_time)
             column[i] = job.matrix[i * N + r];
         ck_assert_int_eq(ry_slice_init(&slice, job.cluster, r, RY_DEDUP, NULL), 0);
         ry_slice_fill(&slice, job.cluster, job.matrix, job.repeats);
-        struct ry_plan_input in = {.cluster = job.cluster, .rank = r, .strategy = RY_DEDUP, .send = job.matrix + N * r,
-                                   .recv = column, .slice = &slice, .repeats = job.repeats + 128 * r};
+        struct ry_plan_input in = {.cluster = job.cluster,
+                                   .rank = r,
+                                   .strategy = RY_DEDUP,
+                                   .send = job.matrix + N * r,
+                                   .recv = column,
+                                   .slice = &slice,
+                                   .repeats = job.repeats + 128 * r};
         for (int i = 0; i < ROUNDS; i++) {
             begin = seconds();
             struct ry_plan *plan = ry_plan_build(&in, NULL);
@@ -521,7 +536,8 @@ START_TEST(build_time)
         ck_assert_int_eq(ry_plan_stage_all(job.cluster, RY_DEDUP, job.matrix, job.repeats, relay, pack, NULL), 0);
         double all = seconds() - begin;
         qsort(us, ROUNDS, sizeof *us, by_time);
-        printf("dedup at 128 x 8, %d rows distinct: %d steps built in %.0f us (median; slowest %.0f); staging of all ranks in "
+        printf("dedup at 128 x 8, %d rows distinct: %d steps built in %.0f us (median; slowest %.0f); staging of all "
+               "ranks in "
                "%.0f us\n",
                distinct, steps, us[ROUNDS / 2], us[ROUNDS - 1], all * 1e6);
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
@@ -535,7 +551,7 @@ END_TEST
 
 int main(void)
 {
-    const TTest *const tests[] = {to_the_letter, random_jobs, real_memory, mutations, accepted_is_right, other_maps, build_time,
-                                  NULL};
+    const TTest *const tests[] = {to_the_letter,     random_jobs, real_memory, mutations,
+                                  accepted_is_right, other_maps,  build_time,  NULL};
     return run_tests("plan_dedup", tests);
 }

@@ -269,11 +269,11 @@ static void expect_refused(int n, const uint64_t *matrix, struct ry_plan *plans,
 
 #define SEND(g, p, b)                                                                                                  \
     {                                                                                                                  \
-.kind = RY_STEP_SEND, .group = g, .peer = p, .from = {RY_AT_SEND, p, 0}, .bytes = b                                                                 \
+        .kind = RY_STEP_SEND, .group = g, .peer = p, .from = {RY_AT_SEND, p, 0}, .bytes = b                            \
     }
 #define RECV(g, p, b)                                                                                                  \
     {                                                                                                                  \
-.kind = RY_STEP_RECV, .group = g, .peer = p, .to = {RY_AT_RECV, p, 0}, .bytes = b                                                                 \
+        .kind = RY_STEP_RECV, .group = g, .peer = p, .to = {RY_AT_RECV, p, 0}, .bytes = b                              \
     }
 #define AT(place, peer, offset)                                                                                        \
     {                                                                                                                  \
