@@ -32,6 +32,7 @@ static __thread struct {
     const char *strategy; /* NULL: not agreed on */
     bool verify;
     double waited_us, late_us; /* for the verdict; of it for other ranks */
+    double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
     struct rows_seen rows;
     /* the latest all-gather of 64-bit integers since the exchange before */
     char gather_comm[17];
@@ -50,7 +51,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.captured = now.timed = false;
     now.strategy = NULL;
     now.verify = false;
-    now.waited_us = now.late_us = 0;
+    now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = NULL;
     if (ry_engine.device)
         ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
@@ -178,6 +179,7 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
     now.timed = order.timed;
+    now.plain_us = verdict->strategy == RY_DIRECT ? 0 : order.plain_us;
     for (int p = 0; p < r->map->nranks; p++) {
         sent += r->send[p];
         got += r->recv[p];
@@ -287,6 +289,7 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
                                        .strategy = now.strategy,
                                        .waited_us = now.waited_us,
                                        .late_us = now.late_us,
+                                       .plain_us = now.plain_us,
                                        .verify = now.verify,
                                        .row_elems = now.rows.elems,
                                        .row_source = now.rows.source,
