@@ -443,6 +443,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
         choice.strategy = RY_DIRECT;
     }
     remember(c, x->number, &choice);
+    c->plain_us = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     c->counts.chosen[choice.strategy]++;
     *last = forced < 0 && !trial && !pays(c, &choice);
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
@@ -456,7 +457,7 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 {
     struct ry_chooser *c = context;
     const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
-    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed};
+    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed, .plain_us = c->plain_us};
     size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
     *size = 0;
     if (strategy == RY_DIRECT && !order.staging_wanted && !order.timed)

@@ -45,6 +45,7 @@ int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes,
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */
+    double plain_us;         /* what plain NCCL would take, not engaged, by all that is known */
 };
 /** Bytes of an order for a slice as ry_slice_init() laid it out; NULL: none. */
 size_t ry_order_bytes(const struct ry_slice *slice);

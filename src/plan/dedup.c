@@ -1,22 +1,20 @@
 /*
  * dedup.c: the strategy `dedup`, and the steps of `hierarchical`, which is dedup with nothing packed.
  *
- * Before group 0 each message to another node is laid out in staging memory: packed (PACK) where that is shorter, or copied
- * together as it is unless its pieces are neighbours in the send buffer.
- * Group 0: to every remote node one message with the pieces for all its ranks, in ascending rank order, to the relay
- * there; and, at the same time, everything that stays on the node. The two belong in one group: they use different
- * links, so the in-node part is hidden behind the slower one, where a group of its own would cost a launch and be seen.
- * Between the groups a relay writes out (EXPAND), in staging memory, the rows for those ranks that get less that way than
- * with the whole packed message.
- * Group 1: the relays pass on the pieces, or packed messages, from where they lie in staging memory. Of messages that came
- * as they are, a relay's own pieces go the same way, as a transfer to itself: NCCL copies them while the others travel,
- * where copies of their own would come before or after.
- * After group 1 whoever holds a packed message writes out its own rows straight into place: only then, so that the links
- * of the node do not wait for it.
+ * Before group 0 each message to another node is laid out in staging memory: packed (PACK) where that is shorter, or
+ * copied together as it is unless its pieces are neighbours in the send buffer. Group 0: to every remote node one
+ * message with the pieces for all its ranks, in ascending rank order, to the relay there; and, at the same time,
+ * everything that stays on the node. The two belong in one group: they use different links, so the in-node part is
+ * hidden behind the slower one, where a group of its own would cost a launch and be seen. Between the groups a relay
+ * writes out (EXPAND), in staging memory, the rows for those ranks that get less that way than with the whole packed
+ * message. Group 1: the relays pass on the pieces, or packed messages, from where they lie in staging memory. Of
+ * messages that came as they are, a relay's own pieces go the same way, as a transfer to itself: NCCL copies them while
+ * the others travel, where copies of their own would come before or after. After group 1 whoever holds a packed message
+ * writes out its own rows straight into place: only then, so that the links of the node do not wait for it.
  *
  * A message that goes as it is is received straight into place where the relay itself is the only one to get any of it.
- * Staging memory: first what a rank sends, then, source by source, what it gets, each followed by what of it is written out.
- * Nothing in it is used twice.
+ * Staging memory: first what a rank sends, then, source by source, what it gets, each followed by what of it is written
+ * out. Nothing in it is used twice.
  *
  * There is at most one message per pair of ranks in group 0. In group 1 a relay sends each rank of its node one per
  * source: to merge them both sides would have to hold them as neighbours, but sources lie apart at the relay (each
@@ -235,11 +233,11 @@ size_t ry_relayed_most_steps(const struct ry_building *b)
     size_t nranks = (size_t)c->nranks, size = (size_t)b->size, relayed = 0;
     for (int r = 0; r < c->nranks; r++)
         relayed += c->node[r] != b->node && ry_relays(c, b->rank, r) ? size : 0;
-    return nranks              /* laid out */
-           + (size_t)c->nnodes /* across nodes, out */
-           + nranks            /* and in */
-           + 2 * size          /* in-node */
-           + relayed + nranks  /* passed on, received */
+    return nranks                                      /* laid out */
+           + (size_t)c->nnodes                         /* across nodes, out */
+           + nranks                                    /* and in */
+           + 2 * size                                  /* in-node */
+           + relayed + nranks                          /* passed on, received */
            + (b->ops->repeats ? relayed + nranks : 0); /* written out */
 }
 
@@ -253,7 +251,8 @@ int ry_relayed_build(struct ry_building *b)
         return ry_fail(b->err, "no memory for the plan of rank %d", b->rank);
     uint64_t stage = 0;
     b->plan->ngroups = groups(c);
-    int rc = depart(b, (struct ry_departure *)(arrivals + remote), &stage) || list_arrivals(b, arrivals, &stage) ? -1 : 0;
+    int rc =
+        depart(b, (struct ry_departure *)(arrivals + remote), &stage) || list_arrivals(b, arrivals, &stage) ? -1 : 0;
     if (!rc && stage == UINT64_MAX)
         rc = ry_fail(b->err, "plan of rank %d: staging memory adds up to more than 64 bits of bytes", b->rank);
     if (!rc) {

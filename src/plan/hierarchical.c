@@ -1,8 +1,8 @@
 /*
  * hierarchical.c: the strategy `hierarchical`: one message per remote node instead of one per remote rank.
  *
- * It is dedup where nobody looked for equal rows, so that every message goes as it is: dedup.c builds the plans of both. It
- * needs less of the matrix: only what a rank relays itself.
+ * It is dedup where nobody looked for equal rows, so that every message goes as it is: dedup.c builds the plans of
+ * both. It needs less of the matrix: only what a rank relays itself.
  */
 #include "relayed.h"
 

@@ -84,8 +84,9 @@ void ry_slice_fill(struct ry_slice *slice, const struct ry_cluster *cluster, con
             slice->cells[(size_t)i * (size_t)slice->ncols + (size_t)j] =
                 matrix[from * (size_t)cluster->nranks + (size_t)slice->cols[j]];
         if (slice->repeats)
-            slice->repeats[i] = repeats ? repeats[from * (size_t)cluster->nnodes + (size_t)cluster->node[slice->cols[0]]]
-                                        : (struct ry_repeats){0};
+            slice->repeats[i] = repeats
+                                    ? repeats[from * (size_t)cluster->nnodes + (size_t)cluster->node[slice->cols[0]]]
+                                    : (struct ry_repeats){0};
     }
 }
 
@@ -170,7 +171,8 @@ static int check_slice(const struct ry_plan_input *in, struct ry_err *err)
         return ry_fail(err, "plan of rank %d: the slice of the matrix is %d x %d, not %d x %d", in->rank, s->nrows,
                        s->ncols, rows, cols);
     if (ops->repeats && !s->repeats)
-        return ry_fail(err, "plan of rank %d: the slice of the matrix lacks what other ranks found in repeats", in->rank);
+        return ry_fail(err, "plan of rank %d: the slice of the matrix lacks what other ranks found in repeats",
+                       in->rank);
     for (int i = 0; own >= 0 && i < rows; i++) {
         uint64_t cell = s->cells[(size_t)i * (size_t)cols + (size_t)own];
         if (cell != in->recv[s->rows[i]])
@@ -215,8 +217,8 @@ struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err
     for (int r = 0; r < c->nranks; r++)
         members[start[c->node[r]] + c->local[r]] = r;
     int node = c->node[in->rank];
-    struct ry_building b = {in, c, in->rank, node, c->node_size[node], start, members, NULL, err,
-                            ops, ops->repeats ? in->repeats : NULL};
+    struct ry_building b = {
+        in, c, in->rank, node, c->node_size[node], start, members, NULL, err, ops, ops->repeats ? in->repeats : NULL};
 
     /* The plan and its steps are one block, cut to size when done. */
     struct ry_plan *plan = malloc(sizeof *plan + ops->most_steps(&b) * sizeof *plan->steps);

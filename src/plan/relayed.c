@@ -23,7 +23,8 @@ struct ry_message ry_message_of(struct ry_pieces p, struct ry_repeats repeats)
 uint64_t ry_room_on_relay(const struct ry_message *m, struct ry_pieces p, int relay)
 {
     if (!m->packed)
-        return m->bytes == p.bytes[relay] ? 0 : ry_stage_room(m->bytes); /* all of it for the relay: straight into place */
+        return m->bytes == p.bytes[relay] ? 0
+                                          : ry_stage_room(m->bytes); /* all of it for the relay: straight into place */
     uint64_t room = ry_stage_room(m->packed);
     for (int r; ry_next_piece(&p, &r);)
         if (r != relay && !ry_passed_packed(m, p.bytes[r]))
@@ -53,7 +54,8 @@ static struct ry_repeats found(const struct ry_cluster *c, const struct ry_repea
     return repeats ? repeats[(size_t)from * (size_t)c->nnodes + (size_t)node] : (struct ry_repeats){0};
 }
 
-uint64_t ry_relayed_stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix, const struct ry_repeats *repeats)
+uint64_t ry_relayed_stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix,
+                                const struct ry_repeats *repeats)
 {
     uint64_t stage = 0;
     int node = c->node[rank];
@@ -80,8 +82,8 @@ uint64_t ry_relayed_stage_pack(const struct ry_cluster *c, int rank, const uint6
 }
 
 /* Each row of the matrix once, node by node. */
-int ry_relayed_stage_all(const struct ry_cluster *c, const uint64_t *matrix, const struct ry_repeats *repeats, uint64_t *relay,
-                         uint64_t *pack, struct ry_err *err)
+int ry_relayed_stage_all(const struct ry_cluster *c, const uint64_t *matrix, const struct ry_repeats *repeats,
+                         uint64_t *relay, uint64_t *pack, struct ry_err *err)
 {
     size_t nranks = (size_t)c->nranks, nnodes = (size_t)c->nnodes;
     int *start = malloc((nnodes + nranks) * sizeof *start), *members = start + nnodes;
@@ -95,9 +97,8 @@ int ry_relayed_stage_all(const struct ry_cluster *c, const uint64_t *matrix, con
         for (int n = 0; n < c->nnodes; n++) {
             if (n == c->node[from])
                 continue;
-            struct ry_pieces pieces = {.bytes = matrix + (size_t)from * nranks,
-                                       .left = c->node_size[n],
-                                       .ranks = members + start[n]};
+            struct ry_pieces pieces = {
+                .bytes = matrix + (size_t)from * nranks, .left = c->node_size[n], .ranks = members + start[n]};
             struct ry_departure d = ry_departure_of(pieces, NULL, found(c, repeats, from, n));
             int to = pieces.ranks[c->local[from] % c->node_size[n]];
             pack[from] = ry_sum(pack[from], d.room);

@@ -1,15 +1,16 @@
 /*
  * relayed.h: messages between nodes that go by a relay: what the files of hierarchical and dedup share.
  *
- * Owns: what one rank sends to one node as a message, packed or as it is, and the staging memory it takes on each side. Not:
- * the steps (dedup.c). Only src/plan includes it.
+ * Owns: what one rank sends to one node as a message, packed or as it is, and the staging memory it takes on each side.
+ * Not: the steps (dedup.c). Only src/plan includes it.
  */
 #ifndef RY_PLAN_RELAYED_H
 #define RY_PLAN_RELAYED_H
 
 #include "strategy.h"
 
-/* The counts of what one rank sends to the ranks of one node, wherever they lie. A copy of it is a walk through them. */
+/* The counts of what one rank sends to the ranks of one node, wherever they lie. A copy of it is a walk through them.
+ */
 struct ry_pieces {
     const uint64_t *bytes;
     int left;
@@ -43,7 +44,8 @@ struct ry_message {
 };
 struct ry_message ry_message_of(struct ry_pieces pieces, struct ry_repeats repeats);
 
-/* Does the relay pass it on packed to the rank that gets `piece` bytes of it? Else that rank gets its rows, written out. */
+/* Does the relay pass it on packed to the rank that gets `piece` bytes of it? Else that rank gets its rows, written
+ * out. */
 static inline bool ry_passed_packed(const struct ry_message *m, uint64_t piece)
 {
     return piece && m->packed && m->packed <= piece;
@@ -76,10 +78,11 @@ bool ry_relayed_column(const struct ry_cluster *c, int rank, int other);
 size_t ry_relayed_most_steps(const struct ry_building *b);
 int ry_relayed_build(struct ry_building *b);
 /* relayed.c: */
-uint64_t ry_relayed_stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix, const struct ry_repeats *repeats);
+uint64_t ry_relayed_stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix,
+                                const struct ry_repeats *repeats);
 uint64_t ry_relayed_stage_pack(const struct ry_cluster *c, int rank, const uint64_t *send, const uintptr_t *send_at,
                                const struct ry_repeats *repeats);
-int ry_relayed_stage_all(const struct ry_cluster *c, const uint64_t *matrix, const struct ry_repeats *repeats, uint64_t *relay,
-                         uint64_t *pack, struct ry_err *err);
+int ry_relayed_stage_all(const struct ry_cluster *c, const uint64_t *matrix, const struct ry_repeats *repeats,
+                         uint64_t *relay, uint64_t *pack, struct ry_err *err);
 
 #endif
