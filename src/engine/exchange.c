@@ -38,6 +38,13 @@ static __thread struct {
 
 /* ---- begin ---- */
 
+/* A call into the driver: only for exchanges that are recorded or agreed on. */
+static void ask_captured(const struct ry_exchange *x)
+{
+    if (ry_engine.device)
+        ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
+}
+
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
 {
     struct comm *c = handle;
@@ -50,8 +57,8 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.verify = false;
     now.waited_us = now.late_us = 0;
     now.sample = NULL;
-    if (ry_engine.device)
-        ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
+    if (c->record)
+        ask_captured(x);
     ry_engine_leave();
     return c;
 }
@@ -206,6 +213,8 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     if (!cookie || !ry_engine_enter())
         return false;
     if (r && !ry_talk_passes(r->talk, now.number)) {
+        if (!c->record)
+            ask_captured(x);
         struct ry_buffers b = describe(r, x);
         ry_exchange_look_at_checks(c, r);
         if (agree(c, r, x, &b, &verdict)) {
