@@ -26,6 +26,7 @@
 #define RY_ROWS_SAMPLE 8u         /* words of a sample: whole for rows of up to 128 bytes, else in four places */
 #define RY_ROWS_BLOCK 256u        /* threads of a block */
 #define RY_ROWS_GRID 1056u        /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
+#define RY_ROWS_DEEP 4u           /* words of a row that a thread has under way */
 #define RY_ROWS_CHUNK 4096u       /* bytes that one warp copies at a time */
 #define RY_ROWS_TILES 4096u
 #define RY_ROWS_PUT 500u
