@@ -39,6 +39,7 @@ struct ry_chooser {
     int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
     uint64_t reissued;      /* exchanges, for verify */
     bool timed;             /* the exchange being decided is to be timed */
+    double plain_us; /* what plain NCCL would take for it, not engaged */
     uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
     uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
