@@ -16,6 +16,7 @@
 
 #include "device/device.h"
 #include "run/internal.h"
+#include "run/rows_kernels.h"
 
 enum sim_kind { SIM_COPY, SIM_FILL, SIM_ALLOC, SIM_FREE, SIM_RECORD, SIM_WAIT, SIM_LAUNCH, SIM_GROUP };
 
@@ -59,7 +60,13 @@ struct sim_op {
     uint64_t version;
     struct sim_block *block;
     struct ry_kernel *kernel;
-    struct ry_segments table;
+    union { /* the kernel's parameter */
+        struct ry_segments table;
+        struct ry_rows_put put;
+        struct ry_rows_scan scan;
+        struct ry_rows_pack pack;
+        struct ry_rows_expand expand;
+    };
     struct sim_comm *comm;
     uint64_t group;
     bool posted;
@@ -187,8 +194,60 @@ static inline bool sim_group(struct sim_op *op)
     return true;
 }
 
+static inline void sim_at(uint64_t at, uint64_t bytes)
+{
+    sim_access((void *)(uintptr_t)at, bytes);
+}
+
+/* Pieces in any order, like segments. */
+static inline void sim_expand(struct sim_op *op)
+{
+    struct ry_rows_expand *e = &op->expand, one = {
+                                                .row_bytes = e->row_bytes, .errors = e->errors, .n = 1, .lanes = e->lanes};
+    bool done[RY_ROWS_PIECES] = {false};
+    for (uint32_t left = e->n; left; left--) {
+        uint32_t i = 0;
+        for (uint64_t skip = draw(left); skip || done[i]; i++)
+            skip -= !done[i];
+        done[i] = true;
+        one.first_row[1] = e->first_row[i + 1] - e->first_row[i];
+        one.distinct[0] = e->distinct[i], one.skip[0] = e->skip[i], one.message[0] = e->message[i];
+        one.to[0] = e->to[i], one.bytes[0] = e->bytes[i];
+        sim_at(one.to[0], one.bytes[0]);
+        sim_at(one.message[0], ry_rows_message_bytes(e->row_bytes, one.distinct[0], one.skip[0] + one.first_row[1]));
+        op->kernel->host(&one);
+    }
+}
+
+/* The kernels of rows.c; false if it is none of them. */
+static inline bool sim_launch_rows(struct sim_op *op)
+{
+    const char *name = op->kernel->name;
+    if (!strcmp(name, "ry_expand_rows")) {
+        sim_expand(op);
+        return true;
+    }
+    if (strstr(name, "segments"))
+        return false;
+    if (!strcmp(name, "ry_put_words")) {
+        sim_at(op->put.to, op->put.n * 8);
+        if (op->put.nfill)
+            sim_at(op->put.fill, op->put.nfill * 16);
+    } else { /* a pack begins with the scan that it is of */
+        sim_at(op->scan.nodes, op->scan.nnodes * sizeof(struct ry_rows_node));
+        sim_at(op->scan.where, op->scan.nrows * 4);
+        if (!strcmp(name, "ry_pack_rows"))
+            for (uint32_t i = 0; i < op->pack.n; i++)
+                sim_at(op->pack.message[i], 4 * (uint64_t)(op->pack.first_row[i + 1] - op->pack.first_row[i]));
+    }
+    op->kernel->host(&op->table);
+    return true;
+}
+
 static inline void sim_launch(struct sim_op *op)
 {
+    if (sim_launch_rows(op))
+        return;
     struct ry_segments *t = &op->table, one = {.n = 1, .answer = t->answer};
     for (uint32_t left = t->n; left; left--) { /* in any order */
         uint32_t i = (uint32_t)draw(left);
@@ -354,10 +413,17 @@ static int sim_launch_later(struct ry_kernel *kernel, unsigned grid, unsigned bl
                             struct ry_err *e)
 {
     struct sim_op *op = sim_push(stream, SIM_LAUNCH);
+    bool segments = strstr(kernel->name, "segments"), put = !strcmp(kernel->name, "ry_put_words"),
+         pack = !strcmp(kernel->name, "ry_pack_rows"), expand = !strcmp(kernel->name, "ry_expand_rows");
     op->kernel = kernel;
-    memcpy(&op->table, param, sizeof op->table);
-    sim_check(grid > 0 && grid <= RY_GRID && block == RY_BLOCK && op->table.n > 0,
-              "a launch of %u x %u for %u segments", grid, block, op->table.n);
+    memcpy(&op->table, param,
+           segments ? sizeof op->table
+           : put    ? sizeof op->put
+           : pack   ? sizeof op->pack
+           : expand ? sizeof op->expand
+                    : sizeof op->scan);
+    sim_check(grid > 0 && grid <= RY_GRID && block == RY_BLOCK && (!segments || op->table.n > 0),
+              "a launch of %u x %u for %s", grid, block, kernel->name);
     return 0;
 }
 

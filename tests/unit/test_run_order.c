@@ -29,6 +29,7 @@ struct world {
     int verified, skipped, expected_bad;
     uint64_t equal, bad;
 };
+static int packed, expanded; /* steps */
 
 static void world_start(struct world *w, int nranks, int nodes)
 {
@@ -60,8 +61,19 @@ static void world_end(struct world *w, bool aborted)
     free(w->comms), free(w->runners), free(w->streams);
 }
 
+/* Every third exchange is of rows, of which a rank sends the same few to all. */
+enum { WIDTH = 24 };
+static bool of_rows(int number)
+{
+    return number % 3 == 0;
+}
+
 static unsigned char content(int from, int to, uint64_t i, int number)
 {
+    if (of_rows(number)) {
+        uint64_t token = (i / WIDTH * 5 + (uint64_t)to) % 7;
+        return (unsigned char)(token ? i % WIDTH * 37 + token * 11 + (uint64_t)(from * 71 + number * 5) : 0);
+    }
     return (unsigned char)(i * 37 + (i >> 8) * 11 + (uint64_t)(from * 71 + to * 13 + number * 5));
 }
 
@@ -118,17 +130,18 @@ static void side_check(struct side *s, int number)
 }
 
 static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t *matrix, const struct side *s,
-                               enum ry_strategy strategy)
+                               enum ry_strategy strategy, const struct ry_repeats *repeats)
 {
     struct ry_slice slice;
     ok(ry_slice_init(&slice, cluster, s->b.rank, strategy, &err));
-    ry_slice_fill(&slice, cluster, matrix, NULL);
+    ry_slice_fill(&slice, cluster, matrix, repeats);
     struct ry_plan_input in = {.cluster = cluster,
                                .rank = s->b.rank,
                                .strategy = strategy,
                                .send = s->b.send_bytes,
                                .recv = s->b.recv_bytes,
-                               .slice = &slice};
+                               .slice = &slice,
+                               .repeats = repeats ? repeats + s->b.rank * cluster->nnodes : NULL};
     if (draw(2)) {
         in.send_at = (const uintptr_t *)s->send;
         in.recv_at = (const uintptr_t *)s->recv;
@@ -159,15 +172,30 @@ static void look(struct world *w)
     }
 }
 
+/* What a rank finds before the exchange, if it can look; nothing else need be over by then. */
+static void scan(struct world *w, const struct side *s, struct ry_repeats *repeats)
+{
+    struct ry_runner *r = w->runners[s->b.rank];
+    struct ry_scan_sums sums;
+    if (!ry_run_packs(r) || ry_run_scan(r, w->cluster, &s->b, draw(6) ? WIDTH : 1 + draw(50), &err))
+        return;
+    while (!ry_run_scan_over(r))
+        sim_run(3);
+    ok(ry_run_scan_wait(r, repeats, &sums, &err));
+}
+
 static void exchange(struct world *w, struct side *sides, int number)
 {
     int n = w->cluster->nranks, result;
     uint64_t *matrix = calloc((size_t)(n * n), sizeof *matrix), base = draw(5) ? 100 : 5000;
-    enum ry_strategy strategy = draw(4) ? RY_HIERARCHICAL : RY_DIRECT;
+    enum ry_strategy strategy = of_rows(number) ? RY_DEDUP : draw(4) ? RY_HIERARCHICAL : RY_DIRECT;
+    struct ry_repeats *repeats = calloc((size_t)(n * w->cluster->nnodes), sizeof *repeats);
     struct ry_plan **plans = calloc((size_t)n, sizeof(void *));
     bool too_little = false;
-    for (int i = 0; i < n * n; i++)
+    for (int i = 0; i < n * n; i++) {
         matrix[i] = draw(4) ? draw(base) : 0;
+        matrix[i] = of_rows(number) && draw(4) ? matrix[i] * 8 / WIDTH * WIDTH : matrix[i];
+    }
     for (int r = 0; r < n; r++) {
         int s = (int)draw(3);
         if (draw(6) == 0) { /* the job gives up a stream, though work is on it */
@@ -175,7 +203,12 @@ static void exchange(struct world *w, struct side *sides, int number)
             sim_stream_create(&w->streams[r][s], NULL);
         }
         side_start(&sides[r], matrix, n, r, number, w->streams[r][s]);
-        plans[r] = plan_of(w->cluster, matrix, &sides[r], strategy);
+        sim_copy(sides[r].memory, sides[r].source, sides[r].bytes, sides[r].b.stream, NULL); /* the job's work before */
+        if (of_rows(number))
+            scan(w, &sides[r], repeats + r * w->cluster->nnodes);
+    }
+    for (int r = 0; r < n; r++) {
+        plans[r] = plan_of(w->cluster, matrix, &sides[r], strategy, of_rows(number) ? repeats : NULL);
         if (ry_run_staging_grow(w->runners[r], plans[r]->stage_bytes, sides[r].b.stream, &err))
             too_little = true;
     }
@@ -190,16 +223,19 @@ static void exchange(struct world *w, struct side *sides, int number)
         uint64_t checks = (uint64_t)w->runners[r]->nchecks;
         if (too_little) { /* the verdict for all: direct */
             ry_plan_free(plans[r]);
-            plans[r] = plan_of(w->cluster, matrix, s, RY_DIRECT);
+            plans[r] = plan_of(w->cluster, matrix, s, RY_DIRECT, NULL);
         }
-        sim_copy(s->memory, s->source, s->bytes, s->b.stream, NULL); /* the job's work before ... */
+        for (int i = 0; i < plans[r]->nsteps; i++) {
+            packed += plans[r]->steps[i].kind == RY_STEP_PACK;
+            expanded += plans[r]->steps[i].kind == RY_STEP_EXPAND;
+        }
         if (verify)
             ok(ry_run_verify(w->runners[r], plans[r], &s->b, 1000 + (uint64_t)bad_peer * 100000 + bad_at, &result,
                              &err));
         else
             ok(ry_run(w->runners[r], plans[r], &s->b, &result, &err));
         ck_assert_int_eq(result, 0);
-        sim_copy(s->seen, s->memory, s->bytes, s->b.stream, NULL); /* ... and after */
+        sim_copy(s->seen, s->memory, s->bytes, s->b.stream, NULL); /* the job's work after */
         ry_plan_free(plans[r]);
         bool held = (uint64_t)w->runners[r]->nchecks > checks;
         w->verified += verify;
@@ -214,7 +250,7 @@ static void exchange(struct world *w, struct side *sides, int number)
         if (draw(4) == 0)
             look(w);
     }
-    free(matrix), free(plans);
+    free(matrix), free(plans), free(repeats);
 }
 
 static void exchanges(int nranks, int nodes, int count, uint64_t limit)
@@ -250,6 +286,7 @@ START_TEST(any_order)
     sim_begin();
     for (int round = 0; round < 12; round++)
         exchanges(2 + (int)draw(5), 1 + (int)draw(3), 25, draw(3) ? UINT64_C(1) << 30 : draw(2) ? 3 << 20 : 0);
+    ck_assert_msg(packed && expanded, "%d messages packed, %d times expanded", packed, expanded);
     sim_end();
 }
 END_TEST
@@ -279,7 +316,7 @@ START_TEST(too_many_comparisons)
         for (int r = 0; r < 2; r++) {
             struct side *s = &sides[2 * x + r];
             side_start(s, matrix, 2, r, x, w.streams[r][0]);
-            struct ry_plan *plan = plan_of(w.cluster, matrix, s, RY_DIRECT);
+            struct ry_plan *plan = plan_of(w.cluster, matrix, s, RY_DIRECT, NULL);
             sim_copy(s->memory, s->source, s->bytes, s->b.stream, NULL);
             ok(ry_run_verify(w.runners[r], plan, &s->b, (uint64_t)x, &result, &err));
             sim_copy(s->seen, s->memory, s->bytes, s->b.stream, NULL);
@@ -317,7 +354,7 @@ START_TEST(aborted)
         world_end(&w, true);
     } while (true);
     side_start(&s, matrix, 3, 0, 0, w.streams[0][0]);
-    struct ry_plan *plan = plan_of(w.cluster, matrix, &s, RY_HIERARCHICAL);
+    struct ry_plan *plan = plan_of(w.cluster, matrix, &s, RY_HIERARCHICAL, NULL);
     ok(ry_run_staging_grow(w.runners[0], 1000, s.b.stream, &err));
     ok(ry_run_verify(w.runners[0], plan, &s.b, 7, &result, &err));
     ck_assert(!sim_run(UINT64_MAX)); /* stuck */
@@ -357,7 +394,7 @@ START_TEST(late_answers)
     comms[1]->world = 7; /* so that their messages are told apart */
     for (int i = 0; i < 2; i++) {
         side_start(&sides[i], matrix, 1, 0, i, of[i]->streams[0][0]);
-        struct ry_plan *plan = plan_of(of[i]->cluster, matrix, &sides[i], RY_DIRECT);
+        struct ry_plan *plan = plan_of(of[i]->cluster, matrix, &sides[i], RY_DIRECT, NULL);
         sim_copy(sides[i].memory, sides[i].source, sides[i].bytes, sides[i].b.stream, NULL);
         ok(ry_run_verify(of[i]->runners[0], plan, &sides[i].b, 1, &result, &err));
         sim_copy(sides[i].seen, sides[i].memory, sides[i].bytes, sides[i].b.stream, NULL);
