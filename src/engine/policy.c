@@ -9,16 +9,16 @@
 
 #include "base/log.h"
 
-#define MARGIN 0.05 /* a strategy must promise as much over direct */
-#define FIRST_ACCOUNT                                                                                                  \
-    12             /* engaged exchanges after which it is asked whether agreeing pays, at first: a layer has up to 8, */
-#define ACCOUNT 64 /* and once it paid */
-#define MOST_UNPAID 6
+/* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
+ * many. */
+#define FIRST_ACCOUNT 12
+#define ACCOUNT 64
+#define MOST_UNPAID 6 /* accounts in a row after which proposals do not become rarer any more */
+#define MARGIN 0.05   /* a strategy must promise as much over direct */
 #define RECENT 256    /* choices remembered until their duration is known */
 #define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define TRIES 6       /* exchanges measured to find out about a strategy, of twice as many made */
 #define CLOSE 1.5     /* where rows are equal, only what is estimated to come so close to the best is found out about */
-#define TRIES 6       /* exchanges measured of each strategy to find out, */
-#define MOST_TRIES 64 /* and made at most for that, of one size class */
 
 /* A choice, until it is known how long it took. */
 struct recent {
@@ -250,20 +250,20 @@ static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choic
 static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choice, int class)
 {
     double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
-    int all = 0, make = -1, measure = -1, several = 0;
+    int make = -1, measure = -1, several = 0;
     if (c->config.map->nnodes < 2 || !(c->config.model.agreement_us <= CHEAP * plain))
         return -1;
     for (int s = 0; s < RY_STRATEGIES; s++) {
-        uint32_t enough = wanted(c, choice, s);
-        all += c->tried[s][class];
+        uint32_t enough = wanted(c, choice, s), made = c->tried[s][class], measured = c->learned.at[s][class].samples;
         several += enough > 0;
-        if (c->tried[s][class] < enough && (make < 0 || c->tried[s][class] < c->tried[make][class]))
+        if (measured >= enough)
+            continue;
+        if (made < enough && (make < 0 || made < c->tried[make][class]))
             make = s;
-        if (c->learned.at[s][class].samples < enough &&
-            (measure < 0 || c->learned.at[s][class].samples < c->learned.at[measure][class].samples))
+        if (made < 2 * enough && (measure < 0 || measured < c->learned.at[measure][class].samples))
             measure = s;
     }
-    if (several < 2 || all >= MOST_TRIES || measure < 0)
+    if (several < 2)
         return -1;
     return make >= 0 ? make : measure; /* durations come late: take turns, rather than wait for the last one's */
 }

@@ -464,6 +464,23 @@ START_TEST(does_not_flap)
 }
 END_TEST
 
+/* Nobody ever tells how long it took: that is not waited for. */
+START_TEST(durations_never_come)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    ck_assert(worth());
+    for (last = false; !last && number < 100;) {
+        exchange();
+        for (int r = 0; r < RANKS; r++)
+            sides[r].measured = 0;
+    }
+    ck_assert_int_le((int)number, 2 * 12 + 12);
+    ck_assert(!worth());
+    end();
+}
+END_TEST
+
 /* What early ranks measure is their waiting; what idle ones measure is nothing. */
 START_TEST(learns_from_the_busy)
 {
@@ -547,6 +564,7 @@ int main(void)
     tcase_add_test(t, every_nth_is_verified);
     tcase_add_test(t, declines_where_agreeing_costs_more);
     tcase_add_test(t, finds_out);
+    tcase_add_test(t, durations_never_come);
     tcase_add_test(t, equal_rows);
     tcase_add_test(t, kinds_take_turns);
     tcase_add_test(t, does_not_flap);
