@@ -41,6 +41,13 @@ static __thread struct {
 
 /* ---- begin ---- */
 
+/* A call into the driver: only for exchanges that are recorded or agreed on. */
+static void ask_captured(const struct ry_exchange *x)
+{
+    if (ry_engine.device)
+        ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
+}
+
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
 {
     struct comm *c = handle;
@@ -53,8 +60,8 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.verify = false;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = NULL;
-    if (ry_engine.device)
-        ry_engine.device->stream_capturing(x->stream, &now.captured, NULL);
+    if (c->record)
+        ask_captured(x);
     ry_engine_leave();
     return c;
 }
@@ -209,7 +216,7 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
 {
     struct ry_verdict verdict;
     ry_look_pick_up(c, r);
-    bool looks = !now.captured && !r->quit && ry_look(c, r, b, &now.rows, now.number, x->held);
+    bool looks = !r->quit && ry_look(c, r, b, &now.rows, now.number, x->held);
     if (!x->held)
         ry_look_expect(r, &now.rows, x->rank);
     if (!r->talk || ry_talk_passes(r->talk, now.number)) {
@@ -217,6 +224,8 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
         ry_look_done(c, r, &now.rows, false, NULL, false);
         return false;
     }
+    if (!c->record)
+        ask_captured(x);
     ry_exchange_look_at_checks(c, r);
     looks = looks && ry_look_wait(c, r);
     const struct ry_repeats *repeats = looks ? r->repeats : NULL;
@@ -245,7 +254,8 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     struct ry_buffers b;
     if (r)
         b = describe(r, x);
-    ry_look_see(c, r, x, &now.rows);
+    if (r || c->record)
+        ry_look_see(c, r, x, &now.rows);
     if (r)
         taken = reissue(c, r, x, &b, result);
     if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */

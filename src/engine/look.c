@@ -82,6 +82,9 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     enum ry_look look = ry_habits_look(&r->habits, rows->habit, rows->cross, engaged, forced);
     if (look == RY_LOOK_NOT || (look == RY_LOOK_ASIDE && s->aside))
         return false;
+    bool captured = true; /* a search answers once, a graph runs many times */
+    if (ry_engine.device->stream_capturing(b->stream, &captured, NULL) || captured)
+        return false;
     s->aside = false; /* what nobody waited for is given up for what somebody waits for */
     if (ry_run_scan(r->runner, r->map, b, rows->bytes, &err)) {
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number, err.msg);
