@@ -16,6 +16,8 @@
 #include "base/clock.h"
 #include "engine.h"
 
+#define MOST_WAIT 1.0 /* seconds */
+
 void ry_look_see(struct comm *c, struct reissue *r, const struct ry_exchange *x, struct rows_seen *rows)
 {
     *rows = (struct rows_seen){0};
@@ -40,6 +42,7 @@ static void tell(const struct comm *c, const struct searched *s)
                                   .zero = s->sums.zero,
                                   .cross = s->cross,
                                   .packed = s->packed,
+                                  .waited_us = s->waited_us,
                                   .strategy = s->strategy};
     if (c->record)
         ry_record_rows(ry_engine.record, c->record, &line);
@@ -76,10 +79,11 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
 {
     struct ry_err err;
     struct searched *s = &r->searched;
-    bool forced = atomic_load(&ry_engine.forced) == RY_DEDUP;
+    int forced = atomic_load(&ry_engine.forced);
+    engaged &= forced < 0 || forced == RY_DEDUP; /* else nobody has a use for the answer now */
     if (s->aside && !engaged)
         return false; /* one at a time */
-    enum ry_look look = ry_habits_look(&r->habits, rows->habit, rows->cross, engaged, forced);
+    enum ry_look look = ry_habits_look(&r->habits, rows->habit, rows->cross, engaged, forced == RY_DEDUP);
     if (look == RY_LOOK_NOT || (look == RY_LOOK_ASIDE && s->aside))
         return false;
     bool captured = true; /* a search answers once, a graph runs many times */
@@ -101,18 +105,36 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     return look == RY_LOOK_FIRST;
 }
 
-bool ry_look_wait(const struct comm *c, struct reissue *r)
+/* What the job enqueued before may wait for other ranks, and these, in a job that is made so, for this one to go on: then looking
+   must end, and early enough for the others not to lose their patience. */
+static uint64_t longest_wait_ns(void)
 {
-    uint64_t begun = ry_now_ns();
+    double patience = ry_engine.settings.patience / 4;
+    return (uint64_t)((patience < MOST_WAIT ? patience : MOST_WAIT) * 1e9);
+}
+
+bool ry_look_wait(const struct comm *c, struct reissue *r, const struct rows_seen *rows)
+{
+    struct searched *s = &r->searched;
+    uint64_t begun = ry_now_ns(), waited = 0;
     while (!ry_run_scan_over(r->runner)) {
+        waited = ry_now_ns() - begun;
         if (atomic_load(&r->aborted)) /* its stream may never get there */
             return false;
-        if (ry_now_ns() - begun < 100000)
+        if (waited > longest_wait_ns()) {
+            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not waited any longer for its equal rows", c->id,
+                   s->number);
+            ry_habit_failed(rows->habit);
+            s->aside = true;
+            return false;
+        }
+        if (waited < 100000)
             sched_yield();
         else
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
-    return take_answer(c, r, &r->searched);
+    s->waited_us = (double)(ry_now_ns() - begun) / 1e3;
+    return take_answer(c, r, s);
 }
 
 void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *rows, bool waited, const char *strategy,

@@ -20,6 +20,8 @@ struct ry_trace_way {
     uint64_t searched;               /* searches, all ranks */
     uint64_t rows, distinct, zero;   /* in them */
     uint64_t from_bytes, to_bytes;   /* across nodes: as they were, and with equal rows sent once */
+    uint64_t waited; /* searches that a thread of the job waited for */
+    double waited_us; /* sum */
     uint64_t packed, packed_from, packed_to; /* the same of those that did cross so */
     /* timed exchanges that went another way than plain NCCL and of which the model said what plain NCCL would take */
     uint64_t estimated;

@@ -232,6 +232,7 @@ START_TEST(lines_of_rows)
     ry_line_exchange(&text, "aa", 1, 2, NULL, &e);
     ry_line_rows(&text, "aa", 1, &rows);
     rows.strategy = "dedup";
+    rows.waited_us = 33;
     ry_line_rows(&text, "aa", 0, &rows);
     ry_text_add(&text, "", 1);
     ck_assert_str_eq(text.at, "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":1,\"n\":7,\"wall_ns\":9,\"type\":\"bfloat16\",\"type_bytes\":2,"
@@ -240,7 +241,7 @@ START_TEST(lines_of_rows)
                               "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":1,\"n\":7,\"way\":\"return\",\"row_bytes\":2048,\"rows\":100,"
                               "\"distinct\":30,\"zero\":5,\"cross\":204800,\"packed\":62000}\n"
                               "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":0,\"n\":7,\"way\":\"return\",\"row_bytes\":2048,\"rows\":100,"
-                              "\"distinct\":30,\"zero\":5,\"cross\":204800,\"packed\":62000,\"strategy\":\"dedup\"}\n");
+                              "\"distinct\":30,\"zero\":5,\"cross\":204800,\"packed\":62000,\"waited_us\":33.000,\"strategy\":\"dedup\"}\n");
     free(text.at);
 }
 END_TEST

@@ -199,7 +199,7 @@ static void record_agreed(int exchanges, uint64_t differs, uint64_t short_of_sta
             }
             ry_record_exchange(rec, comm, &e);
             struct ry_record_rows rows = {.number = (uint64_t)x, .direction = "go", .row_bytes = 100, .rows = 20, .distinct = 5,
-                                          .zero = 2, .cross = 2000, .packed = 600, .strategy = x == 5 ? "dedup" : "direct"};
+                                          .zero = 2, .cross = 2000, .packed = 600, .waited_us = x == 5 ? 40 : 0, .strategy = x == 5 ? "dedup" : "direct"};
             if (x == 5 || x == 7)
                 ry_record_rows(rec, comm, &rows);
             ry_record_duration(rec, comm, (uint64_t)x, x < 3 ? 400 : x == 5 ? 9000 : 100);
@@ -305,6 +305,7 @@ START_TEST(equal_rows)
     text = report(0, NULL, NULL, NULL, NULL);
     ck_assert_msg(strstr(text, "go              300 kB   8.00 kB    75.0 %    10.0 %     30.0 %    2.80 kB     210 kB"), "%s", text);
     ck_assert_msg(strstr(text, "return          300 kB      none"), "%s", text);
+    ck_assert_msg(strstr(text, "go: the job's threads waited for 2 of 4 searches, 40.0 us on average"), "%s", text);
     ck_assert_msg(strstr(text, "took 100 us on average, plain NCCL 150 us by the model: 1.50x"), "%s", text);
     free(text);
     snprintf(file, sizeof file, "%s/picture.svg", dir);

@@ -249,7 +249,7 @@ START_TEST(rows_lines)
             AGREED("1", ",\"way\":\"return\",\"strategy\":\"dedup\",\"waited_us\":1.000,\"late_us\":0.000,\"plain_us\":80.000")
                 AGREED("2", ",\"plain_us\":40, \"way\":\"go\",\"strategy\":\"dedup\"")
                     AGREED("3", ",\"way\":\"go\",\"strategy\":\"direct\",\"waited_us\":1.000,\"late_us\":0.000,\"plain_us\":7.000")
-                        ROWS("1", "") ROWS("2", ",\"strategy\":\"dedup\"") ROWS("3", ", \"strategy\":\"dedup\"")
+                        ROWS("1", "") ROWS("2", ",\"waited_us\":5.000,\"strategy\":\"dedup\"") ROWS("3", ", \"waited_us\":7,\"strategy\":\"dedup\"")
                             ROWS("4", ",\"strategy\":\"direct\"") ROWS("5", ",\"packed\":-1") ROWS("-1", "")
                                 "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":20.000}\n"
                                 "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":2,\"us\":10.000}\n"
@@ -265,6 +265,8 @@ START_TEST(rows_lines)
     ck_assert_uint_eq(go->searched, 4);
     ck_assert_uint_eq(go->rows, 40);
     ck_assert_uint_eq(go->packed, 2);
+    ck_assert_uint_eq(go->waited, 2);
+    ck_assert_double_eq_tol(go->waited_us, 12, 1e-9);
     ck_assert_double_eq_tol(ry_way_repeated(go), 0.6, 1e-9);
     ck_assert_double_eq_tol(ry_way_padding(go), 0.2, 1e-9);
     ck_assert_double_eq_tol(ry_way_left(go), 300 / 640.0, 1e-9);

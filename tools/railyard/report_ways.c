@@ -66,6 +66,9 @@ void ry_report_ways_text(const struct ry_summary *s)
     }
     for (int i = 0; i < w->n; i++) {
         const struct ry_trace_way *way = &w->way[i];
+        if (way->waited)
+            printf("             %s: the job's threads waited for %" PRIu64 " of %" PRIu64 " searches, %s on average\n", way->name,
+                   way->waited, way->searched, ry_report_us(way->waited_us / (double)way->waited, a));
         if (way->estimated)
             printf("             %s: %" PRIu64 " timed exchange%s not sent plainly took %s on average, plain NCCL %s by the model: "
                    "%.2fx\n",
@@ -86,7 +89,8 @@ static json_t *way_json(const struct ry_trace_way *way)
 {
     json_t *searched = json_null(), *estimate = json_null();
     if (way->searched)
-        searched = json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:f,s:f}", "searches", number(way->searched), "bytes",
+        searched = json_pack("{s:o,s:o,s:f,s:o,s:o,s:o,s:o,s:o,s:f,s:f}", "searches", number(way->searched), "waited_for",
+                             number(way->waited), "waited_us", way->waited ? way->waited_us / (double)way->waited : 0.0, "bytes",
                              number(way->from_bytes), "packed_bytes", number(way->to_bytes), "rows", number(way->rows),
                              "distinct", number(way->distinct), "zero", number(way->zero), "repeated",
                              ry_way_repeated(way), "padding", ry_way_padding(way));
