@@ -2,8 +2,8 @@
  * look.c: looking for equal rows in what an exchange sends to other nodes.
  *
  * Owns: what is known of the rows of the exchange at hand (width, direction); starting a search where one is due
- * (repeats.h), its answer, whether somebody waits for it or it is picked up at a later exchange; telling the trace. Not: the
- * search (run/run.h), what comes of it (exchange.c).
+ * (repeats.h), its answer, whether somebody waits for it or it is picked up at a later exchange; telling the trace.
+ * Not: the search (run/run.h), what comes of it (exchange.c).
  *
  * A search runs on the exchange's stream, in front of it. Who waits for the answer waits for all that the job enqueued
  * there before, on the calling thread: as in plan and agreement nothing here depends on which thread that is.
@@ -54,8 +54,8 @@ static bool take_answer(const struct comm *c, struct reissue *r, struct searched
     struct ry_err err;
     struct ry_load load;
     if (ry_run_scan_wait(r->runner, r->repeats, &s->sums, &err)) {
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the search for equal rows failed: %s", c->id, s->number,
-               err.msg);
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the search for equal rows failed: %s", c->id,
+               s->number, err.msg);
         return false;
     }
     ry_load_of(&load, r->map, c->info.rank, s->send, s->send, r->repeats);
@@ -91,7 +91,8 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
         return false;
     s->aside = false; /* what nobody waited for is given up for what somebody waits for */
     if (ry_run_scan(r->runner, r->map, b, rows->bytes, &err)) {
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number, err.msg);
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number,
+               err.msg);
         ry_habit_failed(rows->habit);
         return false;
     }
@@ -105,8 +106,8 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     return look == RY_LOOK_FIRST;
 }
 
-/* What the job enqueued before may wait for other ranks, and these, in a job that is made so, for this one to go on: then looking
-   must end, and early enough for the others not to lose their patience. */
+/* What the job enqueued before may wait for other ranks, and these, in a job that is made so, for this one to go on:
+   then looking must end, and early enough for the others not to lose their patience. */
 static uint64_t longest_wait_ns(void)
 {
     double patience = ry_engine.settings.patience / 4;
@@ -122,8 +123,8 @@ bool ry_look_wait(const struct comm *c, struct reissue *r, const struct rows_see
         if (atomic_load(&r->aborted)) /* its stream may never get there */
             return false;
         if (waited > longest_wait_ns()) {
-            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not waited any longer for its equal rows", c->id,
-                   s->number);
+            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not waited any longer for its equal rows",
+                   c->id, s->number);
             ry_habit_failed(rows->habit);
             s->aside = true;
             return false;
@@ -150,8 +151,8 @@ void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *row
     tell(c, s);
 }
 
-/* Not every exchange is asked about with SEEN, and the ones that are may all be of the same kind: so SEEN tells of the one
-   since the last that packing would save most of. */
+/* Not every exchange is asked about with SEEN, and the ones that are may all be of the same kind: so SEEN tells of the
+   one since the last that packing would save most of. */
 void ry_look_expect(struct reissue *r, const struct rows_seen *rows, int rank)
 {
     double saving = ry_habit_share(rows->habit) * (double)rows->cross;

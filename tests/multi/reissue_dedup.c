@@ -2,8 +2,8 @@
  * reissue_dedup.c: exchanges whose rows repeat: every byte right, and fewer of them across nodes.
  *
  * usage: reissue_dedup CASE SHAPE [NUMBER [TOKENS [ROWS [ROW]]]]   SHAPE: a letter per rank, its node
- * The driver (reissue_test.py) says which settings apply and reads what is printed: how many exchanges the engine did, and
- * what crossed nodes in them, per direction.
+ * The driver (reissue_test.py) says which settings apply and reads what is printed: how many exchanges the engine did,
+ * and what crossed nodes in them, per direction.
  */
 #include "capture.h"
 #include "reissue.h"
@@ -67,7 +67,8 @@ static void result(struct side *s)
         unsigned long long mine[4] = {seen[k].exchanges, seen[k].engine, seen[k].plain, seen[k].sent}, all[4];
         NCCL(ncclAllReduce(mine, all, 4, ncclUint64, ncclSum, s->comm, s->stream));
         if (s->rank == 0 && all[0])
-            printf("%s: %llu of %llu by the engine, %llu bytes crossed as %llu\n", names[k], all[1], all[0], all[2], all[3]);
+            printf("%s: %llu of %llu by the engine, %llu bytes crossed as %llu\n", names[k], all[1], all[0], all[2],
+                   all[3]);
     }
     if (s->rank == 0)
         print_result(s);
@@ -164,7 +165,8 @@ static void captured(void)
 {
     static char stream;
     struct side *s = new_side(world_comm(), 1);
-    struct exchange x = {.matrix = M_EQUAL, .form = F_GROUP, .type = ncclBfloat16, .most = rows, .row = row, .tokens = tokens};
+    struct exchange x = {
+        .matrix = M_EQUAL, .form = F_GROUP, .type = ncclBfloat16, .most = rows, .row = row, .tokens = tokens};
     struct buffers b;
     forced(s);
     for (int capturing = 0; capturing < 3; capturing++) { /* rank 0, rank 1, all */
