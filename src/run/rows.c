@@ -54,7 +54,7 @@ struct ry_rows {
     uint64_t *copies; /* [2 nnodes]: the answers, for the caller */
     bool known;       /* they are there */
     void *memory;
-    uint64_t capacity, held; /* rows, bytes */
+    uint64_t capacity, held;  /* rows, bytes */
     struct ry_rows_scan scan; /* of the last scan; addresses from ry_rows_grow() */
 };
 
@@ -332,10 +332,13 @@ static int put(const struct ry_rows *rows, const struct ry_rows_scan *s, size_t 
     return 0;
 }
 
+/* As few threads as have all of a row under way at once: a warp then waits for several rows together. */
 static uint32_t lanes_for(uint64_t row_bytes)
 {
-    uint64_t words = (row_bytes + 15) / 16;
-    return words >= 32 ? 32 : (uint32_t)power_of_2(words);
+    uint64_t words = (row_bytes + 15) / 16, all = (words + RY_ROWS_DEEP - 1) / RY_ROWS_DEEP;
+    if (all < 4) /* threads side by side should still reach whole lines of memory */
+        all = words < 4 ? words : 4;
+    return all >= 32 ? 32 : (uint32_t)power_of_2(all);
 }
 
 /* Fill the tables and what depends on them. Returns the words of the tables. */
@@ -478,8 +481,7 @@ static uint64_t chunks_of(uint64_t row_bytes)
 
 static int pack_some(struct ry_rows *rows, struct ry_rows_pack *p, void *stream, struct ry_err *err)
 {
-    uint64_t units = p->first_distinct[p->n] * chunks_of(p->scan.row_bytes) * p->scan.lanes,
-             list = p->first_row[p->n];
+    uint64_t units = p->first_distinct[p->n] * chunks_of(p->scan.row_bytes) * p->scan.lanes, list = p->first_row[p->n];
     int rc = p->n ? launch(rows, &rows_pack, units > list ? units : list, p, stream, err) : 0;
     p->n = 0;
     return rc;

@@ -11,7 +11,7 @@
 #include "words.cuh"
 
 #define FULL 0xffffffffu
-#define DEEP 4 /* words of a row that a thread has under way */
+#define DEEP RY_ROWS_DEEP
 
 typedef unsigned long long ull;
 
@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_sample_rows(const
         AT(uint8_t, s.state)[row] = !whole ? RY_ROWS_PARTIAL : any ? 0 : RY_ROWS_LOOK;
         if (whole && any)
             AT(uint32_t, s.where)
-            [row] = insert(s, ry_rows_sample_key(ry_rows_hash_end(hash), s.sample_mask, node), row);
+        [row] = insert(s, ry_rows_sample_key(ry_rows_hash_end(hash), s.sample_mask, node), row);
     }
 }
 
@@ -398,8 +398,8 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_pack_rows(const _
         uint32_t k = range_of(p.first_row, p.n, (uint32_t)i);
         ry_rows_node node = nodes[p.node[k]];
         uint64_t row = i - p.first_row[k];
-        AT(uint32_t, p.message[k] + ry_rows_list_at(s.row_bytes, node.distinct))[row] =
-            AT(const uint32_t, s.index)[AT(const uint32_t, s.where)[node.first_row + row]];
+        AT(uint32_t, p.message[k] + ry_rows_list_at(s.row_bytes, node.distinct))
+        [row] = AT(const uint32_t, s.index)[AT(const uint32_t, s.where)[node.first_row + row]];
     }
 }
 

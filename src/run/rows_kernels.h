@@ -17,6 +17,10 @@
  * memory traffic), which is what makes looking cheap where there is nothing to find; and a row that has one is read
  * for the comparison anyway, which no hash spares us. A full hash would add one reading of everything to both cases and
  * save only where samples are equal and rows are not; the second hash, which costs no further reading, covers that.
+ *
+ * How much is read: of n rows, d of them distinct, each of the n - d others once and the row that leads it beside it, then
+ * the d once to pack them: 2n - d rows, so no more than twice the send buffer, besides samples and rows whose samples are
+ * equal and they are not. A leader of many is read for each, from the cache where it stays there.
  */
 #ifndef RY_RUN_ROWS_KERNELS_H
 #define RY_RUN_ROWS_KERNELS_H
@@ -26,6 +30,7 @@
 #define RY_ROWS_SAMPLE 8u         /* words of a sample: whole for rows of up to 128 bytes, else in four places */
 #define RY_ROWS_BLOCK 256u        /* threads of a block */
 #define RY_ROWS_GRID 1056u        /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
+#define RY_ROWS_DEEP 4u           /* words of a row that a thread has under way */
 #define RY_ROWS_CHUNK 4096u       /* bytes that one warp copies at a time */
 #define RY_ROWS_TILES 4096u
 #define RY_ROWS_PUT 500u

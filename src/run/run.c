@@ -188,10 +188,10 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
 }
 
 /*
- * Copies that follow each other go in one batch as long as none may depend on another; so do messages to pack, in a launch
- * of their own, and pieces to expand, without copies among them. Send segments are never written;
- * a batch that reads from the staging memory or the receive buffer does not write there as well, and staging memory is
- * written in ascending order (what is not, is still right, in a batch of its own).
+ * Copies that follow each other go in one batch as long as none may depend on another; so do messages to pack, in a
+ * launch of their own, and pieces to expand, without copies among them. Send segments are never written; a batch that
+ * reads from the staging memory or the receive buffer does not write there as well, and staging memory is written in
+ * ascending order (what is not, is still right, in a batch of its own).
  */
 struct copying {
     struct batch batch;

@@ -83,9 +83,10 @@ static int make_room(struct ry_runner *r, uint64_t nrows, void *stream, struct r
         uint64_t more = ry_rows_memory(r->rows, want) - had;
         if (want <= RY_ROWS_MOST) {
             if (!staging_reserve(more)) {
-                ry_fail(err,
-                        "%llu bytes more are needed to look for equal rows, beyond what is left: raise RAILYARD_STAGING",
-                        (unsigned long long)more);
+                ry_fail(
+                    err,
+                    "%llu bytes more are needed to look for equal rows, beyond what is left: raise RAILYARD_STAGING",
+                    (unsigned long long)more);
             } else if (!ry_rows_grow(r->rows, want, stream, err)) {
                 return 0;
             } else {

@@ -69,7 +69,7 @@ struct side {
 
 /* What the rows of a dedup exchange look like. */
 static struct {
-    uint64_t width; /* 0: no rows */
+    uint64_t width;            /* 0: no rows */
     uint64_t tokens, distinct; /* of how many there are copies; one row in so many is like no other (0: none is) */
 } rows;
 

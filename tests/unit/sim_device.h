@@ -202,8 +202,8 @@ static inline void sim_at(uint64_t at, uint64_t bytes)
 /* Pieces in any order, like segments. */
 static inline void sim_expand(struct sim_op *op)
 {
-    struct ry_rows_expand *e = &op->expand, one = {
-                                                .row_bytes = e->row_bytes, .errors = e->errors, .n = 1, .lanes = e->lanes};
+    struct ry_rows_expand *e = &op->expand,
+                          one = {.row_bytes = e->row_bytes, .errors = e->errors, .n = 1, .lanes = e->lanes};
     bool done[RY_ROWS_PIECES] = {false};
     for (uint32_t left = e->n; left; left--) {
         uint32_t i = 0;

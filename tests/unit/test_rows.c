@@ -845,14 +845,15 @@ static uint64_t lay_out_dispatch(unsigned char *data, const struct shape *shape)
         }
         for (uint64_t i = 0; i < per_rank; i++)
             if (!first) {
-                memcpy(segment + place[i] * width,
-                       segment - (uint64_t)r % shape->copies * per_rank * width + i * width, width);
+                memcpy(segment + place[i] * width, segment - (uint64_t)r % shape->copies * per_rank * width + i * width,
+                       width);
             } else if (shape->padded && i >= per_rank / 2) {
                 memset(segment + i * width, 0, width);
             } else {
-                for (uint64_t *at = (uint64_t *)(segment + i * width); at < (uint64_t *)(segment + (i + 1) * width);
-                     at++)
-                    draw(2), *at = seed;
+                for (uint64_t at = 0; at < width; at += sizeof seed) {
+                    draw(2);
+                    memcpy(segment + i * width + at, &seed, width - at < sizeof seed ? width - at : sizeof seed);
+                }
                 distinct++;
             }
     }
@@ -888,8 +889,9 @@ static void speed_of(const struct shape *shape, struct work *w, unsigned char *d
         total += found.distinct[n];
         for (int i = 0; i < per_node; i++, w->npieces++)
             w->piece[w->npieces] = (struct ry_rows_piece){
-                message,  k, found.distinct[n], (uint64_t)i * per_rank,
-                bytes[0], (char *)w->to + shape->shift + (uint64_t)w->npieces * bytes[0]};
+                message,           k,
+                found.distinct[n], (uint64_t)i * per_rank,
+                bytes[0],          (char *)w->to + shape->shift + (uint64_t)w->npieces * bytes[0]};
     }
     ck_assert_uint_eq(total, want);
     us[2] = timed(packing, w);

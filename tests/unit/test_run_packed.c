@@ -337,7 +337,8 @@ START_TEST(other_widths)
             uint64_t skip = 0, nrows = 0;
             for (int p = 0; p < RANKS; p++)
                 nrows += node[p] == m ? ry_rows_of(t.bytes[p], width) : 0;
-            struct ry_step step = {.kind = RY_STEP_PACK, .group = -1, .peer = m, .repeats = t.repeats[m], .rows = nrows};
+            struct ry_step step = {
+                .kind = RY_STEP_PACK, .group = -1, .peer = m, .repeats = t.repeats[m], .rows = nrows};
             step.to = (struct ry_at){RY_AT_STAGE, -1, stage};
             step.bytes = ry_rows_message_bytes(width, t.repeats[m].distinct, nrows);
             steps[n++] = step;
