@@ -3,23 +3,6 @@
 
 #include <stdlib.h>
 
-struct ry_message ry_message_of(struct ry_pieces p, struct ry_repeats repeats)
-{
-    struct ry_message m = {.repeats = repeats};
-    if (!repeats.row_bytes) {
-        for (int r; ry_next_piece(&p, &r);)
-            m.bytes = ry_sum(m.bytes, p.bytes[r]);
-        return m;
-    }
-    for (int r; ry_next_piece(&p, &r);) {
-        m.bytes = ry_sum(m.bytes, p.bytes[r]);
-        m.rows = ry_sum(m.rows, ry_rows_of(p.bytes[r], repeats.row_bytes));
-    }
-    if (m.bytes < UINT64_MAX && ry_packs(repeats, m.rows, m.bytes))
-        m.packed = ry_packed_bytes(repeats, m.rows);
-    return m;
-}
-
 uint64_t ry_room_on_relay(const struct ry_message *m, struct ry_pieces p, int relay)
 {
     if (!m->packed)
@@ -34,19 +17,32 @@ uint64_t ry_room_on_relay(const struct ry_message *m, struct ry_pieces p, int re
 
 struct ry_departure ry_departure_of(struct ry_pieces p, const uintptr_t *send_at, struct ry_repeats repeats)
 {
-    struct ry_departure d = {ry_message_of(p, repeats), -1, true, 0};
+    struct ry_departure d = {{.repeats = repeats}, -1, true, 0};
+    uint64_t bytes = 0, rows = 0;
     uintptr_t end = 0;
     for (int r; ry_next_piece(&p, &r);) {
-        if (!p.bytes[r])
+        uint64_t piece = p.bytes[r];
+        if (!piece)
             continue;
         if (d.first < 0)
             d.first = r;
         else if (!send_at || send_at[r] != end)
             d.neighbours = false;
-        end = send_at ? send_at[r] + p.bytes[r] : 0;
+        end = send_at ? send_at[r] + piece : 0;
+        bytes = ry_sum(bytes, piece);
+        rows = repeats.row_bytes ? ry_sum(rows, ry_rows_of(piece, repeats.row_bytes)) : 0;
     }
-    d.room = d.m.packed ? ry_stage_room(d.m.packed) : d.neighbours ? 0 : ry_stage_room(d.m.bytes);
+    d.m.bytes = bytes;
+    d.m.rows = rows;
+    if (rows && bytes < UINT64_MAX && ry_packs(repeats, rows, bytes))
+        d.m.packed = ry_packed_bytes(repeats, rows);
+    d.room = d.m.packed ? ry_stage_room(d.m.packed) : d.neighbours ? 0 : ry_stage_room(bytes);
     return d;
+}
+
+struct ry_message ry_message_of(struct ry_pieces pieces, struct ry_repeats repeats)
+{
+    return ry_departure_of(pieces, NULL, repeats).m;
 }
 
 static struct ry_repeats found(const struct ry_cluster *c, const struct ry_repeats *repeats, int from, int node)

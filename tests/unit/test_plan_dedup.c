@@ -489,7 +489,7 @@ END_TEST
 static double seconds(void)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); /* whoever else is busy on this machine */
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 

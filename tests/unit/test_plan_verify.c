@@ -194,14 +194,18 @@ START_TEST(mutations)
         struct job job = random_job(2 + (int)rnd(11), 1 + rnd(600), rnd(2));
         int rank = (int)rnd((uint64_t)job.n), how = round % MUTATIONS;
         build_all(&job, rnd(4) ? RY_HIERARCHICAL : RY_DIRECT);
-        if (job.plans[rank]->nsteps) {
-            int i = how == COPY_LATE ? 0 : (int)rnd((uint64_t)job.plans[rank]->nsteps); /* copies come first */
+        int n = job.plans[rank]->nsteps, at = n ? (int)rnd((uint64_t)n) : 0;
+        for (int k = 0; k < n; k++) {                    /* the first step from there on that it can be done to */
+            int i = how == COPY_LATE ? k : (at + k) % n; /* copies come first */
+            struct ry_step before = job.plans[rank]->steps[i];
             if (mutate(&job, rank, i, how)) {
                 tried[how]++;
                 ck_assert_msg(verify(&job, &err), "round %d: rank %d, step %d broken by '%s': not found", round, rank,
                               i, mutation_names[how]);
                 ck_assert_msg(strstr(err.msg, "rank ") != NULL, "names no rank: %s", err.msg);
+                break;
             }
+            job.plans[rank]->steps[i] = before;
         }
         free_job(&job);
     }
