@@ -115,6 +115,23 @@ static void padding(void)
     end_side(s);
 }
 
+/* As DeepSpeed does it: equal splits and nothing that tells how wide rows are. */
+static void equal_splits(void)
+{
+    struct side *s = new_side(world_comm(), 1);
+    forced(s);
+    for (int i = 0; i < wanted; i++) {
+        struct exchange x = {
+            .matrix = M_EQUAL, .type = ncclBfloat16, .most = rows, .row = row, .tokens = tokens, .zeros = 30};
+        counted(s, &x, GO);
+        x.tokens = 1u << 30;
+        x.zeros = 0;
+        counted(s, &x, BACK);
+    }
+    result(s);
+    end_side(s);
+}
+
 /* Rows whose width changes all the time, of all types, to ranks that get nothing, from segments that lie anywhere. */
 static void widths(void)
 {
@@ -197,7 +214,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"loop", loop},     {"by_itself", by_itself}, {"padding", padding},
+    } cases[] = {{"loop", loop},     {"by_itself", by_itself}, {"padding", padding},  {"equal_splits", equal_splits},
                  {"widths", widths}, {"unlike", unlike},       {"captured", captured}};
     start_reissue(25);
     CHECK(argc >= 3, "which case, which shape?");

@@ -363,6 +363,19 @@ def case_dedup_padding():
     crosses(out, 0.38, 0.45)  # 60 % of the rows are zeros
 
 
+def case_dedup_equal_splits():
+    """Rows of 3 KiB that nothing tells of are found as pieces of 1 KiB."""
+    folder = tempfile.mkdtemp(prefix="railyard-dedup-")
+    atexit.register(shutil.rmtree, folder, True)
+    out, _ = dedup("equal_splits", "abab", 20, 24, 64, 1536, env={"RAILYARD_TRACE": folder})
+    crosses(out, 0.1, 0.3)
+    crosses(out, 1, 1, "return")
+    _, ways = report(folder)
+    print({k: (w["bytes_saved"], w["searched"]["repeated"], w["searched"]["padding"]) for k, w in ways.items()})
+    if ways["return"]["bytes_saved"] or not 0.25 < ways["go"]["searched"]["padding"] < 0.35:
+        fail(f"directions are mixed up: {ways}")
+
+
 def case_dedup_widths():
     for shape in ("aabb", "abbca"):
         dedup("widths", shape, 40, least=0.85)  # none at all where nobody sends anything
