@@ -1,15 +1,15 @@
 /*
  * direction.h: is an exchange the way out, or the way back of an earlier one?
  *
- * Owns: a guess from the counts alone. An exchange whose (receive, send) counts are the (send, receive) counts of an earlier
- * one that nothing has answered yet, the latest such, is its return; any other goes out. In an MoE layer that makes dispatch
- * "go" and combine "return", and in the backward pass, where rows repeat the other way round, combine's gradient "go" and
- * dispatch's "return": the exchanges that repeat rows have one label, those that sum them the other. With equal splits, where
- * every exchange could answer every other, they take turns.
+ * Owns: a guess from the counts alone. An exchange whose (receive, send) counts are the (send, receive) counts of an
+ * earlier one that nothing has answered yet, the latest such, is its return; any other goes out. In an MoE layer that
+ * makes dispatch "go" and combine "return", and in the backward pass, where rows repeat the other way round, combine's
+ * gradient "go" and dispatch's "return": the exchanges that repeat rows have one label, those that sum them the other.
+ * With equal splits, where every exchange could answer every other, they take turns.
  *
- * It is a label and may be wrong: it selects what was learned of earlier exchanges (repeats.h) and sorts reports, never which
- * bytes go where. What goes out and is never answered (the tokens' probabilities, in inference) is forgotten after RY_GONE
- * others.
+ * It is a label and may be wrong: it selects what was learned of earlier exchanges (repeats.h) and sorts reports, never
+ * which bytes go where. What goes out and is never answered (the tokens' probabilities, in inference) is forgotten
+ * after RY_GONE others.
  *
  * Pure state, no I/O, no allocation; one per communicator, used by one thread at a time.
  */

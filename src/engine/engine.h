@@ -46,6 +46,7 @@ struct searched {
     uint64_t row_bytes, cross, packed;
     uint64_t *send; /* [nranks], bytes */
     struct ry_scan_sums sums;
+    double waited_us; /* by the job's thread, for the answer */
     const char *strategy; /* as the exchange was agreed on; NULL: it was not */
 };
 
@@ -161,8 +162,8 @@ void ry_look_pick_up(const struct comm *c, struct reissue *r);
 /** Enqueue a search if one is due. True: this rank waits for the answer, ry_look_wait(), before its manifest. */
 bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows,
              uint64_t number, bool engaged);
-/** Wait for it: true, and r->repeats and r->searched tell; false: it failed, or the communicator was aborted. */
-bool ry_look_wait(const struct comm *c, struct reissue *r);
+/** Wait for it: true, and r->repeats and r->searched tell; false: it failed, takes too long, or the communicator was aborted. */
+bool ry_look_wait(const struct comm *c, struct reissue *r, const struct rows_seen *rows);
 /** How the exchange was carried out; `waited`: after an answer, which was made use of if `packed`. */
 void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *rows, bool waited, const char *strategy,
                   bool packed);

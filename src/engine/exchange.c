@@ -59,6 +59,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.strategy = NULL;
     now.verify = false;
     now.waited_us = now.late_us = now.plain_us = 0;
+    now.rows = (struct rows_seen){0};
     now.sample = NULL;
     if (c->record)
         ask_captured(x);
@@ -227,7 +228,7 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     if (!c->record)
         ask_captured(x);
     ry_exchange_look_at_checks(c, r);
-    looks = looks && ry_look_wait(c, r);
+    looks = looks && ry_look_wait(c, r, &now.rows);
     const struct ry_repeats *repeats = looks ? r->repeats : NULL;
     bool taken = false, agreed = agree(c, r, x, b, repeats, &verdict);
     if (agreed) {

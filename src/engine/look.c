@@ -2,8 +2,8 @@
  * look.c: looking for equal rows in what an exchange sends to other nodes.
  *
  * Owns: what is known of the rows of the exchange at hand (width, direction); starting a search where one is due
- * (repeats.h), its answer, whether somebody waits for it or it is picked up at a later exchange; telling the trace. Not: the
- * search (run/run.h), what comes of it (exchange.c).
+ * (repeats.h), its answer, whether somebody waits for it or it is picked up at a later exchange; telling the trace.
+ * Not: the search (run/run.h), what comes of it (exchange.c).
  *
  * A search runs on the exchange's stream, in front of it. Who waits for the answer waits for all that the job enqueued
  * there before, on the calling thread: as in plan and agreement nothing here depends on which thread that is.
@@ -15,6 +15,8 @@
 
 #include "base/clock.h"
 #include "engine.h"
+
+#define MOST_WAIT 1.0 /* seconds */
 
 void ry_look_see(struct comm *c, struct reissue *r, const struct ry_exchange *x, struct rows_seen *rows)
 {
@@ -40,6 +42,7 @@ static void tell(const struct comm *c, const struct searched *s)
                                   .zero = s->sums.zero,
                                   .cross = s->cross,
                                   .packed = s->packed,
+                                  .waited_us = s->waited_us,
                                   .strategy = s->strategy};
     if (c->record)
         ry_record_rows(ry_engine.record, c->record, &line);
@@ -51,8 +54,8 @@ static bool take_answer(const struct comm *c, struct reissue *r, struct searched
     struct ry_err err;
     struct ry_load load;
     if (ry_run_scan_wait(r->runner, r->repeats, &s->sums, &err)) {
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the search for equal rows failed: %s", c->id, s->number,
-               err.msg);
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the search for equal rows failed: %s", c->id,
+               s->number, err.msg);
         return false;
     }
     ry_load_of(&load, r->map, c->info.rank, s->send, s->send, r->repeats);
@@ -76,10 +79,11 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
 {
     struct ry_err err;
     struct searched *s = &r->searched;
-    bool forced = atomic_load(&ry_engine.forced) == RY_DEDUP;
+    int forced = atomic_load(&ry_engine.forced);
+    engaged &= forced < 0 || forced == RY_DEDUP; /* else nobody has a use for the answer now */
     if (s->aside && !engaged)
         return false; /* one at a time */
-    enum ry_look look = ry_habits_look(&r->habits, rows->habit, rows->cross, engaged, forced);
+    enum ry_look look = ry_habits_look(&r->habits, rows->habit, rows->cross, engaged, forced == RY_DEDUP);
     if (look == RY_LOOK_NOT || (look == RY_LOOK_ASIDE && s->aside))
         return false;
     bool captured = true; /* a search answers once, a graph runs many times */
@@ -87,7 +91,8 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
         return false;
     s->aside = false; /* what nobody waited for is given up for what somebody waits for */
     if (ry_run_scan(r->runner, r->map, b, rows->bytes, &err)) {
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number, err.msg);
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number,
+               err.msg);
         ry_habit_failed(rows->habit);
         return false;
     }
@@ -101,18 +106,36 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     return look == RY_LOOK_FIRST;
 }
 
-bool ry_look_wait(const struct comm *c, struct reissue *r)
+/* What the job enqueued before may wait for other ranks, and these, in a job that is made so, for this one to go on:
+   then looking must end, and early enough for the others not to lose their patience. */
+static uint64_t longest_wait_ns(void)
 {
-    uint64_t begun = ry_now_ns();
+    double patience = ry_engine.settings.patience / 4;
+    return (uint64_t)((patience < MOST_WAIT ? patience : MOST_WAIT) * 1e9);
+}
+
+bool ry_look_wait(const struct comm *c, struct reissue *r, const struct rows_seen *rows)
+{
+    struct searched *s = &r->searched;
+    uint64_t begun = ry_now_ns(), waited = 0;
     while (!ry_run_scan_over(r->runner)) {
+        waited = ry_now_ns() - begun;
         if (atomic_load(&r->aborted)) /* its stream may never get there */
             return false;
-        if (ry_now_ns() - begun < 100000)
+        if (waited > longest_wait_ns()) {
+            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not waited any longer for its equal rows",
+                   c->id, s->number);
+            ry_habit_failed(rows->habit);
+            s->aside = true;
+            return false;
+        }
+        if (waited < 100000)
             sched_yield();
         else
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
-    return take_answer(c, r, &r->searched);
+    s->waited_us = (double)(ry_now_ns() - begun) / 1e3;
+    return take_answer(c, r, s);
 }
 
 void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *rows, bool waited, const char *strategy,
@@ -128,8 +151,8 @@ void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *row
     tell(c, s);
 }
 
-/* Not every exchange is asked about with SEEN, and the ones that are may all be of the same kind: so SEEN tells of the one
-   since the last that packing would save most of. */
+/* Not every exchange is asked about with SEEN, and the ones that are may all be of the same kind: so SEEN tells of the
+   one since the last that packing would save most of. */
 void ry_look_expect(struct reissue *r, const struct rows_seen *rows, int rank)
 {
     double saving = ry_habit_share(rows->habit) * (double)rows->cross;

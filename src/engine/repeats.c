@@ -68,7 +68,8 @@ void ry_habit_failed(struct ry_habit *habit)
     put_off(habit);
 }
 
-void ry_habits_found(struct ry_habits *h, enum ry_direction direction, uint64_t row_bytes, uint64_t cross, uint64_t packed)
+void ry_habits_found(struct ry_habits *h, enum ry_direction direction, uint64_t row_bytes, uint64_t cross,
+                     uint64_t packed)
 {
     double saved = cross && packed < cross ? 1 - (double)packed / (double)cross : 0;
     for (int i = 0; i < h->n; i++) {

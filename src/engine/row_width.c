@@ -55,7 +55,7 @@ uint64_t ry_row_width_see(struct ry_row_width *w, const uint64_t *send, const ui
     uint64_t own = 0, elems = 0;
     *source = NULL;
     for (int i = 0; i < n; i++)
-        own = gcd(gcd(own, send[i]), recv[i]);
+        own = gcd(recv[i], gcd(send[i], own)); /* in this order one division each, as a rule */
     bool narrow = false; /* the exchange of probabilities itself: one element per row */
     if (w->has_last) {
         uint64_t h = ratio(w->last, w->last + n, send, recv, n);

@@ -300,6 +300,10 @@ void ry_line_rows(struct ry_text *text, const char *id, int rank, const struct r
     p = put_number(p, rows->cross);
     p = PUT(p, ",\"packed\":");
     p = put_number(p, rows->packed);
+    if (rows->waited_us > 0) {
+        p = PUT(p, ",\"waited_us\":");
+        p = put_us(p, rows->waited_us);
+    }
     if (rows->strategy) {
         p = PUT(p, ",\"strategy\":\"");
         p = put_text(p, rows->strategy);

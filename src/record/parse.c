@@ -186,6 +186,7 @@ static bool eat_rows(struct ry_parsed *x, const char **at)
         !EAT(p, ",\"distinct\":") || !eat_number(&p, &x->distinct) || !EAT(p, ",\"zero\":") ||
         !eat_number(&p, &x->zero) || !EAT(p, ",\"cross\":") || !eat_number(&p, &x->cross) ||
         !EAT(p, ",\"packed\":") || !eat_number(&p, &x->packed) ||
+        (EAT(p, ",\"waited_us\":") && !eat_us(&p, &x->waited_us)) ||
         (EAT(p, ",\"strategy\":\"") && !eat_text(&p, x->strategy, sizeof x->strategy)))
         return false;
     *at = p;
@@ -290,7 +291,7 @@ static enum ry_parsed_kind load(struct ry_parsed *x, const json_t *o,
     if (!strcmp(t, "rows"))
         return get(o, "row_bytes", true, &x->row_bytes) && get(o, "rows", true, &x->rows) &&
                        get(o, "distinct", true, &x->distinct) && get(o, "zero", true, &x->zero) &&
-                       get(o, "cross", true, &x->cross) && get(o, "packed", true, &x->packed)
+                       get(o, "cross", true, &x->cross) && get(o, "packed", true, &x->packed) && get_us(o, "waited_us", false, &x->waited_us)
                    ? RY_PARSED_ROWS
                    : RY_PARSED_BAD;
     if (strcmp(t, "x") || !make_room(x, nranks) || !get(o, "wall_ns", false, &x->wall_ns) ||

@@ -84,6 +84,7 @@ struct ry_record_rows {
     uint64_t row_bytes;
     uint64_t rows, distinct, zero; /* rows; of them different, for each node by itself; of them all zero bytes */
     uint64_t cross, packed; /* bytes across nodes as they are, and with equal rows sent once */
+    double waited_us;       /* how long the job's thread waited for the answer; 0: it did not */
     const char *strategy;   /* of the exchange: a string constant; NULL: not agreed on */
 };
 

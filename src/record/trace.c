@@ -472,6 +472,8 @@ static void take_rows(struct ry_trace_comm *c, const struct ry_parsed *x)
     way->zero = add(way->zero, x->zero);
     way->from_bytes = add(way->from_bytes, x->cross);
     way->to_bytes = add(way->to_bytes, x->packed);
+    way->waited += x->waited_us > 0;
+    way->waited_us += x->waited_us;
     if (strcmp(x->strategy, "dedup"))
         return;
     way->packed++;

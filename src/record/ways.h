@@ -15,11 +15,13 @@
 #define RY_TRACE_WAYS 2
 
 struct ry_trace_way {
-    char name[8];                    /* "go", "return" */
-    uint64_t lines, cross;           /* exchange lines, all ranks; bytes across nodes */
-    uint64_t searched;               /* searches, all ranks */
-    uint64_t rows, distinct, zero;   /* in them */
-    uint64_t from_bytes, to_bytes;   /* across nodes: as they were, and with equal rows sent once */
+    char name[8];                            /* "go", "return" */
+    uint64_t lines, cross;                   /* exchange lines, all ranks; bytes across nodes */
+    uint64_t searched;                       /* searches, all ranks */
+    uint64_t rows, distinct, zero;           /* in them */
+    uint64_t from_bytes, to_bytes;           /* across nodes: as they were, and with equal rows sent once */
+    uint64_t waited;                         /* searches that a thread of the job waited for */
+    double waited_us;                        /* sum */
     uint64_t packed, packed_from, packed_to; /* the same of those that did cross so */
     /* timed exchanges that went another way than plain NCCL and of which the model said what plain NCCL would take */
     uint64_t estimated;
@@ -35,7 +37,8 @@ struct ry_trace_ways {
 /** The one of that name; NULL if it has none or there are too many. */
 struct ry_trace_way *ry_ways_of(struct ry_trace_ways *ways, const char *name);
 
-/** Shares, 0 to 1: rows equal to an earlier one; rows of zeros; bytes that packing leaves. 0, 0 and 1 where none was searched. */
+/** Shares, 0 to 1: rows equal to an earlier one; rows of zeros; bytes that packing leaves. 0, 0 and 1 where none was
+ * searched. */
 double ry_way_repeated(const struct ry_trace_way *way);
 double ry_way_padding(const struct ry_trace_way *way);
 double ry_way_left(const struct ry_trace_way *way);

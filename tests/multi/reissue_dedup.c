@@ -2,8 +2,8 @@
  * reissue_dedup.c: exchanges whose rows repeat: every byte right, and fewer of them across nodes.
  *
  * usage: reissue_dedup CASE SHAPE [NUMBER [TOKENS [ROWS [ROW]]]]   SHAPE: a letter per rank, its node
- * The driver (reissue_test.py) says which settings apply and reads what is printed: how many exchanges the engine did, and
- * what crossed nodes in them, per direction.
+ * The driver (reissue_test.py) says which settings apply and reads what is printed: how many exchanges the engine did,
+ * and what crossed nodes in them, per direction.
  */
 #include "capture.h"
 #include "reissue.h"
@@ -67,7 +67,8 @@ static void result(struct side *s)
         unsigned long long mine[4] = {seen[k].exchanges, seen[k].engine, seen[k].plain, seen[k].sent}, all[4];
         NCCL(ncclAllReduce(mine, all, 4, ncclUint64, ncclSum, s->comm, s->stream));
         if (s->rank == 0 && all[0])
-            printf("%s: %llu of %llu by the engine, %llu bytes crossed as %llu\n", names[k], all[1], all[0], all[2], all[3]);
+            printf("%s: %llu of %llu by the engine, %llu bytes crossed as %llu\n", names[k], all[1], all[0], all[2],
+                   all[3]);
     }
     if (s->rank == 0)
         print_result(s);
@@ -110,6 +111,23 @@ static void padding(void)
     tokens = 1u << 30;
     for (int i = 0; i < wanted; i++)
         layer(s, M_EQUAL, 60);
+    result(s);
+    end_side(s);
+}
+
+/* As DeepSpeed does it: equal splits and nothing that tells how wide rows are. */
+static void equal_splits(void)
+{
+    struct side *s = new_side(world_comm(), 1);
+    forced(s);
+    for (int i = 0; i < wanted; i++) {
+        struct exchange x = {
+            .matrix = M_EQUAL, .type = ncclBfloat16, .most = rows, .row = row, .tokens = tokens, .zeros = 30};
+        counted(s, &x, GO);
+        x.tokens = 1u << 30;
+        x.zeros = 0;
+        counted(s, &x, BACK);
+    }
     result(s);
     end_side(s);
 }
@@ -164,7 +182,8 @@ static void captured(void)
 {
     static char stream;
     struct side *s = new_side(world_comm(), 1);
-    struct exchange x = {.matrix = M_EQUAL, .form = F_GROUP, .type = ncclBfloat16, .most = rows, .row = row, .tokens = tokens};
+    struct exchange x = {
+        .matrix = M_EQUAL, .form = F_GROUP, .type = ncclBfloat16, .most = rows, .row = row, .tokens = tokens};
     struct buffers b;
     forced(s);
     for (int capturing = 0; capturing < 3; capturing++) { /* rank 0, rank 1, all */
@@ -195,7 +214,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"loop", loop},     {"by_itself", by_itself}, {"padding", padding},
+    } cases[] = {{"loop", loop},     {"by_itself", by_itself}, {"padding", padding},  {"equal_splits", equal_splits},
                  {"widths", widths}, {"unlike", unlike},       {"captured", captured}};
     start_reissue(25);
     CHECK(argc >= 3, "which case, which shape?");

@@ -3,10 +3,15 @@
 
 usage: reissue_test.py CASE RAILYARD FOLDER-OF-THE-PROGRAMS
 """
+import atexit
+import glob
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 
 CASE, RAILYARD, PROGRAMS = sys.argv[1:4]
 PRELOAD = os.path.join(PROGRAMS, "..", "..", "plugin", "librailyard.so")
@@ -19,9 +24,9 @@ def fail(text):
     sys.exit(f"reissue_test: {CASE}: {text}")
 
 
-def job(program, *args, ranks=4, nodes=2, env=None, status=0, preload=True, wrap=()):
+def job(program, *args, ranks=4, nodes=2, env=None, status=0, preload=True, wrap=(), links=()):
     """Run it; what it printed, and what Railyard did."""
-    argv = [RAILYARD, "emu", "-n", str(nodes), "-g", str(ranks // nodes), *(["--preload"] if preload else []), "--", *wrap,
+    argv = [RAILYARD, "emu", "-n", str(nodes), "-g", str(ranks // nodes), *links, *(["--preload"] if preload else []), "--", *wrap,
             os.path.join(PROGRAMS, program), *args]
     settings = {"RAILYARD_LOG": "info", "RAILYARD_STRATEGY": "hierarchical", **(env or {})}
     p = subprocess.Popen(argv, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -288,6 +293,192 @@ def case_some_ranks():
     lines = one_rank_differs("unset LD_PRELOAD", "1.5")
     expect(lines, "no word from rank 2 of 4", 3)
     expect(lines, "error", 0)
+
+
+# ---- equal rows ----
+
+DEDUP = {"RAILYARD_STRATEGY": "dedup"}
+SLOW_LINKS = ("--nic", "0.1", "--nic-us", "100")
+
+
+def crossed(out, kind="go"):
+    """The share of the bytes that crossed, of exchanges that the engine did; None where it did none."""
+    done, whole, left = map(int, re.search(rf"{kind}: (\d+) of \d+ by the engine, (\d+) bytes crossed as (\d+)", out).groups())
+    return left / whole if done and whole else None
+
+
+def crosses(out, least, most, kind="go"):
+    share = crossed(out, kind)
+    if share is None or not least <= share <= most:
+        fail(f"{kind}: {share} of the bytes crossed, not {least} to {most} of them:\n{out}")
+
+
+def dedup(case, shape="aabb", *args, env=None, least=1.0):
+    out, lines = job("reissue_dedup", case, shape, *map(str, args), ranks=len(shape), nodes=1, env={**DEDUP, **(env or {})})
+    calm(lines)
+    reissued(out, least)
+    return out, lines
+
+
+def report(folder):
+    text = subprocess.run([RAILYARD, "report", folder, "--json", "-"], stdout=subprocess.PIPE, check=True, text=True).stdout
+    comm = json.loads(text)["communicators"][0]
+    return comm, {d["direction"]: d for d in comm["directions"]}
+
+
+def searches(folder):
+    """How many each rank made."""
+    per_rank = {}
+    for name in glob.glob(os.path.join(folder, "trace-*.jsonl")):
+        with open(name, encoding="utf-8") as f:
+            for line in map(json.loads, f):
+                if line["t"] == "comm":
+                    per_rank.setdefault(line["rank"], [])
+                if line["t"] == "rows":
+                    per_rank[line["rank"]].append(line)
+    return per_rank
+
+
+def case_dedup_loop():
+    """16 different rows each, 32 of them to each rank on average: what goes is left to a third, what returns as it was."""
+    for shape in ("aabb", "abab", "abbca"):
+        out, _ = dedup("loop", shape, 30, 16)
+        crosses(out, 0.1, 0.6)
+        crosses(out, 1, 1, "return")
+    out, _ = dedup("loop", "aaaabbbb", 10, 16)
+    crosses(out, 0.05, 0.3)
+
+
+def case_dedup_verify():
+    out, lines = dedup("loop", "abba", 20, 16, env={"RAILYARD_VERIFY": "1"})
+    crosses(out, 0.2, 1.6)  # each exchange is made both ways
+    for line in expect(lines, r"\d+ verified", 4):
+        packed, verified = map(int, re.search(r"(\d+) dedup, (\d+) verified", line).groups())
+        if verified != packed:
+            fail(f"{verified} verified, not {packed}: {line}")
+
+
+def case_dedup_padding():
+    out, _ = dedup("padding", "aabb", 20)
+    crosses(out, 0.38, 0.45)  # 60 % of the rows are zeros
+
+
+def case_dedup_equal_splits():
+    """Rows of 3 KiB that nothing tells of are found as pieces of 1 KiB."""
+    folder = tempfile.mkdtemp(prefix="railyard-dedup-")
+    atexit.register(shutil.rmtree, folder, True)
+    out, _ = dedup("equal_splits", "abab", 20, 24, 64, 1536, env={"RAILYARD_TRACE": folder})
+    crosses(out, 0.1, 0.3)
+    crosses(out, 1, 1, "return")
+    _, ways = report(folder)
+    print({k: (w["bytes_saved"], w["searched"]["repeated"], w["searched"]["padding"]) for k, w in ways.items()})
+    if ways["return"]["bytes_saved"] or not 0.25 < ways["go"]["searched"]["padding"] < 0.35:
+        fail(f"directions are mixed up: {ways}")
+
+
+def case_dedup_widths():
+    for shape in ("aabb", "abbca"):
+        dedup("widths", shape, 40, least=0.85)  # none at all where nobody sends anything
+
+
+def case_dedup_wrong_width():
+    for width in ("1000", "96", "65536"):
+        out, _ = dedup("loop", "abab", 15, 16, env={"RAILYARD_ROW_BYTES": width})
+        crosses(out, 0.1, 1)
+
+
+def case_dedup_unlike():
+    """A rank that takes rows for twice as wide finds less; the others are none the worse for it."""
+    out, _ = dedup("unlike", "abab", 40, 8)
+    crosses(out, 0.2, 0.8)
+
+
+def case_dedup_mix():
+    """Anything at all, cut into rows of some width."""
+    for width in ("32", "0"):
+        mix("abbca", {**DEDUP, "RAILYARD_ROW_BYTES": width}, "80")
+
+
+def case_dedup_captured():
+    out, _ = dedup("captured", "abba", 0, 16, least=0.5)
+    crosses(out, 0.1, 0.6)
+
+
+def case_dedup_threads():
+    out, lines = job("reissue_right", "threads", "abba", "40", env={**DEDUP, "RAILYARD_ROW_BYTES": "20"})
+    calm(lines)
+    reissued(out, 0.5)
+
+
+def case_dedup_staging():
+    """No memory for what is packed: direct, and said so."""
+    out, lines = job("reissue_dedup", "loop", "aabb", "20", "16", "64", "4096", ranks=4, nodes=1,
+                     env={**DEDUP, "RAILYARD_STAGING": "300K", "RAILYARD_LOG": "plan"})
+    expect(lines, "more than RAILYARD_STAGING")
+    expect(lines, r" (warning|error): ", 0)
+    reissued(out, 0.3, 0.99)
+
+
+def case_dedup_ends():
+    for case, victim in (("aborted", 1), ("left_alone", 2), ("killed", 2), ("exiting", 1)):
+        ends(case, victim, env={**DEDUP, "RAILYARD_ROW_BYTES": "20"})
+
+
+def auto(case, *args, links=SLOW_LINKS, env=None):
+    """On a cluster that was measured, recorded. What was printed, the lines, the folder of the trace."""
+    folder = tempfile.mkdtemp(prefix="railyard-dedup-")
+    atexit.register(shutil.rmtree, folder, True)
+    settings = {"XDG_CACHE_HOME": folder, "RAILYARD_TRACE": os.path.join(folder, "trace"), "RAILYARD_STRATEGY": "auto",
+                "RAILYARD_SAMPLE": "1", "RAILYARD_LOG": "plan", **(env or {})}
+    job("../../tools/railyard/railyard", "calibrate", "--seconds=1", env={"XDG_CACHE_HOME": folder}, preload=False, links=links)
+    out, lines = job("reissue_dedup", case, "aabb", *map(str, args), env=settings, links=links)
+    expect(lines, r" (warning|error): ", 0)
+    return out, lines, os.path.join(folder, "trace")
+
+
+def case_dedup_auto():
+    """Chosen by itself where the NIC is slow, for what goes and not for what returns."""
+    for attempt in range(3):  # where others take the processors agreeing may take longer than it saves
+        out, lines, folder = auto("by_itself", 15, 16, 128, 1024)
+        if crossed(out):
+            break
+    crosses(out, 0.05, 0.6)
+    expect(lines, ": dedup ")
+    comm, ways = report(folder)
+    go, back = ways["go"], ways["return"]
+    print({k: (w["bytes_cross_node"], w["bytes_saved"], w["bytes_could_save"], w["estimate"]) for k, w in ways.items()})
+    if not comm["agreed_on"]["by_strategy"].get("dedup") or not go["packed"] or back["packed"]:
+        fail(f"what goes is to go packed, what returns is not: {ways}")
+    if not 0.7 < go["searched"]["repeated"] < 1 or back["searched"]["repeated"] > 0.01 or back["bytes_could_save"]:
+        fail(f"the searches found something else: {ways}")
+    if not go["bytes_cross_node"] > go["bytes_could_save"] >= go["bytes_saved"] > 0.1 * go["bytes_cross_node"]:
+        fail(f"saved: {go}")
+    if not go["estimate"] or not 0.2 < go["estimate"]["plain_us"] / go["estimate"]["took_us"] < 50:
+        fail(f"nothing to compare with: {go}")
+
+
+def case_dedup_declines():
+    """Nothing repeats: hardly ever looked at, and never waited for."""
+    out, lines, folder = auto("by_itself", 60, 1 << 30, 128, 1024, links=("--nic", "4"))
+    expect(lines, ": dedup ", 0)
+    for rank, found in searches(folder).items():
+        print(f"rank {rank}: {len(found)} searches")
+        if not 3 <= len(found) <= 12 + 360 // 64:
+            fail(f"rank {rank} searched {len(found)} of 360 exchanges")
+        if max(f["n"] for f in found[:4]) > 30:
+            fail(f"rank {rank} is slow to begin: {found[:4]}")
+
+
+def case_dedup_observe():
+    """Nothing is reissued or waited for, and the report says what could be saved."""
+    out, lines, folder = auto("by_itself", 30, 32, 128, 1024, links=("--nic", "4"), env={"RAILYARD_STRATEGY": "observe"})
+    reissued(out, 0, 0)
+    expect(lines, "agreed on", 0)
+    comm, ways = report(folder)
+    if comm["agreed_on"] or not 0.5 < ways["go"]["bytes_could_save"] / ways["go"]["bytes_cross_node"] < 1:
+        fail(f"what could be saved: {ways}")
+    if any(w["bytes_saved"] or w["packed"] for w in ways.values()) or ways["return"]["bytes_could_save"]:
+        fail(f"nothing was saved: {ways}")
 
 
 def main():

@@ -71,8 +71,8 @@ START_TEST(megatron)
 }
 END_TEST
 
-/* The forward pass once more in front of each layer's backward pass: the first pass's probabilities are never answered, and
-   forgotten in the end. */
+/* The forward pass once more in front of each layer's backward pass: the first pass's probabilities are never answered,
+   and forgotten in the end. */
 START_TEST(recompute)
 {
     for (int step = 0; step < 40; step++) {

@@ -220,6 +220,32 @@ START_TEST(observed_lines)
 END_TEST
 
 /* Rings far too small for the burst: lines are lost and counted, sums are exact. */
+START_TEST(lines_of_rows)
+{
+    static const uint64_t counts[2] = {3, 4};
+    struct ry_record_exchange e = {.number = 7, .wall_ns = 9, .type = 9, .type_bytes = 2, .send_count = counts,
+                                   .recv_count = counts, .row_elems = 1, .row_source = "gcd", .direction = "go",
+                                   .strategy = "dedup", .plain_us = 12.5};
+    struct ry_record_rows rows = {.number = 7, .direction = "return", .row_bytes = 2048, .rows = 100, .distinct = 30, .zero = 5,
+                                  .cross = 204800, .packed = 62000};
+    struct ry_text text = {0};
+    ry_line_exchange(&text, "aa", 1, 2, NULL, &e);
+    ry_line_rows(&text, "aa", 1, &rows);
+    rows.strategy = "dedup";
+    rows.waited_us = 33;
+    ry_line_rows(&text, "aa", 0, &rows);
+    ry_text_add(&text, "", 1);
+    ck_assert_str_eq(text.at, "{\"t\":\"x\",\"comm\":\"aa\",\"rank\":1,\"n\":7,\"wall_ns\":9,\"type\":\"bfloat16\",\"type_bytes\":2,"
+                              "\"send\":[3,4],\"recv\":[3,4],\"row\":1,\"row_by\":\"gcd\",\"way\":\"go\",\"strategy\":\"dedup\","
+                              "\"waited_us\":0.000,\"late_us\":0.000,\"plain_us\":12.500}\n"
+                              "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":1,\"n\":7,\"way\":\"return\",\"row_bytes\":2048,\"rows\":100,"
+                              "\"distinct\":30,\"zero\":5,\"cross\":204800,\"packed\":62000}\n"
+                              "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":0,\"n\":7,\"way\":\"return\",\"row_bytes\":2048,\"rows\":100,"
+                              "\"distinct\":30,\"zero\":5,\"cross\":204800,\"packed\":62000,\"waited_us\":33.000,\"strategy\":\"dedup\"}\n");
+    free(text.at);
+}
+END_TEST
+
 START_TEST(drops_are_counted)
 {
     struct ry_record_config config = config_for(dir);
@@ -812,6 +838,7 @@ int main(void)
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, round_trip);
     tcase_add_test(t, observed_lines);
+    tcase_add_test(t, lines_of_rows);
     tcase_add_test(t, drops_are_counted);
     tcase_add_test(t, many_threads);
     tcase_add_test(t, close_while_recording);

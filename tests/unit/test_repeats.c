@@ -18,7 +18,8 @@ static void setup(void)
 }
 
 /* An exchange of which packing would leave `left` of the bytes; what was looked at is found at once. */
-static enum ry_look exchange(enum ry_direction direction, uint64_t row, uint64_t cross, double left, bool engaged, bool dedup)
+static enum ry_look exchange(enum ry_direction direction, uint64_t row, uint64_t cross, double left, bool engaged,
+                             bool dedup)
 {
     struct ry_habit *habit = ry_habits_next(&h, direction, row);
     enum ry_look look = ry_habits_look(&h, habit, cross, engaged, false);
@@ -96,7 +97,8 @@ START_TEST(what_repeats)
 }
 END_TEST
 
-/* It repeats, but the yardmaster makes nothing of it: looked at first 32 times, then hardly; and always again from where it does. */
+/* It repeats, but the yardmaster makes nothing of it: looked at first 32 times, then hardly; and always again from
+ * where it does. */
 START_TEST(no_use)
 {
     for (int i = 0; i < 5; i++)

@@ -190,12 +190,18 @@ static void record_agreed(int exchanges, uint64_t differs, uint64_t short_of_sta
             struct ry_record_exchange e = {.number = (uint64_t)x, .wall_ns = 1, .type = 9, .type_bytes = 2,
                                            .send_count = counts, .recv_count = counts};
             if (x >= 3) {
+                e.direction = x % 2 ? "go" : "return";
+                e.plain_us = 150;
                 e.strategy = x % 2 ? "hierarchical" : "<odd>"; /* of a later Railyard; must not break the picture */
                 e.waited_us = r ? 3000 : 30;
                 e.late_us = r ? 2900 : 0;
                 e.verify = x == 5;
             }
             ry_record_exchange(rec, comm, &e);
+            struct ry_record_rows rows = {.number = (uint64_t)x, .direction = "go", .row_bytes = 100, .rows = 20, .distinct = 5,
+                                          .zero = 2, .cross = 2000, .packed = 600, .waited_us = x == 5 ? 40 : 0, .strategy = x == 5 ? "dedup" : "direct"};
+            if (x == 5 || x == 7)
+                ry_record_rows(rec, comm, &rows);
             ry_record_duration(rec, comm, (uint64_t)x, x < 3 ? 400 : x == 5 ? 9000 : 100);
         }
         struct ry_record_counter counters[] = {{"verify_differs", r ? differs : 0}, {"short_of_staging", r ? 0 : short_of_staging}};
@@ -264,6 +270,49 @@ START_TEST(agreed)
 }
 END_TEST
 
+/* Equal rows: exchanges 5 and 7 of 50 that go were searched, 5 went packed. Nodes of one rank each: 4000 or 2000 bytes cross. */
+START_TEST(equal_rows)
+{
+    char file[128];
+    record_agreed(103, 0, 0);
+    char *text = report(0, "--json", "-", NULL, NULL);
+    json_t *o = json_loads(text, 0, NULL), *way;
+    const json_t *ways = json_object_get(json_array_get(json_object_get(o, "communicators"), 0), "directions");
+    size_t i;
+    ck_assert_uint_eq(json_array_size(ways), 2);
+    json_array_foreach(ways, i, way)
+    {
+        bool go = !strcmp(json_string_value(json_object_get(way, "direction")), "go");
+        const json_t *searched = json_object_get(way, "searched"), *estimate = json_object_get(way, "estimate");
+        ck_assert_int_eq(integer(way, "lines"), 100);
+        ck_assert_int_eq(integer(way, "bytes_cross_node"), 50 * 6000);
+        ck_assert_int_eq(integer(way, "packed"), go ? 2 : 0);
+        ck_assert_int_eq(integer(way, "bytes_saved"), go ? 2800 : 0);
+        ck_assert_int_eq(integer(way, "bytes_could_save"), go ? 210000 : 0);
+        ck_assert_int_eq(integer(estimate, "exchanges"), go ? 49 : 50); /* one was verified */
+        ck_assert_double_eq(json_number_value(json_object_get(estimate, "plain_us")), 150);
+        ck_assert_double_eq(json_number_value(json_object_get(estimate, "took_us")), 100);
+        ck_assert_int_eq(json_is_null(searched), !go);
+        if (!go)
+            continue;
+        ck_assert_int_eq(integer(searched, "searches"), 4);
+        ck_assert_int_eq(integer(searched, "rows"), 80);
+        ck_assert_double_eq_tol(json_number_value(json_object_get(searched, "repeated")), 0.75, 1e-9);
+        ck_assert_double_eq_tol(json_number_value(json_object_get(searched, "padding")), 0.1, 1e-9);
+    }
+    json_decref(o);
+    free(text);
+    text = report(0, NULL, NULL, NULL, NULL);
+    ck_assert_msg(strstr(text, "go              300 kB   8.00 kB    75.0 %    10.0 %     30.0 %    2.80 kB     210 kB"), "%s", text);
+    ck_assert_msg(strstr(text, "return          300 kB      none"), "%s", text);
+    ck_assert_msg(strstr(text, "go: the job's threads waited for 2 of 4 searches, 40.0 us on average"), "%s", text);
+    ck_assert_msg(strstr(text, "took 100 us on average, plain NCCL 150 us by the model: 1.50x"), "%s", text);
+    free(text);
+    snprintf(file, sizeof file, "%s/picture.svg", dir);
+    check_picture(file);
+}
+END_TEST
+
 START_TEST(agreed_few)
 {
     record_agreed(52, 1, 30);
@@ -288,8 +337,8 @@ START_TEST(agreed_never)
     ck_assert(json_is_null(o));
     json_decref(o);
     char *text = report(0, NULL, NULL, NULL, NULL);
-    static const char *const words[] = {"agreed", "verdict", "durations"};
-    for (size_t i = 0; i < 3; i++)
+    static const char *const words[] = {"agreed", "verdict", "durations", "equal rows"};
+    for (size_t i = 0; i < 4; i++)
         ck_assert_msg(!strstr(text, words[i]), "%s", text);
     free(text);
 }
@@ -336,6 +385,7 @@ int main(void)
     tcase_add_test(t, agreed);
     tcase_add_test(t, agreed_few);
     tcase_add_test(t, agreed_never);
+    tcase_add_test(t, equal_rows);
     tcase_add_test(t, missing_ranks);
     tcase_add_test(t, failures);
     suite_add_tcase(suite, t);

@@ -51,6 +51,34 @@ START_TEST(probabilities_then_tokens)
 }
 END_TEST
 
+/* Counts swapped in between, and tensors of another sort, do not spoil what is known of rows. */
+START_TEST(other_traffic)
+{
+    uint64_t few[4] = {8, 8, 8, 8}, odd[4] = {100, 100, 100, 100}, a[4], b[4];
+    for (uint64_t i = 0; i < 4; i++)
+        a[i] = (3 + i) * 1536, b[i] = (5 + 2 * i) * 1536;
+    ck_assert_uint_eq(see(few, few), 8);
+    ck_assert_uint_eq(see(a, b), 1536);
+    ck_assert_uint_eq(see(few, few), 8);
+    ck_assert_uint_eq(see(b, a), 1536);
+    ck_assert_uint_eq(see(odd, odd), 100);
+    ck_assert_uint_eq(see(a, b), 1536);
+}
+END_TEST
+
+/* What is looked for where the gcd is many rows: pieces that divide them. */
+START_TEST(pieces)
+{
+    ck_assert_uint_eq(ry_row_width_search(14336, "gcd"), 14336);
+    ck_assert_uint_eq(ry_row_width_search(64 * 14336, "gcd"), 1024);
+    ck_assert_uint_eq(ry_row_width_search(25 * 2304, "gcd"), 256);
+    ck_assert_uint_eq(ry_row_width_search(64 * 14336, "set"), 64 * 14336);
+    ck_assert_uint_eq(ry_row_width_search(64 * 14336, "ratio"), 64 * 14336);
+    ck_assert_uint_eq(ry_row_width_search(20002, "gcd"), 20002); /* of no use, but nothing better is known */
+    ck_assert_uint_eq(ry_row_width_search(0, NULL), 0);
+}
+END_TEST
+
 /* One count out of step, on either side, and it is no pair. */
 START_TEST(unlike_splits_teach_nothing)
 {
@@ -123,6 +151,8 @@ int main(void)
     tcase_add_test(t, tokens_then_probabilities);
     tcase_add_test(t, probabilities_then_tokens);
     tcase_add_test(t, unlike_splits_teach_nothing);
+    tcase_add_test(t, other_traffic);
+    tcase_add_test(t, pieces);
     tcase_add_test(t, setting_wins_where_it_fits);
     tcase_add_test(t, width_always_divides);
     suite_add_tcase(suite, t);

@@ -237,6 +237,54 @@ START_TEST(agreed_lines)
 }
 END_TEST
 
+#define ROWS(n, more)                                                                                                  \
+    "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":0,\"n\":" n                                                              \
+    ",\"way\":\"go\",\"row_bytes\":64,\"rows\":10,\"distinct\":4,\"zero\":2,\"cross\":640,\"packed\":300" more "}\n"
+
+/* What searches for equal rows found, in the writer's spelling and in others; what is damaged counts for nothing. */
+START_TEST(rows_lines)
+{
+    struct ry_trace *t = read_text(
+        HEAD COMM("0") AGREED("0", ",\"way\":\"go\"")
+            AGREED("1", ",\"way\":\"return\",\"strategy\":\"dedup\",\"waited_us\":1.000,\"late_us\":0.000,\"plain_us\":80.000")
+                AGREED("2", ",\"plain_us\":40, \"way\":\"go\",\"strategy\":\"dedup\"")
+                    AGREED("3", ",\"way\":\"go\",\"strategy\":\"direct\",\"waited_us\":1.000,\"late_us\":0.000,\"plain_us\":7.000")
+                        ROWS("1", "") ROWS("2", ",\"waited_us\":5.000,\"strategy\":\"dedup\"") ROWS("3", ", \"waited_us\":7,\"strategy\":\"dedup\"")
+                            ROWS("4", ",\"strategy\":\"direct\"") ROWS("5", ",\"packed\":-1") ROWS("-1", "")
+                                "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":20.000}\n"
+                                "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":2,\"us\":10.000}\n"
+                                "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":3,\"us\":5.000}\n"
+                                "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":1,\"n\":1}\n"
+                                "{\"t\":\"end\"}\n");
+    struct ry_trace_ways *w = &t->comms[0]->ways;
+    ck_assert_int_eq(w->n, 2);
+    struct ry_trace_way *go = ry_ways_of(w, "go"), *back = ry_ways_of(w, "return");
+    ck_assert_ptr_null(ry_ways_of(w, "up"));
+    ck_assert_uint_eq(go->lines, 3);
+    ck_assert_uint_eq(back->lines, 1);
+    ck_assert_uint_eq(go->searched, 4);
+    ck_assert_uint_eq(go->rows, 40);
+    ck_assert_uint_eq(go->packed, 2);
+    ck_assert_uint_eq(go->waited, 2);
+    ck_assert_double_eq_tol(go->waited_us, 12, 1e-9);
+    ck_assert_double_eq_tol(ry_way_repeated(go), 0.6, 1e-9);
+    ck_assert_double_eq_tol(ry_way_padding(go), 0.2, 1e-9);
+    ck_assert_double_eq_tol(ry_way_left(go), 300 / 640.0, 1e-9);
+    ck_assert_uint_eq(ry_way_saved(go), 680);
+    ck_assert_uint_eq(back->searched, 0);
+    ck_assert_double_eq(ry_way_left(back), 1);
+    ck_assert_double_eq(ry_way_repeated(back), 0);
+    ck_assert_uint_eq(ry_way_could_save(back), 0);
+    ck_assert_uint_eq(go->estimated, 1);
+    ck_assert_double_eq(go->plain_us / go->took_us, 4);
+    ck_assert_uint_eq(back->estimated, 1);
+    ck_assert_double_eq(back->plain_us / back->took_us, 4);
+    ck_assert_uint_eq(t->processes[0].bad_lines, 2);
+    ck_assert_uint_eq(t->processes[0].orphan_lines, 1);
+    ry_trace_close(t);
+}
+END_TEST
+
 START_TEST(bins)
 {
     static const double from[] = {0, 1, 2, 5, 10, 20, 50, 100, 200};
@@ -650,6 +698,7 @@ int main(void)
     tcase_add_test(t, random_jobs);
     tcase_add_test(t, other_spellings);
     tcase_add_test(t, agreed_lines);
+    tcase_add_test(t, rows_lines);
     tcase_add_test(t, bins);
     tcase_add_test(t, durations_by_strategy);
     tcase_add_test(t, damaged_lines);

@@ -1,6 +1,6 @@
 /*
- * report_ways.c: what the report says of equal rows: how many there were in what went across nodes, in either direction,
- * and what sending them once saved, or would save; as text, JSON and picture.
+ * report_ways.c: what the report says of equal rows: how many there were in what went across nodes, in either
+ * direction, and what sending them once saved, or would save; as text, JSON and picture.
  */
 #include <inttypes.h>
 #include <string.h>
@@ -38,7 +38,8 @@ static void put_way(const struct ry_trace_way *way, char *out, size_t size)
         n += (size_t)snprintf(out + n, size - n, "; %s crossed as %s", ry_report_bytes((double)way->packed_from, a),
                               ry_report_bytes((double)way->packed_to, b));
     if (ry_way_could_save(way) > ry_way_saved(way))
-        n += (size_t)snprintf(out + n, size - n, "; dedup could save %s", ry_report_bytes((double)ry_way_could_save(way), c));
+        n += (size_t)snprintf(out + n, size - n, "; dedup could save %s",
+                              ry_report_bytes((double)ry_way_could_save(way), c));
     if (way->estimated && n < size)
         snprintf(out + n, size - n, "; %.2fx as fast as plain NCCL by the model", compared(way));
 }
@@ -66,8 +67,12 @@ void ry_report_ways_text(const struct ry_summary *s)
     }
     for (int i = 0; i < w->n; i++) {
         const struct ry_trace_way *way = &w->way[i];
+        if (way->waited)
+            printf("             %s: the job's threads waited for %" PRIu64 " of %" PRIu64 " searches, %s on average\n",
+                   way->name, way->waited, way->searched, ry_report_us(way->waited_us / (double)way->waited, a));
         if (way->estimated)
-            printf("             %s: %" PRIu64 " timed exchange%s not sent plainly took %s on average, plain NCCL %s by the model: "
+            printf("             %s: %" PRIu64
+                   " timed exchange%s not sent plainly took %s on average, plain NCCL %s by the model: "
                    "%.2fx\n",
                    way->name, way->estimated, way->estimated == 1 ? "" : "s",
                    ry_report_us(way->took_us / (double)way->estimated, a),
@@ -86,10 +91,12 @@ static json_t *way_json(const struct ry_trace_way *way)
 {
     json_t *searched = json_null(), *estimate = json_null();
     if (way->searched)
-        searched = json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:f,s:f}", "searches", number(way->searched), "bytes",
-                             number(way->from_bytes), "packed_bytes", number(way->to_bytes), "rows", number(way->rows),
-                             "distinct", number(way->distinct), "zero", number(way->zero), "repeated",
-                             ry_way_repeated(way), "padding", ry_way_padding(way));
+        searched =
+            json_pack("{s:o,s:o,s:f,s:o,s:o,s:o,s:o,s:o,s:f,s:f}", "searches", number(way->searched), "waited_for",
+                      number(way->waited), "waited_us", way->waited ? way->waited_us / (double)way->waited : 0.0,
+                      "bytes", number(way->from_bytes), "packed_bytes", number(way->to_bytes), "rows",
+                      number(way->rows), "distinct", number(way->distinct), "zero", number(way->zero), "repeated",
+                      ry_way_repeated(way), "padding", ry_way_padding(way));
     if (way->estimated)
         estimate = json_pack("{s:o,s:f,s:f}", "exchanges", number(way->estimated), "plain_us",
                              way->plain_us / (double)way->estimated, "took_us", way->took_us / (double)way->estimated);
