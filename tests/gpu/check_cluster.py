@@ -53,6 +53,45 @@ TRAFFIC = textwrap.dedent("""
         s.recv(1)
 """)
 
+# Rank 1 sends rank 0 more than the link takes, and short messages beside it: prints the median time of an answer, in ms.
+BESIDE = textwrap.dedent("""
+    import os, socket, statistics, threading, time
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    seconds = 1.5
+    if os.environ["RANK"] == "0":
+        with socket.create_server(address) as server:
+            def serve(s):
+                while data := s.recv(1 << 20):
+                    if len(data) == 1:
+                        s.sendall(data)
+            threads = [threading.Thread(target=serve, args=(server.accept()[0],)) for _ in range(3)]
+            [t.start() for t in threads]; [t.join() for t in threads]
+    else:
+        def connect():
+            while True:
+                try:
+                    return socket.create_connection(address)
+                except ConnectionRefusedError:
+                    time.sleep(0.05)
+        end, took = time.monotonic() + seconds, []
+        def flood(s):
+            while time.monotonic() < end:
+                s.sendall(bytes(1 << 16))
+            s.close()
+        ping = connect()
+        ping.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        [threading.Thread(target=flood, args=(connect(),)).start() for _ in range(2)]
+        time.sleep(0.3)
+        while time.monotonic() < end:
+            began = time.monotonic()
+            ping.sendall(b"x")
+            ping.recv(1)
+            took.append(time.monotonic() - began)
+            time.sleep(0.01)
+        with open(os.environ["ANSWERS"], "w") as f:
+            f.write("%.2f" % (statistics.median(took) * 1000))
+""")
+
 
 def run(*argv, **more):
     return subprocess.run(CLUSTER + list(argv), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, **more)
@@ -225,6 +264,15 @@ class ClusterTest(unittest.TestCase):
     def test_incast_is_limited_by_the_receiver(self):
         rate, _ = self.rate("100mbit", 4, "incast", 4000000)
         self.assertTrue(90 < rate < 102, rate)
+
+    def test_short_messages_do_not_wait_behind_bulk_data(self):
+        took = {}
+        for queue in ("fifo", "fair"):
+            r = run("--nodes", "2", "--gpus", "1", "--devices", "none", "--nic", "100mbit", "--queue", queue,
+                    "--env", "ANSWERS=" + os.path.join(self.folder.name, queue), *self.python(BESIDE))
+            self.assertEqual(r.returncode, 0, r.stderr)
+            took[queue] = float(self.read(queue))
+        self.assertLess(took["fair"], took["fifo"] / 3, took)
 
     def test_unshaped_is_faster(self):
         rate, _ = self.rate("100gbit", 2, "one", 100000000)
