@@ -519,6 +519,142 @@ class FoundationTest(unittest.TestCase):
         self.assertAlmostEqual(high, 0.5, 3)
 
 
+class DedupTest(unittest.TestCase):
+    """The exchange table's own logic: its arithmetic, and the whole of it with gloo and without Railyard where PyTorch is there."""
+
+    def test_possible(self):
+        m = load("dedup")
+        # Two nodes of two ranks. To the other node: [rows, distinct, bytes, packed bytes]; nothing to the own one.
+        none = [0, 0, 0, 0]
+        found = m.possible([[none, [8, 2, 800, 232]], [none, [4, 4, 400, 400]], [[2, 1, 200, 108], none], [none, none]], 2)
+        self.assertEqual((found["rows"], found["distinct"], found["bytes"]), (14, 7, 1400))
+        self.assertAlmostEqual(found["ratio"], 1400 / 740)
+        self.assertAlmostEqual(found["link_ratio"], 1200 / 632)  # what node 0 sends
+        self.assertEqual(m.possible([[none], [none]], 2)["ratio"], 1.0)
+
+    def judge(self, r, says):
+        """A row measured on a job that answers as told: {way: (microseconds of an exchange, "right")}."""
+        m = load("dedup")
+        a = m.parse(["--rounds", "4", "--seconds", "0.05"])
+        a.per_node, turns = 2, []
+
+        class Told:
+            label = "told"
+
+            def turn(self, what):
+                way, _, rest = what.partition(" ")
+                if way == "open":
+                    return [json.dumps({"counts": [[0, 0, 0, 0], [8, 2, 800, 232]], "bytes": 4096})] * 4
+                turns.append(way)
+                us, right = says[way]
+                repeats = int(rest.split()[0])
+                # Ranks differ, the first exchange is slow: the mean over ranks counts, and not the first.
+                return ["%s %.1f %s" % (right, us / 2, " ".join(["99999.0"] + ["%.1f" % (us + d)] * (repeats - 1))) for d in (-2, -1, 1, 2)]
+        return m.measure(a, Told(), r), turns
+
+    def test_measure(self):
+        m = load("dedup")
+        says = {"plain": (1000.0, "right"), "dedup": (250.0, "right"), "hierarchical": (1000.0, "right"), "plain-auto": (900.0, "right"),
+                "auto": (300.0, "right")}
+        rows = {r["name"]: r for r in m.issue_rows()}
+        found, turns = self.judge(rows["d2-k8"], says)
+        self.assertEqual([round(v, 6) for v in found["ratio"]["dedup"]], [4.0] * 3)
+        self.assertEqual([round(v, 6) for v in found["ratio"]["auto"]], [3.0] * 3)  # against plain on its own communicator
+        self.assertEqual((found["met"], found["by"], found["together_us"]["plain"]["median"]), (True, "dedup", 500.0))
+        rounds = [turns[5 + 5 * n:10 + 5 * n] for n in range(4)]
+        self.assertEqual(rounds[1], rounds[0][::-1])
+        self.assertEqual(rounds[2], rounds[0])
+        self.assertIn("4.00 [4.00, 4.00]", m.table(m.parse([]), [found]))
+        found, _ = self.judge(rows["distinct2"], dict(says, auto=(910.0, "right")))
+        self.assertEqual((found["by"], found["met"]), ("auto", False))
+        with self.assertRaises(m.Failed):
+            self.judge(rows["d2-k8"], dict(says, dedup=(250.0, "WRONG")))
+        self.assertIsNone(self.judge(rows["even2-k6"], says)[0]["met"])
+
+    def test_figures(self):
+        m = load("figures.py")
+        self.assertEqual(m.ratio([{"a": 4.0, "b": 2.0}] * 5, "a", "b"), [2.0, 2.0, 2.0])
+        mid, low, high = m.ratio([{"a": v, "b": 2.0} for v in (3.0, 4.0, 5.0, 6.0, 4.0)], "a", "b")
+        self.assertTrue(low < mid == 2.0 < high)
+        self.assertEqual(m.table([["x", "yy"], ["zzz", "1"]]).splitlines()[1], "| --- | -- |")
+
+    def dedup(self, *more):
+        if not have_torch():
+            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "out.json")
+            r = subprocess.run([sys.executable, os.path.join(HERE, "dedup"), "--devices", "none", "--python", TORCH, "--rounds", "2", "--warmup", "3",
+                                "--seconds", "0.1", "--scale", "64", "--budget", "150", "--json", out] + list(more),
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=200)
+            if not os.path.exists(out):
+                return r, None
+            with open(out) as f:
+                return r, json.load(f)
+
+    def test_control(self):
+        r, j = self.dedup("--control", "--rows", "d2-k8,pad2,combine2")
+        self.assertEqual(r.returncode, 0, r.stdout + r.stderr)
+        # 32 tokens of 4096 bytes, half of whose 8 rows cross: all of them on average but one of four distinct.
+        k8, padded, combine = j["results"]
+        self.assertTrue(3.6 < k8["possible"]["ratio"] < 4.3, k8["possible"])
+        self.assertTrue(1.6 < padded["possible"]["ratio"] < 3, padded["possible"])
+        self.assertEqual(combine["possible"]["ratio"], 1.0)
+        self.assertEqual(combine["possible"]["rows"], k8["possible"]["rows"])
+
+    def test_preloaded(self):
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "plugin"))
+            lib, source = os.path.join(folder, "plugin", "librailyard.so"), os.path.join(folder, "p.c")
+            with open(source, "w") as f:
+                f.write("#include <string.h>\nint railyard_pause(int on) { return on; }\n"
+                        "int railyard_strategy(const char *s) { return strcmp(s, \"hierarchical\") ? 0 : -1; }\n")
+            if subprocess.run(["cc", "-shared", "-fPIC", "-o", lib, source], stderr=subprocess.DEVNULL).returncode:
+                self.skipTest("no C compiler")
+            r, j = self.dedup("--build", folder, "--rows", "d2-k8", "--ways", "dedup,auto")
+            self.assertEqual((r.returncode, j["results"][0]["met"]), (1, False), r.stdout + r.stderr)
+            # A way that is refused ends the row, and is said.
+            r, j = self.dedup("--build", folder, "--rows", "d2-k8", "--ways", "hierarchical")
+            self.assertEqual(r.returncode, 2, r.stdout + r.stderr)
+            self.assertIn("ended early", j["results"][0]["failed"])
+
+    def test_soak(self):
+        if not have_torch():
+            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
+        r = run("--nodes", "2", "--gpus", "2", "--devices", "none", "--timeout", "50", "--", TORCH, os.path.join(HERE, "soak.py"), "--count", "60", "--max",
+                "1", "--minutes", "0.4")
+        self.assertEqual(r.returncode, 0, r.stderr)
+        self.assertIn("all bytes as they must be", r.stdout)
+
+
+class FrameworksTest(unittest.TestCase):
+    """What can be said of the framework jobs without their frameworks."""
+
+    def test_scripts_compile(self):
+        for name in sorted(os.listdir(HERE)):
+            path = os.path.join(HERE, name)
+            with open(path, "rb") as f:
+                text = f.read()
+            if name.endswith(".py") or text.startswith(b"#!/usr/bin/env python3"):
+                compile(text, path, "exec", dont_inherit=True)
+            elif text.startswith(b"#!/bin/sh"):
+                self.assertEqual(subprocess.run(["sh", "-n", path]).returncode, 0, name)
+
+    def test_compare(self):
+        m = load("frameworks")
+        losses = ["0x1p+1"] * 30
+        one = {"blocks": [6] + [4] * 6, "step_ms": [50.0] * 6 + [10.0 + i % 3 for i in range(24)], "losses": losses, "rank_losses": [losses],
+               "weights_sha256": ["a"], "torch": "", "nccl": "", "device": "", "options": {}}
+        two = dict(one, step_ms=[v / 2 for v in one["step_ms"]])
+        found = m.compare(one, two)
+        self.assertTrue(found["losses_equal"] and found["weights_equal"])
+        self.assertEqual([round(v, 6) for v in found["ratio"]], [2.0] * 3)
+        self.assertIn("2.000 [2.000, 2.000]", m.table(m.parse([]), [dict(found, job="megatron", strategy="dedup")]))
+        other = losses[:7] + ["0x1.8p+1"] + losses[8:]
+        found = m.compare(one, dict(two, losses=other, rank_losses=[other]))
+        self.assertEqual((found["losses_equal"], found["first_difference"], found["largest_difference"]), (False, 7, 1.0))
+        self.assertFalse(m.compare(one, dict(two, weights_sha256=["b"]))["weights_equal"])
+
+
 if __name__ == "__main__":
     offer = run("--check")
     if offer.returncode:

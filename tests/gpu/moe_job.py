@@ -12,7 +12,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of additions is then independent of what NCCL measures or picks
 os.environ.setdefault("NCCL_PROTO", "Simple")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the frameworks' jit fusers; there may be no compiler, and compiling takes long
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # what Megatron asks for where it orders kernels
 
 import argparse
 import hashlib
