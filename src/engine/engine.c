@@ -333,6 +333,8 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     for (struct comm *c = ry_engine.comms; c; c = c->next) {
         struct reissue *r = atomic_load(&c->reissue);
         if (r)
+            atomic_store(&r->aborted, true); /* a thread that waits for the device must not hold up the end */
+        if (r && r->talk)
             ry_talk_leave(r->talk);
     }
     pthread_mutex_unlock(&ry_engine.lock);

@@ -17,25 +17,56 @@
 #include "control/rendezvous.h"
 #include "control/talk.h"
 #include "device/device.h"
+#include "direction.h"
 #include "hooks.h"
 #include "policy.h"
 #include "record/record.h"
+#include "repeats.h"
 #include "row_width.h"
 #include "run/run.h"
 #include "sampler.h"
 #include "topo.h"
 #include "waits.h"
 
+/* What is known of the rows of the exchange at hand. */
+struct rows_seen {
+    uint64_t elems; /* of one row; 0: not known */
+    const char *source;
+    uint64_t bytes; /* by which equal ones are looked for */
+    enum ry_direction direction;
+    struct ry_habit *habit; /* of its kind */
+    uint64_t cross;         /* bytes that it sends to other nodes */
+};
+
+/* The latest search for equal rows. */
+struct searched {
+    bool aside; /* under way, and nobody waits for it */
+    uint64_t number;
+    enum ry_direction direction;
+    uint64_t row_bytes, cross, packed;
+    uint64_t *send; /* [nranks], bytes */
+    struct ry_scan_sums sums;
+    const char *strategy; /* as the exchange was agreed on; NULL: it was not */
+};
+
 /* What a communicator needs so that its exchanges can be reissued. Made when its ranks have met; NULL before, and for ever where
    nothing can be gained or somebody cannot. */
 struct reissue {
     struct ry_cluster *map;
-    struct ry_talk *talk;
+    struct ry_talk *talk;       /* NULL: nothing is reissued, equal rows are looked for to be reported */
     struct ry_chooser *chooser; /* on the yardmaster */
     struct ry_runner *runner;
     struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
     uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
     uintptr_t *send_at, *recv_at;
+    struct ry_habits habits;
+    struct ry_repeats *repeats; /* [nnodes]: what the latest search found */
+    struct searched searched;
+    struct {
+        struct ry_load load;
+        double saving; /* bytes; 0: nothing promises any */
+    } promising;       /* the exchange since the last SEEN that packing would save most of */
+    void *manifest;    /* room for what this rank adds to it */
     uint64_t staging_wanted; /* by the latest verdict */
     bool quit;               /* a mismatch was found: never again */
     _Atomic bool aborted;
@@ -66,6 +97,7 @@ struct comm {
     struct ry_ticket ticket; /* where this communicator's ranks meet, and its children's */
     struct ry_seat seat;
     struct ry_row_width rows;
+    struct ry_directions directions;
     struct ry_record_comm *record;
     _Atomic(struct reissue *) reissue;
     struct reissue_counts counts; /* from ry_reissue_close() on */
@@ -119,6 +151,23 @@ void ry_reissue_close(struct comm *c, bool aborted);
 const void *ry_reissue_address(const struct comm *c, size_t *size);
 /** May this rank's side of the communicator be reissued at all? Goes into its seat. */
 bool ry_reissue_able(const struct ry_comm_info *info);
+
+/* look.c */
+
+/** What is known of the rows of this exchange; `r` may be NULL, else its counts are in bytes there. */
+void ry_look_see(struct comm *c, struct reissue *r, const struct ry_exchange *x, struct rows_seen *rows);
+/** Look at the answer of a search that nobody waited for, if there is one. */
+void ry_look_pick_up(const struct comm *c, struct reissue *r);
+/** Enqueue a search if one is due. True: this rank waits for the answer, ry_look_wait(), before its manifest. */
+bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows,
+             uint64_t number, bool engaged);
+/** Wait for it: true, and r->repeats and r->searched tell; false: it failed, or the communicator was aborted. */
+bool ry_look_wait(const struct comm *c, struct reissue *r);
+/** How the exchange was carried out; `waited`: after an answer, which was made use of if `packed`. */
+void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *rows, bool waited, const char *strategy,
+                  bool packed);
+/** Keep in mind for SEEN what packing this exchange would save. */
+void ry_look_expect(struct reissue *r, const struct rows_seen *rows, int rank);
 
 /* exchange.c: what verify mode has found by now; then the hooks of the same names */
 void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);

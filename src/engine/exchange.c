@@ -4,11 +4,12 @@
  * Owns: the order in which the parts are asked. Not: what they do.
  *
  *   ry_exchange_begin()  numbers it.
- *   ry_exchange_take()   describe() this rank's side; agree() with the other ranks (control/talk.h), which may wait; where all
+ *   ry_exchange_take()   describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
+ *                        agree() with the other ranks (control/talk.h), which may wait: for the search, for the others; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
  *                        the caller's stream (run/run.h). Otherwise the preload passes the exchange on to NCCL as it is.
  *                        May start the clock (sampler.c), once nothing is waited for any more.
- *   ry_exchange_end()    learns the row width, records it, and stops the clock.
+ *   ry_exchange_end()    records it, and stops the clock.
  *
  * Between a verdict and its plan nothing may be left to chance: the other ranks go the same way whatever happens here. So
  * memory is held before the manifest is sent, and what fails all the same makes the job's call fail, with a line that says
@@ -31,6 +32,8 @@ static __thread struct {
     const char *strategy; /* NULL: not agreed on */
     bool verify;
     double waited_us, late_us; /* for the verdict; of it for other ranks */
+    double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
+    struct rows_seen rows;
     /* the latest all-gather of 64-bit integers since the exchange before */
     char gather_comm[17];
     uint64_t gather_count;
@@ -55,7 +58,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.captured = now.timed = false;
     now.strategy = NULL;
     now.verify = false;
-    now.waited_us = now.late_us = 0;
+    now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = NULL;
     if (c->record)
         ask_captured(x);
@@ -114,10 +117,11 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
     r->staging_wanted = 0;
 }
 
+/* `repeats`: what was found equal in what goes to each node, or NULL. */
 static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
-                  struct ry_verdict *verdict)
+                  const struct ry_repeats *repeats, struct ry_verdict *verdict)
 {
-    struct ry_side side = {.measured = atomic_load(&r->measured)};
+    struct ry_side side = {.measured = atomic_load(&r->measured)}, seen;
     bool able = x->held && !now.captured && !r->quit;
     if (able)
         grow_staging(c, r, x->stream);
@@ -126,8 +130,13 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.staging = ry_run_staging(r->runner);
     for (int i = 0; i < RY_STRATEGIES; i++)
-        side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, NULL);
-    ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, NULL);
+        side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
+    ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
+    side.row_bytes = repeats ? now.rows.bytes : 0;
+    seen = side;
+    if (r->promising.saving > 0)
+        seen.load = r->promising.load;
+    r->promising.saving = 0;
     struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
                             .one_call = x->one_call,
                             .type = x->type,
@@ -136,9 +145,9 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
                             .ordinal = x->ordinal,
                             .sent = x->sent,
                             .received = x->received,
-                            .extra = &side,
-                            .extra_bytes = sizeof side};
-    if (!ry_talk_exchange(r->talk, now.number, &m, &side, sizeof side, verdict, &now.waited_us))
+                            .extra = r->manifest,
+                            .extra_bytes = ry_side_pack(r->manifest, &side, r->map->nnodes, repeats)};
+    if (!ry_talk_exchange(r->talk, now.number, &m, &seen, sizeof seen, verdict, &now.waited_us))
         return false;
     now.late_us = (double)verdict->waited_ns / 1e3;
     ry_waits_add(&r->waits, now.waited_us);
@@ -147,19 +156,15 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     return true;
 }
 
-/* The plan of the verdict, from what this rank was told of the other ranks' counts. */
-static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdict, int rank, struct ry_err *err)
+/* The plan of the verdict, from what this rank was told of the other ranks' counts and found itself. */
+static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdict, int rank,
+                               const struct ry_repeats *repeats, struct ry_err *err)
 {
     enum ry_strategy strategy = (enum ry_strategy)verdict->strategy;
     struct ry_slice *slice = &r->slices[strategy];
-    if (!slice->rows && ry_slice_init(slice, r->map, rank, strategy, err))
+    if ((!slice->rows && ry_slice_init(slice, r->map, rank, strategy, err)) ||
+        ry_order_unpack(slice, verdict->extra, verdict->extra_bytes, err))
         return NULL;
-    size_t cells = (size_t)slice->nrows * (size_t)slice->ncols * sizeof *slice->cells;
-    if (verdict->extra_bytes != sizeof(struct ry_order) + cells)
-        return ry_fail(err, "the verdict holds %zu bytes instead of %zu", verdict->extra_bytes,
-                       sizeof(struct ry_order) + cells), NULL;
-    if (cells)
-        memcpy(slice->cells, (const char *)verdict->extra + sizeof(struct ry_order), cells);
     struct ry_plan_input in = {.cluster = r->map,
                                .rank = rank,
                                .strategy = strategy,
@@ -167,7 +172,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
                                .recv = r->recv,
                                .slice = slice,
                                .send_at = r->send_at,
-                               .recv_at = r->recv_at};
+                               .recv_at = r->recv_at,
+                               .repeats = repeats};
     return ry_plan_build(&in, err);
 }
 
@@ -180,6 +186,7 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
     now.timed = order.timed;
+    now.plain_us = verdict->strategy == RY_DIRECT ? 0 : order.plain_us;
     for (int p = 0; p < r->map->nranks; p++) {
         sent += r->send[p];
         got += r->recv[p];
@@ -189,10 +196,10 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
 }
 
 static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
-                      const struct ry_verdict *verdict, int *result)
+                      const struct ry_verdict *verdict, const struct ry_repeats *repeats, int *result)
 {
     struct ry_err err;
-    struct ry_plan *plan = plan_of(r, verdict, x->rank, &err);
+    struct ry_plan *plan = plan_of(r, verdict, x->rank, repeats, &err);
     start_clock(c, x);
     if (!plan || (verdict->verify ? ry_run_verify(r->runner, plan, b, now.number, result, &err)
                                   : ry_run(r->runner, plan, b, result, &err))) {
@@ -204,30 +211,53 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
     ry_plan_free(plan);
 }
 
+/* From the search for equal rows to the plan. True: it was carried out, *result is the job's. */
+static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b, int *result)
+{
+    struct ry_verdict verdict;
+    ry_look_pick_up(c, r);
+    bool looks = !r->quit && ry_look(c, r, b, &now.rows, now.number, x->held);
+    if (!x->held)
+        ry_look_expect(r, &now.rows, x->rank);
+    if (!r->talk || ry_talk_passes(r->talk, now.number)) {
+        r->searched.aside |= looks; /* the engagement has just ended */
+        ry_look_done(c, r, &now.rows, false, NULL, false);
+        return false;
+    }
+    if (!c->record)
+        ask_captured(x);
+    ry_exchange_look_at_checks(c, r);
+    looks = looks && ry_look_wait(c, r);
+    const struct ry_repeats *repeats = looks ? r->repeats : NULL;
+    bool taken = false, agreed = agree(c, r, x, b, repeats, &verdict);
+    if (agreed) {
+        now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
+        now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
+        obey(r, &verdict);
+        taken = verdict.strategy != RY_DIRECT;
+        if (taken)
+            carry_out(c, r, x, b, &verdict, repeats, result);
+        else if (*verdict.reason)
+            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": direct: %s", c->id, now.number, verdict.reason);
+    }
+    ry_look_done(c, r, &now.rows, looks, now.strategy, agreed && verdict.strategy == RY_DEDUP);
+    return taken;
+}
+
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
 {
     struct comm *c = handle;
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
-    struct ry_verdict verdict;
     bool taken = false;
     if (!cookie || !ry_engine_enter())
         return false;
-    if (r && !ry_talk_passes(r->talk, now.number)) {
-        if (!c->record)
-            ask_captured(x);
-        struct ry_buffers b = describe(r, x);
-        ry_exchange_look_at_checks(c, r);
-        if (agree(c, r, x, &b, &verdict)) {
-            now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
-            now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
-            obey(r, &verdict);
-            taken = verdict.strategy != RY_DIRECT;
-            if (taken)
-                carry_out(c, r, x, &b, &verdict, result);
-            else if (*verdict.reason)
-                ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": direct: %s", c->id, now.number, verdict.reason);
-        }
-    }
+    struct ry_buffers b;
+    if (r)
+        b = describe(r, x);
+    if (r || c->record)
+        ry_look_see(c, r, x, &now.rows);
+    if (r)
+        taken = reissue(c, r, x, &b, result);
     if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */
         start_clock(c, x);
     ry_engine_leave();
@@ -269,8 +299,11 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
                                        .strategy = now.strategy,
                                        .waited_us = now.waited_us,
                                        .late_us = now.late_us,
-                                       .verify = now.verify};
-        r.row_elems = ry_row_width_see(&c->rows, x->send_count, x->recv_count, x->type_bytes, &r.row_source);
+                                       .plain_us = now.plain_us,
+                                       .verify = now.verify,
+                                       .row_elems = now.rows.elems,
+                                       .row_source = now.rows.source,
+                                       .direction = ry_direction_name(now.rows.direction)};
         memcpy(r.gather_comm, now.gather_comm, sizeof r.gather_comm);
         ry_record_exchange(ry_engine.record, c->record, &r);
         now.gather_count = 0;
@@ -288,7 +321,7 @@ void ry_exchange_stray(void *handle)
 {
     struct comm *c = handle;
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
-    if (!r || !ry_engine_enter())
+    if (!r || !r->talk || !ry_engine_enter())
         return;
     ry_talk_stray(r->talk);
     ry_engine_leave();
@@ -300,7 +333,9 @@ void ry_exchange_aborting(void *handle)
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (!r || !ry_engine_enter())
         return;
-    ry_talk_leave(r->talk);
+    atomic_store(&r->aborted, true);
+    if (r->talk)
+        ry_talk_leave(r->talk);
     ry_engine_leave();
 }
 

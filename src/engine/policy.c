@@ -9,12 +9,16 @@
 
 #include "base/log.h"
 
-#define MARGIN 0.05       /* a strategy must promise as much over direct */
-#define ACCOUNT 64        /* engaged exchanges after which it is asked whether agreeing still pays */
-#define RECENT 256        /* choices remembered until their duration is known */
-#define CHEAP 0.02        /* agreeing that costs no more than this share of an exchange is worth it just to find out */
-#define TRIES 6           /* exchanges measured of each strategy to find out, */
-#define MOST_TRIES 64     /* and made at most for that */
+/* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
+ * many. */
+#define FIRST_ACCOUNT 12
+#define ACCOUNT 64
+#define MOST_UNPAID 6 /* accounts in a row after which proposals do not become rarer any more */
+#define MARGIN 0.05   /* a strategy must promise as much over direct */
+#define RECENT 256    /* choices remembered until their duration is known */
+#define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define TRIES 6       /* exchanges measured to find out about a strategy, of twice as many made */
+#define CLOSE 1.5     /* where rows are equal, only what is estimated to come so close to the best is found out about */
 
 /* A choice, until it is known how long it took. */
 struct recent {
@@ -30,23 +34,84 @@ struct ry_chooser {
     char name[24];
     struct ry_cost_learned learned;
     struct ry_chooser_counts counts;
-    double saved_us; /* since the account was opened: what plain NCCL would have taken, less what was chosen */
-    int accounted;
-    uint64_t reissued; /* exchanges, for verify */
-    bool timed;        /* the exchange being decided is to be timed */
-    uint8_t tried[RY_COST_CLASSES]; /* exchanges made to find out, by size class; MOST_TRIES: it is known */
+    double saved_us;        /* since the account was opened: what plain NCCL would have taken, less what was chosen */
+    int accounted, account; /* exchanges in it; to be */
+    int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
+    uint64_t reissued;      /* exchanges, for verify */
+    bool timed;             /* the exchange being decided is to be timed */
+    double plain_us; /* what plain NCCL would take for it, not engaged */
+    uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
     uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
-    struct ry_side *sides;            /* [nranks] */
-    struct ry_load *loads;            /* [nranks] */
-    uint64_t *relayed, *need, *spare; /* [nranks] bytes; need: of staging */
+    struct ry_side *sides;                  /* [nranks] */
+    struct ry_load *loads;                  /* [nranks] */
+    uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
+    bool looked;                            /* any rank for equal rows */
+    struct ry_repeats *repeats;             /* [nranks][nnodes] */
+    uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
     char *order;                            /* what one rank is told */
     size_t order_size;
 };
 
-static bool get_sides(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
+/* ---- as it is sent ---- */
+
+size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const struct ry_repeats *repeats)
+{
+    struct ry_side s = *side;
+    s.row_bytes = repeats ? s.row_bytes : 0;
+    memcpy(out, &s, sizeof s);
+    if (!s.row_bytes)
+        return sizeof s;
+    char *at = (char *)out + sizeof s;
+    for (int n = 0; n < nnodes; n++, at += sizeof(uint64_t))
+        memcpy(at, &(uint64_t){repeats[n].row_bytes ? repeats[n].distinct : 0}, sizeof(uint64_t));
+    return ry_side_most(nnodes);
+}
+
+int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes)
+{
+    if (bytes < sizeof *side)
+        return -1;
+    memcpy(side, extra, sizeof *side);
+    if (bytes != (side->row_bytes ? ry_side_most(nnodes) : sizeof *side))
+        return -1;
+    const char *at = (const char *)extra + sizeof *side;
+    for (int n = 0; n < nnodes; n++) {
+        repeats[n] = (struct ry_repeats){0};
+        if (!side->row_bytes)
+            continue;
+        repeats[n].row_bytes = side->row_bytes;
+        memcpy(&repeats[n].distinct, at + (size_t)n * sizeof(uint64_t), sizeof(uint64_t));
+    }
+    return 0;
+}
+
+static size_t cells_bytes(const struct ry_slice *s)
+{
+    return (size_t)s->nrows * (size_t)s->ncols * sizeof *s->cells;
+}
+
+size_t ry_order_bytes(const struct ry_slice *slice)
+{
+    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) : 0) +
+           (slice && slice->repeats ? (size_t)slice->nrows * sizeof *slice->repeats : 0);
+}
+
+int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, struct ry_err *err)
+{
+    size_t expected = ry_order_bytes(slice), cells = cells_bytes(slice), order = sizeof(struct ry_order);
+    if (bytes != expected)
+        return ry_fail(err, "the verdict holds %zu bytes instead of %zu", bytes, expected);
+    if (cells)
+        memcpy(slice->cells, (const char *)extra + order, cells);
+    if (slice->repeats)
+        memcpy(slice->repeats, (const char *)extra + order + cells, bytes - order - cells);
+    return 0;
+}
+
+static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
 {
     for (int r = 0; r < c->config.map->nranks; r++) {
         if (bytes[r] != sizeof c->sides[r])
@@ -57,11 +122,64 @@ static bool get_sides(struct ry_chooser *c, const void *const *extra, const size
     return true;
 }
 
+/*
+ * What rank `from` found, against its row of the matrix: there are no more distinct rows than rows. What it packs is
+ * not taken from what it says of its load. False: it cannot be.
+ */
+static bool check_found(struct ry_chooser *c, int from, const uint64_t *cells)
+{
+    const struct ry_cluster *map = c->config.map;
+    struct ry_repeats *found = c->repeats + (size_t)from * (size_t)map->nnodes;
+    struct ry_load *load = &c->loads[from];
+    uint64_t row_bytes = c->sides[from].row_bytes, *rows = c->need,
+             *bytes = c->spare; /* as scratch: nnodes <= nranks */
+    memset(rows, 0, (size_t)map->nnodes * sizeof *rows);
+    memset(bytes, 0, (size_t)map->nnodes * sizeof *bytes);
+    found[map->node[from]] = (struct ry_repeats){0};
+    for (int to = 0; to < map->nranks; to++) {
+        rows[map->node[to]] += row_bytes ? ry_rows_of(cells[to], row_bytes) : 0;
+        bytes[map->node[to]] += cells[to];
+    }
+    load->packed_out = 0;
+    for (int n = 0; n < map->nnodes; n++) {
+        if (n == map->node[from])
+            continue;
+        if (found[n].distinct > rows[n])
+            return false;
+        uint64_t crosses = ry_packs(found[n], rows[n], bytes[n]) ? ry_packed_bytes(found[n], rows[n]) : bytes[n];
+        load->packed_out += crosses;
+        c->packed_in[n] += crosses;
+    }
+    return true;
+}
+
+static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
+{
+    const struct ry_cluster *map = c->config.map;
+    size_t nodes = (size_t)map->nnodes;
+    c->looked = false;
+    for (int r = 0; r < map->nranks; r++) {
+        struct ry_side *side = &c->sides[r];
+        struct ry_load *load = &c->loads[r];
+        if (ry_side_unpack(side, c->repeats + (size_t)r * nodes, map->nnodes, x->extra[r], x->extra_bytes[r]))
+            return false;
+        *load = side->load;
+        load->packed_out = load->cross_out;
+        load->scanned = !side->row_bytes ? 0 : load->scanned < load->cross_out ? load->scanned : load->cross_out;
+        c->looked |= side->row_bytes > 0;
+    }
+    memset(c->packed_in, 0, nodes * sizeof *c->packed_in);
+    for (int r = 0; c->looked && r < map->nranks; r++)
+        if (!check_found(c, r, x->matrix + (size_t)r * (size_t)map->nranks))
+            return false;
+    return true;
+}
+
 /* ---- learning ---- */
 
 /*
- * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too: what
- * counts is the least among those with much to do (cost.h).
+ * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too:
+ * what counts is the least among those with much to do (cost.h).
  */
 static void learn(struct ry_chooser *c)
 {
@@ -92,18 +210,22 @@ static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choi
     struct recent *k = &c->recent[number % RECENT];
     if (k->reported < c->config.map->nranks && 2 * k->reported > c->config.map->nranks) /* the others never will */
         ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
-    *k = (struct recent){.number = number,
-                         .busiest = ry_cost_busiest(c->config.map, c->loads),
-                         .strategy = choice->strategy,
-                         .us = choice->model_us[choice->strategy] - c->config.model.agreement_us,
-                         .least = INFINITY};
+    *k =
+        (struct recent){.number = number,
+                        .busiest = ry_cost_busiest(c->config.map, c->loads),
+                        .strategy = choice->strategy,
+                        .us = choice->model_us[choice->strategy] - c->config.model.agreement_us -
+                              (choice->strategy == RY_DEDUP ? choice->search_us : 0), /* over before the clock starts */
+                        .least = INFINITY};
 }
 
 /* ---- finding out ---- */
 
 /*
  * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs next to nothing, each
- * strategy is therefore tried a few times in every size class, once, and measured.
+ * strategy is therefore tried a few times in every size class, once, and measured. Where rows are equal much is at
+ * stake, and what is far from the best is left out, but for a few of direct: that the model says so must not be all
+ * there is against it.
  */
 static int size_class(const struct ry_chooser *c)
 {
@@ -111,43 +233,78 @@ static int size_class(const struct ry_chooser *c)
     return busiest ? 63 - __builtin_clzll(busiest) : 0;
 }
 
-static bool unknown(const struct ry_chooser *c, const struct ry_choice *choice)
+static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choice, int strategy)
 {
-    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
-    return c->config.map->nnodes > 1 && c->tried[size_class(c)] < MOST_TRIES &&
-           c->config.model.agreement_us <= CHEAP * plain;
+    const struct ry_cluster *map = c->config.map;
+    double best = INFINITY;
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        best = choice->us[s] < best ? choice->us[s] : best;
+    if (!isfinite(choice->us[strategy]) || (strategy == RY_HIERARCHICAL && map->nnodes == map->nranks))
+        return 0;
+    if (!isfinite(choice->us[RY_DEDUP]) || choice->us[strategy] <= CLOSE * best)
+        return TRIES;
+    return strategy == RY_DIRECT ? RY_COST_ENOUGH : 0;
 }
 
-/* The strategy measured least often, if there is one to find out about; false: all are known. */
+/* The strategy to be tried next: the one made least often, then the one measured least; -1: all are known. */
+static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choice, int class)
+{
+    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
+    int make = -1, measure = -1, several = 0;
+    if (c->config.map->nnodes < 2 || !(c->config.model.agreement_us <= CHEAP * plain))
+        return -1;
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        uint32_t enough = wanted(c, choice, s), made = c->tried[s][class], measured = c->learned.at[s][class].samples;
+        several += enough > 0;
+        if (measured >= enough)
+            continue;
+        if (made < enough && (make < 0 || made < c->tried[make][class]))
+            make = s;
+        if (made < 2 * enough && (measure < 0 || measured < c->learned.at[measure][class].samples))
+            measure = s;
+    }
+    if (several < 2)
+        return -1;
+    return make >= 0 ? make : measure; /* durations come late: take turns, rather than wait for the last one's */
+}
+
+static void open_account(struct ry_chooser *c, int exchanges)
+{
+    c->saved_us = 0;
+    c->accounted = 0;
+    c->account = exchanges;
+}
+
 static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
 {
-    int class = size_class(c), least = RY_DIRECT;
-    if (!unknown(c, choice))
+    int class = size_class(c), strategy = to_find_out(c, choice, class), all = 0;
+    if (strategy < 0)
         return false;
-    for (int s = 0; s <= RY_HIERARCHICAL; s++)
-        if (c->learned.at[s][class].samples < c->learned.at[least][class].samples)
-            least = s;
-    if (c->learned.at[least][class].samples >= TRIES) {
-        c->tried[class] = MOST_TRIES;
-        return false;
-    }
-    /* Durations come late: take turns, rather than wait for the last one's. */
-    choice->strategy = c->tried[class] < 2 * TRIES ? c->tried[class] % 2 : (enum ry_strategy)least;
-    c->tried[class]++;
-    snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", c->tried[class],
+    choice->strategy = (enum ry_strategy)strategy;
+    c->tried[strategy][class]++;
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        all += c->tried[s][class];
+    snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", all,
              (1ull << class) >> 10);
+    open_account(c, FIRST_ACCOUNT); /* what was estimated before is not what is known after */
     return true;
 }
 
-/* Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ. */
+/*
+ * Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ; soon after it began, or after
+ * something was found out. Where it did not pay again and again, proposals are made less and less often.
+ */
 static bool pays(struct ry_chooser *c, const struct ry_choice *choice)
 {
     c->saved_us += choice->us[RY_DIRECT] - c->config.model.agreement_us - choice->us[choice->strategy];
-    if (++c->accounted < ACCOUNT)
+    if (choice->strategy != RY_DEDUP)
+        c->saved_us -= choice->search_us; /* looked for nothing */
+    if (++c->accounted < c->account)
         return true;
     bool pays = c->saved_us > 0;
-    c->saved_us = 0;
-    c->accounted = 0;
+    c->unpaid = pays ? 0 : c->unpaid < MOST_UNPAID ? c->unpaid + 1 : c->unpaid;
+    c->skip = pays ? 0 : (1 << c->unpaid) - 2;
+    open_account(c, ACCOUNT);
     return pays;
 }
 
@@ -172,7 +329,7 @@ static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
         struct ry_slice *s = &c->slices[strategy][r];
         if (!s->rows && ry_slice_init(s, c->config.map, r, strategy, NULL))
             return false;
-        size_t bytes = sizeof(struct ry_order) + (size_t)s->nrows * (size_t)s->ncols * sizeof *s->cells;
+        size_t bytes = ry_order_bytes(s);
         if (bytes <= c->order_size)
             continue;
         char *p = realloc(c->order, bytes);
@@ -191,54 +348,89 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     struct ry_chooser *c = context;
     if (atomic_load(c->config.forced) >= 0)
         return true; /* direct, too: that is how the agreement's own price is measured */
-    if (!get_sides(c, seen, bytes))
+    if (!get_seen(c, seen, bytes))
         return false;
     struct ry_choice choice;
     struct ry_cost_learned learned = c->learned; /* asking is not choosing: nothing may be remembered of it */
     ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
-    bool ask = !yes && unknown(c, &choice);
+    bool ask = !yes && to_find_out(c, &choice, size_class(c)) >= 0, skip = yes && c->skip > 0;
+    c->skip -= skip;
+    open_account(c, FIRST_ACCOUNT); /* nothing is engaged */
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
-           yes ? "worth agreeing on" : ask ? "worth finding out" : "not worth agreeing on", choice.why, plain);
-    return yes || ask;
+           skip  ? "not worth agreeing on, since it did not pay lately"
+           : yes ? "worth agreeing on"
+           : ask ? "worth finding out"
+                 : "not worth agreeing on",
+           choice.why, plain);
+    return (yes && !skip) || ask;
 }
 
-/* Staging memory: what each rank still needs for the strategy goes to c->need. True if nobody needs any more. */
-static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix, char *why, size_t size)
+/*
+ * Staging memory: what each rank still needs for the strategy goes to c->need, nothing where that would be too much for
+ * one of them: *never. True if nobody needs any more.
+ */
+static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix,
+                           struct ry_choice *choice, bool *never)
 {
     int n = c->config.map->nranks;
     bool enough = true;
+    *never = false;
     memset(c->need, 0, (size_t)n * sizeof *c->need);
     if (strategy == RY_DIRECT)
         return true;
-    if (ry_plan_stage_all(c->config.map, strategy, matrix, NULL, c->need, c->spare, NULL))
-        return snprintf(why, size, "out of memory for the verdict"), false;
-    for (int r = 0; r < n; r++) {
-        uint64_t need = c->need[r] + c->sides[r].pack[strategy];
-        bool over = need > c->config.staging_limit || need < c->need[r];
-        c->need[r] = need > c->sides[r].staging && !over ? need : 0;
-        if (over)
-            snprintf(why, size, "%s would need %" PRIu64 " bytes of staging memory on rank %d: more than RAILYARD_STAGING",
-                     ry_strategy_name(strategy), need, r);
-        else if (c->need[r])
-            snprintf(why, size, "%s, once the ranks hold enough staging memory", ry_strategy_name(strategy));
-        enough &= !over && !c->need[r];
+    if (ry_plan_stage_all(c->config.map, strategy, matrix, c->looked ? c->repeats : NULL, c->need, c->spare, NULL)) {
+        memset(c->need, 0, (size_t)n * sizeof *c->need);
+        return snprintf(choice->why, sizeof choice->why, "out of memory for the verdict"), false;
     }
-    return enough;
+    for (int r = 0; r < n && !*never; r++) {
+        uint64_t need = c->need[r] + c->sides[r].pack[strategy];
+        *never = need > c->config.staging_limit || need < c->need[r];
+        c->need[r] = need > c->sides[r].staging ? need : 0;
+        enough &= !c->need[r];
+        if (*never)
+            snprintf(choice->why, sizeof choice->why,
+                     "%s would need %" PRIu64 " bytes of staging memory on rank %d: more than RAILYARD_STAGING",
+                     ry_strategy_name(strategy), need, r);
+    }
+    if (*never)
+        memset(c->need, 0, (size_t)n * sizeof *c->need);
+    else if (!enough)
+        snprintf(choice->why, sizeof choice->why, "%s, once the ranks hold enough staging memory",
+                 ry_strategy_name(strategy));
+    return enough && !*never;
+}
+
+/* The choice that the ranks' staging memory allows; dedup takes more than hierarchical, which may be next. */
+static void fit_staging(struct ry_chooser *c, struct ry_choice *choice, const uint64_t *matrix, bool forced)
+{
+    bool never;
+    if (enough_staging(c, choice->strategy, matrix, choice, &never))
+        return;
+    c->counts.short_of_staging++;
+    bool next = never && !forced && choice->strategy == RY_DEDUP &&
+                choice->us[RY_HIERARCHICAL] < choice->us[RY_DIRECT] * (1 - MARGIN) &&
+                enough_staging(c, RY_HIERARCHICAL, matrix, choice, &never);
+    choice->strategy = next ? RY_HIERARCHICAL : RY_DIRECT;
 }
 
 static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
 {
     struct ry_chooser *c = context;
     struct ry_choice choice;
-    if (!get_sides(c, x->extra, x->extra_bytes)) {
+    if (!get_sides(c, x)) {
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": a manifest contradicts itself: direct, and no more",
+               c->name, x->number);
+        memset(c->need, 0, (size_t)c->config.map->nranks * sizeof *c->need);
+        c->timed = false;
         *last = true;
         return RY_DIRECT;
     }
     learn(c);
     find_relayed(c, x->matrix);
-    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &(struct ry_cost_matrix){.relayed = c->relayed}, MARGIN);
+    struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
+    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
     bool trial = forced < 0 && find_out(c, &choice);
     c->timed = trial || choice.trial;
@@ -246,16 +438,15 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
         choice.strategy = (enum ry_strategy)forced;
     }
-    if (!enough_staging(c, choice.strategy, x->matrix, choice.why, sizeof choice.why)) {
-        c->counts.short_of_staging++;
-        choice.strategy = RY_DIRECT;
-    } else if (!prepare(c, choice.strategy)) {
+    fit_staging(c, &choice, x->matrix, forced >= 0);
+    if (!prepare(c, choice.strategy)) {
         snprintf(choice.why, sizeof choice.why, "out of memory for the verdict");
         choice.strategy = RY_DIRECT;
     }
     remember(c, x->number, &choice);
+    c->plain_us = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     c->counts.chosen[choice.strategy]++;
-    *last = !trial && !pays(c, &choice) && forced < 0;
+    *last = forced < 0 && !trial && !pays(c, &choice);
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
@@ -267,8 +458,8 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 {
     struct ry_chooser *c = context;
     const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
-    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed};
-    size_t cells = (size_t)s->nrows * (size_t)s->ncols;
+    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed, .plain_us = c->plain_us};
+    size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
     *size = 0;
     if (strategy == RY_DIRECT && !order.staging_wanted && !order.timed)
         return NULL;
@@ -277,7 +468,10 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     for (int i = 0; i < s->nrows; i++)
         for (int j = 0; j < s->ncols; j++)
             *cell++ = x->matrix[(size_t)s->rows[i] * (size_t)x->nranks + (size_t)s->cols[j]];
-    *size = sizeof order + cells * sizeof *cell;
+    struct ry_repeats *repeats = (struct ry_repeats *)cell;
+    for (int i = 0; s->repeats && i < s->nrows; i++)
+        repeats[i] = c->looked ? c->repeats[(size_t)s->rows[i] * nnodes + node] : (struct ry_repeats){0};
+    *size = ry_order_bytes(s);
     return c->order;
 }
 
@@ -286,8 +480,9 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct ry_err *err)
 {
     struct ry_chooser *c = calloc(1, sizeof *c);
-    size_t n = (size_t)config->map->nranks;
+    size_t n = (size_t)config->map->nranks, nodes = (size_t)config->map->nnodes;
     if (c) {
+        open_account(c, FIRST_ACCOUNT);
         c->config = *config;
         snprintf(c->name, sizeof c->name, "%s", config->name);
         for (int i = 0; i < RECENT; i++)
@@ -296,6 +491,8 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
         !(c->spare = calloc(n, sizeof *c->spare)) || !(c->measured = calloc(n, sizeof *c->measured)) ||
+        !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
+        !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
         goto no_memory;
     for (int i = 0; i < RY_STRATEGIES; i++)
@@ -323,6 +520,8 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->spare);
     free(c->sides);
     free(c->measured);
+    free(c->repeats);
+    free(c->packed_in);
     free(c->order);
     free(c);
 }

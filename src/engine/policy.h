@@ -1,8 +1,9 @@
 /*
  * policy.h: what the yardmaster decides by: the cost model, what it learned, and what the user forced.
  *
- * Owns: the callbacks that the agreement asks (control/agree.h: struct ry_policy), the content of what a rank adds to its
- * manifest and of what a verdict adds for each rank. Not: the formulas (plan/cost.h), when it is asked (the agreement).
+ * Owns: the callbacks that the agreement asks (control/agree.h: struct ry_policy), the content of what a rank adds to
+ * its manifest and of what a verdict adds for each rank. Not: the formulas (plan/cost.h), when it is asked (the
+ * agreement).
  *
  * Thread-safety: none of its own; everything is called under the communicator's lock (control/talk.h).
  */
@@ -14,26 +15,42 @@
 #include "plan/plan.h"
 
 /*
- * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a manifest followed
- * by uint64_t distinct[nnodes], as in struct ry_repeats, where row_bytes is not 0 (its own node's entry means nothing).
- * In SEEN, load.scanned and packed_out may be an expectation from earlier exchanges.
+ * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a
+ * manifest followed by uint64_t distinct[nnodes], as in struct ry_repeats, where row_bytes is not 0 (0 for its own node
+ * and for nodes that were not searched). In SEEN, load.scanned and packed_out may be an expectation from earlier
+ * exchanges, and nothing follows.
  */
 struct ry_side {
     struct ry_load load;
     uint64_t staging;             /* bytes that it holds */
     uint64_t pack[RY_STRATEGIES]; /* staging that it needs for what it packs itself: ry_plan_stage_pack() */
     uint64_t measured;            /* 1 + the latest exchange that was timed here, 0: none yet */
-    double measured_us;           /* how long that took on the device */
+    double measured_us;           /* how long that took on the device, the search for equal rows not included */
     uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
     uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
 };
+/** The most that ry_side_pack() writes, any row width. */
+static inline size_t ry_side_most(int nnodes)
+{
+    return sizeof(struct ry_side) + (size_t)nnodes * sizeof(uint64_t);
+}
+/** For the manifest: `side`, and behind it what was found ([nnodes]; NULL or side->row_bytes 0: nothing). `out` has
+ * room for ry_side_most() bytes. Returns how many they are. */
+size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const struct ry_repeats *repeats);
+/** The other way. repeats[nnodes]; all zero where it did not look. -1 where the size is wrong. */
+int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes);
 
 /* What a verdict adds, followed by the cells of the rank's slice (none for direct), then its repeats (dedup). */
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */
+    double plain_us;         /* what plain NCCL would take, not engaged, by all that is known */
 };
+/** Bytes of an order for a slice as ry_slice_init() laid it out; NULL: none. */
+size_t ry_order_bytes(const struct ry_slice *slice);
+/** Read the cells and repeats that follow an order. -1 with `err` unless `bytes` is just ry_order_bytes(). */
+int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, struct ry_err *err);
 
 struct ry_policy_config {
     const struct ry_cluster *map; /* must live as long as the policy */

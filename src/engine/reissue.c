@@ -63,6 +63,9 @@ static void free_reissue(struct reissue *r, bool aborted)
     free(r->recv);
     free(r->send_at);
     free(r->recv_at);
+    free(r->repeats);
+    free(r->searched.send);
+    free(r->manifest);
     free(r);
 }
 
@@ -83,19 +86,28 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
     char text[160];
     struct ry_err err;
     const char *why = nothing_to_do(c, map, address_size, text, sizeof text);
-    if (why) {
+    /* Where everything stays as it is, the report still says what would be saved. */
+    bool only_look = ry_engine.observe && c->record && ry_engine.device && map->nnodes > 1;
+    if (why && !only_look) {
         ry_info("communicator %s stays on plain NCCL: %s", c->id, why);
         return false;
     }
     size_t n = (size_t)map->nranks;
     struct reissue *r = calloc(1, sizeof *r);
     if (!r || !(r->send = calloc(n, sizeof *r->send)) || !(r->recv = calloc(n, sizeof *r->recv)) ||
-        !(r->send_at = calloc(n, sizeof *r->send_at)) || !(r->recv_at = calloc(n, sizeof *r->recv_at))) {
+        !(r->send_at = calloc(n, sizeof *r->send_at)) || !(r->recv_at = calloc(n, sizeof *r->recv_at)) ||
+        !(r->searched.send = calloc(n, sizeof *r->searched.send)) ||
+        !(r->repeats = calloc((size_t)map->nnodes, sizeof *r->repeats)) || !(r->manifest = malloc(ry_side_most(map->nnodes)))) {
         ry_fail(&err, "out of memory");
         goto failed;
     }
     if (!(r->runner = ry_runner_new(&ry_engine.nccl, ry_engine.device, c->info.device, c->info.nccl, &err)))
         goto failed;
+    r->map = map;
+    if (only_look) {
+        atomic_store(&c->reissue, r);
+        return true;
+    }
     struct ry_policy policy = {0};
     if (c->info.rank == 0) {
         struct ry_policy_config config = {.map = map,
@@ -119,7 +131,6 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                   .hold = &c->face.hold,
                                   .trouble = trouble,
                                   .context = c};
-    r->map = map;
     if (!(r->talk = ry_talk_open(&talk, &err)))
         goto failed;
     atomic_store(&c->reissue, r);
@@ -155,15 +166,21 @@ void ry_reissue_close(struct comm *c, bool aborted)
     struct reissue *r = atomic_exchange(&c->reissue, NULL);
     if (!r)
         return;
-    if (!aborted)
-        ry_exchange_look_at_checks(c, r); /* of the last exchange nobody else would */
-    ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
+    if (!aborted) { /* of the last exchange nobody else would */
+        ry_exchange_look_at_checks(c, r);
+        ry_look_pick_up(c, r);
+    }
+    if (r->talk)
+        ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
+    char dedup[32] = "";
+    if (r->carried_out[RY_DEDUP])
+        snprintf(dedup, sizeof dedup, ", %llu dedup", (unsigned long long)r->carried_out[RY_DEDUP]);
     if (r->waits.count)
-        ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical, %llu verified; verdicts took %.0f / %.0f / %.0f us "
+        ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical%s, %llu verified; verdicts took %.0f / %.0f / %.0f us "
                 "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks",
-                c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL],
+                c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL], dedup,
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
                 ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99));

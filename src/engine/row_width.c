@@ -5,6 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define NARROW 64          /* bytes: no row is narrower, as far as the gcd goes */
+#define WIDE (16u << 10)   /* bytes: a gcd beyond that is hardly a single row */
+#define PIECE 1024         /* bytes */
+
 int ry_row_width_init(struct ry_row_width *w, int nranks, uint64_t set_bytes)
 {
     *w = (struct ry_row_width){.nranks = nranks, .set_bytes = set_bytes};
@@ -76,9 +80,21 @@ uint64_t ry_row_width_see(struct ry_row_width *w, const uint64_t *send, const ui
         elems = w->learned;
         *source = "ratio";
     } else if (own) {
-        w->gcd = gcd(w->gcd, own);
-        elems = own == 1 ? 1 : w->gcd > 1 ? w->gcd : own;
+        if (own * type_bytes >= NARROW) { /* swapping a few numbers says nothing of rows */
+            uint64_t common = gcd(w->gcd, own);
+            w->gcd = common * type_bytes >= NARROW ? common : own; /* else this is of another sort than the ones before */
+            own = w->gcd;
+        }
+        elems = own;
         *source = "gcd";
     }
     return elems;
+}
+
+uint64_t ry_row_width_search(uint64_t row_bytes, const char *source)
+{
+    if (row_bytes <= WIDE || !source || strcmp(source, "gcd"))
+        return row_bytes;
+    uint64_t piece = row_bytes & -row_bytes; /* the largest power of 2 that divides it */
+    return piece < NARROW ? row_bytes : piece < PIECE ? piece : PIECE;
 }

@@ -6,7 +6,8 @@
  *   ratio  frameworks send the tokens' probabilities in a second exchange with the same splits, one element per row: where two
  *          successive exchanges have counts that are in one constant ratio H > 1 for every peer, both ways, rows have H elements
  *          in the larger. Zero counts must be zero in both; at least one must not be zero.
- *   gcd    the greatest common divisor of all counts seen: a multiple of the row width, so an upper bound only.
+ *   gcd    the greatest common divisor of all counts seen: a multiple of the row width, so an upper bound only. Exchanges of a
+ *          few numbers, or of a sort that has nothing in common with those before, are kept apart.
  *
  * Pure state, no I/O; one per communicator, used by one thread at a time.
  */
@@ -34,5 +35,12 @@ void ry_row_width_free(struct ry_row_width *w);
  */
 uint64_t ry_row_width_see(struct ry_row_width *w, const uint64_t *send, const uint64_t *recv, uint32_t type_bytes,
                           const char **source);
+
+/**
+ * The width by which to look for equal rows, in bytes, of rows that are so wide by that source. Where splits are always equal the
+ * gcd is the whole segment; then pieces of up to 1 KiB are compared that, for most hidden sizes there are, add up to a row: equal
+ * rows are found as so many equal pieces.
+ */
+uint64_t ry_row_width_search(uint64_t row_bytes, const char *source);
 
 #endif

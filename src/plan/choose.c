@@ -108,27 +108,37 @@ static void say_times(struct ry_choice *c, int first, const double *factor)
         int s = i == 0 ? first : i == first ? 0 : i;
         if (!isfinite(c->us[s]))
             continue;
-        SAY(c, "%s%s %.0f us", i ? ", " : "", s == RY_HIERARCHICAL ? "hierarchical" : "direct", c->us[s]);
+        SAY(c, "%s%s %.0f us", i ? ", " : "", ry_strategy_name((enum ry_strategy)s), c->us[s]);
         if (factor[s] > 0.05 || factor[s] < -0.05)
             SAY(c, " (x%.2f)", exp(factor[s]));
     }
     SAY(c, ": ");
 }
 
-static void say_gain(struct ry_choice *c, const struct ry_cost_parts *direct, const struct ry_cost_parts *hier)
+static void say_gain(struct ry_choice *c, int best, const struct ry_cost_parts *parts)
 {
-    char text[16];
-    SAY(c, "NIC of node %d %s %s in %llu instead of %llu messages a rank", direct->nic_node,
-        direct->nic_in ? "gets" : "sends", bytes_text(direct->nic_bytes, text), (unsigned long long)hier->nic_messages,
-        (unsigned long long)direct->nic_messages);
+    char text[16], before[16];
+    const struct ry_cost_parts *direct = &parts[RY_DIRECT], *p = &parts[best];
+    if (best == RY_DEDUP)
+        SAY(c, "NIC of node %d %s %s instead of %s", p->nic_node, p->nic_in ? "gets" : "sends",
+            bytes_text(p->nic_bytes, text), bytes_text(direct->nic_bytes, before));
+    else
+        SAY(c, "NIC of node %d %s %s in %llu instead of %llu messages a rank", direct->nic_node,
+            direct->nic_in ? "gets" : "sends", bytes_text(direct->nic_bytes, text), (unsigned long long)p->nic_messages,
+            (unsigned long long)direct->nic_messages);
 }
 
-static void say_loss(struct ry_choice *c, const struct ry_cost_parts *direct, const struct ry_cost_parts *hier)
+static void say_loss(struct ry_choice *c, int other, const struct ry_cost_parts *parts)
 {
     char text[16];
-    double extra = hier->groups - direct->groups + hier->copies + hier->forward + hier->overhead - direct->overhead;
-    SAY(c, "relaying %s in node %d costs %.0f us, saves %.0f us of messages", bytes_text(hier->forward_bytes, text),
-        hier->forward_node, extra, direct->nic - hier->nic);
+    const struct ry_cost_parts *direct = &parts[RY_DIRECT], *p = &parts[other];
+    double extra = p->groups - direct->groups + p->search + p->copies + p->forward + p->overhead - direct->overhead;
+    if (other == RY_DEDUP)
+        SAY(c, "sending equal rows once costs %.0f us, saves %.0f us on the NIC of node %d", extra,
+            direct->nic - p->nic, direct->nic_node);
+    else
+        SAY(c, "relaying %s in node %d costs %.0f us, saves %.0f us of messages", bytes_text(p->forward_bytes, text),
+            p->forward_node, extra, direct->nic - p->nic);
 }
 
 /* ---- the choice ---- */
@@ -141,29 +151,38 @@ static bool usable(const struct ry_cost_model *m)
     return good;
 }
 
-/* Is it time to measure `other` again, which is not the best? */
-static bool time_for_trial(struct ry_cost_learned *learned, int class, double other_us, double best_us)
+/* Of those that come close to the best it is the one measured least, if it is time to measure one again; or -1. */
+static int trial_of(struct ry_cost_learned *learned, int class, const bool *can, const double *us, int best)
 {
+    int other = -1;
     struct ry_cost_class *k = &learned->size[class];
     k->turn++;
     if (!k->gap) {
         k->gap = TRIAL_FIRST;
         k->trial_at = TRIAL_FIRST;
     }
-    if ((int32_t)(k->turn - k->trial_at) < 0 || other_us > best_us * TRIAL_WITHIN)
-        return false;
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        if (s == best || !can[s] || us[s] > us[best] * TRIAL_WITHIN)
+            continue;
+        uint32_t n = learned->at[s][class].samples, least = other < 0 ? UINT32_MAX : learned->at[other][class].samples;
+        if (n < least || (n == least && us[s] < us[other]))
+            other = s;
+    }
+    if ((int32_t)(k->turn - k->trial_at) < 0 || other < 0)
+        return -1;
     k->gap = k->gap * 2 < TRIAL_LAST ? k->gap * 2 : TRIAL_LAST;
     k->trial_at = k->turn + k->gap;
-    return true;
+    return other;
 }
 
 void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,
-                    const struct ry_cluster *cluster, const struct ry_load *loads,
-                    const struct ry_cost_matrix *matrix, double margin)
+                    const struct ry_cluster *cluster, const struct ry_load *loads, const struct ry_cost_matrix *matrix,
+                    double margin)
 {
     struct ry_cost_parts parts[RY_STRATEGIES];
     double factor[RY_STRATEGIES];
-    bool own[RY_STRATEGIES];
+    double need[RY_STRATEGIES] = {0}; /* the share of direct's time that a strategy must gain */
+    bool own[RY_STRATEGIES], doubt[RY_STRATEGIES] = {false};
     *choice = (struct ry_choice){.strategy = RY_DIRECT};
     int class = class_of(ry_cost_parts_of(parts, model, cluster, loads, matrix));
     for (int s = 0; s < RY_STRATEGIES; s++) {
@@ -171,41 +190,56 @@ void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model,
         factor[s] = correction(learned, s, class, &own[s]);
         choice->us[s] = choice->model_us[s] * exp(factor[s]);
     }
-    const struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL];
-    double direct_us = choice->us[RY_DIRECT], hier_us = choice->us[RY_HIERARCHICAL];
-    if (cluster->nnodes < 2 || direct->nic_node < 0 || hier->forward_node < 0) {
+    choice->search_us = parts[RY_DEDUP].search;
+    const struct ry_cost_parts *direct = &parts[RY_DIRECT];
+    const double *us = choice->us, direct_us = us[RY_DIRECT];
+    bool can[RY_STRATEGIES] = {[RY_DIRECT] = true,
+                               [RY_HIERARCHICAL] = parts[RY_HIERARCHICAL].forward_node >= 0,
+                               [RY_DEDUP] = isfinite(us[RY_DEDUP])};
+    if (cluster->nnodes < 2 || direct->nic_node < 0 || !(can[RY_HIERARCHICAL] || can[RY_DEDUP])) {
         SAY(choice, "direct %.0f us: %s", direct_us,
             cluster->nnodes < 2    ? "one node, nothing to relay"
             : direct->nic_node < 0 ? "nothing crosses nodes"
                                    : "no node that gets anything has two ranks, nothing to relay");
         return;
     }
-    if (!usable(model) || !isfinite(direct_us) || !isfinite(hier_us) || direct_us <= 0) {
-        SAY(choice, "direct: the cost model is unusable, it says %g and %g us", direct_us, hier_us);
+    if (!usable(model) || !isfinite(direct_us) || !isfinite(us[RY_HIERARCHICAL]) || direct_us <= 0) {
+        SAY(choice, "direct: the cost model is unusable, it says %g and %g us", direct_us, us[RY_HIERARCHICAL]);
         return;
     }
-    bool stays = learned && learned->size[class].incumbent == 1 + RY_HIERARCHICAL;
-    bool doubt = !model->measured && !own[RY_HIERARCHICAL];
-    double need = doubt ? 2 * margin + 0.1 : stays ? 0 : margin, gain = 1 - hier_us / direct_us;
-    int best = gain >= need && gain > 0 ? RY_HIERARCHICAL : RY_DIRECT;
-    int other = best == RY_DIRECT ? RY_HIERARCHICAL : RY_DIRECT;
+    /* What a strategy must gain counts between two that gain enough as well: who is in stays, who is in doubt waits. */
+    int best = RY_DIRECT, close = -1; /* close: the fastest other than direct */
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        if (s == RY_DIRECT || !can[s])
+            continue;
+        doubt[s] = !model->measured && !own[s];
+        bool stays = learned && learned->size[class].incumbent == 1 + s;
+        need[s] = doubt[s] ? 2 * margin + 0.1 : stays ? 0 : margin;
+        if (1 - us[s] / direct_us >= need[s] && us[s] < direct_us &&
+            (best == RY_DIRECT || us[s] / (1 - need[s]) < us[best] / (1 - need[best])))
+            best = s;
+        if (close < 0 || us[s] < us[close])
+            close = s;
+    }
     choice->strategy = (enum ry_strategy)best;
     if (learned) {
         learned->size[class].incumbent = (uint8_t)(1 + best);
-        choice->trial = time_for_trial(learned, class, choice->us[other], choice->us[best]);
+        int other = trial_of(learned, class, can, us, best);
+        choice->trial = other >= 0;
         if (choice->trial)
             choice->strategy = (enum ry_strategy)other;
     }
     say_times(choice, choice->strategy, factor);
+    double gain = 1 - us[close] / direct_us;
     if (choice->trial)
         SAY(choice, "tried, to know better than the estimate");
-    else if (best == RY_HIERARCHICAL)
-        say_gain(choice, direct, hier);
-    else if (gain > 0 && doubt)
+    else if (best != RY_DIRECT)
+        say_gain(choice, best, parts);
+    else if (gain > 0 && doubt[close])
         SAY(choice, "gains %.0f %%, but links are guessed: %.0f %% wanted; run railyard calibrate", 100 * gain,
-            100 * need);
+            100 * need[close]);
     else if (gain > 0)
-        SAY(choice, "gains %.1f %%, less than %.1f %%", 100 * gain, 100 * need);
+        SAY(choice, "gains %.1f %%, less than %.1f %%", 100 * gain, 100 * need[close]);
     else
-        say_loss(choice, direct, hier);
+        say_loss(choice, close, parts);
 }

@@ -69,7 +69,8 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
         .copy_us = 3,
         .copy_bytes_per_us = 300e3,
         .group_us = 15,
-        /* over TCP: seen on hosts with H200, 4 ranks 60 to 90 us, 8 ranks 110 to 150: the yardmaster hears and tells one by one */
+        /* over TCP: seen on hosts with H200, 4 ranks 60 to 90 us, 8 ranks 110 to 150: the yardmaster hears and tells
+           one by one */
         .agreement_us = 40 + 13 * cluster->nranks,
         .plan_us_per_rank = 0.2,
     };
@@ -97,10 +98,38 @@ static uint32_t count_nodes(const struct ry_cluster *c, int node, const uint64_t
     return n;
 }
 
+#define PACKED_NODES 512
+
+/* What crosses to each node as it is or packed, and how much of it was searched. Chunks of nodes, as there is no
+ * memory. */
+static void find_packed(struct ry_load *l, const struct ry_cluster *c, int node, const uint64_t *send,
+                        const struct ry_repeats *repeats)
+{
+    l->packed_out = 0;
+    for (int first = 0; first < c->nnodes; first += PACKED_NODES) {
+        struct {
+            uint64_t bytes, rows;
+        } to[PACKED_NODES] = {0};
+        int n = c->nnodes - first < PACKED_NODES ? c->nnodes - first : PACKED_NODES;
+        for (int r = 0; r < c->nranks; r++) {
+            int at = c->node[r] - first;
+            if (!send[r] || c->node[r] == node || at < 0 || at >= n)
+                continue;
+            to[at].bytes += send[r];
+            to[at].rows += repeats[c->node[r]].row_bytes ? ry_rows_of(send[r], repeats[c->node[r]].row_bytes) : 0;
+        }
+        for (int i = 0; i < n; i++) {
+            struct ry_repeats found = repeats[first + i];
+            l->scanned += found.row_bytes ? to[i].bytes : 0;
+            l->packed_out +=
+                ry_packs(found, to[i].rows, to[i].bytes) ? ry_packed_bytes(found, to[i].rows) : to[i].bytes;
+        }
+    }
+}
+
 void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send,
                 const uint64_t *recv, const struct ry_repeats *repeats)
 {
-    (void)repeats;
     int node = cluster->node[rank];
     struct ry_load l = {.self = send[rank]};
     for (int r = 0; r < cluster->nranks; r++) {
@@ -121,6 +150,8 @@ void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank
     l.nodes_out = l.cross_sends ? count_nodes(cluster, node, send) : 0;
     l.nodes_in = l.cross_recvs ? count_nodes(cluster, node, recv) : 0;
     l.packed_out = l.cross_out;
+    if (repeats && l.cross_out)
+        find_packed(&l, cluster, node, send, repeats);
     *load = l;
 }
 
@@ -151,10 +182,16 @@ static inline double larger(double a, double b)
     return a > b ? a : b;
 }
 
+static inline double smaller(double a, double b)
+{
+    return a < b ? a : b;
+}
+
 /* Of the ranks of one node: sums, and of the rank that has most. */
 struct node_sum {
     uint64_t out, in;             /* bytes across nodes */
     uint64_t most_out, most_in;   /* of its busiest rank */
+    uint64_t packed, most_packed; /* out, dedup */
     uint64_t most_relayed;        /* 0 where that is not known */
     uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
     uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
@@ -163,9 +200,16 @@ struct node_sum {
 /* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
 #define CHUNK 512
 
+#define SEARCH_KERNELS 8 /* that a search for equal rows enqueues: src/run/rows.c */
+
 static inline uint64_t more(uint64_t a, uint64_t b)
 {
     return a > b ? a : b;
+}
+
+static inline uint64_t fewer(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
 }
 
 static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struct ry_load *loads,
@@ -182,6 +226,9 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
         s->in += l->cross_in;
         s->pieces += l->cross_recvs;
         s->most_out = more(s->most_out, l->cross_out);
+        uint64_t packed = fewer(l->packed_out, l->cross_out);
+        s->packed += packed;
+        s->most_packed = more(s->most_packed, packed);
         s->most_in = more(s->most_in, l->cross_in);
         s->sends = l->cross_sends > s->sends ? l->cross_sends : s->sends;
         s->recvs = l->cross_recvs > s->recvs ? l->cross_recvs : s->recvs;
@@ -217,27 +264,55 @@ static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int no
  * one message for each piece, a relay's own pieces to itself. Loads do not tell who relays what. A node of S ranks is
  * taken to share its relaying evenly, but for `relayed` where that is known: 1/S of what comes in is at its target at
  * once.
+ *
+ * Dedup: the same with the bytes of packed messages: `out`, of the node's busiest rank `most_out`, and `in`. They go on
+ * to those of S - 1 ranks for which that is shorter than their rows, and a relay writes its own pieces out of the
+ * message.
  */
 static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, int node, int node_size,
-                               const struct node_sum *s, bool relays_known)
+                               const struct node_sum *s, bool relays_known, uint64_t out, uint64_t most_out,
+                               uint64_t in)
 {
-    double share = 1.0 / node_size, others = 1 - share, in = number(s->in) * share;
-    double relayed = relays_known ? number(s->most_relayed) : in * others;
+    double share = 1.0 / node_size, others = 1 - share, plain = number(s->in) * share;
+    double relayed = relays_known ? number(s->most_relayed) : plain * others;
+    double arrives = relayed + plain * share;
+    bool packed = in < s->in;
+    if (packed)
+        arrives *= number(in) / number(s->in);
     /* The node hears of at least as many remote ranks as its best-connected rank does. */
     uint64_t heard = (uint64_t)(int64_t)(s->recvs * share + 0.999);
-    nic_us(p, k, node, false, s->nodes, s->out, number(s->most_out));
-    nic_us(p, k, node, true, heard, s->in, relayed + in * share);
+    nic_us(p, k, node, false, s->nodes, out, number(most_out));
+    nic_us(p, k, node, true, heard, in, arrives);
     if (!s->in || node_size < 2)
         return;
     double gets = s->recvs * others, passes = number(s->pieces) * share * others;
-    double bytes = larger(relayed, number(s->most_in) * others);
-    double us = larger(link_us(k->local, larger(gets, passes), bytes),
-                       link_us(k->self, number(heard), number(s->most_in) * share));
+    double passed = packed ? smaller(relayed, arrives * (node_size - 1)) : relayed;
+    double bytes = larger(passed, number(fewer(s->most_in, in)) * others);
+    double us = link_us(k->local, larger(gets, passes), bytes);
+    if (!packed)
+        us = larger(us, link_us(k->self, number(heard), number(s->most_in) * share));
     if (us > p->forward) {
         p->forward = us;
         p->forward_node = node;
         p->forward_bytes = (uint64_t)bytes;
     }
+}
+
+/*
+ * Rows of packed messages are written out once, each source's in a step: by the relay before it passes them on, where
+ * the message is longer than one rank's rows, else by whom they are for. The busiest rank's of a node.
+ */
+static inline double writing_us(const struct ry_cost_model *m, int node_size, const struct node_sum *s,
+                                bool relays_known, uint64_t in)
+{
+    if (in >= s->in)
+        return 0;
+    double share = 1.0 / node_size, bytes = number(s->most_in), own = number(s->most_in) * share;
+    double relayed = relays_known ? number(s->most_relayed) : number(s->in) * share * (1 - share);
+    bool by_relay = number(in) * (node_size - 1) > number(s->in) * (1 - share);
+    if (by_relay)
+        bytes = larger(relayed + own, bytes);
+    return s->recvs * m->copy_us + bytes / m->copy_bytes_per_us;
 }
 
 static inline uint64_t busiest_way(const struct ry_load *l)
@@ -248,17 +323,27 @@ static inline uint64_t busiest_way(const struct ry_load *l)
 uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
-    const uint64_t *relayed = matrix ? matrix->relayed : NULL;
-    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL];
+    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
+    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP];
     const struct paces k = {pace_of(m, RY_LINK_SELF), pace_of(m, RY_LINK_LOCAL), pace_of(m, RY_LINK_NIC),
                             1 / m->nic_rank_bytes_per_us};
-    uint64_t most_self = 0, most_out = 0, busiest = 0;
-    double local = 0;
+    uint64_t most_self = 0, most_out = 0, busiest = 0, all = 0, packed = 0, most_packed = 0, most_scanned = 0;
+    uint32_t most_nodes = 0;
+    double local = 0, written = 0;
     int runs = 0, last = -1;
     for (int r = 0; r < c->nranks; r++) {
         const struct ry_load *l = &loads[r];
         most_self = more(most_self, l->self);
         most_out = more(most_out, l->cross_out);
+        all += l->cross_out;
+        if (l->packed_out < l->cross_out) {
+            packed += l->packed_out;
+            most_packed = more(most_packed, l->packed_out);
+            most_nodes = l->nodes_out > most_nodes ? l->nodes_out : most_nodes;
+        } else {
+            packed += l->cross_out;
+        }
+        most_scanned = more(most_scanned, l->scanned);
         busiest = more(busiest, busiest_way(l));
         double out = link_us(k.local, l->local_sends, number(l->local_out));
         double in = link_us(k.local, l->local_recvs, number(l->local_in));
@@ -271,7 +356,8 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = parts[RY_DEDUP] = *direct;
+    *hier = *dedup = *direct;
+    double scale = packed < all ? number(packed) / number(all) : 1;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
@@ -279,7 +365,13 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         for (int i = 0; i < n; i++) {
             nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out));
             nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in));
-            relaying_us(hier, &k, first + i, c->node_size[first + i], &sum[i], relayed != NULL);
+            int size = c->node_size[first + i];
+            relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
+            if (packed >= all)
+                continue;
+            uint64_t in = packed_in ? fewer(packed_in[first + i], sum[i].in) : (uint64_t)(number(sum[i].in) * scale);
+            relaying_us(dedup, &k, first + i, size, &sum[i], relayed != NULL, sum[i].packed, sum[i].most_packed, in);
+            written = larger(written, writing_us(m, size, &sum[i], relayed != NULL, in));
         }
     }
     /* Segments for one node are neighbours in memory if its ranks have neighbouring numbers; otherwise they are packed.
@@ -287,12 +379,18 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     if (hier->nic > 0 && runs != c->nnodes)
         hier->copies = c->nranks * m->copy_us + number(most_out) / m->copy_bytes_per_us;
     hier->overhead += m->plan_us_per_rank * c->nranks;
+    dedup->overhead = hier->overhead;
+    dedup->copies = most_nodes * m->copy_us + number(most_packed) / m->copy_bytes_per_us + written;
+    if (most_scanned)
+        dedup->search = SEARCH_KERNELS * m->copy_us + number(most_scanned) / m->copy_bytes_per_us;
     for (int s = 0; s < RY_STRATEGIES; s++) {
         struct ry_cost_parts *p = &parts[s];
         double links = larger(p->self, larger(p->local, p->nic));
         p->groups = m->group_us * ((links > 0) + (p->forward > 0));
-        p->total = s == RY_DEDUP ? INFINITY : p->groups + links + p->copies + p->forward + p->overhead;
+        p->total = p->groups + links + p->copies + p->forward + p->overhead + p->search;
     }
+    if (packed >= all)
+        dedup->total = INFINITY;
     return busiest;
 }
 
@@ -328,11 +426,16 @@ static void add(struct side *s, enum ry_link link, uint64_t bytes)
     s->bytes[link] += (double)bytes;
 }
 
-/* The copies that rank's plan has next, in microseconds. */
+static bool transfers(const struct ry_step *s)
+{
+    return s->kind == RY_STEP_SEND || s->kind == RY_STEP_RECV;
+}
+
+/* The copies that rank's plan has next, in microseconds: whatever is no transfer. */
 static double copies_us(const struct ry_cost_model *m, const struct ry_plan *plan, struct walker *w)
 {
     double n = 0, bytes = 0;
-    for (; w->next < plan->nsteps && plan->steps[w->next].kind == RY_STEP_COPY; w->next++) {
+    for (; w->next < plan->nsteps && !transfers(&plan->steps[w->next]); w->next++) {
         n++;
         bytes += (double)plan->steps[w->next].bytes;
     }
@@ -345,7 +448,7 @@ static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, s
     w->out = w->in = (struct side){0};
     for (; w->next < plan->nsteps; w->next++) {
         const struct ry_step *s = &plan->steps[w->next];
-        if (s->kind == RY_STEP_COPY || s->group != group)
+        if (!transfers(s) || s->group != group)
             return;
         enum ry_link link = s->peer == plan->rank                     ? RY_LINK_SELF
                             : c->node[s->peer] == c->node[plan->rank] ? RY_LINK_LOCAL

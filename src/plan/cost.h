@@ -29,7 +29,8 @@ struct ry_cost_model {
         bool measured;       /* by railyard calibrate */
     } link[RY_LINKS];
     double nic_rank_bytes_per_us; /* the most that one rank alone gets out of its node's NIC, each way */
-    double copy_us, copy_bytes_per_us; /* of each copy between groups; SELF is what goes through NCCL */
+    double copy_us, copy_bytes_per_us; /* of each copy between groups; SELF is what goes through NCCL. Kernels that pack rows and
+                                          write them out are copies; a search reads each byte twice, for once read and written */
     double group_us;                   /* of each NCCL group (a kernel launch) */
     double agreement_us; /* manifest to verdict, as far as the exchange has to wait for it; direct pays it too once engaged */
     double plan_us_per_rank; /* building a plan: times nranks; direct needs none */
@@ -48,7 +49,7 @@ struct ry_load {
     uint64_t scanned;    /* bytes of cross_out that were searched for equal rows; 0: not looked */
     uint64_t packed_out; /* what would cross instead of cross_out; equal to it where nothing was found or not looked */
 };
-/** `repeats` ([nnodes], or NULL: not looked) as in plan.h. */
+/** `repeats` ([nnodes], or NULL: not looked) as in plan.h. O(nranks), no allocation. */
 void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send, const uint64_t *recv,
                 const struct ry_repeats *repeats);
 
@@ -66,8 +67,8 @@ struct ry_cost_matrix {
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
                         const struct ry_cost_matrix *matrix, enum ry_strategy strategy);
 
-/** The same from the steps themselves: all ranks' plans, of one exchange. For simulation and for tests of the estimate.
- *  NAN when out of memory. */
+/** The same from the steps themselves: all ranks' plans, of one exchange; the search, which is over by then, is left out. For
+ *  simulation and for tests of the estimate. NAN when out of memory. */
 double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_plan *const *plans);
 
 /*
@@ -107,13 +108,15 @@ struct ry_choice {
     bool trial;               /* not the fastest by all that is known, but close to it and to be measured again */
     double model_us[RY_STRATEGIES]; /* what the model says: what ry_cost_learn() wants to be told as estimated */
     double us[RY_STRATEGIES]; /* corrected by what was learned */
+    double search_us;         /* part of dedup's model_us: what the ranks searched, and would have for any other strategy */
     char why[160];            /* "hierarchical 310 us, direct 420 us: NIC of node 1 sends 24 MiB in 6 instead of 12 messages" */
 };
 /**
  * The fastest; direct unless another is at least `margin` (0.05: 5 %) faster, or twice that and 10 % in doubt: the model was
  * never measured and neither was the strategy. Once chosen for a size class it stays as long as it is not slower than
- * direct, so that noise does not make the choice flap. A strategy that comes within 25 % of the best is tried now and then
- * (after 16 choices, then 32, … up to 1024), since only what is tried can be learned.
+ * direct and no third one is faster by the margin, so that noise does not make the choice flap. A strategy that comes within
+ * 25 % of the best is tried now and then (after 16 choices, then 32, … up to 1024; the one measured least), since only what
+ * is tried can be learned. Hierarchical is not considered where nothing would be relayed, dedup not where it is INFINITY.
  * `learned` may be NULL: no corrections, hysteresis or trials. O(nranks), no allocation.
  */
 void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,

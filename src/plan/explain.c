@@ -30,28 +30,32 @@ static struct text size(uint64_t bytes)
 enum link { ACROSS, IN_NODE, SELF };
 static enum link link_of(const struct ry_plan *p, const struct ry_cluster *c, const struct ry_step *s)
 {
-    return s->peer < 0 || s->peer == p->rank ? SELF : c->node[s->peer] == c->node[p->rank] ? IN_NODE : ACROSS;
+    return !ry_is_transfer(s) || s->peer == p->rank ? SELF : c->node[s->peer] == c->node[p->rank] ? IN_NODE : ACROSS;
 }
 
-/* The rank whose message, received before step `i`, lies at this offset of the staging memory; -1: it was packed here.
- */
-static int origin(const struct ry_plan *p, int i, uint64_t offset)
+/* The step before `i` that wrote what lies at this offset of the staging memory; NULL: none. */
+static const struct ry_step *origin(const struct ry_plan *p, int i, uint64_t offset)
 {
-    int from = -1;
-    for (int k = 0; k < i; k++) {
-        const struct ry_at *to = &p->steps[k].to;
-        if (p->steps[k].kind != RY_STEP_SEND && to->place == RY_AT_STAGE && to->offset <= offset &&
-            offset - to->offset < p->steps[k].bytes)
-            from = p->steps[k].kind == RY_STEP_RECV ? p->steps[k].peer : -1;
-    }
-    return from;
+    for (const struct ry_step *s = p->steps + i; s-- > p->steps;)
+        if (s->kind != RY_STEP_SEND && s->to.place == RY_AT_STAGE && s->to.offset <= offset &&
+            offset - s->to.offset < s->bytes)
+            return s;
+    return NULL;
+}
+
+/* Is what step `i` receives a packed message? Then it is written out later, or passed on to one that does. */
+static bool is_packed(const struct ry_plan *p, int i)
+{
+    for (int k = i + 1; k < p->nsteps; k++)
+        if (p->steps[k].kind == RY_STEP_EXPAND && p->steps[k].from.offset == p->steps[i].to.offset)
+            return true;
+    return false;
 }
 
 static struct text place(const struct ry_plan *p, int i, const struct ry_at *at)
 {
     struct text t = {""};
-    const struct ry_step *s = &p->steps[i];
-    int from;
+    const struct ry_step *s = &p->steps[i], *from;
     switch (at->place) {
     case RY_AT_SEND:
         if (at->offset || at->peer != s->peer)
@@ -62,12 +66,20 @@ static struct text place(const struct ry_plan *p, int i, const struct ry_at *at)
             snprintf(t.s, sizeof t.s, "what rank %d sent", at->peer);
         break;
     case RY_AT_STAGE:
-        from = s->kind == RY_STEP_SEND ? origin(p, i, at->offset) : -1;
-        if (from >= 0)
-            snprintf(t.s, sizeof t.s, "what rank %d sent, from staging at %" PRIu64, from, at->offset);
-        else
-            snprintf(t.s, sizeof t.s, "%s staging at %" PRIu64, s->kind == RY_STEP_SEND ? "packed in" : "into",
+        from = s->kind == RY_STEP_SEND ? origin(p, i, at->offset) : NULL;
+        if (s->kind == RY_STEP_RECV)
+            snprintf(t.s, sizeof t.s, "%sinto staging at %" PRIu64, is_packed(p, i) ? "packed, " : "", at->offset);
+        else if (from && from->kind == RY_STEP_PACK)
+            snprintf(t.s, sizeof t.s, "%" PRIu64 " of %" PRIu64 " rows, packed in staging at %" PRIu64,
+                     from->repeats.distinct, from->rows, at->offset);
+        else if (from && (from->kind == RY_STEP_RECV || from->kind == RY_STEP_EXPAND))
+            snprintf(t.s, sizeof t.s, "what rank %d sent, %sfrom staging at %" PRIu64, from->peer,
+                     from->kind == RY_STEP_EXPAND           ? "written out, "
+                     : is_packed(p, (int)(from - p->steps)) ? "packed, "
+                                                            : "",
                      at->offset);
+        else
+            snprintf(t.s, sizeof t.s, "packed in staging at %" PRIu64, at->offset);
         break;
     }
     return t;
@@ -87,6 +99,20 @@ static void single(const struct ry_plan *p, const struct ry_cluster *c, int i, F
             fprintf(f, " into staging at %" PRIu64 "\n", s->to.offset);
         else
             fprintf(f, " into the segment from rank %d at %" PRIu64 "\n", s->to.peer, s->to.offset);
+        return;
+    }
+    if (s->kind == RY_STEP_PACK) {
+        fprintf(f, "    pack %" PRIu64 " of %" PRIu64 " rows of %s for node %d, %s, into staging at %" PRIu64 "\n",
+                s->repeats.distinct, s->rows, size(s->repeats.row_bytes).s, s->peer, size(s->bytes).s, s->to.offset);
+        return;
+    }
+    if (s->kind == RY_STEP_EXPAND) {
+        fprintf(f, "    write out %" PRIu64 " of %" PRIu64 " rows that rank %d packed, %s, from staging at %" PRIu64,
+                ry_rows_of(s->bytes, s->repeats.row_bytes), s->rows, s->peer, size(s->bytes).s, s->from.offset);
+        if (s->to.place == RY_AT_STAGE)
+            fprintf(f, " into staging at %" PRIu64 "\n", s->to.offset);
+        else
+            fputs(" into place\n", f);
         return;
     }
     bool sends = s->kind == RY_STEP_SEND;
@@ -131,6 +157,11 @@ static void together(const struct ry_plan *p, const struct ry_cluster *c, int fi
         fprintf(f, "    copy %s in %d pieces%s%s", size(total).s, count,
                 s->from.place == RY_AT_SEND ? " of the send buffer" : "",
                 s->to.place == RY_AT_STAGE ? " into staging" : "");
+    } else if (s->kind == RY_STEP_PACK) {
+        fprintf(f, "    pack %s in %d messages for other nodes", size(total).s, count);
+    } else if (s->kind == RY_STEP_EXPAND) {
+        fprintf(f, "    write out %s of %d packed messages %s", size(total).s, count,
+                s->to.place == RY_AT_STAGE ? "into staging" : "into place");
     } else {
         bool sends = s->kind == RY_STEP_SEND;
         const struct ry_at *at = sends ? &s->from : &s->to;
@@ -149,7 +180,7 @@ static void together(const struct ry_plan *p, const struct ry_cluster *c, int fi
         fprintf(f, ", %s to %s each", size(least).s, size(most).s);
     /* Whom: each one once, the first few; some come several times. */
     int shown[SINGLY], n = 0;
-    for (int i = first; s->kind != RY_STEP_COPY && link != SELF && i < to; i++) {
+    for (int i = first; link != SELF && i < to; i++) {
         int k = 0, peer = p->steps[i].peer;
         while (k < n && shown[k] != peer)
             k++;
@@ -165,7 +196,7 @@ static void together(const struct ry_plan *p, const struct ry_cluster *c, int fi
     fputc('\n', f);
 }
 
-/* Steps [from, to): copies, or one group, in which order means nothing. */
+/* Steps [from, to): no transfers, or one group, in which order means nothing. */
 static void part(const struct ry_plan *p, const struct ry_cluster *c, int from, int to, FILE *f)
 {
     for (int first = from; first < to; first++) {
@@ -185,20 +216,26 @@ static void part(const struct ry_plan *p, const struct ry_cluster *c, int from, 
 
 void ry_plan_explain(const struct ry_plan *p, const struct ry_cluster *c, FILE *f)
 {
-    int copies = 0, groups = 0;
+    int steps[RY_STEP_EXPAND + 1] = {0}, groups = 0;
+    char rows[64] = "";
     for (int i = 0; i < p->nsteps; i++)
-        copies += p->steps[i].kind == RY_STEP_COPY;
-    fprintf(f, "rank %d of %d (node %d, rail %d): %s, %d copies and %d transfers in %d group%s, %s of staging memory\n",
-            p->rank, p->nranks, c->node[p->rank], c->local[p->rank], ry_strategy_name(p->strategy), copies,
-            p->nsteps - copies, p->ngroups, p->ngroups == 1 ? "" : "s", size(p->stage_bytes).s);
+        steps[p->steps[i].kind]++;
+    if (steps[RY_STEP_PACK] || steps[RY_STEP_EXPAND])
+        snprintf(rows, sizeof rows, ", %d messages packed, %d pieces written out", steps[RY_STEP_PACK],
+                 steps[RY_STEP_EXPAND]);
+    fprintf(f,
+            "rank %d of %d (node %d, rail %d): %s, %d copies%s and %d transfers in %d group%s, %s of staging memory\n",
+            p->rank, p->nranks, c->node[p->rank], c->local[p->rank], ry_strategy_name(p->strategy), steps[RY_STEP_COPY],
+            rows, steps[RY_STEP_SEND] + steps[RY_STEP_RECV], p->ngroups, p->ngroups == 1 ? "" : "s",
+            size(p->stage_bytes).s);
     for (int i = 0, end; i < p->nsteps; i = end) {
-        bool copy = p->steps[i].kind == RY_STEP_COPY;
-        for (end = i; end < p->nsteps && (p->steps[end].kind == RY_STEP_COPY) == copy &&
-                      p->steps[end].group == p->steps[i].group;)
+        bool transfer = ry_is_transfer(&p->steps[i]);
+        for (end = i;
+             end < p->nsteps && ry_is_transfer(&p->steps[end]) == transfer && p->steps[end].group == p->steps[i].group;)
             end++;
-        for (; !copy && groups < p->steps[i].group; groups++)
+        for (; transfer && groups < p->steps[i].group; groups++)
             fprintf(f, "  group %d: nothing\n", groups);
-        if (copy)
+        if (!transfer)
             fprintf(f, "  %s:\n", groups ? "then" : "first");
         else
             fprintf(f, "  group %d:\n", groups++);

@@ -84,8 +84,9 @@ void ry_slice_fill(struct ry_slice *slice, const struct ry_cluster *cluster, con
             slice->cells[(size_t)i * (size_t)slice->ncols + (size_t)j] =
                 matrix[from * (size_t)cluster->nranks + (size_t)slice->cols[j]];
         if (slice->repeats)
-            slice->repeats[i] = repeats ? repeats[from * (size_t)cluster->nnodes + (size_t)cluster->node[slice->cols[0]]]
-                                        : (struct ry_repeats){0};
+            slice->repeats[i] = repeats
+                                    ? repeats[from * (size_t)cluster->nnodes + (size_t)cluster->node[slice->cols[0]]]
+                                    : (struct ry_repeats){0};
     }
 }
 
@@ -112,14 +113,14 @@ uint64_t ry_plan_stage_relay(const struct ry_cluster *cluster, int rank, enum ry
                              const uint64_t *matrix, const struct ry_repeats *repeats)
 {
     const struct ry_strategy_ops *ops = strategies[strategy];
-    return ops->stage_relay ? ops->stage_relay(cluster, rank, matrix, repeats) : 0;
+    return ops->stage_relay ? ops->stage_relay(cluster, rank, matrix, ops->repeats ? repeats : NULL) : 0;
 }
 
 uint64_t ry_plan_stage_pack(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *send,
                             const uintptr_t *send_at, const struct ry_repeats *repeats)
 {
     const struct ry_strategy_ops *ops = strategies[strategy];
-    return ops->stage_pack ? ops->stage_pack(cluster, rank, send, send_at, repeats) : 0;
+    return ops->stage_pack ? ops->stage_pack(cluster, rank, send, send_at, ops->repeats ? repeats : NULL) : 0;
 }
 
 uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
@@ -137,7 +138,7 @@ int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strateg
     const struct ry_strategy_ops *ops = strategies[strategy];
     memset(relay, 0, (size_t)cluster->nranks * sizeof *relay);
     memset(pack, 0, (size_t)cluster->nranks * sizeof *pack);
-    return ops->stage_all ? ops->stage_all(cluster, matrix, repeats, relay, pack, err) : 0;
+    return ops->stage_all ? ops->stage_all(cluster, matrix, ops->repeats ? repeats : NULL, relay, pack, err) : 0;
 }
 
 /* The slice against what its layout must be and against the own column: both tell what comes from a row's rank. */
@@ -169,6 +170,9 @@ static int check_slice(const struct ry_plan_input *in, struct ry_err *err)
     if (rows != s->nrows || cols != s->ncols)
         return ry_fail(err, "plan of rank %d: the slice of the matrix is %d x %d, not %d x %d", in->rank, s->nrows,
                        s->ncols, rows, cols);
+    if (ops->repeats && !s->repeats)
+        return ry_fail(err, "plan of rank %d: the slice of the matrix lacks what other ranks found in repeats",
+                       in->rank);
     for (int i = 0; own >= 0 && i < rows; i++) {
         uint64_t cell = s->cells[(size_t)i * (size_t)cols + (size_t)own];
         if (cell != in->recv[s->rows[i]])
@@ -213,7 +217,8 @@ struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err
     for (int r = 0; r < c->nranks; r++)
         members[start[c->node[r]] + c->local[r]] = r;
     int node = c->node[in->rank];
-    struct ry_building b = {in, c, in->rank, node, c->node_size[node], start, members, NULL, err};
+    struct ry_building b = {
+        in, c, in->rank, node, c->node_size[node], start, members, NULL, err, ops, ops->repeats ? in->repeats : NULL};
 
     /* The plan and its steps are one block, cut to size when done. */
     struct ry_plan *plan = malloc(sizeof *plan + ops->most_steps(&b) * sizeof *plan->steps);

@@ -53,6 +53,8 @@ struct ry_repeats {
 /** Rows of a segment: whole ones and the rest. */
 static inline uint64_t ry_rows_of(uint64_t bytes, uint64_t row_bytes)
 {
+    if (!((bytes | row_bytes) >> 32)) /* the shorter division is several times as fast, and there are many of them */
+        return (uint32_t)bytes / (uint32_t)row_bytes + ((uint32_t)bytes % (uint32_t)row_bytes != 0);
     return bytes / row_bytes + (bytes % row_bytes != 0);
 }
 /** Bytes of the packed message: distinct rows, 16-byte alignment, a uint32_t for each of `rows`. */
@@ -128,6 +130,11 @@ struct ry_step {
     struct ry_repeats repeats; /* PACK, EXPAND: of the message */
     uint64_t rows, skip;       /* PACK: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
+
+static inline bool ry_is_transfer(const struct ry_step *step)
+{
+    return step->kind == RY_STEP_SEND || step->kind == RY_STEP_RECV;
+}
 
 struct ry_plan {
     enum ry_strategy strategy;

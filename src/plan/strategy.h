@@ -22,6 +22,8 @@ struct ry_building {
     const int *members;   /* [nranks]: ranks by node, then local index, which is ascending rank */
     struct ry_plan *plan; /* room for most_steps() steps */
     struct ry_err *err;
+    const struct ry_strategy_ops *ops;
+    const struct ry_repeats *repeats; /* those of `in`, where the strategy has to do with them */
 };
 
 struct ry_strategy_ops {
@@ -39,7 +41,7 @@ struct ry_strategy_ops {
                            const struct ry_repeats *repeats);
     int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_repeats *repeats, uint64_t *relay,
                      uint64_t *pack, struct ry_err *err);
-    bool repeats; /* slices hold what the rows' ranks found */
+    bool repeats; /* has to do with repeats: slices hold what the rows' ranks found. Without it, no operation gets any. */
 };
 extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_dedup_ops;
 

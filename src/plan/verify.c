@@ -13,9 +13,11 @@
 
 #include "verify_internal.h"
 
-static struct text token_name(struct token is)
+struct text ry_verify_token_name(struct token is)
 {
     struct text t;
+    if (is.seg < -1)
+        return ry_verify_packed_name(is);
     if (is.seg < 0)
         snprintf(t.s, sizeof t.s, "the byte at address %#" PRIx64 " of rank %d", is.off, is.rank);
     else
@@ -119,7 +121,7 @@ static int pair_all(struct machine *m)
     for (int r = 0; r < m->n; r++) {
         m->first[r] = total;
         for (int i = 0; i < m->plans[r]->nsteps; i++)
-            total += m->plans[r]->steps[i].kind != RY_STEP_COPY;
+            total += ry_is_transfer(&m->plans[r]->steps[i]);
     }
     m->first[m->n] = total;
     m->transfers = calloc(total + 1, sizeof *m->transfers);
@@ -134,7 +136,7 @@ static int pair_all(struct machine *m)
     for (int r = 0; r < m->n; r++)
         for (int i = 0; i < m->plans[r]->nsteps; i++) {
             const struct ry_step *s = &m->plans[r]->steps[i];
-            if (s->kind == RY_STEP_COPY)
+            if (!ry_is_transfer(s))
                 continue;
             m->transfers[t++] = (struct transfer){.rank = r, .step = i};
             if (s->kind == RY_STEP_SEND)
@@ -154,12 +156,6 @@ static int pair_all(struct machine *m)
 
 /* ---- all together ---- */
 
-static struct token sent(const struct machine *m, int from, int to, uint64_t offset)
-{
-    const uintptr_t *at = addresses(m, RY_AT_SEND, from);
-    return at ? (struct token){from, -1, at[to] + offset} : (struct token){from, to, offset};
-}
-
 static struct spans *segment(struct machine *m, int rank, int from)
 {
     size_t a = m->seg_start[rank], b = m->seg_start[rank + 1];
@@ -173,12 +169,28 @@ static struct spans *segment(struct machine *m, int rank, int from)
     return &m->seg[a];
 }
 
-static int add_piece(struct machine *m, uint64_t bytes, struct token token)
+int ry_verify_piece(struct machine *m, uint64_t bytes, struct token token)
 {
     uint64_t lo = m->npieces ? m->pieces[m->npieces - 1].hi : 0;
     if (ry_verify_room(m, &m->pieces, &m->pieces_cap, m->npieces + 1, sizeof *m->pieces))
         return -1;
     m->pieces[m->npieces++] = (struct span){lo, lo + bytes, token};
+    return 0;
+}
+
+int ry_verify_stage(struct machine *m, int rank, int step, uint64_t offset, uint64_t left)
+{
+    const struct spans *st = &m->stage[rank];
+    for (size_t i = spans_find(st, offset); left; i++) {
+        if (i == st->n || st->v[i].lo > offset)
+            return ry_fail(m->err, "%s: reads what was never written, at offset %" PRIu64 " of staging memory",
+                           ry_verify_name(m, rank, step).s, offset);
+        uint64_t part = st->v[i].hi - offset < left ? st->v[i].hi - offset : left;
+        if (ry_verify_piece(m, part, token_after(st->v[i].token, offset - st->v[i].lo)))
+            return -1;
+        offset += part;
+        left -= part;
+    }
     return 0;
 }
 
@@ -188,23 +200,15 @@ static int read_from(struct machine *m, int rank, int step)
     const struct ry_step *s = &m->plans[rank]->steps[step];
     struct ry_at at = s->from;
     uint64_t left = s->bytes, offset;
+    if (s->kind == RY_STEP_PACK)
+        return ry_verify_pack(m, rank, step);
+    if (s->kind == RY_STEP_EXPAND)
+        return ry_verify_expand(m, rank, step);
     m->npieces = 0;
     if (at.place == RY_AT_SEND)
-        return add_piece(m, left, sent(m, rank, at.peer, at.offset)); /* one run in memory, even over segments */
-    if (at.place == RY_AT_STAGE) {
-        const struct spans *st = &m->stage[rank];
-        for (size_t i = spans_find(st, at.offset); left; i++) {
-            if (i == st->n || st->v[i].lo > at.offset)
-                return ry_fail(m->err, "%s: reads what was never written, at offset %" PRIu64 " of staging memory",
-                               ry_verify_name(m, rank, step).s, at.offset);
-            uint64_t part = st->v[i].hi - at.offset < left ? st->v[i].hi - at.offset : left;
-            if (add_piece(m, part, token_after(st->v[i].token, at.offset - st->v[i].lo)))
-                return -1;
-            at.offset += part;
-            left -= part;
-        }
-        return 0;
-    }
+        return ry_verify_piece(m, left, sent(m, rank, at.peer, at.offset)); /* one run in memory, even over segments */
+    if (at.place == RY_AT_STAGE)
+        return ry_verify_stage(m, rank, step, at.offset, left);
     for (int from; left;) {
         uint64_t part = ry_verify_part(m, rank, &at, &left, &from, &offset);
         const struct spans *seg = segment(m, rank, from);
@@ -212,7 +216,7 @@ static int read_from(struct machine *m, int rank, int step)
         if (i == seg->n || seg->v[i].lo > offset || seg->v[i].hi < offset + part)
             return ry_fail(m->err, "%s: reads what was never written, at offset %" PRIu64 " of receive segment %d",
                            ry_verify_name(m, rank, step).s, offset, from);
-        if (add_piece(m, part, sent(m, from, rank, offset)))
+        if (ry_verify_piece(m, part, sent(m, from, rank, offset)))
             return -1;
     }
     return 0;
@@ -237,10 +241,16 @@ static int write_to(struct machine *m, int rank, int step)
         uint64_t done = s->bytes - left, part = ry_verify_part(m, rank, &at, &left, &from, &offset);
         for (; k < m->npieces && m->pieces[k].lo < done + part; k++) {
             uint64_t lo = m->pieces[k].lo > done ? m->pieces[k].lo : done;
-            struct token is = token_after(m->pieces[k].token, lo - m->pieces[k].lo);
-            if (!same(is, sent(m, from, rank, offset + (lo - done))))
-                return ry_fail(m->err, "%s: wrong source: offset %" PRIu64 " of receive segment %d gets %s",
-                               ry_verify_name(m, rank, step).s, offset + (lo - done), from, token_name(is).s);
+            uint64_t hi = m->pieces[k].hi < done + part ? m->pieces[k].hi : done + part;
+            for (uint64_t right; lo < hi; lo = hi - lo < right ? hi : lo + right) {
+                struct token is = token_after(m->pieces[k].token, lo - m->pieces[k].lo);
+                bool just = same(is, sent(m, from, rank, offset + (lo - done)));
+                right = just ? hi - lo : ry_verify_equal(m, is, from, rank, offset + (lo - done));
+                if (!right)
+                    return ry_fail(m->err, "%s: wrong source: offset %" PRIu64 " of receive segment %d gets %s",
+                                   ry_verify_name(m, rank, step).s, offset + (lo - done), from,
+                                   ry_verify_token_name(is).s);
+            }
             if (m->pieces[k].hi > done + part)
                 break; /* goes on in the next segment */
         }
@@ -270,12 +280,12 @@ static int advance(struct machine *m, int rank)
     struct state *s = &m->states[rank];
     for (s->step = s->end; s->step < p->nsteps; s->step = s->end) {
         s->end = s->step + 1;
-        if (p->steps[s->step].kind == RY_STEP_COPY) {
+        if (!ry_is_transfer(&p->steps[s->step])) {
             if (read_from(m, rank, s->step) || write_to(m, rank, s->step))
                 return -1;
             continue;
         }
-        while (s->end < p->nsteps && p->steps[s->end].kind != RY_STEP_COPY &&
+        while (s->end < p->nsteps && ry_is_transfer(&p->steps[s->end]) &&
                p->steps[s->end].group == p->steps[s->step].group)
             s->end++;
         s->left = (size_t)(s->end - s->step);
@@ -373,37 +383,40 @@ static int list_segments(struct machine *m)
     return 0;
 }
 
+int ry_verify_all(struct machine *m)
+{
+    size_t n = (size_t)m->n;
+    m->seg_start = calloc(n + 1, sizeof *m->seg_start);
+    m->first = calloc(n + 1, sizeof *m->first);
+    m->stage = calloc(n, sizeof *m->stage);
+    m->states = calloc(n, sizeof *m->states);
+    m->queue = calloc(n, sizeof *m->queue);
+    int rc = m->seg_start && m->first && m->stage && m->states && m->queue ? 0 : no_memory(m);
+    for (int r = 0; !rc && r < m->n; r++)
+        rc = ry_verify_plan(m, r);
+    rc = rc || list_segments(m) || pair_all(m) || run_all(m) ? -1 : 0;
+
+    for (size_t i = 0; m->seg && i < m->seg_start[n]; i++)
+        free(m->seg[i].v);
+    for (size_t r = 0; m->stage && r < n; r++)
+        free(m->stage[r].v);
+    free(m->seg_start);
+    free(m->seg_from);
+    free(m->seg);
+    free(m->stage);
+    free(m->first);
+    free(m->transfers);
+    free(m->states);
+    free(m->queue);
+    free(m->pieces);
+    free(m->touches);
+    return rc;
+}
+
 int ry_plan_verify_at(const struct ry_cluster *cluster, const uint64_t *matrix, struct ry_plan *const *plans,
                       const uintptr_t *const *send_at, const uintptr_t *const *recv_at, struct ry_err *err)
 {
-    size_t n = (size_t)cluster->nranks;
-    struct machine m = {.n = cluster->nranks, .matrix = matrix, .plans = plans, .send_at = send_at, .recv_at = recv_at};
-    m.err = err;
-    m.seg_start = calloc(n + 1, sizeof *m.seg_start);
-    m.first = calloc(n + 1, sizeof *m.first);
-    m.stage = calloc(n, sizeof *m.stage);
-    m.states = calloc(n, sizeof *m.states);
-    m.queue = calloc(n, sizeof *m.queue);
-    int rc = m.seg_start && m.first && m.stage && m.states && m.queue ? 0 : no_memory(&m);
-    for (int r = 0; !rc && r < m.n; r++)
-        rc = ry_verify_plan(&m, r);
-    rc = rc || list_segments(&m) || pair_all(&m) || run_all(&m) ? -1 : 0;
-
-    for (size_t i = 0; m.seg && i < m.seg_start[n]; i++)
-        free(m.seg[i].v);
-    for (size_t r = 0; m.stage && r < n; r++)
-        free(m.stage[r].v);
-    free(m.seg_start);
-    free(m.seg_from);
-    free(m.seg);
-    free(m.stage);
-    free(m.first);
-    free(m.transfers);
-    free(m.states);
-    free(m.queue);
-    free(m.pieces);
-    free(m.touches);
-    return rc;
+    return ry_plan_verify_rows_at(cluster, matrix, NULL, plans, send_at, recv_at, err);
 }
 
 int ry_plan_verify(const struct ry_cluster *cluster, const uint64_t *matrix, struct ry_plan *const *plans,

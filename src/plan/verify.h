@@ -25,17 +25,22 @@ int ry_plan_verify_at(const struct ry_cluster *cluster, const uint64_t *matrix, 
                       const uintptr_t *const *send_at, const uintptr_t *const *recv_at, struct ry_err *err);
 
 /*
- * Which rows are equal, for plans that pack: rows are numbered through what a rank sends to a node, segment by segment in
- * ascending rank, from 0; first[] gives for each row the lowest row equal to it (itself where there is none before).
- * A byte is then as good as the byte at the same place of an equal row, and no other. What is proved: every byte of every
- * receive segment comes from the right row or an equal one, given that the scan (run/rows.h) finds just these equal.
+ * Which rows are equal, for plans that pack: rows are numbered through what a rank sends to a node, segment by segment
+ * in ascending rank, from 0; first[] gives for each row the lowest row equal to it (itself where there is none before).
+ * A byte is then as good as the byte at the same place of an equal row, and no other. What is proved: every byte of
+ * every receive segment comes from the right row or an equal one, given that the scan (run/rows.h) finds just these
+ * equal.
  */
 struct ry_row_map {
     struct ry_repeats repeats; /* as the plans were built with: distinct = the rows with first[i] == i */
     const uint32_t *first;     /* [rows]; NULL where row_bytes is 0 */
 };
-/** maps[from * nnodes + node]. All segments lie apart. */
+/** maps[from * nnodes + node]. All segments lie apart. Work and memory grow with the number of rows. */
 int ry_plan_verify_rows(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
                         struct ry_plan *const *plans, struct ry_err *err);
+/** The same for plans that were built with addresses, as ry_plan_verify_at(). `maps` may be NULL. */
+int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
+                           struct ry_plan *const *plans, const uintptr_t *const *send_at,
+                           const uintptr_t *const *recv_at, struct ry_err *err);
 
 #endif

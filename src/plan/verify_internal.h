@@ -1,6 +1,6 @@
 /*
- * verify_internal.h: what the verifier's two files share: verify_plan.c looks at each plan by itself, verify.c at all
- * together.
+ * verify_internal.h: what the verifier's files share: verify_plan.c looks at each plan by itself, verify.c at all
+ * together, verify_rows.c knows packed messages.
  */
 #ifndef RY_PLAN_VERIFY_INTERNAL_H
 #define RY_PLAN_VERIFY_INTERNAL_H
@@ -8,7 +8,7 @@
 #include "verify.h"
 
 /* A byte of a send buffer: `off` into segment `seg`; where addresses are known, seg is -1 and `off` the address, so
-   that it does not matter by which segment it was reached. */
+   that it does not matter by which segment it was reached. Lower ones stand for other bytes of packed messages. */
 struct token {
     int rank, seg;
     uint64_t off;
@@ -24,10 +24,20 @@ struct spans { /* sorted, apart from each other */
 
 struct machine {
     int n;
+    const struct ry_cluster *cluster;
     const uint64_t *matrix;
     struct ry_plan *const *plans;
     const uintptr_t *const *send_at, *const *recv_at;
     struct ry_err *err;
+
+    /* Rows, where it is known which are equal. */
+    const struct ry_row_map *maps;
+    struct packed {
+        const struct ry_row_map *map;
+        uint64_t rows;
+        uint32_t *number;  /* [rows]: which of the distinct rows */
+    } * packed;            /* [n * nnodes] */
+    uint64_t *rows_before; /* [n * n] */
 
     /* Receive segments that are not empty, by rank, then peer: which peer, what of it is written. */
     size_t *seg_start; /* [n + 1] */
@@ -67,6 +77,27 @@ struct text ry_verify_name(const struct machine *m, int rank, int step);
 /** Grow the array at `v` (a pointer to a pointer), of `*cap` elements of `each` bytes, to hold `want`. */
 int ry_verify_room(struct machine *m, void *v, size_t *cap, size_t want, size_t each);
 
+struct text ry_verify_token_name(struct token is);
+
+/* Everything, by m->n, cluster, matrix, plans, addresses, err and the rows; frees what it makes. */
+int ry_verify_all(struct machine *m);
+
+/** Append to m->pieces. */
+int ry_verify_piece(struct machine *m, uint64_t bytes, struct token token);
+/** Append what is in staging memory of `rank`. */
+int ry_verify_stage(struct machine *m, int rank, int step, uint64_t offset, uint64_t bytes);
+
+/* Of packed messages: a step's form; */
+int ry_verify_row_step(struct machine *m, int rank, int step);
+/* what it writes, into m->pieces; */
+int ry_verify_pack(struct machine *m, int rank, int step);
+int ry_verify_expand(struct machine *m, int rank, int step);
+/* how many bytes from `t` on are as good as those from `offset` on of what `from` sends to `to`, the next row left
+ * aside; */
+uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset);
+/* a token with a segment below -1. */
+struct text ry_verify_packed_name(struct token t);
+
 /** A plan's form, its ranges, and what its groups touch. Nothing about other ranks. */
 int ry_verify_plan(struct machine *m, int rank);
 
@@ -88,6 +119,12 @@ static inline const uintptr_t *addresses(const struct machine *m, enum ry_place 
 {
     const uintptr_t *const *at = place == RY_AT_SEND ? m->send_at : m->recv_at;
     return at ? at[rank] : NULL;
+}
+
+static inline struct token sent(const struct machine *m, int from, int to, uint64_t offset)
+{
+    const uintptr_t *at = addresses(m, RY_AT_SEND, from);
+    return at ? (struct token){from, -1, at[to] + offset} : (struct token){from, to, offset};
 }
 
 static inline int no_memory(struct machine *m)

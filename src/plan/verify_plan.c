@@ -24,6 +24,11 @@ struct text ry_verify_name(const struct machine *m, int rank, int i)
     const struct ry_step *s = &m->plans[rank]->steps[i];
     if (s->kind == RY_STEP_COPY)
         snprintf(t.s, sizeof t.s, "rank %d, step %d (copy %" PRIu64 " bytes)", rank, i, s->bytes);
+    else if (s->kind == RY_STEP_PACK)
+        snprintf(t.s, sizeof t.s, "rank %d, step %d (pack %" PRIu64 " bytes for node %d)", rank, i, s->bytes, s->peer);
+    else if (s->kind == RY_STEP_EXPAND)
+        snprintf(t.s, sizeof t.s, "rank %d, step %d (expand %" PRIu64 " bytes of what rank %d packed)", rank, i,
+                 s->bytes, s->peer);
     else
         snprintf(t.s, sizeof t.s, "rank %d, step %d (group %d: %s %" PRIu64 " bytes %s rank %d)", rank, i, s->group,
                  s->kind == RY_STEP_SEND ? "send" : "receive", s->bytes, s->kind == RY_STEP_SEND ? "to" : "from",
@@ -211,27 +216,31 @@ int ry_verify_plan(struct machine *m, int rank)
         return -1;
     for (int i = 0; i < p->nsteps; i++) {
         const struct ry_step *s = &p->steps[i];
-        bool copy = s->kind == RY_STEP_COPY;
-        if ((unsigned)s->kind > RY_STEP_RECV)
+        bool copy = s->kind == RY_STEP_COPY, transfer = ry_is_transfer(s);
+        if ((unsigned)s->kind > RY_STEP_EXPAND)
             return ry_fail(m->err, "rank %d, step %d: is of no known kind", rank, i);
         if (!s->bytes)
             return ry_fail(m->err, "%s: nothing to do", ry_verify_name(m, rank, i).s);
-        if (copy ? s->peer != -1 || s->group != -1
-                 : s->peer < 0 || s->peer >= m->n || s->group < 0 || s->group >= p->ngroups)
+        if ((copy && (s->peer != -1 || s->group != -1)) ||
+            (transfer && (s->peer < 0 || s->peer >= m->n || s->group < 0 || s->group >= p->ngroups)))
             return ry_fail(m->err, "%s: peer %d and group %d do not exist", ry_verify_name(m, rank, i).s, s->peer,
                            s->group);
+        if (!copy && !transfer && ry_verify_row_step(m, rank, i))
+            return -1;
         /* Consecutive transfers of one group are one group; no group comes again after something else. */
-        bool goes_on = i && !copy && p->steps[i - 1].kind != RY_STEP_COPY && s->group == group;
-        if (!copy && !goes_on && s->group <= group)
+        bool goes_on = i && transfer && ry_is_transfer(s - 1) && s->group == group;
+        if (transfer && !goes_on && s->group <= group)
             return ry_fail(m->err, "%s: comes after group %d was begun", ry_verify_name(m, rank, i).s, group);
         if (!goes_on) {
             if (check_group(m, rank, start, i))
                 return -1;
-            start = copy ? i + 1 : i;
+            start = transfer ? i : i + 1;
         }
-        group = copy ? group : s->group;
+        group = transfer ? s->group : group;
+        uint64_t source = s->kind == RY_STEP_EXPAND ? ry_packed_bytes(s->repeats, s->rows) : s->bytes;
+        bool reads = s->kind != RY_STEP_RECV && s->kind != RY_STEP_PACK;
         if ((s->kind != RY_STEP_SEND && check_range(m, rank, i, s->to, s->bytes)) ||
-            (s->kind != RY_STEP_RECV && check_range(m, rank, i, s->from, s->bytes)))
+            (reads && check_range(m, rank, i, s->from, source)))
             return -1;
         if (s->kind != RY_STEP_SEND && s->to.place == RY_AT_SEND)
             return ry_fail(m->err, "%s: writes into send segment %d", ry_verify_name(m, rank, i).s, s->to.peer);

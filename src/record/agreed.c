@@ -13,6 +13,7 @@ struct ry_agreed_timed {
     uint64_t busy;
     double us;
     int strategy;
+    struct ry_agreed_plain plain;
 };
 
 void ry_agreed_init(struct ry_trace_agreed *a)
@@ -74,7 +75,8 @@ static bool grow(struct ry_agreed_table *t)
     return true;
 }
 
-void ry_agreed_duration(struct ry_trace_agreed *a, uint64_t number, int strategy, uint64_t busy, double us)
+void ry_agreed_duration(struct ry_trace_agreed *a, uint64_t number, int strategy, uint64_t busy, double us,
+                        struct ry_agreed_plain plain)
 {
     struct ry_agreed_table *t = &a->table;
     if (!t->room && !grow(t))
@@ -86,7 +88,7 @@ void ry_agreed_duration(struct ry_trace_agreed *a, uint64_t number, int strategy
                 return;
             s = slot_of(t, number);
         }
-        *s = (struct ry_agreed_timed){number + 1, busy, us, strategy};
+        *s = (struct ry_agreed_timed){number + 1, busy, us, strategy, plain};
         t->used++;
         return;
     }
@@ -110,13 +112,21 @@ static bool same_kind(const struct ry_agreed_timed *a, const struct ry_agreed_ti
     return a->strategy == b->strategy && ry_bin_of((double)a->busy) == ry_bin_of((double)b->busy);
 }
 
-void ry_agreed_finish(struct ry_trace_agreed *a)
+void ry_agreed_finish(struct ry_trace_agreed *a, struct ry_trace_ways *ways)
 {
     struct ry_agreed_timed *s = a->table.slots;
     uint64_t n = 0;
     for (uint64_t i = 0; i < a->table.room; i++)
         if (s[i].number)
             s[n++] = s[i];
+    for (uint64_t i = 0; i < n; i++) {
+        if (!s[i].plain.way || s[i].plain.us <= 0)
+            continue;
+        struct ry_trace_way *way = &ways->way[s[i].plain.way - 1];
+        way->estimated++;
+        way->plain_us += s[i].plain.us;
+        way->took_us += s[i].us;
+    }
     if (n && !(a->durations = calloc((size_t)RY_BINS * RY_TRACE_STRATEGIES, sizeof *a->durations)))
         n = 0;
     if (n)

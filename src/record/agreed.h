@@ -15,6 +15,7 @@
 #include <stdint.h>
 
 #include "times.h"
+#include "ways.h"
 
 #define RY_TRACE_STRATEGIES 8
 #define RY_TRACE_PLAIN 0 /* the strategy of exchanges that were not agreed on */
@@ -47,9 +48,15 @@ void ry_agreed_free(struct ry_trace_agreed *a);
 int ry_agreed_strategy(struct ry_trace_agreed *a, const char *name);
 /** A rank waited for a verdict, `late_us` of it for other ranks. */
 void ry_agreed_wait(struct ry_trace_agreed *a, double waited_us, double late_us);
+/* What plain NCCL would have taken for it, by the model. */
+struct ry_agreed_plain {
+    int way; /* 1 + index in struct ry_trace_ways; 0: not known */
+    double us;
+};
 /** Exchange `number` took `us` on a rank that sent to, or received from, others at most `busy` bytes. */
-void ry_agreed_duration(struct ry_trace_agreed *a, uint64_t number, int strategy, uint64_t busy, double us);
-/** All lines were read. */
-void ry_agreed_finish(struct ry_trace_agreed *a);
+void ry_agreed_duration(struct ry_trace_agreed *a, uint64_t number, int strategy, uint64_t busy, double us,
+                        struct ry_agreed_plain plain);
+/** All lines were read: sums up durations, and in `ways` what they are to be compared with. */
+void ry_agreed_finish(struct ry_trace_agreed *a, struct ry_trace_ways *ways);
 
 #endif

@@ -57,7 +57,7 @@ struct ry_record_comm {
     bool no_room;              /* made when the limit left no room for its matrix file */
 };
 
-enum record_kind { RECORD_EXCHANGE, RECORD_DURATION };
+enum record_kind { RECORD_EXCHANGE, RECORD_DURATION, RECORD_ROWS };
 
 /* What lies in a ring. */
 struct record {
@@ -69,6 +69,7 @@ struct record {
             uint64_t number;
             double us;
         } duration;
+        struct ry_record_rows rows;
     };
     uint64_t counts[]; /* [2 * nranks] of an exchange: sent, received */
 };

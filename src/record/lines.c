@@ -230,6 +230,11 @@ void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks
         p = put_text(p, x->row_source ? x->row_source : "set");
         *p++ = '"';
     }
+    if (x->direction) {
+        p = PUT(p, ",\"way\":\"");
+        p = put_text(p, x->direction);
+        *p++ = '"';
+    }
     if (x->gather_count) {
         p = PUT(p, ",\"gather_comm\":\"");
         p = put_text(p, x->gather_comm);
@@ -247,6 +252,10 @@ void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks
         p = put_us(p, x->waited_us);
         p = PUT(p, ",\"late_us\":");
         p = put_us(p, x->late_us);
+        if (x->plain_us > 0) {
+            p = PUT(p, ",\"plain_us\":");
+            p = put_us(p, x->plain_us);
+        }
         if (x->verify)
             p = PUT(p, ",\"verify\":true");
     }
@@ -267,6 +276,35 @@ void ry_line_duration(struct ry_text *text, const char *id, int rank, uint64_t n
     p = put_start(p, "us", id, rank, number);
     p = PUT(p, ",\"us\":");
     p = put_us(p, us);
+    p = PUT(p, "}\n");
+    text->len = (size_t)(p - text->at);
+}
+
+void ry_line_rows(struct ry_text *text, const char *id, int rank, const struct ry_record_rows *rows)
+{
+    char *p = room(text, 640);
+    if (!p)
+        return;
+    p = put_start(p, "rows", id, rank, rows->number);
+    p = PUT(p, ",\"way\":\"");
+    p = put_text(p, rows->direction);
+    p = PUT(p, "\",\"row_bytes\":");
+    p = put_number(p, rows->row_bytes);
+    p = PUT(p, ",\"rows\":");
+    p = put_number(p, rows->rows);
+    p = PUT(p, ",\"distinct\":");
+    p = put_number(p, rows->distinct);
+    p = PUT(p, ",\"zero\":");
+    p = put_number(p, rows->zero);
+    p = PUT(p, ",\"cross\":");
+    p = put_number(p, rows->cross);
+    p = PUT(p, ",\"packed\":");
+    p = put_number(p, rows->packed);
+    if (rows->strategy) {
+        p = PUT(p, ",\"strategy\":\"");
+        p = put_text(p, rows->strategy);
+        *p++ = '"';
+    }
     p = PUT(p, "}\n");
     text->len = (size_t)(p - text->at);
 }

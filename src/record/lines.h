@@ -43,6 +43,7 @@ json_t *ry_line_map(const char *id, int rank, const struct ry_cluster *map, cons
 void ry_line_exchange(struct ry_text *text, const char *id, int rank, int nranks, const char *name,
                       const struct ry_record_exchange *x);
 void ry_line_duration(struct ry_text *text, const char *id, int rank, uint64_t number, double us);
+void ry_line_rows(struct ry_text *text, const char *id, int rank, const struct ry_record_rows *rows);
 
 /** Name of an ncclDataType_t ("bfloat16"), or NULL where it is unknown. */
 const char *ry_type_text(int type);

@@ -20,7 +20,7 @@ bool ry_parse_is_frequent(const char *line, size_t n)
     if (*p != '{' || strncmp(p = blanks(p + 1), "\"t\"", 3) || *(p = blanks(p + 3)) != ':')
         return false;
     p = blanks(p + 1);
-    return !strncmp(p, "\"x\"", 3) || !strncmp(p, "\"us\"", 4);
+    return !strncmp(p, "\"x\"", 3) || !strncmp(p, "\"us\"", 4) || !strncmp(p, "\"rows\"", 6);
 }
 
 void ry_parsed_free(struct ry_parsed *x)
@@ -48,7 +48,9 @@ static void clear(struct ry_parsed *x)
     x->number = x->wall_ns = x->type_bytes = x->row = x->gather_count = 0;
     x->type[0] = x->row_by[0] = x->gather_comm[0] = x->strategy[0] = 0;
     x->one_call = x->captured = x->verify = false;
-    x->us = x->waited_us = x->late_us = 0;
+    x->us = x->waited_us = x->late_us = x->plain_us = 0;
+    x->way[0] = 0;
+    x->row_bytes = x->rows = x->distinct = x->zero = x->cross = x->packed = 0;
 }
 
 /* Counts times bytes must fit; then everything that is computed from one line does. */
@@ -152,6 +154,8 @@ static bool eat_exchange(struct ry_parsed *x, const char **at, int nranks)
     if (EAT(p, ",\"row\":") &&
         (!eat_number(&p, &x->row) || !EAT(p, ",\"row_by\":\"") || !eat_text(&p, x->row_by, sizeof x->row_by)))
         return false;
+    if (EAT(p, ",\"way\":\"") && !eat_text(&p, x->way, sizeof x->way))
+        return false;
     if (EAT(p, ",\"gather_comm\":\"") && (!eat_text(&p, x->gather_comm, sizeof x->gather_comm) ||
                                           !EAT(p, ",\"gather_count\":") || !eat_number(&p, &x->gather_count)))
         return false;
@@ -160,6 +164,8 @@ static bool eat_exchange(struct ry_parsed *x, const char **at, int nranks)
     if (EAT(p, ",\"strategy\":\"") &&
         (!eat_text(&p, x->strategy, sizeof x->strategy) || !EAT(p, ",\"waited_us\":") || !eat_us(&p, &x->waited_us) ||
          !EAT(p, ",\"late_us\":") || !eat_us(&p, &x->late_us)))
+        return false;
+    if (EAT(p, ",\"plain_us\":") && !eat_us(&p, &x->plain_us))
         return false;
     x->verify = EAT(p, ",\"verify\":true");
     if (EAT(p, ",\"name\":\"")) {
@@ -172,24 +178,43 @@ static bool eat_exchange(struct ry_parsed *x, const char **at, int nranks)
     return true;
 }
 
+static bool eat_rows(struct ry_parsed *x, const char **at)
+{
+    const char *p = *at;
+    if (!EAT(p, ",\"way\":\"") || !eat_text(&p, x->way, sizeof x->way) || !EAT(p, ",\"row_bytes\":") ||
+        !eat_number(&p, &x->row_bytes) || !EAT(p, ",\"rows\":") || !eat_number(&p, &x->rows) ||
+        !EAT(p, ",\"distinct\":") || !eat_number(&p, &x->distinct) || !EAT(p, ",\"zero\":") ||
+        !eat_number(&p, &x->zero) || !EAT(p, ",\"cross\":") || !eat_number(&p, &x->cross) ||
+        !EAT(p, ",\"packed\":") || !eat_number(&p, &x->packed) ||
+        (EAT(p, ",\"strategy\":\"") && !eat_text(&p, x->strategy, sizeof x->strategy)))
+        return false;
+    *at = p;
+    return true;
+}
+
 /* BAD: not the writer's spelling, or damaged: jansson shall tell. */
 static enum ry_parsed_kind scan(struct ry_parsed *x, const char *p, const char *end,
                                 int (*pick)(void *ctx, const char *id, uint64_t rank), void *ctx)
 {
     char id[17];
     uint64_t rank;
-    bool exchange = EAT(p, "{\"t\":\"x\"");
-    if ((!exchange && !EAT(p, "{\"t\":\"us\"")) || !EAT(p, ",\"comm\":\"") || !eat_text(&p, id, sizeof id) ||
-        !EAT(p, ",\"rank\":") || !eat_number(&p, &rank) || !EAT(p, ",\"n\":") || !eat_number(&p, &x->number))
+    enum ry_parsed_kind kind = EAT(p, "{\"t\":\"x\"")      ? RY_PARSED_EXCHANGE
+                               : EAT(p, "{\"t\":\"us\"")   ? RY_PARSED_DURATION
+                               : EAT(p, "{\"t\":\"rows\"") ? RY_PARSED_ROWS
+                                                           : RY_PARSED_BAD;
+    if (kind == RY_PARSED_BAD || !EAT(p, ",\"comm\":\"") || !eat_text(&p, id, sizeof id) || !EAT(p, ",\"rank\":") ||
+        !eat_number(&p, &rank) || !EAT(p, ",\"n\":") || !eat_number(&p, &x->number))
         return RY_PARSED_BAD;
     int nranks = pick(ctx, id, rank);
     if (!nranks)
         return RY_PARSED_ORPHAN;
-    if (exchange ? !make_room(x, nranks) || !eat_exchange(x, &p, nranks) : !EAT(p, ",\"us\":") || !eat_us(&p, &x->us))
+    if (kind == RY_PARSED_EXCHANGE ? !make_room(x, nranks) || !eat_exchange(x, &p, nranks)
+        : kind == RY_PARSED_ROWS   ? !eat_rows(x, &p)
+                                   : !EAT(p, ",\"us\":") || !eat_us(&p, &x->us))
         return RY_PARSED_BAD;
-    if (*p++ != '}' || p != end || (exchange && !sane(x, nranks)))
+    if (*p++ != '}' || p != end || (kind == RY_PARSED_EXCHANGE && !sane(x, nranks)))
         return RY_PARSED_BAD;
-    return exchange ? RY_PARSED_EXCHANGE : RY_PARSED_DURATION;
+    return kind;
 }
 
 /* ---- any spelling ---- */
@@ -260,18 +285,25 @@ static enum ry_parsed_kind load(struct ry_parsed *x, const json_t *o,
     if (!strcmp(t, "us")) {
         return get_us(o, "us", true, &x->us) ? RY_PARSED_DURATION : RY_PARSED_BAD;
     }
+    get_text(o, "way", x->way, sizeof x->way);
+    get_text(o, "strategy", x->strategy, sizeof x->strategy);
+    if (!strcmp(t, "rows"))
+        return get(o, "row_bytes", true, &x->row_bytes) && get(o, "rows", true, &x->rows) &&
+                       get(o, "distinct", true, &x->distinct) && get(o, "zero", true, &x->zero) &&
+                       get(o, "cross", true, &x->cross) && get(o, "packed", true, &x->packed)
+                   ? RY_PARSED_ROWS
+                   : RY_PARSED_BAD;
     if (strcmp(t, "x") || !make_room(x, nranks) || !get(o, "wall_ns", false, &x->wall_ns) ||
         !get(o, "type_bytes", true, &x->type_bytes) || !get_counts(o, "send", x->send, nranks) ||
         !get_counts(o, "recv", x->recv, nranks) || !get(o, "row", false, &x->row) ||
         !get(o, "gather_count", false, &x->gather_count) || !get_us(o, "waited_us", false, &x->waited_us) ||
-        !get_us(o, "late_us", false, &x->late_us) || !sane(x, nranks))
+        !get_us(o, "late_us", false, &x->late_us) || !get_us(o, "plain_us", false, &x->plain_us) || !sane(x, nranks))
         return RY_PARSED_BAD;
     get_text(o, "type", x->type, sizeof x->type);
     get_text(o, "row_by", x->row_by, sizeof x->row_by);
     get_text(o, "gather_comm", x->gather_comm, sizeof x->gather_comm);
     x->one_call = json_is_true(json_object_get(o, "one_call"));
     x->captured = json_is_true(json_object_get(o, "captured"));
-    get_text(o, "strategy", x->strategy, sizeof x->strategy);
     x->verify = json_is_true(json_object_get(o, "verify"));
     return RY_PARSED_EXCHANGE;
 }

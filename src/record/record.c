@@ -159,22 +159,33 @@ void ry_record_exchange(struct ry_record *rec, struct ry_record_comm *comm, cons
     leave(lane);
 }
 
-void ry_record_duration(struct ry_record *rec, struct ry_record_comm *comm, uint64_t number, double us)
+/* A record without counts: where there is no room it is dropped, and counted. */
+static void put_small(struct ry_record *rec, struct ry_record_comm *comm, const struct record *small)
 {
-    struct lane *lane = comm && isfinite(us) ? enter(rec) : NULL;
+    struct lane *lane = comm ? enter(rec) : NULL;
     if (!lane)
         return;
     struct record *r = lane->failed ? NULL : ry_ring_reserve(&lane->ring, sizeof *r);
     if (r) {
-        r->kind = RECORD_DURATION;
-        r->comm = comm;
-        r->duration.number = number;
-        r->duration.us = us;
+        *r = *small;
         publish(rec, lane);
     } else {
         atomic_fetch_add_explicit(&comm->lost_durations, 1, memory_order_relaxed);
     }
     leave(lane);
+}
+
+void ry_record_duration(struct ry_record *rec, struct ry_record_comm *comm, uint64_t number, double us)
+{
+    struct record r = {.kind = RECORD_DURATION, .comm = comm, .duration = {number, us}};
+    if (isfinite(us))
+        put_small(rec, comm, &r);
+}
+
+void ry_record_rows(struct ry_record *rec, struct ry_record_comm *comm, const struct ry_record_rows *rows)
+{
+    struct record r = {.kind = RECORD_ROWS, .comm = comm, .rows = *rows};
+    put_small(rec, comm, &r);
 }
 
 void ry_record_comm_free(struct ry_record_comm *comm)

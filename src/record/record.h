@@ -60,12 +60,14 @@ struct ry_record_exchange {
     const uint64_t *send_count, *recv_count; /* [nranks], elements */
     uint64_t row_elems; /* elements of one row; 0: not known */
     const char *row_source; /* "set", "ratio" or "gcd"; a string constant; NULL if not known */
+    const char *direction;  /* "go" or "return"; a string constant; NULL if not known */
     /* the latest all-gather of int64 since the exchange before: Megatron's expert counts; gather_count 0: none */
     char gather_comm[17];
     uint64_t gather_count;
     /* where it was agreed on (NULL: it was not, and what follows means nothing) */
     const char *strategy;      /* a string constant, at most 15 characters */
     double waited_us, late_us; /* how long the job's thread waited for the verdict; of it for other ranks */
+    double plain_us;           /* what the model says plain NCCL would have taken; 0: not known */
     bool verify;               /* carried out both ways */
 };
 
@@ -74,6 +76,19 @@ void ry_record_exchange(struct ry_record *rec, struct ry_record_comm *comm, cons
 
 /** Exchange `number` took `us` microseconds on the device. Any thread. [job] guarantees hold. */
 void ry_record_duration(struct ry_record *rec, struct ry_record_comm *comm, uint64_t number, double us);
+
+/* What a search for equal rows found in what this rank sent to other nodes in exchange `number`. */
+struct ry_record_rows {
+    uint64_t number;
+    const char *direction; /* as in its exchange */
+    uint64_t row_bytes;
+    uint64_t rows, distinct, zero; /* rows; of them different, for each node by itself; of them all zero bytes */
+    uint64_t cross, packed; /* bytes across nodes as they are, and with equal rows sent once */
+    const char *strategy;   /* of the exchange: a string constant; NULL: not agreed on */
+};
+
+/** [job] Record that; before or after the exchange itself. Dropped where there is no room, and counted with the durations. */
+void ry_record_rows(struct ry_record *rec, struct ry_record_comm *comm, const struct ry_record_rows *rows);
 
 /**
  * One named counter of a communicator, as it stands at its end. The report infers what a communicator is for from

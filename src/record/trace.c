@@ -333,6 +333,7 @@ struct recent {
         uint64_t number;             /* + 1; 0: none */
         uint64_t bytes, cross, busy; /* busy: to or from other ranks, whichever is more */
         int strategy;                /* -1: carried out both ways to be verified: its duration tells nothing */
+        struct ry_agreed_plain plain;
     } exchange[RECENT];
     struct {
         uint64_t number;
@@ -394,7 +395,7 @@ static void match(const struct pass2 *s, const struct line *x, double us)
     t->cross_bytes = add(t->cross_bytes, x->cross);
     t->matched_us += us;
     if (x->strategy >= 0)
-        ry_agreed_duration(&s->comm->agreed, x->number - 1, x->strategy, x->busy, us);
+        ry_agreed_duration(&s->comm->agreed, x->number - 1, x->strategy, x->busy, us, x->plain);
 }
 
 static void count_kinds(struct ry_trace_comm *c, const struct ry_parsed *x)
@@ -449,6 +450,35 @@ static int take_agreement(struct ry_trace_comm *c, struct ry_trace_rank *r, cons
     return x->verify ? -1 : strategy;
 }
 
+static void take_way(struct ry_trace_comm *c, const struct ry_parsed *x, struct line *line)
+{
+    struct ry_trace_way *way = ry_ways_of(&c->ways, x->way);
+    if (!way)
+        return;
+    way->lines++;
+    way->cross = add(way->cross, line->cross);
+    if (*x->strategy && strcmp(x->strategy, "direct")) /* else it is plain NCCL itself */
+        line->plain = (struct ry_agreed_plain){1 + (int)(way - c->ways.way), x->plain_us};
+}
+
+static void take_rows(struct ry_trace_comm *c, const struct ry_parsed *x)
+{
+    struct ry_trace_way *way = ry_ways_of(&c->ways, x->way);
+    if (!way)
+        return;
+    way->searched++;
+    way->rows = add(way->rows, x->rows);
+    way->distinct = add(way->distinct, x->distinct);
+    way->zero = add(way->zero, x->zero);
+    way->from_bytes = add(way->from_bytes, x->cross);
+    way->to_bytes = add(way->to_bytes, x->packed);
+    if (strcmp(x->strategy, "dedup"))
+        return;
+    way->packed++;
+    way->packed_from = add(way->packed_from, x->cross);
+    way->packed_to = add(way->packed_to, x->packed);
+}
+
 static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
 {
     struct ry_trace_comm *c = s->comm;
@@ -473,6 +503,7 @@ static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
     }
     line.busy = to_others > from_others ? to_others : from_others;
     line.strategy = take_agreement(c, r, x);
+    take_way(c, x, &line);
     r->lines++;
     if (x->number != UINT64_MAX && x->number + 1 > r->exchanges && x->number < r->lines + r->dropped + (1 << 20))
         r->exchanges = x->number + 1;
@@ -548,6 +579,9 @@ static bool read_line(struct pass2 *s, int pass, const char *line, size_t n, str
             return true;
         case RY_PARSED_DURATION:
             take_duration(s, x);
+            return true;
+        case RY_PARSED_ROWS:
+            take_rows(s->comm, x);
             return true;
         case RY_PARSED_ORPHAN:
             s->t->processes[s->process].orphan_lines++;
@@ -772,7 +806,7 @@ struct ry_trace *ry_trace_open(const char *dir, struct ry_err *err)
             for (int k = 0; k < t->comms[i]->nranks; k++)
                 if (t->comms[i]->ranks[k])
                     merge_matrix(t, t->comms[i], k);
-            ry_agreed_finish(&t->comms[i]->agreed);
+            ry_agreed_finish(&t->comms[i]->agreed, &t->comms[i]->ways);
             note_missing(t, t->comms[i]);
         }
         note_processes(t);

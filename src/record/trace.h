@@ -21,6 +21,7 @@
 #include "agreed.h"
 #include "base/error.h"
 #include "times.h"
+#include "ways.h"
 
 /* What one rank of a communicator recorded. */
 struct ry_trace_rank {
@@ -67,6 +68,7 @@ struct ry_trace_comm {
     char gather_comm[17]; /* where the int64 all-gathers before its exchanges went, the last one seen */
     uint64_t gathers, gather_count;
     struct ry_trace_agreed agreed; /* what its exchange lines tell of the agreement */
+    struct ry_trace_ways ways;     /* of equal rows, by direction */
     json_t *counters;              /* object: sums over the ranks */
     bool counted;                  /* at least one rank gave counters */
 };

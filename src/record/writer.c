@@ -190,12 +190,15 @@ static void write_exchange(struct ry_record *rec, struct record *r)
     keep_exchange(rec, before);
 }
 
-static void write_duration(struct ry_record *rec, const struct record *r)
+static void write_small(struct ry_record *rec, const struct record *r)
 {
     if (rec->full)
         return;
     size_t before = rec->text.len;
-    ry_line_duration(&rec->text, r->comm->id, r->comm->rank, r->duration.number, r->duration.us);
+    if (r->kind == RECORD_ROWS)
+        ry_line_rows(&rec->text, r->comm->id, r->comm->rank, &r->rows);
+    else
+        ry_line_duration(&rec->text, r->comm->id, r->comm->rank, r->duration.number, r->duration.us);
     keep(rec, before, reserve(rec));
 }
 
@@ -218,7 +221,7 @@ static bool drain(struct ry_record *rec)
             if (r->kind == RECORD_EXCHANGE)
                 write_exchange(rec, r);
             else
-                write_duration(rec, r);
+                write_small(rec, r);
             ry_ring_pop(&lane->ring);
         }
     }

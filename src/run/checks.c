@@ -213,6 +213,10 @@ int ry_run_verify(struct ry_runner *r, const struct ry_plan *plan, const struct 
 bool ry_run_checks(struct ry_runner *r, uint64_t *equal, struct ry_mismatch *bad)
 {
     *equal = 0;
+    if (scan_damage(r)) {
+        *bad = (struct ry_mismatch){.peer = -1};
+        return true;
+    }
     for (struct check *c; (c = r->oldest);) {
         bool done = false;
         int broken = r->device->event_done(c->event, &done, NULL);

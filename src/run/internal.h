@@ -1,9 +1,10 @@
 /*
- * internal.h: what the files of run/ share: the runner, batches of segments, and comparisons under way.
+ * internal.h: what the files of run/ share: the runner, batches of segments and of packed messages, comparisons under way.
  */
 #ifndef RY_RUN_INTERNAL_H
 #define RY_RUN_INTERNAL_H
 
+#include "rows.h"
 #include "run.h"
 #include "segments.h"
 
@@ -23,6 +24,17 @@ struct ry_runner {
     /* checks.c: comparisons under way, oldest first */
     struct check *oldest, *newest;
     int nchecks;
+    /* scan.c */
+    struct ry_rows *rows; /* NULL: no kernels */
+    struct {
+        uint64_t row_bytes; /* 0: none */
+        int own_node, count;
+        bool known;    /* the result is here: */
+        int nnodes;    /* that there is room for */
+        struct ry_repeats *repeats;
+        uint64_t *rows;
+        bool *scan_node;
+    } scan; /* the latest */
 };
 
 /* ---- batch.c ---- */
@@ -53,6 +65,37 @@ void staging_unreserve(uint64_t bytes);
 int staging_enter(struct ry_runner *runner, void *stream, struct ry_err *err);
 int staging_leave(struct ry_runner *runner, void *stream, struct ry_err *err);
 void staging_free(struct ry_runner *runner);
+
+/* ---- scan.c ---- */
+
+/** Load what scanning and expanding need, so that neither ever waits for the device. */
+void scan_prepare(struct ry_runner *runner, int ordinal);
+void scan_free(struct ry_runner *runner);
+/** Is this what the latest search found for `node`? */
+bool scan_says(const struct ry_runner *runner, int node, struct ry_repeats repeats, uint64_t rows);
+/** Did expansions that are over meet a damaged message since the last call? Then it is said, too. */
+bool scan_damage(struct ry_runner *runner);
+
+/* ---- packed.c ---- */
+
+/** May this step, to pack or expand, be carried out? -1 with `err`. */
+int packed_check(const struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b,
+                 const struct ry_step *step, struct ry_err *err);
+
+#define PACKED 64
+/* Messages to pack, or pieces to expand, collected until something else must come first. */
+struct packed {
+    struct ry_runner *runner;
+    void *stream;
+    int npacks, npieces;
+    struct ry_rows_packing pack[PACKED];
+    struct ry_rows_piece piece[PACKED];
+    uint64_t message_bytes[PACKED]; /* of each piece's message */
+};
+void packed_start(struct packed *packed, struct ry_runner *runner, void *stream);
+int packed_pack(struct packed *packed, int node, void *message, struct ry_err *err);
+int packed_expand(struct packed *packed, const struct ry_rows_piece *piece, uint64_t message_bytes, struct ry_err *err);
+int packed_flush(struct packed *packed, struct ry_err *err);
 
 /* ---- checks.c ---- */
 

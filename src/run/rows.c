@@ -41,6 +41,7 @@ static struct answers *idle;
 struct ry_rows {
     const struct ry_device *device;
     int nranks, nnodes;
+    int *node;     /* [nranks] */
     int *by_node;  /* [nranks]: the ranks, node after node */
     int *first_of; /* [nnodes + 1]: where each node's begin in it */
     struct answers *answers;
@@ -51,8 +52,9 @@ struct ry_rows {
     uint64_t *host;   /* the tables: pending counter, nodes, segments */
     uint64_t *nrows;  /* [nnodes]: of the last scan */
     uint64_t *copies; /* [2 nnodes]: the answers, for the caller */
+    bool known;       /* they are there */
     void *memory;
-    uint64_t capacity, slots;
+    uint64_t capacity, held; /* rows, bytes */
     struct ry_rows_scan scan; /* of the last scan; addresses from ry_rows_grow() */
 };
 
@@ -98,13 +100,20 @@ static struct answers *take_answers(const struct ry_device *device, int nnodes, 
     return a;
 }
 
-void ry_rows_free(struct ry_rows *rows)
+static void give_memory_back(struct ry_rows *rows)
 {
     struct ry_err why;
-    if (!rows)
-        return;
     if (rows->memory && rows->device->free_after(rows->memory, rows->answers->used, &why))
         ry_info("the memory of a row scanner is lost: %s", why.msg);
+    rows->memory = NULL;
+    rows->capacity = rows->held = 0;
+}
+
+void ry_rows_free(struct ry_rows *rows)
+{
+    if (!rows)
+        return;
+    give_memory_back(rows);
     if (rows->answers) {
         pthread_mutex_lock(&lock);
         rows->answers->next = idle;
@@ -113,6 +122,7 @@ void ry_rows_free(struct ry_rows *rows)
     }
     if (rows->found)
         rows->device->event_destroy(rows->found);
+    free(rows->node);
     free(rows->by_node);
     free(rows->first_of);
     free(rows->host);
@@ -124,39 +134,69 @@ void ry_rows_free(struct ry_rows *rows)
 struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nranks, int nnodes, const int *node,
                             struct ry_err *err)
 {
-    for (int r = 0; r < nranks; r++)
-        if (node[r] < 0 || node[r] >= nnodes) {
-            ry_fail(err, "rank %d is on node %d of %d", r, node[r], nnodes);
-            return NULL;
-        }
     struct ry_rows *rows = calloc(1, sizeof *rows);
     if (!rows) {
         ry_fail(err, "out of memory");
         return NULL;
     }
-    *rows = (struct ry_rows){.device = device, .nranks = nranks, .nnodes = nnodes};
-    rows->by_node = calloc((size_t)nranks + 1, sizeof *rows->by_node);
-    rows->first_of = calloc((size_t)nnodes + 1, sizeof *rows->first_of);
-    rows->host = calloc(table_words(rows), sizeof *rows->host);
-    rows->nrows = calloc((size_t)nnodes + 1, sizeof *rows->nrows);
-    rows->copies = calloc(2 * (size_t)nnodes + 1, sizeof *rows->copies);
-    if (!rows->by_node || !rows->first_of || !rows->host || !rows->nrows || !rows->copies)
-        ry_fail(err, "out of memory for %d ranks", nranks);
-    else if (!device->prepare(ordinal, &rows_kernels, err) && !device->event_create_untimed(&rows->found, err))
-        rows->answers = take_answers(device, nnodes, err);
-    if (!rows->answers) {
+    rows->device = device;
+    rows->nnodes = -1;
+    if (!device->prepare(ordinal, &rows_kernels, err) && !device->event_create_untimed(&rows->found, err))
+        rows->answers = take_answers(device, nnodes > RY_ROWS_NODES ? nnodes : RY_ROWS_NODES, err);
+    if (!rows->answers || ry_rows_layout(rows, nranks, nnodes, node, err)) {
         ry_rows_free(rows);
         return NULL;
-    }
-    for (int n = 0, i = 0; n < nnodes; n++) {
-        for (int r = 0; r < nranks; r++)
-            if (node[r] == n)
-                rows->by_node[i++] = r;
-        rows->first_of[n + 1] = i;
     }
     memset((void *)(uintptr_t)rows->answers->word, 0, (1 + 2 * (size_t)nnodes) * sizeof *rows->answers->word);
     ry_rows_for_tests(rows, ~UINT64_C(0), ~UINT64_C(0), 0);
     return rows;
+}
+
+int ry_rows_layout(struct ry_rows *rows, int nranks, int nnodes, const int *node, struct ry_err *err)
+{
+    if (nranks == rows->nranks && nnodes == rows->nnodes &&
+        (!nranks || !memcmp(node, rows->node, (size_t)nranks * sizeof *node)))
+        return 0;
+    if (nnodes > rows->answers->nnodes)
+        return ry_fail(err, "%d nodes are more than the %d that a scan is made for", nnodes, rows->answers->nnodes);
+    for (int r = 0; r < nranks; r++)
+        if (node[r] < 0 || node[r] >= nnodes)
+            return ry_fail(err, "rank %d is on node %d of %d", r, node[r], nnodes);
+    struct ry_rows to = {.nranks = nranks, .nnodes = nnodes};
+    to.node = calloc((size_t)nranks + 1, sizeof *to.node);
+    to.by_node = calloc((size_t)nranks + 1, sizeof *to.by_node);
+    to.first_of = calloc((size_t)nnodes + 1, sizeof *to.first_of);
+    to.host = calloc(table_words(&to), sizeof *to.host);
+    to.nrows = calloc((size_t)nnodes + 1, sizeof *to.nrows);
+    to.copies = calloc(2 * (size_t)nnodes + 1, sizeof *to.copies);
+    bool have = to.node && to.by_node && to.first_of && to.host && to.nrows && to.copies;
+    /* Those in use go, or, if there is no memory for new ones, the new ones. */
+    int **own[] = {&rows->node, &rows->by_node, &rows->first_of}, *new[] = {to.node, to.by_node, to.first_of};
+    uint64_t **own64[] = {&rows->host, &rows->nrows, &rows->copies}, *new64[] = {to.host, to.nrows, to.copies};
+    for (int i = 0; i < 3; i++) {
+        free(have ? *own[i] : new[i]);
+        free(have ? *own64[i] : new64[i]);
+        if (have)
+            *own[i] = new[i], *own64[i] = new64[i];
+    }
+    if (!have)
+        return ry_fail(err, "out of memory for %d ranks", nranks);
+    give_memory_back(rows); /* its tables have other sizes */
+    rows->nranks = nranks;
+    rows->nnodes = nnodes;
+    rows->scanned = false;
+    for (int r = 0; r < nranks; r++) {
+        rows->node[r] = node[r];
+        rows->first_of[node[r] + 1]++;
+    }
+    for (int n = 0; n < nnodes; n++)
+        rows->first_of[n + 1] += rows->first_of[n];
+    for (int r = 0; r < nranks; r++) /* first_of is off by what is filled in, for now */
+        rows->by_node[rows->first_of[node[r]]++] = r;
+    for (int n = nnodes; n > 0; n--)
+        rows->first_of[n] = rows->first_of[n - 1];
+    rows->first_of[0] = 0;
+    return 0;
 }
 
 void ry_rows_for_tests(struct ry_rows *rows, uint64_t sample_mask, uint64_t full_mask, unsigned blocks)
@@ -202,6 +242,46 @@ static size_t most_tiles(const struct ry_rows *rows)
     return rows->nnodes > (int)RY_ROWS_TILES ? (size_t)rows->nnodes : RY_ROWS_TILES;
 }
 
+static uint64_t capacity_for(uint64_t nrows)
+{
+    return nrows ? (nrows + 1023) / 1024 * 1024 : 1024;
+}
+
+/* Where what lies in memory from `base` on, with room for `capacity` rows. Returns the bytes in all. */
+static uint64_t divide(const struct ry_rows *rows, uint64_t capacity, uint64_t base, struct ry_rows_scan *s)
+{
+    const struct {
+        uint64_t *address, bytes;
+    } parts[] = {
+        {&s->npending, table_words(rows) * 8},
+        {&s->table, power_of_2(2 * capacity) * sizeof(struct ry_rows_slot)},
+        {&s->where, capacity * 4},
+        {&s->index, capacity * 4},
+        {&s->order, capacity * 4},
+        {&s->state, capacity},
+        {&s->tiles, most_tiles(rows) * 8},
+    };
+    uint64_t at = base;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].address = at;
+        at += round_up(parts[i].bytes);
+    }
+    s->nodes = s->npending + 8;
+    s->segments = s->nodes + (uint64_t)rows->nnodes * sizeof(struct ry_rows_node);
+    return at - base;
+}
+
+uint64_t ry_rows_memory(const struct ry_rows *rows, uint64_t nrows)
+{
+    struct ry_rows_scan s;
+    return divide(rows, capacity_for(nrows), 0, &s);
+}
+
+uint64_t ry_rows_held(const struct ry_rows *rows)
+{
+    return rows->held;
+}
+
 int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_err *err)
 {
     const struct ry_device *device = rows->device;
@@ -213,37 +293,16 @@ int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_e
                        (unsigned long long)RY_ROWS_MOST);
     if (enter(rows, stream, err))
         return -1;
-    uint64_t capacity = (nrows + 1023) / 1024 * 1024, slots = power_of_2(2 * (capacity ? capacity : 1024));
-    struct ry_rows_scan *s = &rows->scan;
-    const struct {
-        uint64_t *address, bytes;
-    } parts[] = {
-        {&s->npending, table_words(rows) * 8},
-        {&s->table, slots * sizeof(struct ry_rows_slot)},
-        {&s->where, capacity * 4},
-        {&s->index, capacity * 4},
-        {&s->order, capacity * 4},
-        {&s->state, capacity},
-        {&s->tiles, most_tiles(rows) * 8},
-    };
-    uint64_t bytes = 0;
+    uint64_t capacity = capacity_for(nrows), bytes = ry_rows_memory(rows, nrows);
     void *memory;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-        bytes += round_up(parts[i].bytes);
     if (device->alloc_async(&memory, bytes, stream, err))
         return -1;
     if (rows->memory && device->free_async(rows->memory, stream, &lost))
         ry_info("the memory of a row scanner is lost: %s", lost.msg);
-    uint64_t at = (uint64_t)(uintptr_t)memory;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].address = at;
-        at += round_up(parts[i].bytes);
-    }
-    s->nodes = s->npending + 8;
-    s->segments = s->nodes + (uint64_t)rows->nnodes * sizeof(struct ry_rows_node);
+    divide(rows, capacity, (uint64_t)(uintptr_t)memory, &rows->scan);
     rows->memory = memory;
     rows->capacity = capacity;
-    rows->slots = slots;
+    rows->held = bytes;
     rows->scanned = false;
     return leave(rows, stream, err);
 }
@@ -258,15 +317,16 @@ static int launch(const struct ry_rows *rows, struct ry_kernel *kernel, uint64_t
                                 stream, err);
 }
 
-static int put(const struct ry_rows *rows, uint64_t to, const uint64_t *word, size_t n, void *stream,
+/* The tables of `n` words, and `fill` bytes of ones for the scan's hash table. */
+static int put(const struct ry_rows *rows, const struct ry_rows_scan *s, size_t n, uint64_t fill, void *stream,
                struct ry_err *err)
 {
-    struct ry_rows_put p;
-    for (size_t done = 0; done < n; done += p.n) {
+    struct ry_rows_put p = {.fill = s->table, .nfill = fill / 16};
+    for (size_t done = 0; done < n; done += p.n, p.nfill = 0) {
         p.n = n - done < RY_ROWS_PUT ? n - done : RY_ROWS_PUT;
-        p.to = to + done * 8;
-        memcpy(p.word, word + done, p.n * 8);
-        if (launch(rows, &rows_put, p.n, &p, stream, err))
+        p.to = s->npending + done * 8;
+        memcpy(p.word, rows->host + done, p.n * 8);
+        if (launch(rows, &rows_put, p.n > p.nfill ? p.n : p.nfill, &p, stream, err))
             return -1;
     }
     return 0;
@@ -328,12 +388,11 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
                        (unsigned long long)rows->capacity);
     s.found = (uint64_t)(uintptr_t)(rows->answers->word + 1);
     rows->scanned = false;
-    if (enter(rows, stream, err) || put(rows, s.npending, rows->host, words, stream, err))
-        return -1;
     uint64_t tiles = (uint64_t)s.nnodes * s.tiles_per_node;
-    if (s.nrows && (rows->device->fill((void *)(uintptr_t)s.table, 0xff, sizeof(struct ry_rows_slot) << s.table_bits,
-                                       stream, err) ||
-                    launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
+    uint64_t table = s.nrows ? sizeof(struct ry_rows_slot) << s.table_bits : 0;
+    if (enter(rows, stream, err) || put(rows, &s, words, table, stream, err))
+        return -1;
+    if (s.nrows && (launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
                     launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
                     launch(rows, &rows_recompare, s.nrows * s.lanes, &s, stream, err) ||
                     launch(rows, &rows_count, tiles * 32, &s, stream, err)))
@@ -343,6 +402,7 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
         return -1;
     rows->scan = s;
     rows->scanned = true;
+    rows->known = false;
     for (int n = 0; n < rows->nnodes; n++)
         rows->nrows[n] = ((struct ry_rows_node *)(rows->host + 1))[n].rows;
     return 0;
@@ -371,15 +431,44 @@ int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct
     }
     for (int i = 0; i < 2 * rows->nnodes; i++)
         rows->copies[i] = rows->answers->word[1 + i];
+    rows->known = true;
     *found = (struct ry_rows_found){.rows = rows->nrows, .distinct = rows->copies, .zero = rows->copies + rows->nnodes};
     return 0;
 }
 
 /* ---- messages ---- */
 
+bool ry_rows_scanned(const struct ry_rows *rows, int node, const void *const *send, const uint64_t *send_bytes)
+{
+    if (!rows->scanned || node < 0 || node >= rows->nnodes)
+        return false;
+    const struct ry_rows_node *nodes = (const struct ry_rows_node *)(rows->host + 1);
+    const struct ry_rows_segment *all = (const struct ry_rows_segment *)(nodes + rows->nnodes);
+    uint32_t low = 0, high = rows->scan.nsegments; /* the first segment that is not of an earlier node */
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (all[middle].node < (uint64_t)node)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (int i = rows->first_of[node]; i < rows->first_of[node + 1]; i++) {
+        int r = rows->by_node[i];
+        if (!send_bytes[r])
+            continue;
+        if (low >= rows->scan.nsegments || all[low].node != (uint64_t)node || all[low].bytes != send_bytes[r] ||
+            all[low].at != (uint64_t)(uintptr_t)send[r])
+            return false;
+        low++;
+    }
+    return low >= rows->scan.nsegments || all[low].node != (uint64_t)node;
+}
+
 uint64_t ry_rows_message_bytes(uint64_t row_bytes, uint64_t distinct, uint64_t nrows)
 {
-    return ry_rows_list_at(row_bytes, distinct) + nrows * sizeof(uint32_t);
+    unsigned __int128 bytes = (unsigned __int128)row_bytes * distinct;
+    bytes = (bytes + 15) / 16 * 16 + (unsigned __int128)nrows * sizeof(uint32_t);
+    return bytes > UINT64_MAX ? UINT64_MAX : (uint64_t)bytes;
 }
 
 static uint64_t chunks_of(uint64_t row_bytes)
@@ -387,61 +476,87 @@ static uint64_t chunks_of(uint64_t row_bytes)
     return (row_bytes + RY_ROWS_CHUNK - 1) / RY_ROWS_CHUNK;
 }
 
-int ry_rows_pack(struct ry_rows *rows, int node, void *message, void *stream, struct ry_err *err)
+static int pack_some(struct ry_rows *rows, struct ry_rows_pack *p, void *stream, struct ry_err *err)
 {
-    if (!rows->scanned || node < 0 || node >= rows->nnodes)
-        return ry_fail(err, "nothing was found for node %d", node);
-    if ((uintptr_t)message % 16)
-        return ry_fail(err, "a message at %p, which is no multiple of 16", message);
-    if (!rows->nrows[node])
-        return 0;
-    struct ry_rows_pack p = {.scan = rows->scan, .message = (uint64_t)(uintptr_t)message, .node = (uint32_t)node};
-    if (enter(rows, stream, err) ||
-        launch(rows, &rows_pack, rows->nrows[node] * chunks_of(p.scan.row_bytes) * p.scan.lanes, &p, stream, err))
-        return -1;
-    return leave(rows, stream, err);
+    uint64_t units = p->first_distinct[p->n] * chunks_of(p->scan.row_bytes) * p->scan.lanes,
+             list = p->first_row[p->n];
+    int rc = p->n ? launch(rows, &rows_pack, units > list ? units : list, p, stream, err) : 0;
+    p->n = 0;
+    return rc;
 }
 
-static int flush(struct ry_rows *rows, struct ry_rows_expand *e, void *stream, struct ry_err *err)
+int ry_rows_pack(struct ry_rows *rows, const struct ry_rows_packing *packings, int n, void *stream, struct ry_err *err)
 {
-    uint32_t n = e->n;
-    int rc = n ? launch(rows, &rows_expand, e->first_row[n] * chunks_of(e->row_bytes) * e->lanes, e, stream, err) : 0;
+    struct ry_rows_pack p = {.scan = rows->scan, .n = 0};
+    for (int i = 0; i < n; i++) {
+        if (!rows->scanned || packings[i].node < 0 || packings[i].node >= rows->nnodes)
+            return ry_fail(err, "nothing was found for node %d", packings[i].node);
+        if ((uintptr_t)packings[i].message % 16)
+            return ry_fail(err, "a message at %p, which is no multiple of 16", packings[i].message);
+    }
+    if (enter(rows, stream, err))
+        return -1;
+    for (int i = 0; i < n; i++) {
+        uint32_t node = (uint32_t)packings[i].node, nrows = (uint32_t)rows->nrows[node];
+        if (!nrows)
+            continue;
+        if ((p.n == RY_ROWS_PACKS || UINT32_MAX - p.first_row[p.n] < nrows) && pack_some(rows, &p, stream, err))
+            return -1;
+        p.node[p.n] = node;
+        p.message[p.n] = (uint64_t)(uintptr_t)packings[i].message;
+        p.first_row[p.n + 1] = p.first_row[p.n] + nrows;
+        p.first_distinct[p.n + 1] = p.first_distinct[p.n] + (rows->known ? (uint32_t)rows->copies[node] : nrows);
+        p.n++;
+    }
+    return pack_some(rows, &p, stream, err) ? -1 : leave(rows, stream, err);
+}
+
+static uint64_t rows_in(const struct ry_rows_piece *piece)
+{
+    return piece->bytes / piece->row_bytes + (piece->bytes % piece->row_bytes != 0);
+}
+
+static int expand_some(struct ry_rows *rows, struct ry_rows_expand *e, void *stream, struct ry_err *err)
+{
+    uint64_t units = e->first_row[e->n] * chunks_of(e->row_bytes);
+    int rc = e->n ? launch(rows, &rows_expand, units * e->lanes, e, stream, err) : 0;
     e->n = 0;
     return rc;
 }
 
-int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_output *out, void *stream, struct ry_err *err)
+int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int n, void *stream, struct ry_err *err)
 {
-    struct ry_rows_expand e = {.message = (uint64_t)(uintptr_t)out->message,
-                               .row_bytes = out->row_bytes,
-                               .distinct = out->distinct,
-                               .errors = (uint64_t)(uintptr_t)rows->answers->word,
-                               .lanes = lanes_for(out->row_bytes)};
-    uint64_t list = 0;
-    if (!out->row_bytes)
-        return ry_fail(err, "rows of no bytes");
-    if ((uintptr_t)out->message % 16)
-        return ry_fail(err, "a message at %p, which is no multiple of 16", out->message);
-    for (int i = 0; i < out->npieces; i++) {
-        uint64_t n = out->rows[i], bytes = out->bytes ? out->bytes[i] : n * out->row_bytes;
-        if (n != bytes / out->row_bytes + (bytes % out->row_bytes ? 1 : 0))
-            return ry_fail(err, "piece %d: %llu bytes are not %llu rows of %llu", i, (unsigned long long)bytes,
-                           (unsigned long long)n, (unsigned long long)out->row_bytes);
+    struct ry_rows_expand e = {.errors = (uint64_t)(uintptr_t)rows->answers->word};
+    for (int i = 0; i < n; i++) {
+        const struct ry_rows_piece *p = &pieces[i];
+        if (!p->row_bytes)
+            return ry_fail(err, "rows of no bytes");
+        if ((uintptr_t)p->message % 16)
+            return ry_fail(err, "a message at %p, which is no multiple of 16", p->message);
+        if (rows_in(p) > RY_ROWS_MOST || p->skip > RY_ROWS_MOST || p->distinct > RY_ROWS_MOST)
+            return ry_fail(err, "piece %d: a message of more than %llu rows", i, (unsigned long long)RY_ROWS_MOST);
     }
     if (enter(rows, stream, err))
         return -1;
-    for (int i = 0; i < out->npieces; list += out->rows[i++]) {
-        if (!out->rows[i] || !out->to[i])
+    for (int i = 0; i < n; i++) {
+        const struct ry_rows_piece *p = &pieces[i];
+        uint32_t count = (uint32_t)rows_in(p);
+        if (!count)
             continue;
-        if (e.n == RY_ROWS_PIECES && flush(rows, &e, stream, err))
+        if ((e.n == RY_ROWS_PIECES || UINT32_MAX - e.first_row[e.n] < count || e.row_bytes != p->row_bytes) &&
+            expand_some(rows, &e, stream, err))
             return -1;
-        e.to[e.n] = (uint64_t)(uintptr_t)out->to[i];
-        e.bytes[e.n] = out->bytes ? out->bytes[i] : out->rows[i] * out->row_bytes;
-        e.list[e.n] = list;
-        e.first_row[e.n + 1] = e.first_row[e.n] + out->rows[i];
+        e.row_bytes = p->row_bytes;
+        e.lanes = lanes_for(p->row_bytes);
+        e.message[e.n] = (uint64_t)(uintptr_t)p->message;
+        e.distinct[e.n] = (uint32_t)p->distinct;
+        e.skip[e.n] = (uint32_t)p->skip;
+        e.to[e.n] = (uint64_t)(uintptr_t)p->to;
+        e.bytes[e.n] = p->bytes;
+        e.first_row[e.n + 1] = e.first_row[e.n] + count;
         e.n++;
     }
-    return flush(rows, &e, stream, err) ? -1 : leave(rows, stream, err);
+    return expand_some(rows, &e, stream, err) ? -1 : leave(rows, stream, err);
 }
 
 uint64_t ry_rows_expand_errors(struct ry_rows *rows)

@@ -116,6 +116,8 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_put_words(const _
 {
     for (uint64_t i = thread_of(); i < p.n; i += threads())
         AT(uint64_t, p.to)[i] = p.word[i];
+    for (uint64_t i = thread_of(); i < p.nfill; i += threads())
+        AT(uint4, p.fill)[i] = make_uint4(FULL, FULL, FULL, FULL);
 }
 
 extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_sample_rows(const __grid_constant__ ry_rows_scan s)
@@ -349,61 +351,78 @@ static __device__ void copy(byte *to, const byte *from, uint32_t n, const byte *
     }
 }
 
+/* Which of `n` ranges, the first of each given in order, `i` lies in. */
+static __device__ uint32_t range_of(const uint32_t *first, uint32_t n, uint32_t i)
+{
+    uint32_t low = 0, high = n;
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        if (first[middle] <= i)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_pack_rows(const __grid_constant__ struct ry_rows_pack p)
 {
     const ry_rows_scan &s = p.scan;
-    const ry_rows_node node = AT(const ry_rows_node, s.nodes)[p.node];
-    const uint32_t *where = AT(const uint32_t, s.where) + node.first_row, *index = AT(const uint32_t, s.index),
-                   *order = AT(const uint32_t, s.order) + node.first_row;
-    byte *message = AT(byte, p.message);
-    uint64_t end = node.distinct * s.row_bytes, list_at = ry_rows_list_at(s.row_bytes, node.distinct);
-    uint64_t chunks = (s.row_bytes + RY_ROWS_CHUNK - 1) / RY_ROWS_CHUNK, units = node.distinct * chunks;
+    const ry_rows_node *nodes = AT(const ry_rows_node, s.nodes);
+    const uint32_t *order = AT(const uint32_t, s.order);
+    uint32_t chunks = (uint32_t)((s.row_bytes + RY_ROWS_CHUNK - 1) / RY_ROWS_CHUNK);
+    uint64_t units = (uint64_t)p.first_distinct[p.n] * chunks;
     for (uint64_t i = thread_of() / s.lanes; i < units; i += threads() / s.lanes) {
-        uint64_t d = i / chunks, at = i % chunks * RY_ROWS_CHUNK, left = s.row_bytes - at;
+        uint32_t unit = (uint32_t)(chunks == 1 ? i : i / chunks), k = range_of(p.first_distinct, p.n, unit);
+        uint64_t d = unit - p.first_distinct[k], at = (i - (uint64_t)unit * chunks) * RY_ROWS_CHUNK;
+        const ry_rows_node *node = nodes + p.node[k];
+        if (d >= node->distinct)
+            continue;
+        uint64_t left = s.row_bytes - at;
         uint32_t n = left < RY_ROWS_CHUNK ? (uint32_t)left : RY_ROWS_CHUNK, here = n;
-        span row = span_of(s, order[d]);
+        span row = span_of(s, order[node->first_row + d]);
         if (row.bytes < at + n) /* a shorter last row */
             here = row.bytes > at ? (uint32_t)(row.bytes - at) : 0;
-        byte *to = message + d * s.row_bytes + at;
+        byte *to = AT(byte, p.message[k]) + d * s.row_bytes + at;
         if (here)
             copy(to, row.at + at, here, row.from, row.to, s.lanes);
-        for (uint32_t k = here + threadIdx.x % s.lanes; k < n; k += s.lanes)
-            to[k] = 0;
+        for (uint32_t j = here + threadIdx.x % s.lanes; j < n; j += s.lanes)
+            to[j] = 0;
     }
-    for (uint64_t i = thread_of(); i < list_at - end; i += threads())
-        message[end + i] = 0;
-    uint32_t *list = (uint32_t *)(message + list_at);
-    for (uint64_t i = thread_of(); i < node.rows; i += threads())
-        list[i] = index[where[i]];
+    for (uint64_t i = thread_of(); i < p.n * WORD; i += threads()) {
+        uint64_t distinct = nodes[p.node[i / WORD]].distinct, at = distinct * s.row_bytes + i % WORD;
+        if (at < ry_rows_list_at(s.row_bytes, distinct))
+            AT(byte, p.message[i / WORD])[at] = 0;
+    }
+    for (uint64_t i = thread_of(); i < p.first_row[p.n]; i += threads()) {
+        uint32_t k = range_of(p.first_row, p.n, (uint32_t)i);
+        ry_rows_node node = nodes[p.node[k]];
+        uint64_t row = i - p.first_row[k];
+        AT(uint32_t, p.message[k] + ry_rows_list_at(s.row_bytes, node.distinct))[row] =
+            AT(const uint32_t, s.index)[AT(const uint32_t, s.where)[node.first_row + row]];
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK)
     ry_expand_rows(const __grid_constant__ struct ry_rows_expand e)
 {
-    uint64_t list_at = ry_rows_list_at(e.row_bytes, e.distinct);
-    const byte *message = AT(const byte, e.message);
-    const uint32_t *list = (const uint32_t *)(message + list_at);
-    uint64_t chunks = (e.row_bytes + RY_ROWS_CHUNK - 1) / RY_ROWS_CHUNK, units = e.first_row[e.n] * chunks;
+    uint32_t chunks = (uint32_t)((e.row_bytes + RY_ROWS_CHUNK - 1) / RY_ROWS_CHUNK);
+    uint64_t units = (uint64_t)e.first_row[e.n] * chunks;
     for (uint64_t i = thread_of() / e.lanes; i < units; i += threads() / e.lanes) {
-        uint64_t row = i / chunks, at = i % chunks * RY_ROWS_CHUNK;
-        uint32_t low = 0, high = e.n;
-        while (high - low > 1) {
-            uint32_t middle = (low + high) / 2;
-            if (e.first_row[middle] <= row)
-                low = middle;
-            else
-                high = middle;
-        }
-        row -= e.first_row[low];
-        uint64_t d = list[e.list[low] + row], to = row * e.row_bytes + at, end = (row + 1) * e.row_bytes;
-        if (d >= e.distinct) {
+        uint32_t unit = (uint32_t)(chunks == 1 ? i : i / chunks), k = range_of(e.first_row, e.n, unit);
+        uint64_t row = unit - e.first_row[k], at = (i - (uint64_t)unit * chunks) * RY_ROWS_CHUNK;
+        uint64_t distinct = e.distinct[k], list_at = ry_rows_list_at(e.row_bytes, distinct);
+        const byte *message = AT(const byte, e.message[k]);
+        uint64_t d = ((const uint32_t *)(message + list_at))[e.skip[k] + row];
+        uint64_t to = row * e.row_bytes + at, end = (row + 1) * e.row_bytes;
+        if (d >= distinct) {
             if (!at && threadIdx.x % e.lanes == 0)
                 atomicAdd(AT(ull, e.errors), 1ull);
             continue;
         }
-        end = end < e.bytes[low] ? end : e.bytes[low];
+        end = end < e.bytes[k] ? end : e.bytes[k];
         if (to < end)
-            copy(AT(byte, e.to[low]) + to, message + d * e.row_bytes + at,
+            copy(AT(byte, e.to[k]) + to, message + d * e.row_bytes + at,
                  end - to < RY_ROWS_CHUNK ? (uint32_t)(end - to) : RY_ROWS_CHUNK, message, message + list_at, e.lanes);
     }
 }

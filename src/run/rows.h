@@ -18,8 +18,8 @@
  *   for every destination rank of the node in ascending order, for every row of its segment: uint32_t, the distinct row.
  * Its size follows from the counts alone: ry_rows_message_bytes().
  *
- * Everything is enqueued on the caller's stream; nothing waits but ry_rows_found_wait(). Memory is taken when the scanner is made or
- * grown, never during an exchange. One scanner is used by one thread at a time.
+ * Everything is enqueued on the caller's stream; nothing waits but ry_rows_found_wait() and, perhaps, ry_rows_new(). Memory is
+ * taken when the scanner is made or grown, never during an exchange. One scanner is used by one thread at a time.
  */
 #ifndef RY_RUN_ROWS_H
 #define RY_RUN_ROWS_H
@@ -31,17 +31,27 @@
 #include "base/error.h"
 #include "device/device.h"
 
+#define RY_ROWS_MOST (1ull << 31) /* rows of a scan, or of a message */
+#define RY_ROWS_NODES 1023        /* of a communicator that scans, at least; more if ry_rows_new() was told so */
+
 struct ry_rows; /* a scanner: one per communicator */
 
-/** For a communicator of `nranks` ranks, rank r on node[r] (copied), on device `ordinal`. */
+/** For a communicator of `nranks` ranks, rank r on node[r] (copied), on device `ordinal`. 0 ranks: expands, and scans after
+ *  ry_rows_layout(). May wait for the device, which loads the kernels. */
 struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nranks, int nnodes, const int *node,
                             struct ry_err *err);
+/** Other ranks and nodes from here on, of which there may be RY_ROWS_NODES at least. What was found before is forgotten; memory
+ *  goes back in stream order if they are not the same as before. Never waits. */
+int ry_rows_layout(struct ry_rows *rows, int nranks, int nnodes, const int *node, struct ry_err *err);
 /** Memory goes back in stream order. */
 void ry_rows_free(struct ry_rows *rows);
 /** Be able to scan up to `nrows` rows (2^31 at most) at once, in order of `stream`. -1 with `err` when memory is short: what was
  *  there stays. Takes 45 to 77 bytes per row. What was found before is forgotten. */
 int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_err *err);
 uint64_t ry_rows_capacity(const struct ry_rows *rows);
+/** Bytes of device memory for such a capacity; bytes held now. */
+uint64_t ry_rows_memory(const struct ry_rows *rows, uint64_t nrows);
+uint64_t ry_rows_held(const struct ry_rows *rows);
 
 struct ry_rows_input {
     const void *const *send;    /* [nranks] */
@@ -62,24 +72,35 @@ bool ry_rows_found_ready(struct ry_rows *rows);
 /** Wait for it on the host; the result is owned by the scanner and valid until the next scan. */
 int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct ry_err *err);
 
-/** Bytes of the message to a node with `distinct` distinct rows among `nrows`. */
-uint64_t ry_rows_message_bytes(uint64_t row_bytes, uint64_t distinct, uint64_t nrows);
-/** Enqueue packing what the last scan found for `node` into `message` (device memory, 16-byte aligned). Need not wait until it is
- *  known on the host; room for ry_rows_message_bytes(row_bytes, nrows, nrows) is always enough. */
-int ry_rows_pack(struct ry_rows *rows, int node, void *message, void *stream, struct ry_err *err);
+/** Does what the last scan found for `node` still hold for these buffers, by their addresses and sizes? O(ranks of the node). */
+bool ry_rows_scanned(const struct ry_rows *rows, int node, const void *const *send, const uint64_t *send_bytes);
 
-/* A message received, to be written out: piece i gets rows[i] rows at to[i] (any alignment). */
-struct ry_rows_output {
-    const void *message;
-    uint64_t row_bytes, distinct;
-    int npieces;
-    const uint64_t *rows; /* [npieces] */
-    void *const *to;      /* [npieces]; NULL: skip this piece */
-    const uint64_t *bytes; /* [npieces]: of each piece, where its last row may be shorter; NULL: whole rows */
+/** Bytes of the message to a node with `distinct` distinct rows among `nrows`; UINT64_MAX if that is beyond 64 bits. */
+uint64_t ry_rows_message_bytes(uint64_t row_bytes, uint64_t distinct, uint64_t nrows);
+
+/* A message to write: what the last scan found for `node` goes to `message` (device memory, 16-byte aligned). */
+struct ry_rows_packing {
+    int node;
+    void *message;
 };
-/** Enqueue the expansion. An index beyond `distinct` (a damaged message) writes nothing and is reported by the next
- *  ry_rows_expand_errors(): rows not written, of expansions that are over by then. Pieces must not overlap. */
-int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_output *out, void *stream, struct ry_err *err);
+/** Enqueue packing `n` messages, as a rule in one launch. Need not wait until what was found is known on the host; room for
+ *  ry_rows_message_bytes(row_bytes, nrows, nrows) is always enough. */
+int ry_rows_pack(struct ry_rows *rows, const struct ry_rows_packing *packings, int n, void *stream, struct ry_err *err);
+
+/*
+ * A piece of a message received, to be written out: `bytes` bytes to `to` (any alignment), the rows that entries skip, skip + 1, …
+ * of the message's list name; the last may be cut short.
+ */
+struct ry_rows_piece {
+    const void *message;
+    uint64_t row_bytes, distinct; /* of the message */
+    uint64_t skip, bytes;
+    void *to;
+};
+/** Enqueue writing out `n` pieces, of any messages: one launch where they are of one width and not too many. They are written in
+ *  no order. An index beyond `distinct` (a damaged message) writes nothing and is reported by ry_rows_expand_errors(): rows
+ *  not written, of expansions that are over by then. */
+int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int n, void *stream, struct ry_err *err);
 uint64_t ry_rows_expand_errors(struct ry_rows *rows);
 
 /** For tests: let only these bits of the two hashes count, so that unequal rows collide; launch so many blocks at most, so that few

@@ -59,6 +59,8 @@ static void host_put(const void *param)
 {
     const struct ry_rows_put *p = param;
     memcpy(AT(void, p->to), p->word, p->n * sizeof *p->word);
+    if (p->nfill)
+        memset(AT(void, p->fill), 0xff, p->nfill * 16);
 }
 
 static void host_sample(const void *param)
@@ -158,13 +160,10 @@ static void host_number(const void *param)
     }
 }
 
-static void host_pack(const void *param)
+static void pack_one(const struct ry_rows_scan *s, const struct ry_rows_node *node, uint64_t message)
 {
-    const struct ry_rows_pack *p = param;
-    const struct ry_rows_scan *s = &p->scan;
-    const struct ry_rows_node *node = AT(const struct ry_rows_node, s->nodes) + p->node;
     const uint32_t *where = AT(uint32_t, s->where), *index = AT(uint32_t, s->index), *order = AT(uint32_t, s->order);
-    unsigned char *to = AT(unsigned char, p->message);
+    unsigned char *to = AT(unsigned char, message);
     uint64_t list_at = ry_rows_list_at(s->row_bytes, node->distinct);
     for (uint64_t d = 0; d < node->distinct; d++, to += s->row_bytes) {
         struct span row = span_of(s, order[node->first_row + d]);
@@ -172,25 +171,33 @@ static void host_pack(const void *param)
         memset(to + row.bytes, 0, s->row_bytes - row.bytes);
     }
     memset(to, 0, list_at - node->distinct * s->row_bytes);
-    uint32_t *list = AT(uint32_t, p->message + list_at);
+    uint32_t *list = AT(uint32_t, message + list_at);
     for (uint64_t i = 0; i < node->rows; i++)
         list[i] = index[where[node->first_row + i]];
+}
+
+static void host_pack(const void *param)
+{
+    const struct ry_rows_pack *p = param;
+    for (uint32_t i = 0; i < p->n; i++)
+        pack_one(&p->scan, AT(const struct ry_rows_node, p->scan.nodes) + p->node[i], p->message[i]);
 }
 
 static void host_expand(const void *param)
 {
     const struct ry_rows_expand *e = param;
-    const unsigned char *from = AT(const unsigned char, e->message);
-    const uint32_t *list = AT(const uint32_t, e->message + ry_rows_list_at(e->row_bytes, e->distinct));
-    for (uint32_t p = 0; p < e->n; p++)
+    for (uint32_t p = 0; p < e->n; p++) {
+        const unsigned char *from = AT(const unsigned char, e->message[p]);
+        const uint32_t *list = AT(const uint32_t, e->message[p] + ry_rows_list_at(e->row_bytes, e->distinct[p]));
         for (uint64_t i = 0; i < e->first_row[p + 1] - e->first_row[p]; i++) {
-            uint64_t d = list[e->list[p] + i], at = i * e->row_bytes, left = e->bytes[p] - at;
-            if (d < e->distinct)
+            uint64_t d = list[e->skip[p] + i], at = i * e->row_bytes, left = e->bytes[p] - at;
+            if (d < e->distinct[p])
                 memcpy(AT(unsigned char, e->to[p]) + at, from + d * e->row_bytes,
                        left < e->row_bytes ? left : e->row_bytes);
             else
                 ++*AT(uint64_t, e->errors);
         }
+    }
 }
 
 struct ry_kernel rows_put = {.name = "ry_put_words", .host = host_put};

@@ -24,13 +24,13 @@
 #include <stdint.h>
 
 #define RY_ROWS_SAMPLE 8u         /* words of a sample: whole for rows of up to 128 bytes, else in four places */
-#define RY_ROWS_MOST (1ull << 31) /* rows of a scan: slots are then numbered in 32 bits */
 #define RY_ROWS_BLOCK 256u        /* threads of a block */
 #define RY_ROWS_GRID 1056u        /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
 #define RY_ROWS_CHUNK 4096u       /* bytes that one warp copies at a time */
 #define RY_ROWS_TILES 4096u
 #define RY_ROWS_PUT 500u
-#define RY_ROWS_PIECES 120u
+#define RY_ROWS_PACKS 192u
+#define RY_ROWS_PIECES 112u
 #define RY_ROWS_EMPTY (~0ull)
 
 struct ry_rows_segment {
@@ -74,27 +74,37 @@ struct ry_rows_scan {
     uint32_t batch; /* rows that a warp takes at a time: a power of 2, 32 / lanes to 32 */
 };
 
+/* Messages to write. Each has the rows before it counted, as many as there are in its list, or may be (no fewer than are)
+ * distinct. */
 struct ry_rows_pack {
     struct ry_rows_scan scan;
-    uint64_t message;
-    uint32_t node;
+    uint32_t n;
+    uint32_t first_row[RY_ROWS_PACKS + 1];
+    uint32_t first_distinct[RY_ROWS_PACKS + 1];
+    uint32_t node[RY_ROWS_PACKS];
+    uint64_t message[RY_ROWS_PACKS];
 };
 
-/* A table on its way to the device: as parameters it needs no memory that would have to outlive the call. */
+/* A table on its way to the device: as parameters it needs no memory that would have to outlive the call. And memory to
+ * be filled with ones on the way, which spares a launch. */
 struct ry_rows_put {
+    uint64_t fill, nfill; /* 16-byte words */
     uint64_t to; /* uint64_t[n] */
     uint64_t n;
     uint64_t word[RY_ROWS_PUT];
 };
 
+/* Pieces of messages to write out, all of one width. */
 struct ry_rows_expand {
-    uint64_t message, row_bytes, distinct;
+    uint64_t row_bytes;
     uint64_t errors; /* uint64_t, pinned */
     uint32_t n, lanes;
-    uint64_t first_row[RY_ROWS_PIECES + 1]; /* of each piece among those here; [n] is their sum */
+    uint32_t first_row[RY_ROWS_PIECES + 1]; /* of each piece among those here; [n] is their sum */
+    uint32_t distinct[RY_ROWS_PIECES];
+    uint32_t skip[RY_ROWS_PIECES]; /* where its indices begin in the message's list */
+    uint64_t message[RY_ROWS_PIECES];
     uint64_t to[RY_ROWS_PIECES];
     uint64_t bytes[RY_ROWS_PIECES];
-    uint64_t list[RY_ROWS_PIECES]; /* where its indices begin in the message's list */
 };
 
 #ifdef __CUDACC__

@@ -2,7 +2,7 @@
  * run.c: a plan's steps as NCCL calls and device copies, in stream order.
  *
  * Owns: the runner, ry_run(), and whether buffers allow it. Not: staging memory (staging.c), many copies in one launch
- * (batch.c), verify mode (checks.c).
+ * (batch.c), packed messages (packed.c), verify mode (checks.c).
  */
 #include "internal.h"
 
@@ -53,6 +53,8 @@ struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_devi
     r->kernels = !device->prepare(ordinal, &ry_run_kernels, &why) && !checks_prepare(device, &why);
     if (!r->kernels)
         ry_warn_once("plans run without Railyard's own kernels: %s", why.msg);
+    else
+        scan_prepare(r, ordinal);
     return r;
 }
 
@@ -65,6 +67,7 @@ void ry_runner_free(struct ry_runner *r, bool aborted)
     if (aborted && r->stage)
         ry_debug("staging memory of an aborted communicator: %llu bytes", (unsigned long long)r->stage_bytes);
     checks_free(r);
+    scan_free(r);
     staging_free(r);
     free(r);
 }
@@ -169,6 +172,13 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
                        (unsigned long long)plan->stage_bytes, (unsigned long long)r->stage_bytes);
     for (int i = 0; i < plan->nsteps; i++) {
         const struct ry_step *s = &plan->steps[i];
+        struct ry_err why;
+        if (s->kind == RY_STEP_PACK || s->kind == RY_STEP_EXPAND) {
+            if (packed_check(r, plan, b, s, &why))
+                return ry_fail(err, "step %d of the plan, which %s a message: %s", i,
+                               s->kind == RY_STEP_PACK ? "packs" : "expands", why.msg);
+            continue;
+        }
         bool reads = s->kind != RY_STEP_RECV, writes = s->kind != RY_STEP_SEND;
         if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= b->nranks)) ||
             (reads && !fits(plan, b, &s->from, s->bytes, false)) || (writes && !fits(plan, b, &s->to, s->bytes, true)))
@@ -178,38 +188,82 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
 }
 
 /*
- * Copies that follow each other go in one batch as long as none may depend on another. Send segments are never written;
+ * Copies that follow each other go in one batch as long as none may depend on another; so do messages to pack, in a launch
+ * of their own, and pieces to expand, without copies among them. Send segments are never written;
  * a batch that reads from the staging memory or the receive buffer does not write there as well, and staging memory is
  * written in ascending order (what is not, is still right, in a batch of its own).
  */
 struct copying {
     struct batch batch;
+    struct packed packed; /* messages to pack count as copies; if there are pieces to expand, there is nothing else */
     bool reads[3], writes[3]; /* by enum ry_place */
     uint64_t stage_end;
 };
+
+static void start_batch(struct copying *c, struct ry_runner *r, void *stream)
+{
+    memset(c->reads, 0, sizeof c->reads);
+    memset(c->writes, 0, sizeof c->writes);
+    c->stage_end = 0;
+    batch_start_copy(&c->batch, r, stream);
+    packed_start(&c->packed, r, stream);
+}
 
 static int end_batch(struct copying *c, struct ry_err *err)
 {
     memset(c->reads, 0, sizeof c->reads);
     memset(c->writes, 0, sizeof c->writes);
     c->stage_end = 0;
-    return batch_flush(&c->batch, err);
+    int rc = batch_flush(&c->batch, err);
+    return packed_flush(&c->packed, rc ? NULL : err) ? -1 : rc;
 }
 
-static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
-                struct ry_err *err)
+/* Before a copy, or a message that is packed, joins the batch. */
+static int join(struct copying *c, const struct ry_step *s, enum ry_place from, struct ry_err *err)
 {
-    enum ry_place from = s->from.place, to = s->to.place;
+    enum ry_place to = s->to.place;
     bool overlaps = to == RY_AT_STAGE && s->to.offset < c->stage_end;
-    if ((overlaps || c->writes[from] || c->reads[to]) && end_batch(c, err))
+    if ((overlaps || c->writes[from] || c->reads[to] || c->packed.npieces) && end_batch(c, err))
         return -1;
     c->reads[from] = true;
     c->writes[to] = true;
     if (to == RY_AT_STAGE)
         c->stage_end = s->to.offset + s->bytes;
-    if (batch_add(&c->batch, address(r, b, &s->to), address(r, b, &s->from), s->bytes, 0, err))
+    return 0;
+}
+
+static int copy(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                struct ry_err *err)
+{
+    if (join(c, s, s->from.place, err) ||
+        batch_add(&c->batch, address(r, b, &s->to), address(r, b, &s->from), s->bytes, 0, err))
         return -1;
-    return from == to ? end_batch(c, err) : 0; /* whatever comes next may depend on it */
+    return s->from.place == s->to.place ? end_batch(c, err) : 0; /* whatever comes next may depend on it */
+}
+
+static int pack(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                struct ry_err *err)
+{
+    return join(c, s, RY_AT_SEND, err) || packed_pack(&c->packed, s->peer, address(r, b, &s->to), err) ? -1 : 0;
+}
+
+static int expand(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+                  struct ry_err *err)
+{
+    if (!c->packed.npieces && end_batch(c, err))
+        return -1;
+    struct ry_rows_piece piece = {.message = address(r, b, &s->from),
+                                  .row_bytes = s->repeats.row_bytes,
+                                  .distinct = s->repeats.distinct,
+                                  .skip = s->skip,
+                                  .bytes = s->bytes,
+                                  .to = address(r, b, &s->to)};
+    return packed_expand(&c->packed, &piece, ry_rows_message_bytes(piece.row_bytes, piece.distinct, s->rows), err);
+}
+
+static bool is_transfer(const struct ry_step *s)
+{
+    return s->kind == RY_STEP_SEND || s->kind == RY_STEP_RECV;
 }
 
 /* The steps of one group, from `first` on: returns how many. */
@@ -219,7 +273,7 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
     int group = s->group;
     if ((*result = r->nccl.group_start()))
         return 0;
-    for (; s < end && s->kind != RY_STEP_COPY && s->group == group; s++) {
+    for (; s < end && is_transfer(s) && s->group == group; s++) {
         if (*result)
             continue;
         *result = s->kind == RY_STEP_SEND
@@ -234,22 +288,25 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
 
 int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err)
 {
-    struct copying copying = {.stage_end = 0};
+    struct copying copying;
     *result = 0;
     if (check(r, plan, b, err))
         return -1;
     if (plan->stage_bytes && staging_enter(r, b->stream, err))
         return -1;
-    batch_start_copy(&copying.batch, r, b->stream);
+    start_batch(&copying, r, b->stream);
     int rc = 0;
     for (int i = 0; i < plan->nsteps && !rc && !*result;) {
         const struct ry_step *s = &plan->steps[i];
-        if (s->kind == RY_STEP_COPY) {
-            rc = copy(&copying, r, b, s, err);
-            i++;
-        } else if (!(rc = end_batch(&copying, err))) {
-            i += transfer(r, b, plan, i, result);
+        if (is_transfer(s)) {
+            if (!(rc = end_batch(&copying, err)))
+                i += transfer(r, b, plan, i, result);
+            continue;
         }
+        rc = s->kind == RY_STEP_COPY   ? copy(&copying, r, b, s, err)
+             : s->kind == RY_STEP_PACK ? pack(&copying, r, b, s, err)
+                                       : expand(&copying, r, b, s, err);
+        i++;
     }
     if (!rc && !*result)
         rc = end_batch(&copying, err);

@@ -63,9 +63,12 @@ uint64_t ry_run_staging(const struct ry_runner *runner);
 int ry_run_staging_grow(struct ry_runner *runner, uint64_t bytes, void *stream, struct ry_err *err);
 
 /*
- * Equal rows (rows.h). A runner holds one scanner, made at the first scan. What was found is valid until the next scan, and
- * the PACK steps of a plan refer to the latest.
+ * Equal rows (rows.h). A runner holds one scanner, whose memory is taken at the first scan, grows with the rows and counts as
+ * staging memory. What was found is valid until the next scan, and the PACK steps of a plan refer to the latest, whose result
+ * must have been waited for; they are refused if buffers or counts are not those of the scan.
  */
+/** Can this rank scan, pack and expand? If not (no kernels), it must not be given a plan that does. */
+bool ry_run_packs(const struct ry_runner *runner);
 /** Enqueue the search of what goes to other nodes of `map` on b->stream. -1 with `err`: not possible now (memory, too many rows);
  *  nothing was enqueued, and the exchange goes without. */
 int ry_run_scan(struct ry_runner *runner, const struct ry_cluster *map, const struct ry_buffers *b, uint64_t row_bytes,
@@ -105,7 +108,8 @@ struct ry_mismatch {
     int peer;        /* whose bytes differ */
     uint64_t offset; /* of the first differing byte in that segment */
 };
-/** Comparisons finished since the last call: *equal more were equal. True if one was not: *bad tells. Never blocks. */
+/** Comparisons finished since the last call: *equal more were equal. True if one was not: *bad tells. Also true, with peer -1, if a
+ *  packed message turned out to be damaged (verified or not); this was said in a warning then. Never blocks. */
 bool ry_run_checks(struct ry_runner *runner, uint64_t *equal, struct ry_mismatch *bad);
 
 #endif

@@ -269,6 +269,7 @@ static void loads(struct ry_exchange *x, enum ry_way way, double row_bytes)
         l.local_in = bytes_of(l.local_in, row_bytes);
         l.cross_out = bytes_of(l.cross_out, row_bytes);
         l.cross_in = bytes_of(l.cross_in, row_bytes);
+        l.packed_out = l.cross_out; /* nobody looked */
         x->load[r] = l;
         x->comes[r] = bytes_of(x->arriving[way][r], row_bytes);
         x->passed[r] = bytes_of(x->relayed[way][r], row_bytes);

@@ -4,7 +4,8 @@
  * Owns: counting who sends how many rows to whom, the loads that src/plan's cost model is fed with, and dedup as a byte
  * model. Not: the cost model itself (plan/cost.h): times of plain and hierarchical are ry_cost_estimate()'s.
  *
- * Dedup and sum have no plan in src/plan yet. They are modelled by the parts of hierarchical's estimate:
+ * Dedup and sum are modelled by the parts of hierarchical's estimate, and not by ry_cost_estimate(), which knows less of who
+ * relays what and has nothing for sum:
  *   dedup   there (samples' homes → experts: dispatch, and the gradient of combine), where copies of a token are equal.
  *           Rows that cross are read once to find equal ones; each token goes once to each remote node, with 4 bytes of
  *           index for each of its copies, to its rail's relay; that one writes the copies out and passes them on in the

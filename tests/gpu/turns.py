@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CLUSTER = os.path.join(HERE, "cluster")
@@ -54,7 +55,10 @@ class Peer:
 class Job:
     """One program as the ranks of a cluster, plain or preloaded, that works when told to."""
 
-    def __init__(self, name, label, nodes, gpus, folder, command, env=(), preload=None, pin=True, timeout=600, turns=True):
+    def __init__(self, name, label, nodes, gpus, folder, command, env=(), preload=None, pin=True, timeout=600, turns=True,
+                 patience=None):
+        """`timeout`: seconds for the whole job; `patience`: for each answer of its ranks (None: as long as it lives)."""
+        self.patience = patience
         self.label, self.world, self.folder = label, nodes * gpus, os.path.join(folder, label)
         os.makedirs(self.folder, exist_ok=True)
         argv = [sys.executable, CLUSTER, "run", "--name", name, "--nodes", str(nodes), "--gpus", str(gpus),
@@ -83,13 +87,16 @@ class Job:
         raise Failed("the %s job %s. The end of its output:\n%s" % (self.label, why, "\n".join("  " + t for t in tail)))
 
     def _readable(self, sockets):
-        """Those of the sockets that have something to say; fails when the job has ended instead."""
+        """Those of the sockets that have something to say; fails when the job has ended instead, or says nothing for too long."""
+        end = time.monotonic() + self.patience if self.patience else None
         while True:
             ready = [s for s in sockets if isinstance(s, Peer) and s.buffer] or select.select(sockets, [], [], 0.5)[0]
             if ready:
                 return ready
             if self.process.poll() is not None:
                 self.fail("ended early with status %d" % self.process.returncode)
+            if end and time.monotonic() > end:
+                self.fail("gave no answer for %g s" % self.patience)
 
     def connect(self):
         while len(self.ranks) < self.world:

@@ -98,6 +98,7 @@ MEDDLE(ncclSend, 1, (const void *b, size_t n, ncclDataType_t t, int peer, ncclCo
        (b, n, t, peer, c, s), {
            if (fails(MEDDLE_SEND))
                return ncclSystemError;
+           meddle_counts.sent[peer % MEDDLE_PEERS] += n * ry_nccl_type_bytes((int)t);
        })
 MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
        (b, n, t, peer, c, s), {

@@ -12,8 +12,10 @@
 #include <stdbool.h>
 
 /* Calls on this thread since it last set them to zero: of the engine, and of the job (passed on by librailyard.so). */
+#define MEDDLE_PEERS 64
 extern _Thread_local struct meddle_counts {
     unsigned engine, job;
+    unsigned long long sent[MEDDLE_PEERS]; /* bytes of the engine to each peer */
 } meddle_counts;
 
 /* The next group of the engine that receives this byte, on any thread, gets it with its lowest bit flipped; NULL then.

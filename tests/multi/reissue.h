@@ -102,7 +102,7 @@ struct side {
     cudaStream_t stream;
 };
 
-enum matrix { M_EQUAL, M_RANDOM, M_SKEWED, M_HOLES, M_ALL_TO_ONE, M_ONE_TO_ALL, M_ONE_PAIR, M_NOTHING, MATRICES };
+enum matrix { M_EQUAL, M_RANDOM, M_SKEWED, M_HOLES, M_ALL_TO_ONE, M_ONE_TO_ALL, M_ONE_PAIR, M_NOTHING, MATRICES, M_OF_TEST = MATRICES };
 enum form { F_GROUP, F_SHUFFLED, F_SCATTERED, F_ONE_CALL, FORMS };
 
 enum pairs {
@@ -121,6 +121,11 @@ struct exchange {
     ncclDataType_t type;
     unsigned most; /* elements of a segment */
     bool in_place; /* what it keeps for itself is sent from where it is received */
+    bool back;     /* the matrix is transposed */
+    /* Elements of a row: segments are so many of them times longer. Each rank has `tokens` different rows, and of 100 rows
+       `zeros` are all zero bytes. 0: no two bytes have to do with each other. */
+    unsigned row, tokens, zeros;
+    uint64_t like; /* 1 + the number of the exchange whose matrix this one has; 0: its own */
 };
 
 static inline unsigned type_bytes(ncclDataType_t type)
@@ -148,7 +153,10 @@ static inline bool has_pair(const struct side *s, const struct exchange *x, int 
     }
 }
 
-/* Elements from i to j. */
+/* M_OF_TEST. */
+static unsigned (*cell_of_test)(const struct side *s, uint64_t number, int i, int j);
+
+/* From i to j: elements, or rows. */
 static inline unsigned cell(const struct side *s, const struct exchange *x, uint64_t number, int i, int j)
 {
     uint64_t r = mix(s->tag * 1000003 + number), chosen = r % (uint64_t)s->n;
@@ -171,12 +179,21 @@ static inline unsigned cell(const struct side *s, const struct exchange *x, uint
         return (uint64_t)i == chosen ? some : 0;
     case M_ONE_PAIR:
         return (uint64_t)i == chosen && (uint64_t)j == (chosen + 1) % (uint64_t)s->n ? most : 0;
+    case M_OF_TEST:
+        return cell_of_test(s, number, i, j);
     default:
         return 0;
     }
 }
 
-/* Byte k of what i sends to j. */
+/* The same in elements, whatever rows are and which way it goes. */
+static inline size_t elements(const struct side *s, const struct exchange *x, uint64_t number, int i, int j)
+{
+    size_t rows = cell(s, x, x->like ? x->like - 1 : number, x->back ? j : i, x->back ? i : j);
+    return x->row ? rows * x->row : rows;
+}
+
+/* Byte k of what has this key. */
 static inline unsigned char content(uint64_t key, size_t k)
 {
     return (unsigned char)((key + k * UINT64_C(0x9e3779b97f4a7c15)) >> 53);
@@ -185,6 +202,22 @@ static inline unsigned char content(uint64_t key, size_t k)
 static inline uint64_t key_of(const struct side *s, uint64_t number, int i, int j)
 {
     return mix(mix(s->tag * 131 + number) + (uint64_t)i * 65537 + (uint64_t)j);
+}
+
+/* All of what i sends to j. */
+static inline void fill_segment(const struct side *s, const struct exchange *x, uint64_t number, int i, int j,
+                                unsigned char *to, size_t bytes)
+{
+    uint64_t key = key_of(s, number, i, j);
+    size_t row = x->row ? x->row * (size_t)type_bytes(x->type) : bytes;
+    for (size_t at = 0, r = 0; at < bytes; at += row, r++) {
+        if (x->row) {
+            uint64_t random = mix(key_of(s, number, i, j) + r);
+            key = random % 100 < x->zeros ? 0 : mix(key_of(s, number, i, s->n) + random / 100 % x->tokens) | 1;
+        }
+        for (size_t k = 0; k < row && at + k < bytes; k++)
+            to[at + k] = key ? content(key, k) : 0;
+    }
 }
 
 struct buffers {
@@ -220,8 +253,8 @@ static inline void make_buffers(struct side *s, const struct exchange *x, struct
     b->number = s->number++;
     uint64_t random = mix(s->tag + b->number * 31) + (uint64_t)s->rank;
     for (int p = 0; p < s->n; p++) {
-        b->to[p] = cell(s, x, b->number, s->rank, p);
-        b->from[p] = cell(s, x, b->number, p, s->rank);
+        b->to[p] = elements(s, x, b->number, s->rank, p);
+        b->from[p] = elements(s, x, b->number, p, s->rank);
         b->send_n[p] = b->to[p] * type_bytes(x->type);
         b->recv_n[p] = b->from[p] * type_bytes(x->type);
     }
@@ -233,12 +266,10 @@ static inline void make_buffers(struct side *s, const struct exchange *x, struct
     memset(b->send, 0x11, b->send_bytes + 8);
     memset(b->recv, GUARD, b->recv_bytes + 8);
     for (int p = 0; p < s->n; p++) {
-        uint64_t key = key_of(s, b->number, s->rank, p);
         unsigned char *to = b->send + b->send_at[p];
         if (x->in_place && p == s->rank)
             to = b->recv + b->recv_at[p];
-        for (size_t k = 0; k < b->send_n[p]; k++)
-            to[k] = content(key, k);
+        fill_segment(s, x, b->number, s->rank, p, to, b->send_n[p]);
     }
 }
 
@@ -246,18 +277,23 @@ static inline void make_buffers(struct side *s, const struct exchange *x, struct
 static inline void check_buffers(struct side *s, const struct exchange *x, struct buffers *b)
 {
     unsigned long long number = b->number, tag = s->tag;
+    size_t most = 0;
+    for (int p = 0; p < s->n; p++)
+        most = b->recv_n[p] > most ? b->recv_n[p] : most;
+    unsigned char *wanted = malloc(most + 1);
+    CHECK(wanted, "no memory");
     for (int p = 0; p < s->n; p++) {
-        uint64_t key = key_of(s, b->number, p, s->rank);
         unsigned char *from = b->recv + b->recv_at[p];
-        for (size_t k = 0; k < b->recv_n[p]; k++) {
-            CHECK(from[k] == content(key, k),
+        fill_segment(s, x, number, p, s->rank, wanted, b->recv_n[p]);
+        for (size_t k = 0; k < b->recv_n[p] && memcmp(from, wanted, b->recv_n[p]); k++)
+            CHECK(from[k] == wanted[k],
                   "exchange %llu (%c) of communicator %llu, matrix %d, form %d, type %d: byte %zu of %zu from rank %d "
                   "is %02x, not %02x",
                   number, s->way[number], tag, (int)x->matrix, (int)x->form, (int)x->type, k, b->recv_n[p], p, from[k],
-                  content(key, k));
-            from[k] = GUARD;
-        }
+                  wanted[k]);
+        memset(from, GUARD, b->recv_n[p]);
     }
+    free(wanted);
     for (size_t k = 0; k < b->recv_bytes + 8; k++)
         CHECK(b->recv[k] == GUARD, "exchange %llu of communicator %llu: byte %zu, of no segment, was written", number,
               tag, k);

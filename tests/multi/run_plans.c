@@ -1,7 +1,8 @@
 /*
  * run_plans.c: plans carried out by several processes over the emulated NCCL, against plain NCCL on the same data:
- * random matrices and layouts of nodes that all ranks draw alike, both strategies, verify mode, a byte that arrives
- * wrong and has to be found and named, ranks without scratch memory.
+ * random matrices and layouts of nodes that all ranks draw alike, all strategies, verify mode, a byte that arrives
+ * wrong and has to be found and named, ranks without scratch memory. For dedup, rows that repeat: tokens, padding, rows
+ * cut short; ranks that look for rows of a wrong width, or do not look.
  */
 #include <dlfcn.h>
 
@@ -17,10 +18,15 @@ static ncclComm_t comm;
 static struct ry_runner *runner;
 static struct ry_nccl nccl;
 
+static uint64_t draw_from(uint64_t *from, uint64_t below)
+{
+    *from ^= *from << 13, *from ^= *from >> 7, *from ^= *from << 17;
+    return *from % below;
+}
+
 static uint64_t draw(uint64_t below)
 {
-    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
-    return seed % below;
+    return draw_from(&seed, below);
 }
 
 /* What the runner calls: NCCL, and a hand in it that spoils one byte of what comes from `peer` into memory not the
@@ -61,9 +67,32 @@ struct side {
     struct ry_buffers b;
 };
 
+/* What the rows of a dedup exchange look like. */
+static struct {
+    uint64_t width; /* 0: no rows */
+    uint64_t tokens, distinct; /* of how many there are copies; one row in so many is like no other (0: none is) */
+} rows;
+
+/* Rows: one of this rank's tokens, zeros, a token with one bit changed, or noise. */
+static void write_rows(char *to, uint64_t bytes, uint64_t *own)
+{
+    for (uint64_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < rows.width ? bytes - at : rows.width;
+        uint64_t token = draw_from(own, rows.tokens), kind = draw_from(own, 20);
+        for (uint64_t i = 0; i < n; i++)
+            to[at + i] = (char)(kind == 0 ? 0 : (i * 7 + (i >> 8)) * (token + 3) + token * 11 + (uint64_t)who.rank);
+        if (kind == 1)
+            to[at + draw_from(own, n)] ^= (char)(1 << draw_from(own, 8));
+        if (rows.distinct && !draw_from(own, rows.distinct))
+            for (uint64_t i = 0; i < n; i++)
+                to[at + i] = (char)draw_from(own, 256);
+    }
+}
+
 static void side_start(struct side *s, const uint64_t *matrix, int n, uint64_t gap, uint64_t salt)
 {
     size_t at = 0;
+    uint64_t own = seed ^ ((uint64_t)who.rank + 1) * 0x9e3779b97f4a7c15u;
     s->bytes = calloc(2 * (size_t)n, sizeof *s->bytes);
     s->send = calloc((size_t)n, sizeof(void *));
     s->recv = calloc((size_t)n, sizeof(void *));
@@ -83,7 +112,9 @@ static void side_start(struct side *s, const uint64_t *matrix, int n, uint64_t g
             uint64_t bytes = s->bytes[k * n + p];
             if (!k) {
                 s->send[p] = bytes ? s->memory + at : NULL;
-                for (uint64_t i = 0; i < bytes; i++)
+                if (rows.width)
+                    write_rows(s->memory + at, bytes, &own);
+                for (uint64_t i = 0; i < bytes && !rows.width; i++)
                     s->memory[at + i] = (char)(i * 31 + (i >> 9) + (uint64_t)(who.rank * 7 + p * 13) + salt);
             } else {
                 s->recv[p] = bytes ? s->memory + at : NULL;
@@ -141,22 +172,24 @@ static void fill(uint64_t *matrix, int n)
                 v = 0;
             else if (kind == 2 && !empty)
                 v = 0;
-            matrix[i * n + j] = v;
+            uint64_t odd = draw(6);
+            matrix[i * n + j] = rows.width && odd ? v / rows.width * rows.width : v;
         }
 }
 
 static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t *matrix, const struct side *s,
-                               enum ry_strategy strategy, bool addresses)
+                               enum ry_strategy strategy, bool addresses, const struct ry_repeats *repeats)
 {
     struct ry_slice slice;
     CHECK(!ry_slice_init(&slice, cluster, who.rank, strategy, &err), "%s", err.msg);
-    ry_slice_fill(&slice, cluster, matrix, NULL);
+    ry_slice_fill(&slice, cluster, matrix, repeats);
     struct ry_plan_input in = {.cluster = cluster,
                                .rank = who.rank,
                                .strategy = strategy,
                                .send = s->b.send_bytes,
                                .recv = s->b.recv_bytes,
-                               .slice = &slice};
+                               .slice = &slice,
+                               .repeats = repeats ? repeats + who.rank * cluster->nnodes : NULL};
     if (addresses) {
         in.send_at = (const uintptr_t *)s->send;
         in.recv_at = (const uintptr_t *)s->recv;
@@ -165,6 +198,53 @@ static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t 
     CHECK(plan, "%s", err.msg);
     ry_slice_free(&slice);
     return plan;
+}
+
+static uint64_t sent, packed; /* bytes of messages that PACK steps wrote, and of what they stand for */
+static int packings, expansions;
+
+static void count_steps(const struct ry_plan *plan, const struct ry_cluster *cluster, const uint64_t *matrix)
+{
+    for (int i = 0; i < plan->nsteps; i++) {
+        const struct ry_step *s = &plan->steps[i];
+        packings += s->kind == RY_STEP_PACK;
+        expansions += s->kind == RY_STEP_EXPAND;
+        packed += s->kind == RY_STEP_PACK ? s->bytes : 0;
+        for (int p = 0; p < who.world && s->kind == RY_STEP_PACK; p++)
+            sent += cluster->node[p] == s->peer ? matrix[who.rank * who.world + p] : 0;
+    }
+}
+
+/* Every rank looks, or not, and all hear what each found: repeats[rank * nnodes + node]. */
+static struct ry_repeats *look(const struct ry_cluster *cluster, const struct side *s)
+{
+    size_t n = (size_t)cluster->nnodes;
+    struct ry_repeats *all = calloc((size_t)who.world * n, sizeof *all), *own = all + (size_t)who.rank * n;
+    uint64_t width = 0, want = 0;
+    for (int r = 0; r < who.world; r++) {
+        uint64_t kind = draw(10), wrong = 1 + draw(3 * rows.width);
+        if (r == who.rank)
+            width = kind == 0 ? 0 : kind == 1 ? wrong : rows.width;
+    }
+    if (width) {
+        struct ry_scan_sums sums;
+        CHECK(!ry_run_scan(runner, cluster, &s->b, width, &err), "%s", err.msg);
+        CHECK(!ry_run_scan_wait(runner, own, &sums, &err), "%s", err.msg);
+        CHECK(ry_run_scan_over(runner), "%s", "the search is over, but is not");
+        for (int p = 0; p < who.world; p++)
+            want += cluster->node[p] != cluster->node[who.rank] ? ry_rows_of(s->b.send_bytes[p], width) : 0;
+        CHECK(sums.rows == want && sums.distinct <= want && sums.zero <= want && !want == !sums.distinct,
+              "%llu rows, %llu distinct, %llu zero of %llu", (unsigned long long)sums.rows,
+              (unsigned long long)sums.distinct, (unsigned long long)sums.zero, (unsigned long long)want);
+        CHECK(!own[cluster->node[who.rank]].row_bytes && !own[cluster->node[who.rank]].distinct, "%s", "its own node");
+    }
+    NCCL(ncclGroupStart());
+    for (int p = 0; p < who.world; p++) {
+        NCCL(ncclSend(own, n * sizeof *own, ncclUint8, p, comm, NULL));
+        NCCL(ncclRecv(all + (size_t)p * n, n * sizeof *own, ncclUint8, p, comm, NULL));
+    }
+    NCCL(ncclGroupEnd());
+    return all;
 }
 
 static void *find(const char *name)
@@ -192,12 +272,18 @@ int main(int argc, char **argv)
     for (int x = 0; x < count; x++) {
         struct side s = {0};
         struct ry_cluster *cluster = layout();
+        static const uint64_t widths[] = {64, 100, 513, 1024, 4098};
+        static const enum ry_strategy strategies[] = {RY_DEDUP, RY_DEDUP, RY_DEDUP, RY_HIERARCHICAL, RY_DIRECT};
+        enum ry_strategy strategy = strategies[draw(5)];
+        rows.width = widths[draw(5)], rows.tokens = 1 + draw(30), rows.distinct = draw(4);
+        rows.width = strategy == RY_DEDUP ? rows.width : 0;
         fill(matrix, who.world);
-        enum ry_strategy strategy = draw(5) ? RY_HIERARCHICAL : RY_DIRECT;
         side_start(&s, matrix, who.world, draw(2) * draw(50), (uint64_t)x);
         CHECK(ry_run_safe(&s.b), "exchange %d", x);
-        struct ry_plan *plan = plan_of(cluster, matrix, &s, strategy, draw(2));
         ry_run_staging_limit(UINT64_C(1) << 30);
+        struct ry_repeats *repeats = strategy == RY_DEDUP ? look(cluster, &s) : NULL;
+        struct ry_plan *plan = plan_of(cluster, matrix, &s, strategy, draw(2), repeats);
+        count_steps(plan, cluster, matrix);
         CHECK(!ry_run_staging_grow(runner, plan->stage_bytes, NULL, &err), "%s", err.msg);
         by_relay += plan->stage_bytes > 0;
         int result = -1, verify = draw(3) == 0, poor = (int)draw((uint64_t)who.world * 2),
@@ -231,10 +317,16 @@ int main(int argc, char **argv)
         plainly(&s);
         side_end(&s, x);
         ry_plan_free(plan);
+        free(repeats);
         ry_cluster_free(cluster);
     }
     CHECK(found == spoiled && (int)equal == verified - skipped - spoiled, "%d of %d found, %d equal of %d", found,
           spoiled, (int)equal, verified - skipped - spoiled);
+    CHECK(count < 40 || who.world < 4 || (packings && expansions), "%d messages packed, %d times expanded", packings,
+          expansions);
+    if (who.rank == 0)
+        printf("rank 0 packed %d messages, %llu KiB in %llu KiB, and expanded %d times\n", packings,
+               (unsigned long long)sent >> 10, (unsigned long long)packed >> 10, expansions);
     if (who.rank == 0)
         printf("%d exchanges, staging memory used in %d of them; %d verified, %d of them not compared, %d spoiled and "
                "found\n",

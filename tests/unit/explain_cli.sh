@@ -49,6 +49,27 @@ also 'staging, rank with most +0 B +512 B$'
 expect 0 'copy 25 B of what goes to rank 3 into staging at 25' --uniform 100 --nodes 2 --gpus 2 --dealt
 expect 0 'rank 3 of 4 (node 1, rail 1): direct' --uniform 100 --nodes 2 --gpus 2 --strategy direct --rank 3
 
+# rows of 64 B, every other one new: 2 x 100 rows to the other node, 100 of them distinct, 6400 B and 4 B for each row. That is more
+# than a rank's 6400 B, so the relay writes the other rank's rows out; with a quarter distinct it passes on 4000 B.
+expect 0 'pack 100 of 200 rows of 64 B for node 1, 7200 B, into staging at 0' --uniform 25600 --nodes 2 --gpus 2 --row-bytes 64
+also 'send 7200 B to rank 2 \(node 1, rail 0\): 100 of 200 rows, packed in staging at 0'
+also 'receive 7200 B from rank 2 \(node 1, rail 0\): packed, into staging at 7424'
+also 'write out 100 of 200 rows that rank 2 packed, 6400 B, from staging at 7424 into staging at 14848'
+also 'send 6400 B to rank 1 in the node: what rank 2 sent, written out, from staging at 14848'
+also 'write out 100 of 200 rows that rank 2 packed, 6400 B, from staging at 7424 into place'
+also 'across nodes +8, 51.2 kB +4, 51.2 kB +4, 28.8 kB$'
+also 'rows written out +0, 0 B +0, 0 B +8, 51.2 kB$'
+expect 0 'send 4000 B to rank 1 in the node: what rank 2 sent, packed' --uniform 25600 --nodes 2 --gpus 2 --row-bytes 64 --distinct 0.25
+also 'receive 4000 B from rank 1 in the node: packed, into staging'
+expect 0 'hierarchical, 0 copies' --uniform 25600 --nodes 2 --gpus 2 --row-bytes 64 --strategy hierarchical
+expect 0 'in 19 messages for other nodes' --uniform 1M --nodes 20 --gpus 2 --row-bytes 64
+also 'write out .* of 19 packed messages into place'
+expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --strategy dedup
+expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --distinct 0.5
+expect 2 'no share of rows' --uniform 1K --nodes 2 --gpus 2 --row-bytes 64 --distinct 2
+expect 2 'no number of bytes of a row' --uniform 1K --nodes 2 --gpus 2 --row-bytes 0
+expect 1 'are too many to prove plans' --uniform 1G --nodes 2 --gpus 2 --row-bytes 1
+
 # uneven nodes: rank 4 of the larger node has local index 4, so its relay on the other is 4 mod 2 = 0: rank 5
 expect 0 'send 2000 B to rank 5 (node 1, rail 0)' --uniform 7000 --node-sizes 5,2 --rank 4
 expect 0 'rank 9 of 10' --zipf 64K --node-sizes 4,4,2 --all

@@ -132,15 +132,16 @@ static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy 
     for (int i = 0; i < n; i++)
         column[i] = job->matrix[(size_t)i * (size_t)n + (size_t)r];
     ck_assert_int_eq(ry_slice_init(&slice, job->cluster, r, strategy, err), 0);
-    ry_slice_fill(&slice, job->cluster, job->matrix, NULL);
-    struct ry_plan_input in = {job->cluster,
-                               r,
-                               strategy,
-                               job->matrix + (size_t)r * (size_t)n,
-                               column,
-                               &slice,
-                               job->send_at ? job->send_at[r] : NULL,
-                               job->recv_at ? job->recv_at[r] : NULL};
+    ry_slice_fill(&slice, job->cluster, job->matrix, job->repeats);
+    struct ry_plan_input in = {.cluster = job->cluster,
+                               .rank = r,
+                               .strategy = strategy,
+                               .send = job->matrix + (size_t)r * (size_t)n,
+                               .recv = column,
+                               .slice = &slice,
+                               .send_at = job->send_at && !job->blind ? job->send_at[r] : NULL,
+                               .recv_at = job->recv_at && !job->blind ? job->recv_at[r] : NULL,
+                               .repeats = job->repeats ? job->repeats + r * job->cluster->nnodes : NULL};
     struct ry_plan *plan = ry_plan_build(&in, err);
     ry_slice_free(&slice);
     free(column);
@@ -159,8 +160,9 @@ void build_all(struct job *job, enum ry_strategy strategy)
 
 int verify(const struct job *job, struct ry_err *err)
 {
-    return ry_plan_verify_at(job->cluster, job->matrix, job->plans, (const uintptr_t *const *)job->send_at,
-                             (const uintptr_t *const *)job->recv_at, err);
+    return ry_plan_verify_rows_at(job->cluster, job->matrix, job->maps, job->plans,
+                                  job->blind ? NULL : (const uintptr_t *const *)job->send_at,
+                                  job->blind ? NULL : (const uintptr_t *const *)job->recv_at, err);
 }
 
 void free_plans(struct job *job)
@@ -180,6 +182,10 @@ void free_job(struct job *job)
         if (job->recv_at)
             free(job->recv_at[r]);
     }
+    for (int i = 0; job->maps && i < job->n * job->cluster->nnodes; i++)
+        free((void *)job->maps[i].first);
+    free(job->maps);
+    free(job->repeats);
     free(job->send_at);
     free(job->recv_at);
     free(job->matrix);
@@ -204,6 +210,100 @@ struct job random_job(int n, uint64_t most, bool apart)
     return job;
 }
 
+/* ---- equal rows ---- */
+
+static uint64_t cell(const struct job *job, int from, int to)
+{
+    return job->matrix[(size_t)from * (size_t)job->n + (size_t)to];
+}
+
+static int index_of(const struct job *job, int from, int node)
+{
+    return from * job->cluster->nnodes + node;
+}
+
+/* Rows that `from` sends to ranks of `to`'s node below `to`; of `to` == n: to all of `node`. */
+static uint64_t rows_below(const struct job *job, int from, int node, int to, uint64_t row_bytes)
+{
+    uint64_t rows = 0;
+    for (int p = 0; p < to; p++)
+        rows += job->cluster->node[p] == node ? ry_rows_of(cell(job, from, p), row_bytes) : 0;
+    return rows;
+}
+
+enum { DISTINCT, EQUAL, SOME_ZERO, TOP_K, NEXT, SORTS };
+
+/* Rows with the same label are equal; `width` labels in use where that says anything. */
+static uint64_t label(int sort, uint64_t row, uint64_t rows, uint64_t width)
+{
+    switch (sort) {
+    case EQUAL:
+        return 0;
+    case SOME_ZERO:
+        return rnd(2) ? 0 : 1 + row;
+    case TOP_K:
+        return rnd(1 + rows / width);
+    case NEXT:
+        return row / width;
+    }
+    return row;
+}
+
+static void map_rows(struct job *job, int from, int node, uint64_t row_bytes, int sort, uint64_t width)
+{
+    uint64_t rows = rows_below(job, from, node, job->n, row_bytes), row = 0, distinct = 0;
+    uint32_t *first = malloc((rows + 1) * sizeof *first), *of_label = malloc((rows + 2) * sizeof *of_label);
+    memset(of_label, 0xFF, (rows + 2) * sizeof *of_label);
+    for (int p = 0; p < job->n; p++)
+        for (uint64_t at = 0; job->cluster->node[p] == node && at < cell(job, from, p); at += row_bytes, row++) {
+            uint64_t l = label(sort, row, rows, width);
+            bool whole = cell(job, from, p) - at >= row_bytes;
+            if (whole && of_label[l] == UINT32_MAX)
+                of_label[l] = (uint32_t)row;
+            first[row] = whole ? of_label[l] : (uint32_t)row;
+            distinct += first[row] == row;
+        }
+    free(of_label);
+    int i = index_of(job, from, node);
+    job->maps[i] = (struct ry_row_map){{row_bytes, distinct}, first};
+    job->repeats[i] = job->maps[i].repeats;
+}
+
+static void make_maps(struct job *job)
+{
+    size_t n = (size_t)job->n * (size_t)job->cluster->nnodes;
+    job->maps = calloc(n, sizeof *job->maps);
+    job->repeats = calloc(n, sizeof *job->repeats);
+}
+
+void random_rows(struct job *job)
+{
+    make_maps(job);
+    for (int from = 0; from < job->n; from++) {
+        static const uint64_t widths[] = {1, 2, 7, 16, 17, 64, 100, 257};
+        uint64_t row_bytes = rnd(4) ? widths[rnd(8)] : 1 + rnd(3000);
+        if (rnd(8) == 0)
+            continue;
+        for (int p = 0; p < job->n && rnd(3); p++) {
+            uint64_t *bytes = &job->matrix[(size_t)from * (size_t)job->n + (size_t)p];
+            if (rnd(3)) /* else ragged */
+                *bytes = *bytes / row_bytes * row_bytes;
+        }
+        for (int node = 0; node < job->cluster->nnodes; node++)
+            if (node != job->cluster->node[from] && rnd(8))
+                map_rows(job, from, node, row_bytes, rnd(2) ? TOP_K : (int)rnd(SORTS), 1 + rnd(9));
+    }
+}
+
+void even_rows(struct job *job, uint64_t row_bytes, uint64_t equal)
+{
+    make_maps(job);
+    for (int from = 0; from < job->n; from++)
+        for (int node = 0; node < job->cluster->nnodes; node++)
+            if (node != job->cluster->node[from])
+                map_rows(job, from, node, row_bytes, NEXT, equal);
+}
+
 /* ---- carrying plans out, on real memory and without a thought for proofs ---- */
 
 static unsigned char content(int from, int to, uint64_t offset)
@@ -211,6 +311,50 @@ static unsigned char content(int from, int to, uint64_t offset)
     uint64_t x = ((uint64_t)from * 131 + (uint64_t)to) * 1000003 + offset;
     x = (x ^ x >> 15) * UINT64_C(0x9E3779B97F4A7C15);
     return (unsigned char)(x >> 40);
+}
+
+/* What really is there: equal rows have equal bytes. */
+static unsigned char right(const struct job *job, int from, int to, uint64_t offset)
+{
+    int node = job->cluster->node[to];
+    const struct ry_row_map *map = job->maps ? &job->maps[index_of(job, from, node)] : NULL;
+    uint64_t row_bytes = map ? map->repeats.row_bytes : 0;
+    if (!row_bytes)
+        return content(from, to, offset);
+    uint64_t row = rows_below(job, from, node, to, row_bytes) + offset / row_bytes;
+    return content(from, job->n + node, map->first[row] * row_bytes + offset % row_bytes);
+}
+
+/* The packed message, from the bytes that are there; which rows are equal, the map tells. */
+static void pack(const struct job *job, int rank, const struct ry_step *s, unsigned char *to)
+{
+    const struct ry_row_map *map = &job->maps[index_of(job, rank, s->peer)];
+    uint64_t row_bytes = map->repeats.row_bytes, row = 0, distinct = 0;
+    unsigned char *list = to + (map->repeats.distinct * row_bytes + 15) / 16 * 16;
+    uint32_t *number = malloc((s->rows + 1) * sizeof *number);
+    for (int p = 0; p < job->n; p++)
+        for (uint64_t at = 0; job->cluster->node[p] == s->peer && at < cell(job, rank, p); at += row_bytes, row++) {
+            uint64_t bytes = cell(job, rank, p) - at < row_bytes ? cell(job, rank, p) - at : row_bytes;
+            number[row] = map->first[row] == row ? (uint32_t)distinct : number[map->first[row]];
+            if (map->first[row] == row) {
+                memset(to + distinct * row_bytes, 0, row_bytes);
+                memcpy(to + distinct++ * row_bytes, (unsigned char *)job->send_at[rank][p] + at, bytes);
+            }
+        }
+    memcpy(list, number, row * sizeof *number);
+    free(number);
+}
+
+static void expand(const struct ry_step *s, const unsigned char *from, unsigned char *to)
+{
+    uint64_t row_bytes = s->repeats.row_bytes;
+    const unsigned char *list = from + (s->repeats.distinct * row_bytes + 15) / 16 * 16 + 4 * s->skip;
+    for (uint64_t at = 0; at < s->bytes; at += row_bytes, list += 4) {
+        uint32_t k;
+        memcpy(&k, list, 4);
+        if (k < s->repeats.distinct)
+            memcpy(to + at, from + k * row_bytes, s->bytes - at < row_bytes ? s->bytes - at : row_bytes);
+    }
 }
 
 void make_real(struct job *job, struct memory *mem, int how)
@@ -245,7 +389,7 @@ static unsigned char *place(const struct job *job, const struct memory *mem, int
 static int group_end(const struct ry_plan *p, int begin)
 {
     int end = begin;
-    while (end < p->nsteps && p->steps[end].kind != RY_STEP_COPY && p->steps[end].group == p->steps[begin].group)
+    while (end < p->nsteps && ry_is_transfer(&p->steps[end]) && p->steps[end].group == p->steps[begin].group)
         end++;
     return end;
 }
@@ -264,7 +408,7 @@ const char *interpret(const struct job *job, const struct memory *mem)
         memset(mem->stage[r], 0xEE, job->plans[r]->stage_bytes + 1);
         for (int p = 0; p < n; p++) {
             for (uint64_t k = 0, b = job->matrix[r * n + p]; k < b; k++)
-                ((unsigned char *)job->send_at[r][p])[k] = content(r, p, k);
+                ((unsigned char *)job->send_at[r][p])[k] = right(job, r, p, k);
             memset((unsigned char *)job->recv_at[r][p], 0x55, job->matrix[p * n + r]);
         }
     }
@@ -275,8 +419,13 @@ const char *interpret(const struct job *job, const struct memory *mem)
         if (at[r] == p->nsteps)
             continue;
         const struct ry_step *s = &p->steps[at[r]];
-        if (s->kind == RY_STEP_COPY) {
-            memcpy(place(job, mem, r, s->to), place(job, mem, r, s->from), s->bytes);
+        if (!ry_is_transfer(s)) {
+            if (s->kind == RY_STEP_COPY)
+                memcpy(place(job, mem, r, s->to), place(job, mem, r, s->from), s->bytes);
+            else if (s->kind == RY_STEP_PACK)
+                pack(job, r, s, place(job, mem, r, s->to));
+            else
+                expand(s, place(job, mem, r, s->from), place(job, mem, r, s->to));
             at[r]++;
             idle = 0;
             continue;
@@ -288,7 +437,7 @@ const char *interpret(const struct job *job, const struct memory *mem)
             for (int j = at[r]; j < i; j++) /* only the first open one of its pair and direction */
                 if (!done[r][j] && p->steps[j].peer == q && p->steps[j].kind == p->steps[i].kind)
                     i = j;
-            if (done[r][i] || at[q] == pq->nsteps || pq->steps[at[q]].kind == RY_STEP_COPY)
+            if (done[r][i] || at[q] == pq->nsteps || !ry_is_transfer(&pq->steps[at[q]]))
                 continue;
             for (int j = at[q], e = group_end(pq, at[q]); j < e; j++) {
                 const struct ry_step *mine = &p->steps[i], *its = &pq->steps[j];
@@ -315,7 +464,7 @@ const char *interpret(const struct job *job, const struct memory *mem)
             snprintf(why, sizeof why, "rank %d is stuck at step %d", r, at[r]);
         for (int p = 0; p < n && !why[0]; p++)
             for (uint64_t k = 0; k < job->matrix[p * n + r]; k++)
-                if (((unsigned char *)job->recv_at[r][p])[k] != content(p, r, k)) {
+                if (((unsigned char *)job->recv_at[r][p])[k] != right(job, p, r, k)) {
                     snprintf(why, sizeof why, "rank %d: byte %llu from rank %d is wrong", r, (unsigned long long)k, p);
                     break;
                 }

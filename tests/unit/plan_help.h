@@ -30,11 +30,19 @@ struct job {
     uint64_t *matrix;
     uintptr_t **send_at, **recv_at; /* NULL: apart */
     struct ry_plan **plans;
+    /* Which rows are equal, and so what ranks found: [n * nnodes]; NULL: nobody looked. */
+    struct ry_row_map *maps;
+    struct ry_repeats *repeats;
+    bool blind; /* plans are built without the addresses, and proved without them */
 };
 /** Any shape of cluster and matrix, cells up to `most`; with addresses (of memory that does not exist) unless `apart`.
  */
 struct job random_job(int n, uint64_t most, bool apart);
-/** Every rank's plan, into job->plans; and proved by the job's addresses. */
+/** Equal rows of all sorts: of any width, some ranks having not looked; some cells are made whole rows before. */
+void random_rows(struct job *job);
+/** The same for all rows alike: `equal` of each run of so many rows of `row_bytes` bytes are the same row. */
+void even_rows(struct job *job, uint64_t row_bytes, uint64_t equal);
+/** Every rank's plan, into job->plans; and proved by the job's addresses, or rows. */
 void build_all(struct job *job, enum ry_strategy strategy);
 int verify(const struct job *job, struct ry_err *err);
 void free_plans(struct job *job);

@@ -1,105 +1,8 @@
 /*
- * test_cost.c: the cost model by hand and on random clusters, choosing, learning, and the file of measured costs.
+ * test_cost.c: the cost model by hand and on random clusters, choosing, and learning. Dedup's: test_cost_dedup.c.
  */
-#include <check.h>
-#include <math.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-
 #include "base/clock.h"
-#include "measure/cost_file.h"
-#include "plan/cost.h"
-
-static unsigned seed;
-
-static double uniform(double low, double high)
-{
-    return low + (high - low) * rand() / RAND_MAX;
-}
-
-/* ---- clusters and exchanges ---- */
-
-/* Seat i's node is nodes[i]. */
-static struct ry_cluster *cluster_of(const int *nodes, int n, const char *prefix)
-{
-    struct ry_err err = {""};
-    struct ry_seat *s = calloc((size_t)n, sizeof *s);
-    for (int i = 0; i < n; i++) {
-        s[i].version = RY_SEAT_VERSION;
-        s[i].rank = i;
-        snprintf(s[i].node, sizeof s[i].node, "%s%d", prefix, nodes[i]);
-        snprintf(s[i].host, sizeof s[i].host, "%shost%d", prefix, nodes[i]);
-        strcpy(s[i].gpu_name, "Test GPU");
-    }
-    struct ry_cluster *c = ry_cluster_build(s, n, &err);
-    ck_assert_msg(c != NULL, "%s", err.msg);
-    free(s);
-    return c;
-}
-
-static struct ry_cluster *regular(int nodes, int size)
-{
-    int *at = calloc((size_t)(nodes * size), sizeof *at);
-    for (int i = 0; i < nodes * size; i++)
-        at[i] = i / size;
-    struct ry_cluster *c = cluster_of(at, nodes * size, "n");
-    free(at);
-    return c;
-}
-
-static struct ry_cluster *random_cluster(int most)
-{
-    int n = 1 + rand() % most, nodes = 1 + rand() % n, *at = calloc((size_t)n, sizeof *at);
-    bool scattered = rand() % 3 == 0;
-    for (int i = 0; i < n; i++)
-        at[i] = scattered ? rand() % nodes : i * nodes / n;
-    struct ry_cluster *c = cluster_of(at, n, "n");
-    free(at);
-    return c;
-}
-
-/* All ranks' loads of a matrix. */
-static struct ry_load *loads_of(const struct ry_cluster *c, const uint64_t *matrix)
-{
-    size_t n = (size_t)c->nranks;
-    struct ry_load *all = calloc(n, sizeof *all);
-    uint64_t *column = calloc(n, sizeof *column);
-    for (size_t r = 0; r < n; r++) {
-        for (size_t from = 0; from < n; from++)
-            column[from] = matrix[from * n + r];
-        ry_load_of(&all[r], c, (int)r, matrix + r * n, column, NULL);
-    }
-    free(column);
-    return all;
-}
-
-static uint64_t *even(const struct ry_cluster *c, uint64_t bytes)
-{
-    size_t n = (size_t)c->nranks;
-    uint64_t *m = calloc(n * n, sizeof *m);
-    for (size_t i = 0; i < n * n; i++)
-        m[i] = bytes;
-    return m;
-}
-
-/* Two nodes behind 25 Gbit/s, NVLink inside; figures as seen on the virtual GPU cluster. */
-static const struct ry_cost_model typical = {
-    .link = {[RY_LINK_SELF] = {.alpha_us = 2, .bytes_per_us = 1e6, .message_us = 2},
-             [RY_LINK_LOCAL] = {.alpha_us = 5, .bytes_per_us = 200e3, .message_us = 1},
-             [RY_LINK_NIC] = {.alpha_us = 40, .bytes_per_us = 3e3, .message_us = 10}},
-    .nic_rank_bytes_per_us = 2e3,
-    .copy_us = 3,
-    .copy_bytes_per_us = 1e6,
-    .group_us = 15,
-    .agreement_us = 50,
-    .plan_us_per_rank = 0.2,
-    .measured = true,
-};
+#include "cost_help.h"
 
 /* ---- loads and estimates by hand ---- */
 
@@ -139,18 +42,13 @@ START_TEST(loads)
 }
 END_TEST
 
-static void near(double got, double expected, const char *what)
-{
-    ck_assert_msg(fabs(got - expected) <= 1e-6 * fabs(expected), "%s: %.6f instead of %.6f", what, got, expected);
-}
-
 /* 2 nodes of 4, 1 MB for everyone: the formulas of the header, worked out here by hand. */
 START_TEST(by_hand)
 {
     const double mb = 1e6;
     struct ry_cluster *c = regular(2, 4);
     uint64_t *m = even(c, 1000000);
-    struct ry_load *l = loads_of(c, m);
+    struct ry_load *l = loads_of(c, m, NULL);
     /* direct: each rank sends 4 messages across, a node 16 MB; 4 MB of a rank alone are not slower than that */
     near(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT), 50 + 15 + 40 + 4 * 10 + 16 * mb / 3e3, "direct");
     /* hierarchical: one message across. A rank gets 4 pieces, one for itself, in the shadow of the 3 to pass on. */
@@ -174,7 +72,7 @@ START_TEST(one_node_and_nothing)
 {
     struct ry_cluster *c = regular(1, 8);
     uint64_t *m = even(c, 1 << 20);
-    struct ry_load *l = loads_of(c, m);
+    struct ry_load *l = loads_of(c, m, NULL);
     near(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT), 50 + 15 + 5 + 7 * 1 + 7 * 1048576 / 200e3, "one node");
     struct ry_choice choice;
     ry_cost_choose(&choice, &typical, NULL, c, l, NULL, 0.05);
@@ -199,9 +97,13 @@ START_TEST(monotonic)
             m[i] = rand() % 4 ? (uint64_t)(rand() % 100000) : 0;
         double before[RY_STRATEGIES] = {0};
         for (int step = 0; step < 10; step++) {
-            struct ry_load *l = loads_of(c, m);
+            struct ry_load *l = loads_of(c, m, NULL);
             for (int s = 0; s < RY_STRATEGIES; s++) {
                 double us = ry_cost_estimate(&typical, c, l, NULL, (enum ry_strategy)s);
+                if (s == RY_DEDUP) {
+                    ck_assert(us == INFINITY); /* nobody looked */
+                    continue;
+                }
                 ck_assert_msg(isfinite(us) && us >= before[s] - 1e-9, "seed %u: %s falls from %f to %f", seed,
                               s ? "hierarchical" : "direct", before[s], us);
                 before[s] = us;
@@ -214,48 +116,6 @@ START_TEST(monotonic)
     }
 }
 END_TEST
-
-/* What the steps cost, for all ranks' plans of a matrix. */
-static double from_plans(const struct ry_cluster *c, const uint64_t *m, enum ry_strategy strategy, uint64_t *relayed)
-{
-    struct ry_err err = {""};
-    int n = c->nranks;
-    struct ry_plan **plans = calloc((size_t)n, sizeof *plans);
-    uint64_t *column = calloc((size_t)n, sizeof *column);
-    uintptr_t *at = calloc((size_t)n, sizeof *at);
-    for (int r = 0; r < n; r++) {
-        struct ry_slice slice;
-        ck_assert_msg(!ry_slice_init(&slice, c, r, strategy, &err), "%s", err.msg);
-        ry_slice_fill(&slice, c, m, NULL);
-        for (int p = 0; p < n; p++)
-            column[p] = m[p * n + r];
-        at[0] = 4096; /* segments follow each other, as PyTorch lays them out */
-        for (int p = 1; p < n; p++)
-            at[p] = at[p - 1] + m[r * n + p - 1];
-        struct ry_plan_input in = {.cluster = c,
-                                   .rank = r,
-                                   .strategy = strategy,
-                                   .send = m + r * n,
-                                   .recv = column,
-                                   .slice = &slice,
-                                   .send_at = at};
-        plans[r] = ry_plan_build(&in, &err);
-        ck_assert_msg(plans[r] != NULL, "%s", err.msg);
-        ry_slice_free(&slice);
-        relayed[r] = 0;
-        for (int from = 0; from < n; from++)
-            for (int to = 0; to < n && c->node[from] != c->node[r]; to++)
-                if (to != r && c->node[to] == c->node[r] && ry_relay(c, from, c->node[r]) == r)
-                    relayed[r] += m[from * n + to];
-    }
-    double us = ry_cost_plans(&typical, c, plans);
-    for (int r = 0; r < n; r++)
-        ry_plan_free(plans[r]);
-    free(plans);
-    free(column);
-    free(at);
-    return us;
-}
 
 /*
  * The estimate from loads against the steps. Direct is the same sum, but for links that the loads do not tell apart, so
@@ -276,12 +136,14 @@ START_TEST(against_plans)
         for (size_t i = 0; i < n * n; i++)
             m[i] =
                 zeros && rand() % 4 < zeros ? 0 : (uint64_t)(size * (alike ? uniform(0.7, 1.3) : exp(uniform(-3, 3))));
-        struct ry_load *l = loads_of(c, m);
+        struct ry_load *l = loads_of(c, m, NULL);
         double error[3];
-        error[0] = log(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT) / from_plans(c, m, RY_DIRECT, relayed));
-        double steps = from_plans(c, m, RY_HIERARCHICAL, relayed);
+        error[0] =
+            log(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT) / from_plans(c, m, NULL, RY_DIRECT, relayed, NULL));
+        double steps = from_plans(c, m, NULL, RY_HIERARCHICAL, relayed, NULL);
         error[1] = log(ry_cost_estimate(&typical, c, l, NULL, RY_HIERARCHICAL) / steps);
-        error[2] = log(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL) / steps);
+        error[2] = log(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL) /
+                       steps);
         ck_assert_msg(fabs(error[0]) < 0.1 && fabs(error[1]) < log(2) && fabs(error[2]) < log(2),
                       "seed %u: %d ranks on %d nodes: direct x%.3f, hierarchical x%.3f, with relays x%.3f", seed,
                       c->nranks, c->nnodes, exp(error[0]), exp(error[1]), exp(error[2]));
@@ -313,7 +175,7 @@ static enum ry_strategy chosen(const struct ry_cost_model *model, int nodes, int
     struct ry_choice choice;
     struct ry_cluster *c = regular(nodes, size);
     uint64_t *m = even(c, bytes);
-    struct ry_load *l = loads_of(c, m);
+    struct ry_load *l = loads_of(c, m, NULL);
     ry_cost_choose(&choice, model, NULL, c, l, NULL, 0.05);
     free(l);
     free(m);
@@ -393,7 +255,7 @@ static int run_world(const struct world *w, const struct ry_cost_model *model, u
 {
     struct ry_cluster *c = regular(4, 8);
     uint64_t *m = even(c, bytes);
-    struct ry_load *l = loads_of(c, m);
+    struct ry_load *l = loads_of(c, m, NULL);
     int good = 0, last = -1;
     *trials = *switches = 0;
     for (int i = 0; i < n; i++) {
@@ -479,7 +341,7 @@ START_TEST(late_ranks)
     struct ry_choice choice;
     struct ry_cluster *c = regular(4, 8);
     uint64_t *m = even(c, 1024);
-    struct ry_load *all = loads_of(c, m);
+    struct ry_load *all = loads_of(c, m, NULL);
     ry_cost_choose(&choice, &typical, l, c, all, NULL, 0.05);
     double ratio = choice.us[RY_HIERARCHICAL] / choice.model_us[RY_HIERARCHICAL];
     ck_assert_msg(ratio > 0.99 && ratio < 1.5, "ratio %f", ratio);
@@ -567,158 +429,9 @@ START_TEST(guess)
 }
 END_TEST
 
-/* ---- the file ---- */
-
-static char scratch[] = "/tmp/railyard-cost-XXXXXX";
-
-static void in_scratch(void)
-{
-    strcpy(scratch + strlen(scratch) - 6, "XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(scratch));
-    setenv("XDG_CACHE_HOME", scratch, 1);
-}
-
-static void out_of_scratch(void)
-{
-    char command[64];
-    snprintf(command, sizeof command, "rm -rf %s", scratch);
-    ck_assert_int_eq(system(command), 0);
-}
-
-START_TEST(round_trip)
-{
-    struct ry_err err = {""};
-    struct ry_cluster *c = regular(2, 4);
-    struct ry_cost_model got, m = typical;
-    uint64_t print = ry_cluster_fingerprint(c);
-    ck_assert_int_eq(ry_cost_load(&got, print, &err), 1);
-    m.link[RY_LINK_NIC].measured = m.link[RY_LINK_SELF].measured = true;
-    m.link[RY_LINK_NIC].alpha_us = 1.0 / 3;
-    for (int i = 0; i < 2; i++) /* the second time over the first */
-        ck_assert_msg(!ry_cost_save(&m, c, &err), "%s", err.msg);
-    ck_assert_msg(!ry_cost_load(&got, print, &err), "%s", err.msg);
-    near(got.link[RY_LINK_NIC].alpha_us, 1.0 / 3, "alpha");
-    near(got.link[RY_LINK_LOCAL].bytes_per_us, 200e3, "beta");
-    near(got.nic_rank_bytes_per_us, 2e3, "rank");
-    near(got.plan_us_per_rank, 0.2, "plan");
-    ck_assert(got.measured && got.link[RY_LINK_NIC].measured && !got.link[RY_LINK_LOCAL].measured);
-    char path[4096], command[8192];
-    ck_assert(!ry_cost_path(print, path, sizeof path, &err));
-    snprintf(command, sizeof command, "test $(ls %s/railyard | wc -l) = 1", scratch); /* no temporary file is left */
-    ck_assert_int_eq(system(command), 0);
-    ry_cluster_free(c);
-}
-END_TEST
-
-/* Cut anywhere, or with any byte changed: an error that names the file, or sound numbers; never a crash. */
-START_TEST(damaged)
-{
-    struct ry_err err = {""};
-    struct ry_cluster *c = regular(2, 4);
-    uint64_t print = ry_cluster_fingerprint(c);
-    char path[4096], text[4096];
-    ck_assert(!ry_cost_save(&typical, c, &err) && !ry_cost_path(print, path, sizeof path, &err));
-    FILE *f = fopen(path, "r");
-    size_t n = fread(text, 1, sizeof text, f);
-    fclose(f);
-    ck_assert(n > 100 && n < sizeof text);
-    int refused = 0, tries = 0;
-    for (size_t i = 0; i < 2 * n; i++) {
-        char changed[4096];
-        memcpy(changed, text, n);
-        size_t at = i % n, size = i < n ? i : n;
-        if (i >= n)
-            changed[at] = (char)(rand() % 256);
-        f = fopen(path, "w");
-        ck_assert(fwrite(changed, 1, size, f) == size && !fclose(f));
-        struct ry_cost_model got;
-        int r = ry_cost_load(&got, print, &err);
-        tries++;
-        refused += r == -1;
-        ck_assert(r == 0 || r == -1);
-        if (r == -1)
-            ck_assert_msg(strstr(err.msg, path) != NULL, "%s", err.msg);
-        else
-            for (int l = 0; l < RY_LINKS; l++)
-                ck_assert(isfinite(got.link[l].alpha_us) && got.link[l].alpha_us >= 0 && got.link[l].bytes_per_us > 0);
-        if (i < n - 2) /* cut short: never taken */
-            ck_assert_int_eq(r, -1);
-    }
-    ck_assert_int_gt(refused, tries / 2);
-    /* each field must be there and sound */
-    static const char *const bad[] = {"\"alpha_us\": 40",    "\"alpha_us\": -1",       "\"group_us\": 15",
-                                      "\"group_us\": \"x\"", "\"bytes_per_us\": 3000", "\"bytes_per_us\": 0",
-                                      "\"version\": 1",      "\"version\": 2"};
-    for (int i = 0; i < 8; i += 2) {
-        char *at = strstr(text, bad[i]);
-        ck_assert_msg(at != NULL, "no %s in %s", bad[i], text);
-        f = fopen(path, "w");
-        fprintf(f, "%.*s%s%s", (int)(at - text), text, bad[i + 1],
-                strchr(at, ',') ? strpbrk(at + strlen(bad[i]), ",\n") : "");
-        fclose(f);
-        struct ry_cost_model got;
-        ck_assert_int_eq(ry_cost_load(&got, print, &err), -1);
-        ck_assert_msg(strstr(err.msg, path) && strstr(err.msg, "railyard calibrate"), "%s", err.msg);
-    }
-    ry_cluster_free(c);
-}
-END_TEST
-
-START_TEST(no_place)
-{
-    struct ry_err err = {""};
-    char path[4096];
-    unsetenv("XDG_CACHE_HOME");
-    setenv("HOME", "/somewhere", 1);
-    ck_assert(!ry_cost_path(0xabc, path, sizeof path, &err));
-    ck_assert_str_eq(path, "/somewhere/.cache/railyard/cost-0000000000000abc.json");
-    setenv("XDG_CACHE_HOME", "relative", 1);
-    ck_assert(!ry_cost_path(0xabc, path, sizeof path, &err));
-    ck_assert_str_eq(path, "/somewhere/.cache/railyard/cost-0000000000000abc.json");
-    unsetenv("HOME");
-    ck_assert_int_eq(ry_cost_path(1, path, sizeof path, &err), -1);
-    setenv("XDG_CACHE_HOME", "/proc/nowhere", 1);
-    struct ry_cluster *c = regular(1, 1);
-    ck_assert_int_eq(ry_cost_save(&typical, c, &err), -1);
-    ck_assert_msg(strstr(err.msg, "/proc/nowhere") != NULL, "%s", err.msg);
-    ry_cluster_free(c);
-}
-END_TEST
-
-START_TEST(fingerprint)
-{
-    static const int a[] = {0, 0, 1, 1}, b[] = {7, 3, 3, 7}, other[] = {0, 0, 0, 1}, four[] = {0, 1, 2, 3};
-    struct ry_cluster *ca = cluster_of(a, 4, "x"), *cb = cluster_of(b, 4, "y"), *co = cluster_of(other, 4, "x"),
-                      *cf = cluster_of(four, 4, "x");
-    uint64_t p = ry_cluster_fingerprint(ca);
-    cb->seats[2].pid = 77;
-    cb->seats[2].settings_hash = 5;
-    strcpy(cb->seats[1].gpu_pci, "0000:01:00.0");
-    ck_assert_uint_eq(p, ry_cluster_fingerprint(cb));
-    ck_assert_uint_ne(p, ry_cluster_fingerprint(co));
-    ck_assert_uint_ne(p, ry_cluster_fingerprint(cf));
-    strcpy(ca->seats[3].gpu_name, "Other GPU");
-    ck_assert_uint_ne(p, ry_cluster_fingerprint(ca));
-    cb->seats[0].nic_gbs = 12.5;
-    uint64_t named = ry_cluster_fingerprint(cb);
-    ck_assert_uint_ne(p, named);
-    cb->seats[0].nic_gbs = 12.501;
-    ck_assert_uint_eq(named, ry_cluster_fingerprint(cb));
-    ry_cluster_free(ca);
-    ry_cluster_free(cb);
-    ry_cluster_free(co);
-    ry_cluster_free(cf);
-}
-END_TEST
-
 int main(void)
 {
-    const char *given = getenv("RY_TEST_SEED");
-    seed = given ? (unsigned)strtoul(given, NULL, 0) : (unsigned)(time(NULL) ^ getpid());
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    printf("RY_TEST_SEED=%u\n", seed);
-    fflush(stdout);
-    srand(seed);
+    begin_seed();
     Suite *s = suite_create("cost");
     TCase *t = tcase_create("model");
     tcase_set_timeout(t, 60);
@@ -734,14 +447,6 @@ int main(void)
     tcase_add_test(t, late_ranks);
     tcase_add_test(t, fast);
     tcase_add_test(t, guess);
-    suite_add_tcase(s, t);
-    t = tcase_create("file");
-    tcase_set_timeout(t, 60);
-    tcase_add_checked_fixture(t, in_scratch, out_of_scratch);
-    tcase_add_test(t, round_trip);
-    tcase_add_test(t, damaged);
-    tcase_add_test(t, no_place);
-    tcase_add_test(t, fingerprint);
     suite_add_tcase(s, t);
     SRunner *run = srunner_create(s);
     srunner_run_all(run, CK_NORMAL);

@@ -269,11 +269,19 @@ static void expect_refused(int n, const uint64_t *matrix, struct ry_plan *plans,
 
 #define SEND(g, p, b)                                                                                                  \
     {                                                                                                                  \
-        RY_STEP_SEND, g, p, {0}, {RY_AT_SEND, p, 0}, b                                                                 \
+        .kind = RY_STEP_SEND, .group = g, .peer = p, .from = {RY_AT_SEND, p, 0}, .bytes = b                            \
     }
 #define RECV(g, p, b)                                                                                                  \
     {                                                                                                                  \
-        RY_STEP_RECV, g, p, {RY_AT_RECV, p, 0}, {0}, b                                                                 \
+        .kind = RY_STEP_RECV, .group = g, .peer = p, .to = {RY_AT_RECV, p, 0}, .bytes = b                              \
+    }
+#define AT(place, peer, offset)                                                                                        \
+    {                                                                                                                  \
+        place, peer, offset                                                                                            \
+    }
+#define COPY(t, f, b)                                                                                                  \
+    {                                                                                                                  \
+        .kind = RY_STEP_COPY, .group = -1, .peer = -1, .to = t, .from = f, .bytes = b                                  \
     }
 #define PLAN(r, n, groups, stage, steps)                                                                               \
     {                                                                                                                  \
@@ -327,10 +335,10 @@ START_TEST(by_hand)
     }
     { /* through staging memory, which may be used again; and what was received may be read */
         uint64_t m[] = {8, 0, 0, 0};
-        struct ry_step a[] = {{RY_STEP_COPY, -1, -1, {RY_AT_STAGE, -1, 0}, {RY_AT_SEND, 0, 0}, 8},
-                              {RY_STEP_COPY, -1, -1, {RY_AT_STAGE, -1, 0}, {RY_AT_SEND, 0, 4}, 4},
-                              {RY_STEP_COPY, -1, -1, {RY_AT_RECV, 0, 0}, {RY_AT_SEND, 0, 0}, 4},
-                              {RY_STEP_COPY, -1, -1, {RY_AT_RECV, 0, 4}, {RY_AT_STAGE, -1, 0}, 4}};
+        struct ry_step a[] = {COPY(AT(RY_AT_STAGE, -1, 0), AT(RY_AT_SEND, 0, 0), 8),
+                              COPY(AT(RY_AT_STAGE, -1, 0), AT(RY_AT_SEND, 0, 4), 4),
+                              COPY(AT(RY_AT_RECV, 0, 0), AT(RY_AT_SEND, 0, 0), 4),
+                              COPY(AT(RY_AT_RECV, 0, 4), AT(RY_AT_STAGE, -1, 0), 4)};
         struct ry_plan p[] = {PLAN(0, 2, 0, 8, a), {RY_DIRECT, 1, 2, 0, 0, 0, NULL}};
         expect_refused(2, m, p, NULL);
         a[3].from.offset = 4;

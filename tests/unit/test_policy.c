@@ -1,6 +1,6 @@
 /*
- * test_policy.c: what the yardmaster decides by (src/engine/policy.h), asked as the agreement asks it, in a small world where
- * each strategy takes as long as the test says.
+ * test_policy.c: what the yardmaster decides by (src/engine/policy.h), asked as the agreement asks it, in a small world
+ * where each strategy takes as long as the test says.
  */
 #include <check.h>
 #include <stdatomic.h>
@@ -17,6 +17,9 @@ static struct ry_chooser *chooser;
 static struct ry_policy policy;
 static _Atomic int forced;
 static struct ry_side sides[RANKS];
+static struct ry_repeats found[RANKS * NODES];
+static double message_us = 2; /* across, where the NIC is slow */
+static bool slow_nic;         /* and fast links in the nodes */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth */
 static int went[RY_STRATEGIES];
@@ -38,11 +41,18 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
         .map = map, .forced = &forced, .verify = verify_every, .staging_limit = staging_limit, .name = "test"};
     ry_cost_guess(&config.model, map);
     config.model.agreement_us = agreement_us;
+    if (slow_nic) {
+        config.model.link[RY_LINK_NIC].bytes_per_us = config.model.nic_rank_bytes_per_us = 3e3;
+        config.model.link[RY_LINK_LOCAL].bytes_per_us = 200e3;
+        config.model.link[RY_LINK_NIC].message_us = message_us;
+        config.model.measured = true;
+    }
     chooser = ry_chooser_new(&config, &err);
     ck_assert_msg(chooser != NULL, "%s", err.msg);
     policy = ry_chooser_policy(chooser);
     atomic_store(&forced, -1);
     memset(sides, 0, sizeof sides);
+    memset(found, 0, sizeof found);
     memset(went, 0, sizeof went);
     number = 0;
 }
@@ -64,16 +74,32 @@ static void uniform(uint64_t bytes, uint64_t staging)
     for (int r = 0; r < RANKS; r++) {
         ry_load_of(&sides[r].load, map, r, row, row, NULL);
         sides[r].staging = staging;
+        sides[r].row_bytes = 0;
         for (int s = 0; s < RY_STRATEGIES; s++)
             sides[r].pack[s] = 0;
     }
 }
 
-static struct ry_agreed agreed(const void **extra, size_t *bytes)
+/* On top of uniform(): every rank looked, and of `copies` rows one is left. */
+static void duplicates(uint64_t row_bytes, uint64_t copies)
 {
     for (int r = 0; r < RANKS; r++) {
-        extra[r] = &sides[r];
-        bytes[r] = sizeof sides[r];
+        for (int n = 0; n < NODES; n++) {
+            found[r * NODES + n] = (struct ry_repeats){row_bytes, 0};
+            for (int p = n * GPUS; p < (n + 1) * GPUS; p++)
+                found[r * NODES + n].distinct += ry_rows_of(matrix[r * RANKS + p], row_bytes) / copies;
+        }
+        sides[r].row_bytes = row_bytes;
+        ry_load_of(&sides[r].load, map, r, matrix + r * RANKS, matrix + r * RANKS, found + r * NODES);
+    }
+}
+
+static struct ry_agreed agreed(const void **extra, size_t *bytes)
+{
+    static uint64_t room[RANKS][(sizeof(struct ry_side) + NODES * sizeof(uint64_t)) / sizeof(uint64_t)];
+    for (int r = 0; r < RANKS; r++) {
+        extra[r] = room[r];
+        bytes[r] = ry_side_pack(room[r], &sides[r], NODES, found + r * NODES);
     }
     return (struct ry_agreed){
         .number = number, .nranks = RANKS, .matrix = matrix, .extra = extra, .extra_bytes = bytes};
@@ -83,10 +109,14 @@ static bool worth(void)
 {
     const void *extra[RANKS];
     size_t bytes[RANKS];
-    agreed(extra, bytes);
+    for (int r = 0; r < RANKS; r++) {
+        extra[r] = &sides[r];
+        bytes[r] = sizeof sides[r];
+    }
     return policy.worth(policy.context, number, extra, bytes);
 }
 
+/* *ncells: 64-bit words behind the order. */
 static struct ry_order order_of(int strategy, int rank, const uint64_t **cells, size_t *ncells)
 {
     const void *extra[RANKS];
@@ -178,28 +208,75 @@ START_TEST(staging_comes_first)
 }
 END_TEST
 
+/* Dedup takes more than hierarchical: where that is too much, hierarchical is next if it is worth anything. */
+START_TEST(staging_for_the_next_best)
+{
+    uint64_t most[RY_STRATEGIES] = {0}, relay[RANKS], pack[RANKS];
+    slow_nic = true;
+    message_us = 50;
+    for (int limit = RY_DEDUP; limit >= RY_DIRECT; limit--) {
+        begin(0, most[limit] ? most[limit] : 1 << 30, 100);
+        uniform(65536, 1 << 30);
+        duplicates(64, 4);
+        for (int s = RY_HIERARCHICAL; limit == RY_DEDUP && s < RY_STRATEGIES; s++) {
+            ck_assert(!ry_plan_stage_all(map, (enum ry_strategy)s, matrix, found, relay, pack, NULL));
+            for (int r = 0; r < RANKS; r++)
+                most[s] = relay[r] > most[s] ? relay[r] : most[s];
+        }
+        most[RY_DIRECT] = 1;
+        ck_assert_uint_gt(most[RY_DEDUP], most[RY_HIERARCHICAL]);
+        ck_assert_int_eq(exchange(), limit);
+        struct ry_chooser_counts counts;
+        ry_chooser_counts(chooser, &counts);
+        ck_assert_uint_eq(counts.short_of_staging, limit != RY_DEDUP);
+        end();
+    }
+    message_us = 2;
+    slow_nic = false;
+}
+END_TEST
+
 START_TEST(slices_are_the_ranks_own)
 {
-    begin(0, 1 << 30, 50);
-    atomic_store(&forced, RY_HIERARCHICAL);
-    uniform(1000, 1 << 20);
-    for (int i = 0; i < RANKS * RANKS; i++)
-        matrix[i] = 100 + (uint64_t)i;
-    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
-    for (int r = 0; r < RANKS; r++) {
-        const uint64_t *cells;
-        size_t n;
-        struct ry_slice s;
-        order_of(RY_HIERARCHICAL, r, &cells, &n);
-        ck_assert_int_eq(ry_slice_init(&s, map, r, RY_HIERARCHICAL, NULL), 0);
-        ck_assert_uint_eq(n, (size_t)s.nrows * (size_t)s.ncols);
-        ck_assert_uint_gt(n, 0);
-        for (int i = 0; i < s.nrows; i++)
-            for (int j = 0; j < s.ncols; j++)
-                ck_assert_uint_eq(cells[i * s.ncols + j], matrix[s.rows[i] * RANKS + s.cols[j]]);
-        ry_slice_free(&s);
+    for (int i = 0; i < 3; i++) { /* hierarchical, dedup, and dedup where nobody looked */
+        enum ry_strategy strategy = i ? RY_DEDUP : RY_HIERARCHICAL;
+        begin(0, 1 << 30, 50);
+        atomic_store(&forced, (int)strategy);
+        uniform(1000, 1 << 20);
+        for (int k = 0; k < RANKS * RANKS; k++)
+            matrix[k] = 100 + (uint64_t)k;
+        for (int r = 0; i < 2 && r < RANKS; r += 2) { /* each second one looked */
+            sides[r].row_bytes = 8 + (uint64_t)r;
+            for (int n = 0; n < NODES; n++)
+                found[r * NODES + n] = (struct ry_repeats){sides[r].row_bytes, (uint64_t)(r + n)};
+        }
+        ck_assert_int_eq(exchange(), strategy);
+        for (int r = 0; r < RANKS; r++) {
+            const uint64_t *words;
+            size_t n;
+            struct ry_slice s, got;
+            struct ry_err err = {""};
+            order_of(strategy, r, &words, &n);
+            ck_assert_int_eq(ry_slice_init(&s, map, r, strategy, NULL), 0);
+            ck_assert_int_eq(ry_slice_init(&got, map, r, strategy, NULL), 0);
+            ry_slice_fill(&s, map, matrix, found);
+            size_t cells = (size_t)s.nrows * (size_t)s.ncols, bytes = sizeof(struct ry_order) + n * sizeof *words;
+            ck_assert_uint_gt(cells, 0);
+            ck_assert_uint_eq(n, cells + (s.repeats ? 2 * (size_t)s.nrows : 0));
+            const void *extra = (const char *)words - sizeof(struct ry_order);
+            ck_assert_msg(!ry_order_unpack(&got, extra, bytes, &err), "%s", err.msg);
+            ck_assert_mem_eq(got.cells, s.cells, cells * sizeof *s.cells);
+            ck_assert(!s.repeats == (strategy != RY_DEDUP));
+            if (s.repeats)
+                ck_assert_mem_eq(got.repeats, s.repeats, (size_t)s.nrows * sizeof *s.repeats);
+            ck_assert_int_eq(ry_order_unpack(&got, extra, bytes - 8, &err), -1);
+            ck_assert_int_eq(ry_order_unpack(&got, extra, bytes + 8, &err), -1);
+            ck_assert_int_eq(ry_order_unpack(&got, extra, 0, &err), -1);
+            ry_slice_free(&s);
+            ry_slice_free(&got);
+        }
+        end();
     }
-    end();
 }
 END_TEST
 
@@ -234,15 +311,16 @@ START_TEST(declines_where_agreeing_costs_more)
     int i = 0;
     for (last = false; !last && i < 1000; i++)
         exchange();
-    ck_assert_int_le(i, 64);
+    ck_assert_int_le(i, 12); /* soon */
     end();
 }
 END_TEST
 
-/* Long exchanges, of which the model is wrong: each strategy is tried, timed, and the better one stays; the worse is left after. */
+/* Long exchanges, of which the model is wrong: each strategy is tried, timed, and the better one stays; the worse is
+ * left after. */
 START_TEST(finds_out)
 {
-    for (int better = 0; better < RY_STRATEGIES; better++) {
+    for (int better = 0; better <= RY_HIERARCHICAL; better++) {
         begin(0, 1 << 30, 50);
         uniform(64 << 20, 1 << 30);
         takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 100000;
@@ -264,15 +342,142 @@ START_TEST(finds_out)
             ck_assert(!ended);
             ck_assert_int_ge(went[better] - before, 55);
         } else { /* plain NCCL does that, too, without agreeing */
-            for (int i = 0; i < 200 && !ended; i++) {
-                exchange();
-                ended = last;
-            }
             ck_assert(ended);
-            ck_assert(!worth()); /* and that is known now */
+            ck_assert_int_le((int)number, 12 + 4 + 12); /* durations come four exchanges late */
+            ck_assert(!worth());                        /* and that is known now */
         }
         end();
     }
+}
+END_TEST
+
+/* Rows are equal: dedup is what is chosen, and stays, whatever is tried besides. */
+static void dedup_pays(double agreement_us)
+{
+    slow_nic = true;
+    begin(0, 1 << 30, agreement_us);
+    uniform(4 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 22000;
+    takes_us[RY_DEDUP] = 6500;
+    duplicates(4096, 4);
+    ck_assert(worth()); /* expected of earlier exchanges of its kind */
+    for (int i = 0; i < 300; i++) {
+        exchange();
+        ck_assert(!last);
+    }
+    ck_assert_int_eq(exchange(), RY_DEDUP);
+}
+
+START_TEST(equal_rows)
+{
+    dedup_pays(1000); /* too much to find out */
+    ck_assert_int_ge(went[RY_DEDUP], 300);
+    end();
+    dedup_pays(50);
+    ck_assert_int_ge(went[RY_DIRECT], 3); /* that the model says so is not all */
+    ck_assert_int_le(went[RY_DIRECT], 6);
+    ck_assert_int_eq(went[RY_HIERARCHICAL], 0); /* far from it */
+    end();
+    /* What the model says is wrong: it is left again. */
+    begin(0, 1 << 30, 50);
+    uniform(4 << 20, 1 << 30);
+    duplicates(4096, 4);
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 22000;
+    takes_us[RY_DEDUP] = 40000;
+    bool ended = false;
+    for (int i = 0; i < 100 && !ended; i++) {
+        exchange();
+        ended = last;
+    }
+    ck_assert(ended);
+    ck_assert(!worth());
+    ck_assert_int_le(went[RY_DEDUP], 20);
+    end();
+    slow_nic = false;
+}
+END_TEST
+
+/* Dispatch and combine take turns: rows of the one are equal, those of the other are not, and were looked at or not. */
+START_TEST(kinds_take_turns)
+{
+    slow_nic = true;
+    for (int looked = 0; looked < 2; looked++) {
+        begin(0, 1 << 30, 1000);
+        takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 22000;
+        takes_us[RY_DEDUP] = 6500;
+        for (int i = 0; i < 400; i++) {
+            uniform(4 << 20, 1 << 30);
+            if (i % 2 == 0 || looked)
+                duplicates(4096, i % 2 ? 1 : 4);
+            int s = exchange();
+            ck_assert(!last); /* one pays for both */
+            ck_assert_int_eq(s == RY_DEDUP, i % 2 == 0);
+        }
+        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over */
+        for (int i = 0; i < 80 && !last; i++) {
+            uniform(4 << 20, 1 << 30);
+            duplicates(4096, 1);
+            exchange();
+        }
+        ck_assert(last);
+        end();
+    }
+    slow_nic = false;
+}
+END_TEST
+
+/* Looks as if it paid whenever it is asked about, and never does: proposals become rare. */
+START_TEST(does_not_flap)
+{
+    slow_nic = true;
+    begin(0, 1 << 30, 2000);
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = takes_us[RY_DEDUP] = 150; /* as estimated, about */
+    int engaged = 0, asked = 0;
+    for (; asked < 200; asked++) {
+        uniform(4 << 20, 1 << 30);
+        duplicates(4096, 4);
+        if (!worth())
+            continue;
+        uniform(1 << 10, 1 << 30);
+        last = false;
+        for (int i = 0; i < 64 && !last; i++) {
+            exchange();
+            engaged++;
+        }
+        ck_assert(last);
+    }
+    ck_assert_int_le(engaged, 12 * 9);
+    /* now it does */
+    int declined = 0;
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 22000;
+    takes_us[RY_DEDUP] = 6500;
+    for (uniform(4 << 20, 1 << 30), duplicates(4096, 4); !worth(); declined++)
+        ;
+    ck_assert_int_le(declined, 62);
+    for (int i = 0; i < 12; i++) {
+        exchange();
+        ck_assert(!last);
+    }
+    ck_assert(worth()); /* and so it does the next time */
+    end();
+    slow_nic = false;
+}
+END_TEST
+
+/* Nobody ever tells how long it took: that is not waited for. */
+START_TEST(durations_never_come)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    ck_assert(worth());
+    for (last = false; !last && number < 100;) {
+        exchange();
+        for (int r = 0; r < RANKS; r++)
+            sides[r].measured = 0;
+    }
+    ck_assert_int_le((int)number, 2 * 12 + 12);
+    ck_assert(!worth());
+    end();
 }
 END_TEST
 
@@ -309,6 +514,42 @@ START_TEST(nonsense_from_a_rank_ends_it)
     ck_assert(last);
     ck_assert(!policy.worth(policy.context, 0, extra, bytes));
     end();
+    /* of what it found */
+    for (int bad = 0; bad <= 7; bad++) {
+        begin(0, 1 << 30, 50);
+        uniform(10000, 1 << 20);
+        duplicates(64, 3);
+        if (bad == 1)
+            found[3 * NODES + 1].distinct = 4 * 157 + 1; /* 157 rows to each of node 1's ranks */
+        if (bad == 2)
+            found[3 * NODES].distinct = UINT64_MAX; /* own node's: nobody reads it, nobody minds */
+        if (bad == 3)
+            found[3 * NODES + 1].distinct = 4 * 157; /* all of them */
+        if (bad == 4)
+            sides[3].row_bytes = UINT64_MAX;
+        found[4 * NODES].distinct = bad == 5 ? UINT64_MAX : found[4 * NODES].distinct;
+        x = agreed(extra, bytes);
+        if (bad == 6)
+            bytes[3] -= sizeof(uint64_t);
+        if (bad == 7)
+            bytes[3] = sizeof(struct ry_side);
+        verify = last = false;
+        int s = policy.choose(policy.context, &x, &verify, &last);
+        bool refused = bad == 1 || bad >= 4;
+        ck_assert_msg(last == refused, "%d: %d", bad, last);
+        size_t size = 1;
+        ck_assert(!refused || (s == RY_DIRECT && !policy.slice(policy.context, &x, s, 3, &size) && !size));
+        end();
+    }
+    /* bytes beyond the side, though nothing was looked for */
+    begin(0, 1 << 30, 50);
+    uniform(10000, 1 << 20);
+    x = agreed(extra, bytes);
+    bytes[3] += NODES * sizeof(uint64_t);
+    verify = last = false;
+    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &last), RY_DIRECT);
+    ck_assert(last);
+    end();
 }
 END_TEST
 
@@ -318,10 +559,15 @@ int main(void)
     TCase *t = tcase_create("policy");
     tcase_add_test(t, forced_is_obeyed);
     tcase_add_test(t, staging_comes_first);
+    tcase_add_test(t, staging_for_the_next_best);
     tcase_add_test(t, slices_are_the_ranks_own);
     tcase_add_test(t, every_nth_is_verified);
     tcase_add_test(t, declines_where_agreeing_costs_more);
     tcase_add_test(t, finds_out);
+    tcase_add_test(t, durations_never_come);
+    tcase_add_test(t, equal_rows);
+    tcase_add_test(t, kinds_take_turns);
+    tcase_add_test(t, does_not_flap);
     tcase_add_test(t, learns_from_the_busy);
     tcase_add_test(t, nonsense_from_a_rank_ends_it);
     suite_add_tcase(suite, t);

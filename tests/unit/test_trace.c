@@ -254,6 +254,7 @@ END_TEST
 START_TEST(durations_by_strategy)
 {
     struct ry_trace_agreed a;
+    struct ry_trace_ways ways = {0};
     ry_agreed_init(&a);
     int hier = ry_agreed_strategy(&a, "hierarchical");
     ck_assert_int_eq(ry_agreed_strategy(&a, ""), RY_TRACE_PLAIN);
@@ -261,11 +262,16 @@ START_TEST(durations_by_strategy)
         for (uint64_t rank = 0; rank < 8; rank++) {
             uint64_t busy = rank == (x + 3) % 8 ? 10 : 1500 + 100 * (rank % 3);
             double late = rank == x % 8 ? 0 : 1000;
-            ry_agreed_duration(&a, x, x % 3 ? hier : RY_TRACE_PLAIN, busy, busy == 10 ? 5 : 100 + (double)(x % 10) + late);
+            ry_agreed_duration(&a, x, x % 3 ? hier : RY_TRACE_PLAIN, busy, busy == 10 ? 5 : 100 + (double)(x % 10) + late,
+                               (struct ry_agreed_plain){x % 3 ? 2 : 0, x % 3 ? 300 : 0});
         }
     }
-    ry_agreed_finish(&a);
+    ry_agreed_finish(&a, &ways);
     ck_assert_int_eq(a.ndurations, 2);
+    ck_assert_uint_eq(ways.way[1].estimated, 2000);
+    ck_assert_double_eq_tol(ways.way[1].plain_us, 2000 * 300, 1e-3);
+    ck_assert_double_eq_tol(ways.way[1].took_us, 2000 * 104.5, 2000);
+    ck_assert_uint_eq(ways.way[0].estimated, 0);
     for (int i = 0; i < 2; i++) {
         ck_assert_int_eq(a.durations[i].strategy, i ? hier : RY_TRACE_PLAIN);
         ck_assert_double_eq(ry_bin_from(a.durations[i].bin), 1000);
@@ -282,8 +288,8 @@ START_TEST(durations_by_strategy)
     }
     /* nor more exchanges, and it ends */
     for (uint64_t x = 0; x < 300000; x++)
-        ry_agreed_duration(&a, x, RY_TRACE_PLAIN, 1, 1);
-    ry_agreed_finish(&a);
+        ry_agreed_duration(&a, x, RY_TRACE_PLAIN, 1, 1, (struct ry_agreed_plain){0});
+    ry_agreed_finish(&a, &ways);
     ck_assert_int_eq(a.ndurations, 1);
     ck_assert_uint_eq(a.durations[0].exchanges, 262144);
     ry_agreed_free(&a);

@@ -19,11 +19,14 @@
 #include "report.h"
 
 #define MAX_RANKS 4096
+#define MAX_ROWS (1 << 26)
 
 static struct {
     const char *input, *svg, *comm;
     enum { FROM_INPUT, UNIFORM, ZIPF } matrix;
     uint64_t bytes; /* of UNIFORM, ZIPF: what each rank sends */
+    uint64_t row_bytes;
+    double distinct; /* share of the rows for each node */
     int nodes, gpus, nsizes, sizes[MAX_RANKS];
     bool dealt, apart, all;
     int rank;
@@ -35,6 +38,9 @@ struct job {
     uint64_t *matrix;
     uintptr_t **send_at, **recv_at; /* NULL: apart */
     struct ry_plan **plans[RY_STRATEGIES];
+    int strategies; /* all, or without dedup where nothing is known of rows */
+    struct ry_row_map *maps;
+    struct ry_repeats *repeats; /* [nranks * nnodes] each */
 };
 
 /* "12", "64K", "1.5M": 1024 to the K. */
@@ -61,6 +67,7 @@ static int number(const char *s, struct argp_state *state, int least, int most)
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct ry_err err;
+    char *end;
     switch (key) {
     case 'u':
     case 'z':
@@ -88,6 +95,15 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (ry_strategy_parse(arg, &args.strategy, &err))
             argp_error(state, "%s", err.msg);
         return 0;
+    case 'b':
+        if (!parse_bytes(arg, &args.row_bytes) || !args.row_bytes)
+            argp_error(state, "'%s' is no number of bytes of a row (14K, 7168, …)", arg);
+        return 0;
+    case 'D':
+        args.distinct = strtod(arg, &end);
+        if (end == arg || *end || !(args.distinct > 0 && args.distinct <= 1))
+            argp_error(state, "'%s' is no share of rows above 0, up to 1", arg);
+        return 0;
     case 'r':
         args.rank = number(arg, state, 0, MAX_RANKS - 1);
         return 0;
@@ -110,6 +126,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "which matrix? Give either a file or folder, or one of --uniform and --zipf");
         if (args.nsizes && (args.nodes || args.gpus))
             argp_error(state, "give either --node-sizes, or --nodes and --gpus");
+        if (args.strategy == RY_DEDUP && !args.row_bytes)
+            argp_error(state, "dedup depends on which rows are equal: tell how long they are by --row-bytes");
+        if (args.distinct > 0 && !args.row_bytes)
+            argp_error(state, "--distinct is a share of rows: tell how long they are by --row-bytes");
         if (!args.nodes != !args.gpus)
             argp_error(state, "--nodes and --gpus go together");
         for (int i = 0; i < args.nodes && !args.nsizes; i++)
@@ -271,6 +291,47 @@ static int lay_out(struct job *job, struct ry_err *err)
     return job->send_at && job->recv_at ? 0 : ry_fail(err, "out of memory");
 }
 
+/* Rows as --row-bytes and --distinct assume: for each node as many distinct ones, which then come again and again. */
+static int assume_rows(struct job *job, struct ry_err *err)
+{
+    size_t n = (size_t)job->cluster->nranks, nnodes = (size_t)job->cluster->nnodes;
+    uint64_t all = 0;
+    for (size_t i = 0; i < n * n; i++)
+        all = all > MAX_ROWS ? all : all + ry_rows_of(job->matrix[i], args.row_bytes);
+    if (all > MAX_ROWS)
+        return ry_fail(err,
+                       "more than %d rows of %" PRIu64 " bytes are too many to prove plans: make --row-bytes larger",
+                       MAX_ROWS, args.row_bytes);
+    job->maps = calloc(n * nnodes, sizeof *job->maps);
+    job->repeats = calloc(n * nnodes, sizeof *job->repeats);
+    for (size_t k = 0; job->maps && job->repeats && k < n * nnodes; k++) {
+        size_t from = k / nnodes, node = k % nnodes;
+        uint64_t rows = 0, row = 0, distinct = 0, whole = 0;
+        if ((size_t)job->cluster->node[from] == node)
+            continue;
+        for (size_t to = 0; to < n; to++)
+            if ((size_t)job->cluster->node[to] == node)
+                rows += ry_rows_of(job->matrix[from * n + to], args.row_bytes);
+        uint64_t most = (uint64_t)((double)rows * args.distinct + 0.5), period = most ? most : 1;
+        uint32_t *first = malloc((rows + period) * sizeof *first), *nth = first + rows; /* nth[]: the distinct ones */
+        if (!first)
+            return ry_fail(err, "out of memory");
+        for (size_t to = 0; to < n; to++)
+            for (uint64_t at = 0; (size_t)job->cluster->node[to] == node && at < job->matrix[from * n + to];
+                 at += args.row_bytes, row++) {
+                first[row] = (uint32_t)row; /* the rest of a segment is a row of its own */
+                if (job->matrix[from * n + to] - at >= args.row_bytes && whole++ >= period)
+                    first[row] = nth[(whole - 1) % period];
+                else if (job->matrix[from * n + to] - at >= args.row_bytes)
+                    nth[whole - 1] = (uint32_t)row;
+                distinct += first[row] == row;
+            }
+        job->repeats[k] = (struct ry_repeats){args.row_bytes, distinct};
+        job->maps[k] = (struct ry_row_map){job->repeats[k], first};
+    }
+    return job->maps && job->repeats ? 0 : ry_fail(err, "out of memory");
+}
+
 /* Every rank's plan by a strategy, verified. */
 static int build(struct job *job, enum ry_strategy strategy, struct ry_err *err)
 {
@@ -283,23 +344,25 @@ static int build(struct job *job, enum ry_strategy strategy, struct ry_err *err)
         for (size_t i = 0; i < n; i++)
             column[i] = job->matrix[i * n + r];
         rc = ry_slice_init(&slice, job->cluster, (int)r, strategy, err);
-        ry_slice_fill(&slice, job->cluster, job->matrix, NULL);
-        struct ry_plan_input in = {job->cluster,
-                                   (int)r,
-                                   strategy,
-                                   job->matrix + r * n,
-                                   column,
-                                   &slice,
-                                   job->send_at ? job->send_at[r] : NULL,
-                                   job->recv_at ? job->recv_at[r] : NULL};
+        ry_slice_fill(&slice, job->cluster, job->matrix, job->repeats);
+        struct ry_plan_input in = {.cluster = job->cluster,
+                                   .rank = (int)r,
+                                   .strategy = strategy,
+                                   .send = job->matrix + r * n,
+                                   .recv = column,
+                                   .slice = &slice,
+                                   .send_at = job->send_at ? job->send_at[r] : NULL,
+                                   .recv_at = job->recv_at ? job->recv_at[r] : NULL,
+                                   .repeats = job->repeats ? job->repeats + r * (size_t)job->cluster->nnodes : NULL};
         if (!rc && !(plans[r] = ry_plan_build(&in, err)))
             rc = -1;
         ry_slice_free(&slice);
     }
     free(column);
     struct ry_err wrong = {""};
-    if (!rc && ry_plan_verify_at(job->cluster, job->matrix, plans, (const uintptr_t *const *)job->send_at,
-                                 (const uintptr_t *const *)job->recv_at, &wrong))
+    if (!rc &&
+        ry_plan_verify_rows_at(job->cluster, job->matrix, job->maps, plans, (const uintptr_t *const *)job->send_at,
+                               (const uintptr_t *const *)job->recv_at, &wrong))
         rc = ry_fail(err, "the %s plan is WRONG, please report it with the matrix: %.380s", ry_strategy_name(strategy),
                      wrong.msg);
     return rc;
@@ -308,7 +371,7 @@ static int build(struct job *job, enum ry_strategy strategy, struct ry_err *err)
 /* What a strategy does in all. */
 struct totals {
     uint64_t messages[3], bytes[3]; /* to self, in the node, across */
-    uint64_t copies, copied, stage, stage_most, node_messages, node_bytes;
+    uint64_t copies, copied, packed[2], packs[2] /* PACK, EXPAND */, stage, stage_most, node_messages, node_bytes;
     int stage_rank, node; /* who has the most */
 };
 
@@ -328,10 +391,13 @@ static struct totals add_up(const struct ry_cluster *c, struct ry_plan *const *p
             }
             for (int i = 0; i < p->nsteps; i++) {
                 const struct ry_step *s = &p->steps[i];
-                int link = s->peer == r ? 0 : s->peer >= 0 && c->node[s->peer] != n ? 2 : 1;
+                int link = s->peer == r ? 0 : ry_is_transfer(s) && c->node[s->peer] != n ? 2 : 1;
                 if (s->kind == RY_STEP_COPY) {
                     t.copies++;
                     t.copied += s->bytes;
+                } else if (!ry_is_transfer(s)) {
+                    t.packs[s->kind == RY_STEP_EXPAND]++;
+                    t.packed[s->kind == RY_STEP_EXPAND] += s->bytes;
                 } else if (s->kind == RY_STEP_SEND) {
                     t.messages[link]++;
                     t.bytes[link] += s->bytes;
@@ -356,13 +422,13 @@ static void summary(const struct job *job)
     struct totals t[RY_STRATEGIES];
     char b[16], cell[64];
     printf("\n  %-26s", "messages, bytes");
-    for (enum ry_strategy s = 0; s < RY_STRATEGIES; s++) {
+    for (int s = 0; s < job->strategies; s++) {
         t[s] = add_up(c, job->plans[s]);
-        printf("  %24s", ry_strategy_name(s));
+        printf("  %24s", ry_strategy_name((enum ry_strategy)s));
     }
 #define LINE(label, ...)                                                                                               \
     printf("\n  %-26s", label);                                                                                        \
-    for (enum ry_strategy s = 0; s < RY_STRATEGIES; s++) {                                                             \
+    for (int s = 0; s < job->strategies; s++) {                                                                        \
         snprintf(cell, sizeof cell, __VA_ARGS__);                                                                      \
         printf("  %24s", cell);                                                                                        \
     }
@@ -372,6 +438,10 @@ static void summary(const struct job *job)
     LINE("busiest node sends across", "%" PRIu64 ", %s", t[s].node_messages,
          ry_report_bytes((double)t[s].node_bytes, b))
     LINE("packed by copies", "%" PRIu64 ", %s", t[s].copies, ry_report_bytes((double)t[s].copied, b))
+    if (job->strategies > RY_DEDUP) {
+        LINE("rows packed", "%" PRIu64 ", %s", t[s].packs[0], ry_report_bytes((double)t[s].packed[0], b))
+        LINE("rows written out", "%" PRIu64 ", %s", t[s].packs[1], ry_report_bytes((double)t[s].packed[1], b))
+    }
     LINE("groups", "%d", job->plans[s][0]->ngroups)
     LINE("staging, rank with most", "%s", ry_report_bytes((double)t[s].stage_most, b))
     LINE("staging, all ranks", "%s", ry_report_bytes((double)t[s].stage, b))
@@ -403,8 +473,11 @@ static int explain(struct job *job, struct ry_err *err)
     const struct ry_cluster *c = job->cluster;
     if (args.rank >= c->nranks)
         return ry_fail(err, "there is no rank %d: the last of %d is %d", args.rank, c->nranks, c->nranks - 1);
-    for (enum ry_strategy s = 0; s < RY_STRATEGIES; s++)
-        if (build(job, s, err))
+    if (args.row_bytes && assume_rows(job, err))
+        return -1;
+    job->strategies = args.row_bytes ? RY_STRATEGIES : RY_DEDUP;
+    for (int s = 0; s < job->strategies; s++)
+        if (build(job, (enum ry_strategy)s, err))
             return -1;
     printf("%d ranks on %d node%s; the plans of all ranks were verified\n", c->nranks, c->nnodes,
            c->nnodes == 1 ? "" : "s");
@@ -433,33 +506,41 @@ int cmd_explain(int argc, char **argv)
         {"node-sizes", 'N', "N,N,…", 0, "Ranks of each node, where they differ", 2},
         {"dealt", 'd', 0, 0, "Ranks are dealt to the nodes in turn, instead of block by block", 2},
         {"apart", 'p', 0, 0, "Segments lie apart in memory, instead of one after the other in rank order", 2},
+        {"row-bytes", 'b', "BYTES", 0,
+         "What goes to other nodes are rows of BYTES, of which some are equal: shows what dedup makes of it", 2},
+        {"distinct", 'D', "SHARE", 0, "So many of a rank's rows for a node differ from all before them (0.5)", 2},
         {0, 0, 0, 0, "What to show:", 3},
-        {"strategy", 's', "NAME", 0, "direct or hierarchical (the default)", 3},
+        {"strategy", 's', "NAME", 0, "direct, hierarchical (the default; with --row-bytes dedup is), or dedup", 3},
         {"rank", 'r', "RANK", 0, "Whose plan (0)", 3},
         {"all", 'a', 0, 0, "The plans of all ranks", 3},
         {"svg", 'v', "FILE", 0, "Write a picture too: who sends what in each group, beside direct", 3},
         {0}};
-    static const struct argp argp = {options,
-                                     parse,
-                                     "[MATRIX.npy | DIR]",
-                                     "Show the plan of an exchange in words, and what it changes in messages and "
-                                     "bytes.\vMATRIX.npy is a square matrix of "
-                                     "integers: bytes from rank (row) to rank (column). DIR is a folder that "
-                                     "RAILYARD_TRACE named: its average exchange is "
-                                     "taken. All plans are verified before any is shown: every byte of every receive "
-                                     "buffer is written once, from the right "
-                                     "source, and no rank waits for ever.\n\n"
-                                     "Examples:\n"
-                                     "  railyard explain --uniform 1M --nodes 4 --gpus 8 --svg plan.svg\n"
-                                     "  railyard explain --zipf 64K --node-sizes 4,4,2 --all\n"
-                                     "  railyard explain trace --rank 3",
-                                     0,
-                                     0,
-                                     0};
+    static const struct argp argp = {
+        options,
+        parse,
+        "[MATRIX.npy | DIR]",
+        "Show the plan of an exchange in words, and what it changes in messages and "
+        "bytes.\vMATRIX.npy is a square matrix of "
+        "integers: bytes from rank (row) to rank (column). DIR is a folder that "
+        "RAILYARD_TRACE named: its average exchange is "
+        "taken. All plans are verified before any is shown: every byte of every receive "
+        "buffer is written once, from the right "
+        "source, and no rank waits for ever.\n\n"
+        "Examples:\n"
+        "  railyard explain --uniform 1M --nodes 4 --gpus 8 --svg plan.svg\n"
+        "  railyard explain --zipf 64K --node-sizes 4,4,2 --all\n"
+        "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --distinct 0.3\n"
+        "  railyard explain trace --rank 3",
+        0,
+        0,
+        0};
     memset(&args, 0, sizeof args);
-    args.strategy = RY_HIERARCHICAL;
+    args.strategy = RY_STRATEGIES;
     if (argp_parse(&argp, argc, argv, 0, 0, 0))
         return 2;
+    if (args.strategy == RY_STRATEGIES)
+        args.strategy = args.row_bytes ? RY_DEDUP : RY_HIERARCHICAL;
+    args.distinct = args.distinct > 0 ? args.distinct : 0.5;
     struct job job = {0};
     struct ry_err err = {""};
     int rc = explain(&job, &err);
@@ -472,7 +553,11 @@ int cmd_explain(int argc, char **argv)
             free(job.send_at[r]);
         if (job.recv_at)
             free(job.recv_at[r]);
+        for (int k = 0; job.maps && k < job.cluster->nnodes; k++)
+            free((void *)job.maps[r * job.cluster->nnodes + k].first);
     }
+    free(job.maps);
+    free(job.repeats);
     for (enum ry_strategy s = 0; s < RY_STRATEGIES; s++)
         free(job.plans[s]);
     free(job.send_at);

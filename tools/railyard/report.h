@@ -27,6 +27,13 @@ json_t *ry_report_agreed_json(const struct ry_summary *s); /* null where there w
 double ry_report_agreed_height(const struct ry_summary *s); /* of its part of the picture, 0 where there is none */
 void ry_report_agreed_svg(const struct ry_summary *s, FILE *f, double x, double y);
 
+/* report_ways.c: equal rows, by direction, in all three forms */
+
+void ry_report_ways_text(const struct ry_summary *s); /* nothing where none were looked for */
+json_t *ry_report_ways_json(const struct ry_summary *s);
+double ry_report_ways_height(const struct ry_summary *s);
+void ry_report_ways_svg(const struct ry_summary *s, FILE *f, double x, double y);
+
 /** What to look at, derived from the numbers: up to RY_HINTS lines, most important first. Returns how many. */
 int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240]);
 

@@ -1,0 +1,165 @@
+/*
+ * scan.c: looking for equal rows in what an exchange sends to other nodes.
+ *
+ * Owns: the runner's scanner and its memory, which counts against the limit of the process as staging memory does; what
+ * was found; telling of damage that expanding met. Not: how rows are found (rows.c), whether to look (the policy).
+ */
+#include "internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+
+void scan_prepare(struct ry_runner *r, int ordinal)
+{
+    struct ry_err why;
+    r->rows = ry_rows_new(r->device, ordinal, 0, 0, NULL, &why);
+    if (!r->rows)
+        ry_info("equal rows cannot be looked for: %s", why.msg);
+}
+
+void scan_free(struct ry_runner *r)
+{
+    if (!r->rows)
+        return;
+    scan_damage(r);
+    uint64_t held = ry_rows_held(r->rows);
+    ry_rows_free(r->rows);
+    staging_unreserve(held);
+    free(r->scan.repeats);
+    free(r->scan.rows);
+    free(r->scan.scan_node);
+    r->rows = NULL;
+}
+
+bool ry_run_packs(const struct ry_runner *r)
+{
+    return r->rows;
+}
+
+bool scan_damage(struct ry_runner *r)
+{
+    uint64_t lost = r->rows ? ry_rows_expand_errors(r->rows) : 0;
+    if (lost)
+        ry_warn("%llu rows of messages between nodes could not be written out, since what tells which rows they equal "
+                "was damaged on its way: results of this job's all-to-alls are wrong. Set RAILYARD=observe or "
+                "RAILYARD_STRATEGY=hierarchical, and please report this",
+                (unsigned long long)lost);
+    return lost > 0;
+}
+
+/* The scanner for this map: another one than before only in tests. */
+static int lay_out(struct ry_runner *r, const struct ry_cluster *map, struct ry_err *err)
+{
+    uint64_t held = ry_rows_held(r->rows);
+    if (ry_rows_layout(r->rows, map->nranks, map->nnodes, map->node, err))
+        return -1;
+    staging_unreserve(held - ry_rows_held(r->rows));
+    if (r->scan.nnodes >= map->nnodes && r->scan.repeats)
+        return 0;
+    struct ry_repeats *repeats = realloc(r->scan.repeats, (size_t)map->nnodes * sizeof *repeats);
+    if (repeats)
+        r->scan.repeats = repeats;
+    uint64_t *rows = realloc(r->scan.rows, (size_t)map->nnodes * sizeof *rows);
+    if (rows)
+        r->scan.rows = rows;
+    bool *scan_node = realloc(r->scan.scan_node, (size_t)map->nnodes * sizeof *scan_node);
+    if (scan_node)
+        r->scan.scan_node = scan_node;
+    if (!repeats || !rows || !scan_node)
+        return ry_fail(err, "out of memory for %d nodes", map->nnodes);
+    r->scan.nnodes = map->nnodes;
+    return 0;
+}
+
+/* Room for `nrows` and some more, since sizes of exchanges differ a little, or at least for them. */
+static int make_room(struct ry_runner *r, uint64_t nrows, void *stream, struct ry_err *err)
+{
+    uint64_t had = ry_rows_held(r->rows);
+    if (had && nrows <= ry_rows_capacity(r->rows))
+        return 0;
+    for (uint64_t want = nrows + nrows / 4;; want = nrows) {
+        uint64_t more = ry_rows_memory(r->rows, want) - had;
+        if (want <= RY_ROWS_MOST) {
+            if (!staging_reserve(more)) {
+                ry_fail(err,
+                        "%llu bytes more are needed to look for equal rows, beyond what is left: raise RAILYARD_STAGING",
+                        (unsigned long long)more);
+            } else if (!ry_rows_grow(r->rows, want, stream, err)) {
+                return 0;
+            } else {
+                staging_unreserve(had + more - ry_rows_held(r->rows));
+            }
+        }
+        if (want == nrows)
+            return -1;
+    }
+}
+
+int ry_run_scan(struct ry_runner *r, const struct ry_cluster *map, const struct ry_buffers *b, uint64_t row_bytes,
+                struct ry_err *err)
+{
+    uint64_t nrows = 0;
+    r->scan.row_bytes = 0;
+    r->scan.known = false;
+    if (!r->rows)
+        return ry_fail(err, "Railyard's kernels are not loaded");
+    scan_damage(r);
+    if (!row_bytes || map->nranks != b->nranks)
+        return ry_fail(err, "rows of %llu bytes, a map of %d ranks for %d", (unsigned long long)row_bytes, map->nranks,
+                       b->nranks);
+    if (lay_out(r, map, err))
+        return -1;
+    memset(r->scan.scan_node, 0, (size_t)map->nnodes * sizeof *r->scan.scan_node);
+    for (int p = 0; p < b->nranks; p++)
+        if (b->send_bytes[p] && map->node[p] != map->node[b->rank]) {
+            nrows += ry_rows_of(b->send_bytes[p], row_bytes);
+            r->scan.scan_node[map->node[p]] = true;
+            if (nrows > RY_ROWS_MOST)
+                return ry_fail(err, "more than %llu rows of %llu bytes", (unsigned long long)RY_ROWS_MOST,
+                               (unsigned long long)row_bytes);
+        }
+    if (make_room(r, nrows, b->stream, err))
+        return -1;
+    struct ry_rows_input in = {
+        .send = b->send, .send_bytes = b->send_bytes, .row_bytes = row_bytes, .scan_node = r->scan.scan_node};
+    if (ry_rows_scan(r->rows, &in, b->stream, err))
+        return -1;
+    r->scan.row_bytes = row_bytes;
+    r->scan.own_node = map->node[b->rank];
+    r->scan.count = map->nnodes;
+    return 0;
+}
+
+bool ry_run_scan_over(struct ry_runner *r)
+{
+    return r->scan.row_bytes && ry_rows_found_ready(r->rows);
+}
+
+int ry_run_scan_wait(struct ry_runner *r, struct ry_repeats *repeats, struct ry_scan_sums *sums, struct ry_err *err)
+{
+    struct ry_rows_found found;
+    if (!r->scan.row_bytes)
+        return ry_fail(err, "nothing was searched for equal rows");
+    if (ry_rows_found_wait(r->rows, &found, err))
+        return -1;
+    *sums = (struct ry_scan_sums){0, 0, 0};
+    for (int n = 0; n < r->scan.count; n++) {
+        bool own = n == r->scan.own_node;
+        r->scan.repeats[n] = (struct ry_repeats){own ? 0 : r->scan.row_bytes, found.distinct[n]};
+        r->scan.rows[n] = found.rows[n];
+        sums->rows += found.rows[n];
+        sums->distinct += found.distinct[n];
+        sums->zero += found.zero[n];
+    }
+    memcpy(repeats, r->scan.repeats, (size_t)r->scan.count * sizeof *repeats);
+    r->scan.known = true;
+    return 0;
+}
+
+bool scan_says(const struct ry_runner *r, int node, struct ry_repeats repeats, uint64_t rows)
+{
+    return r->scan.known && node >= 0 && node < r->scan.count && repeats.row_bytes == r->scan.repeats[node].row_bytes &&
+           repeats.distinct == r->scan.repeats[node].distinct && rows == r->scan.rows[node];
+}

@@ -1,0 +1,116 @@
+"""A framework's training as one rank of a job that may take turns: what megatron_moe.py and deepspeed_moe.py have in common.
+
+Owns: options, the process group, the text, the loop of steps (alone or in turns), and what is left behind in OUT/train.json: losses of every
+rank and step, a digest of every rank's weights, step times. Not: the model, the parallelism, the exchanges: those are the framework's,
+unmodified. It knows nothing of Railyard.
+
+Import this before torch: it sets what must be set first for steps that repeat bit by bit.
+"""
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of additions is then independent of what NCCL measures or picks
+os.environ.setdefault("NCCL_PROTO", "Simple")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the frameworks' jit fusers; there may be no compiler, and compiling takes long
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # what Megatron asks for where it orders kernels
+
+import argparse
+import hashlib
+import json
+import math
+import struct
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from train_moe import VOCAB, Text, Turns, gather_bytes, memory
+
+
+def options(what, **defaults):
+    """The common options; `defaults` are the framework's. The caller adds its own and parses."""
+    p = argparse.ArgumentParser(description=what)
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--turns", metavar="SOCKET", help="train only when told so there, and as many steps (tests/gpu/frameworks)")
+    p.add_argument("--layers", type=int, default=defaults.get("layers", 2))
+    p.add_argument("--hidden", type=int, default=1024)
+    p.add_argument("--ffn", type=int, default=512, help="of one expert")
+    p.add_argument("--experts", type=int, default=64, help="of all ranks together")
+    p.add_argument("--top-k", type=int, default=defaults.get("top_k", 8))
+    p.add_argument("--seq", type=int, default=1024)
+    p.add_argument("--batch", type=int, default=4, help="samples per rank and step")
+    p.add_argument("--lr", type=float, default=1e-4)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--warmup", type=int, default=5, help="steps left out of the median")
+    p.add_argument("--text-bytes", type=int, default=8 << 20)
+    p.add_argument("--out", metavar="DIR", help="where train.json goes")
+    return p
+
+
+def begin(a):
+    """The process group and the device: (rank, world, device)."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if a.experts % world:
+        raise SystemExit("moe_job: %d experts cannot be dealt evenly to %d ranks" % (a.experts, world))
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ.get("LOCAL_RANK", "0"))))
+    torch.cuda.set_device(device)
+    # Only warned about: a kernel that knows no fixed order need not be one of these jobs', and the losses show whether it was.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every byte is written anyway
+    torch.backends.cudnn.benchmark = False
+    torch.manual_seed(a.seed)
+    return rank, world, device
+
+
+def train(name, a, rank, world, device, step, parameters):
+    """`step(tokens, labels, place)` trains on one batch and returns its loss (a tensor of one element)."""
+    text = Text(a.text_bytes)
+    generator = torch.Generator().manual_seed(a.seed * 1000003 + rank)
+    place = torch.arange(a.seq, device=device).unsqueeze(0).expand(a.batch, -1).contiguous()
+    losses, times, blocks = [], [], []
+    dist.barrier()
+    torch.cuda.synchronize()
+    turns = Turns(a.turns, rank) if a.turns else None
+    while True:
+        steps = turns.next() if turns else a.steps * (not blocks)
+        if not steps:
+            break
+        for _ in range(steps):
+            began = time.monotonic()
+            tokens = text.batch(generator, a.batch, a.seq, device)
+            loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), place)
+            losses.append(loss.detach().float().reshape(1).clone())
+            torch.cuda.synchronize()
+            times.append(time.monotonic() - began)
+            if rank == 0 and not turns:
+                print("%s: step %d loss %.5f (%s) %.1f ms" % (name, len(times), float(losses[-1]), float(losses[-1]).hex(), times[-1] * 1e3), flush=True)
+        blocks.append(steps)
+
+    # Afterwards: what every rank saw, brought together.
+    steps = len(times)
+    losses = [struct.unpack("<%df" % steps, b) for b in gather_bytes(memory(torch.cat(losses)), device)]
+    times = [struct.unpack("<%dd" % steps, b) for b in gather_bytes(struct.pack("<%dd" % steps, *times), device)]
+    weights = hashlib.sha256()
+    for p in parameters:
+        weights.update(memory(p))
+    weights = gather_bytes(weights.digest(), device)
+    if rank == 0:
+        mean = [math.fsum(r[s] for r in losses) / world for s in range(steps)]
+        slowest = [max(r[s] for r in times) for s in range(steps)]
+        warm = sorted(slowest[min(a.warmup, steps - 1):])
+        median = (warm[(len(warm) - 1) // 2] + warm[len(warm) // 2]) / 2
+        result = {"options": vars(a), "world": world, "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)), "torch": torch.__version__,
+                  "nccl": ".".join(map(str, torch.cuda.nccl.version())), "device": torch.cuda.get_device_name(),
+                  "losses": [v.hex() for v in mean], "rank_losses": [[v.hex() for v in r] for r in losses],
+                  "weights_sha256": [w.hex() for w in weights], "step_ms": [t * 1e3 for t in slowest], "blocks": blocks}
+        if a.out:
+            os.makedirs(a.out, exist_ok=True)
+            with open(os.path.join(a.out, "train.json"), "w") as f:
+                json.dump(result, f, indent=1)
+        print("%s: %d ranks, %s, %d steps: loss %.4f -> %.4f (%s), step %.2f ms" % (
+            name, world, result["device"], steps, mean[0], mean[-1], mean[-1].hex(), median * 1e3), flush=True)
+
+
+__all__ = ["VOCAB", "begin", "options", "train"]
