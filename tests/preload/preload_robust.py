@@ -243,7 +243,7 @@ def case_other_programs():
         fail("a trace was made by a program without NCCL")
     libraries = {"plain": None, "an empty library": os.path.join(BUILD, "tests", "preload", "libempty.so"), "librailyard.so": PRELOAD}
     for argv, starts in (([os.path.join(BUILD, "tests", "preload", "local_host")], 300), ([shutil.which("bash"), "-c", ":"], 120),
-                         ([shutil.which("python3"), "-c", "pass"], 40)):
+                         ([sys.executable, "-c", "pass"], 40)):
         times = {name: [] for name in libraries}
         for i in range(starts):
             for name in list(libraries)[i % 3:] + list(libraries)[:i % 3]:
