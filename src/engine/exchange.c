@@ -100,9 +100,14 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
     struct ry_mismatch bad;
     uint64_t equal;
     if (ry_run_checks(r->runner, &equal, &bad) && !r->quit) {
-        ry_warn("communicator %s: exchange %" PRIu64 " differs from plain NCCL in what came from rank %d, from byte %" PRIu64
-                " on: Railyard keeps off this communicator from here. Please report this",
-                c->id, bad.number, bad.peer, bad.offset);
+        if (bad.peer < 0)
+            ry_warn("communicator %s: a packed message that came by exchange %" PRIu64 " names rows that it does not hold: what "
+                    "was received is incomplete. Railyard keeps off this communicator from here. Please report this",
+                    c->id, bad.number);
+        else
+            ry_warn("communicator %s: exchange %" PRIu64 " differs from plain NCCL in what came from rank %d, from byte %" PRIu64
+                    " on: Railyard keeps off this communicator from here. Please report this",
+                    c->id, bad.number, bad.peer, bad.offset);
         ry_talk_leave(r->talk);
         r->quit = true;
     }
@@ -133,6 +138,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
+    side.cannot_pack = !ry_run_packs(r->runner);
     side.row_bytes = repeats ? now.rows.bytes : 0;
     seen = side;
     if (r->promising.saving > 0)

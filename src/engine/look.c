@@ -11,11 +11,13 @@
 #include <inttypes.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #include "base/clock.h"
 #include "engine.h"
 
+#define SPIN_NS 2000000 /* most searches are over by then, where the stream has little before them */
 #define MOST_WAIT 1.0 /* seconds */
 
 void ry_look_see(struct comm *c, struct reissue *r, const struct ry_exchange *x, struct rows_seen *rows)
@@ -118,21 +120,28 @@ bool ry_look_wait(const struct comm *c, struct reissue *r, const struct rows_see
 {
     struct searched *s = &r->searched;
     uint64_t begun = ry_now_ns(), waited = 0;
-    while (!ry_run_scan_over(r->runner)) {
+    int slack = -1;
+    bool over;
+    while (!(over = ry_run_scan_over(r->runner)) && !atomic_load(&r->aborted) && waited <= longest_wait_ns()) {
         waited = ry_now_ns() - begun;
-        if (atomic_load(&r->aborted)) /* its stream may never get there */
-            return false;
-        if (waited > longest_wait_ns()) {
-            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not waited any longer for its equal rows",
-                   c->id, s->number);
-            ry_habit_failed(rows->habit);
-            s->aside = true;
-            return false;
-        }
-        if (waited < 100000)
+        if (waited < SPIN_NS) {
             sched_yield();
-        else
-            nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+            continue;
+        }
+        if (slack < 0 && (slack = prctl(PR_GET_TIMERSLACK)) >= 0)
+            prctl(PR_SET_TIMERSLACK, 1000ul); /* or a nap takes 50 us longer, and the exchange with it */
+        nanosleep(&(struct timespec){.tv_nsec = 10000}, NULL);
+    }
+    if (slack >= 0)
+        prctl(PR_SET_TIMERSLACK, (unsigned long)slack);
+    if (!over && atomic_load(&r->aborted)) /* its stream may never get there */
+        return false;
+    if (!over) {
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not waited any longer for its equal rows", c->id,
+               s->number);
+        ry_habit_failed(rows->habit);
+        s->aside = true;
+        return false;
     }
     s->waited_us = (double)(ry_now_ns() - begun) / 1e3;
     return take_answer(c, r, s);

@@ -157,6 +157,7 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
 {
     const struct ry_cluster *map = c->config.map;
     size_t nodes = (size_t)map->nnodes;
+    bool all_pack = true;
     c->looked = false;
     for (int r = 0; r < map->nranks; r++) {
         struct ry_side *side = &c->sides[r];
@@ -167,7 +168,11 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
         load->packed_out = load->cross_out;
         load->scanned = !side->row_bytes ? 0 : load->scanned < load->cross_out ? load->scanned : load->cross_out;
         c->looked |= side->row_bytes > 0;
+        all_pack &= !side->cannot_pack;
     }
+    c->looked &= all_pack;
+    for (int r = 0; !all_pack && r < map->nranks; r++)
+        c->loads[r].scanned = 0;
     memset(c->packed_in, 0, nodes * sizeof *c->packed_in);
     for (int r = 0; c->looked && r < map->nranks; r++)
         if (!check_found(c, r, x->matrix + (size_t)r * (size_t)map->nranks))

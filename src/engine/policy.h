@@ -29,6 +29,7 @@ struct ry_side {
     uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
     uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
+    uint64_t cannot_pack;         /* 1: it has no kernels to pack rows and write them out; nobody packs then */
 };
 /** The most that ry_side_pack() writes, any row width. */
 static inline size_t ry_side_most(int nnodes)
