@@ -164,6 +164,16 @@ static inline double number(uint64_t n)
     return (double)(int64_t)n;
 }
 
+static inline double larger(double a, double b)
+{
+    return a > b ? a : b;
+}
+
+static inline double smaller(double a, double b)
+{
+    return a < b ? a : b;
+}
+
 struct pace { /* a link of the model, ready to be multiplied with */
     double alpha, per_message, per_byte;
 };
@@ -174,31 +184,21 @@ static struct pace pace_of(const struct ry_cost_model *m, enum ry_link link)
 }
 
 /*
- * LOCAL or SELF as they are over the job's communicator, or over the node's own. NCCL gives transfers of a rank to
- * itself as many channels as to others, so that over the node's own they are no slower than those.
+ * LOCAL or SELF as they are over the job's communicator, or over the node's own. A rank's transfers to itself are as
+ * short of channels as those to its neighbours (both halve from 2 to 4 virtual nodes), and with enough no slower than
+ * those.
  */
 static struct pace inside_pace(const struct ry_cost_model *m, enum ry_link link, bool node_comm)
 {
     struct pace p = pace_of(m, node_comm && link == RY_LINK_LOCAL ? RY_LINK_NODE : link);
-    double node = 1 / m->link[RY_LINK_NODE].bytes_per_us;
-    if (node_comm && link == RY_LINK_SELF && node < p.per_byte)
-        p.per_byte = node;
+    if (node_comm)
+        p.per_byte = smaller(p.per_byte, 1 / m->link[RY_LINK_NODE].bytes_per_us);
     return p;
 }
 
 static inline double link_us(struct pace p, double messages, double bytes)
 {
     return messages > 0 ? p.alpha + messages * p.per_message + bytes * p.per_byte : 0;
-}
-
-static inline double larger(double a, double b)
-{
-    return a > b ? a : b;
-}
-
-static inline double smaller(double a, double b)
-{
-    return a < b ? a : b;
 }
 
 /* Of the ranks of one node: sums, and of the rank that has most. */
