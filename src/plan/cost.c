@@ -517,7 +517,7 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
             take_group(cluster, plans[r], &walkers[r], g);
         }
         us += copies;
-        bool inside = model->node_comm && g == 1 && n && plans[0]->strategy != RY_DIRECT;
+        bool inside = model->node_comm && n && ry_inside(plans[0]->inside, g);
         if (g < groups)
             us += group_us(model, cluster, walkers, inside, node_bytes);
     }
