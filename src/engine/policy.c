@@ -170,6 +170,7 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
         struct ry_load *load = &c->loads[r];
         if (ry_side_unpack(side, c->repeats + (size_t)r * nodes, map->nnodes, x->extra[r], x->extra_bytes[r]))
             return false;
+        c->config.model.node_comm = (!r || c->config.model.node_comm) && side->node_comm != RY_NODE_CANNOT; /* or soon */
         *load = side->load;
         load->packed_out = load->cross_out;
         load->scanned = !side->row_bytes ? 0 : load->scanned < load->cross_out ? load->scanned : load->cross_out;

@@ -16,7 +16,8 @@
 
 const char *ry_cal_name(enum ry_cal_kind kind)
 {
-    static const char *const names[RY_CAL_KINDS] = {"copy", "self", "pair", "node", "nic-one", "nic-all", "exchange"};
+    static const char *const names[RY_CAL_KINDS] = {"copy", "self",    "pair",    "local",
+                                                    "node", "nic-one", "nic-all", "exchange"};
     return (unsigned)kind < RY_CAL_KINDS ? names[kind] : "?";
 }
 
@@ -39,6 +40,7 @@ static int peers(const struct ry_cluster *c, enum ry_cal_kind kind, int rank)
         return 1;
     case RY_CAL_PAIR:
         return (local ^ 1) < size;
+    case RY_CAL_LOCAL:
     case RY_CAL_NODE:
         return size - 1;
     case RY_CAL_NIC_ONE:
@@ -60,6 +62,7 @@ static int target(const struct ry_cluster *c, enum ry_cal_kind kind, int rank, i
     switch (kind) {
     case RY_CAL_PAIR:
         return rank_at(c, node, local ^ 1);
+    case RY_CAL_LOCAL:
     case RY_CAL_NODE:
         return rank_at(c, node, (local + 1 + k % (size - 1)) % size);
     case RY_CAL_NIC_ONE:
@@ -280,6 +283,18 @@ static void widths(struct calibration *c, enum ry_cal_kind kind, double *local, 
     *nic /= (double)unit.bytes;
 }
 
+/* A link inside nodes, from the pattern that goes over it. False: not measured. */
+static bool fit_inside(struct calibration *c, enum ry_cal_kind kind, struct ry_cost_link *out)
+{
+    double a, b, start, each, local, nic, messages;
+    if (!line(c, kind, false, &a, &b) || !line(c, kind, true, &start, &each))
+        return false;
+    widths(c, kind, &local, &nic, &messages);
+    each = message_us(each, b);
+    *out = (struct ry_cost_link){fmax(a - c->out->model.group_us - messages * each, 0), per(b / local), each, true};
+    return true;
+}
+
 static void fit_model(struct calibration *c)
 {
     struct ry_cost_model *m = &c->out->model;
@@ -293,11 +308,10 @@ static void fit_model(struct calibration *c)
         m->link[RY_LINK_SELF] = (struct ry_cost_link){0, per(b), each, true};
         m->group_us = fmax(a - each, 0);
     }
-    if (line(c, RY_CAL_NODE, false, &a, &b) && line(c, RY_CAL_NODE, true, &start, &each)) {
-        widths(c, RY_CAL_NODE, &local, &nic, &messages);
-        each = message_us(each, b);
-        m->link[RY_LINK_LOCAL] =
-            (struct ry_cost_link){fmax(a - m->group_us - messages * each, 0), per(b / local), each, true};
+    fit_inside(c, RY_CAL_LOCAL, &m->link[RY_LINK_LOCAL]);
+    if (!fit_inside(c, RY_CAL_NODE, &m->link[RY_LINK_NODE])) {
+        m->link[RY_LINK_NODE] = m->link[RY_LINK_LOCAL];
+        m->link[RY_LINK_NODE].measured = false;
     }
     if (line(c, RY_CAL_NIC_ONE, false, &a, &b) && line(c, RY_CAL_NIC_ALL, true, &start, &each)) {
         double all, latency = a;
@@ -316,14 +330,17 @@ static void fit_model(struct calibration *c)
 static void judge(struct calibration *c)
 {
     struct ry_calibration *out = c->out;
+    struct ry_cost_model inside = out->model; /* where NODE carries what stays on a node */
     double error[RY_CAL_POINTS];
+    inside.link[RY_LINK_LOCAL] = inside.link[RY_LINK_NODE];
     for (int i = 0; i < out->npoints; i++) {
         struct ry_cal_point *p = &out->points[i];
         if (p->kind == RY_CAL_COPY)
             p->model_us = out->model.copy_us + (double)p->bytes / out->model.copy_bytes_per_us;
         else if (!loads_of(c->loads, c->cluster, p))
-            p->model_us =
-                ry_cost_estimate(&out->model, c->cluster, c->loads, NULL, RY_DIRECT) - out->model.agreement_us;
+            p->model_us = ry_cost_estimate(p->kind == RY_CAL_NODE ? &inside : &out->model, c->cluster, c->loads, NULL,
+                                           RY_DIRECT) -
+                          out->model.agreement_us;
         if (p->kind == RY_CAL_SELF && p->messages) /* loads do not count messages to oneself */
             p->model_us += (p->messages - 1) * out->model.link[RY_LINK_SELF].message_us;
     }
@@ -355,7 +372,8 @@ int ry_calibrate(struct ry_calibration *out, const struct ry_cluster *cluster, c
         return ry_fail(err, "out of memory for the loads of %d ranks", cluster->nranks);
     bool has[RY_CAL_KINDS] = {[RY_CAL_COPY] = true, [RY_CAL_SELF] = true, [RY_CAL_EXCHANGE] = cluster->nranks > 1};
     has[RY_CAL_PAIR] = largest > 2; /* otherwise node is the same */
-    has[RY_CAL_NODE] = largest > 1;
+    has[RY_CAL_LOCAL] = largest > 1;
+    has[RY_CAL_NODE] = largest > 1 && cluster->nnodes > 1 && runner->node_comm;
     has[RY_CAL_NIC_ONE] = cluster->nnodes > 1;
     has[RY_CAL_NIC_ALL] = cluster->nnodes > 1 && largest > 1;
     int points = 0;
@@ -367,6 +385,8 @@ int ry_calibrate(struct ry_calibration *out, const struct ry_cluster *cluster, c
             bad = sweep_sizes(&c, (enum ry_cal_kind)k);
     if (!bad)
         bad = sweep_messages(&c, RY_CAL_SELF);
+    if (!bad && has[RY_CAL_LOCAL])
+        bad = sweep_messages(&c, RY_CAL_LOCAL);
     if (!bad && has[RY_CAL_NODE])
         bad = sweep_messages(&c, RY_CAL_NODE);
     if (!bad && cluster->nnodes > 1)

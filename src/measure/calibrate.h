@@ -8,12 +8,13 @@
  * Patterns, each a group of messages with traffic both ways at once:
  *     self       to itself                                       -> group_us, SELF
  *     pair       ranks of a node in pairs                        (shown only)
- *     node       every rank of a node to all others of it        -> LOCAL
+ *     local      every rank of a node to all others of it        -> LOCAL
+ *     node       the same over the node's own communicator       -> NODE
  *     nic-one    one rank of each node to one of the next node   -> NIC alpha, nic_rank_bytes_per_us
  *     nic-all    all ranks of a node to those of the next node   -> NIC
  *     exchange   everyone to everyone, itself included           (checks the model)
- * and copies on the device without NCCL. `self`, `node` and `nic-all` are tried with many small messages, too (->
- * message_us).
+ * and copies on the device without NCCL. `self`, `local`, `node` and `nic-all` are tried with many small messages, too
+ * (-> message_us).
  *
  * A point is measured some times over, and the lower quartile counts: other load on the machine only adds time. (Not
  * the least: a traffic shaper lets a burst pass.) A line t = a + x * b is fitted by weighted least squares, with
@@ -30,6 +31,7 @@ enum ry_cal_kind {
     RY_CAL_COPY,
     RY_CAL_SELF,
     RY_CAL_PAIR,
+    RY_CAL_LOCAL,
     RY_CAL_NODE,
     RY_CAL_NIC_ONE,
     RY_CAL_NIC_ALL,
@@ -65,9 +67,10 @@ struct ry_cal_runner {
     /** Do it `rounds` times in a row. *us: what one took, the same on all ranks (the slowest one's mean). -1 with
      * `err`. */
     int (*run)(void *context, const struct ry_cal_point *point, int rounds, double *us, struct ry_err *err);
+    bool node_comm; /* there is a communicator of each node's ranks for RY_CAL_NODE; the same on all ranks */
 };
 
-#define RY_CAL_POINTS 96
+#define RY_CAL_POINTS 112 /* 8 patterns in 9 sizes, 4 in 7 numbers of messages */
 struct ry_calibration {
     struct ry_cost_model model; /* what could not be measured is as ry_cost_guess() has it */
     int npoints;

@@ -75,6 +75,7 @@ static const struct field fields[] = {
     LINK(RY_LINK_SELF, "self"),
     LINK(RY_LINK_LOCAL, "local"),
     LINK(RY_LINK_NIC, "nic"),
+    LINK(RY_LINK_NODE, "node"),
     {"nic", "rank_bytes_per_us", offsetof(struct ry_cost_model, nic_rank_bytes_per_us), 1e-3},
     {"copy", "each_us", offsetof(struct ry_cost_model, copy_us), 0},
     {"copy", "bytes_per_us", offsetof(struct ry_cost_model, copy_bytes_per_us), 1e-3},
@@ -108,8 +109,12 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t
             err, "%s: fingerprint is %.32s, not %s: it was renamed or damaged; delete it and run railyard calibrate",
             path, print ? print : "missing", mine);
     *m = (struct ry_cost_model){.measured = true};
+    const char *node = ry_link_name(RY_LINK_NODE);
+    bool has_node = json_object_get(root, node) != NULL; /* files of Railyard before it knew of such links have none */
     for (size_t i = 0; i < NFIELDS; i++) {
         const struct field *f = &fields[i];
+        if (!has_node && f->object && !strcmp(f->object, node))
+            continue;
         const json_t *o = f->object ? json_object_get(root, f->object) : root, *v = json_object_get(o, f->name);
         double x = json_number_value(v);
         if (!json_is_number(v) || !isfinite(x) || x < f->least || x > MOST)
@@ -121,6 +126,10 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t
     for (int l = 0; l < RY_LINKS; l++)
         m->link[l].measured =
             json_is_true(json_object_get(json_object_get(root, ry_link_name((enum ry_link)l)), "measured"));
+    if (!has_node) {
+        m->link[RY_LINK_NODE] = m->link[RY_LINK_LOCAL];
+        m->link[RY_LINK_NODE].measured = false;
+    }
     return 0;
 }
 

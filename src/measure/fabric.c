@@ -72,8 +72,11 @@ struct ry_cluster *ry_fabric_cluster(const struct ry_fabric *f, struct ry_err *e
 int ry_fabric_model(struct ry_cost_model *model, const struct ry_cluster *cluster, const char *measured,
                     struct ry_err *err)
 {
-    if (measured)
-        return ry_cost_read(model, measured, err);
+    if (measured) {
+        int bad = ry_cost_read(model, measured, err);
+        model->node_comm = !bad && model->link[RY_LINK_NODE].measured; /* then jobs there have such communicators */
+        return bad;
+    }
     ry_cost_guess(model, cluster);
     return 0;
 }

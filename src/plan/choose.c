@@ -33,6 +33,12 @@ void ry_cost_learn(struct ry_cost_learned *learned, enum ry_strategy strategy, u
         cell->samples = RY_COST_MEMORY;
 }
 
+void ry_cost_forget(struct ry_cost_learned *learned, enum ry_strategy strategy)
+{
+    if ((unsigned)strategy < RY_STRATEGIES)
+        memset(learned->at[strategy], 0, sizeof learned->at[strategy]);
+}
+
 /* The lower quartile of what is remembered; false: too little. */
 static bool quartile(const struct ry_cost_learned *learned, int strategy, int class, double *out)
 {
@@ -147,7 +153,8 @@ static bool usable(const struct ry_cost_model *m)
 {
     bool good = m->nic_rank_bytes_per_us > 0 && isfinite(m->nic_rank_bytes_per_us) && m->copy_bytes_per_us > 0;
     for (int l = 0; l < RY_LINKS; l++)
-        good = good && m->link[l].bytes_per_us > 0 && isfinite(m->link[l].bytes_per_us);
+        good = good && ((l == RY_LINK_NODE && !m->node_comm) ||
+                        (m->link[l].bytes_per_us > 0 && isfinite(m->link[l].bytes_per_us)));
     return good;
 }
 

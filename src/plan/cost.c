@@ -9,7 +9,7 @@
 
 const char *ry_link_name(enum ry_link link)
 {
-    static const char *const names[RY_LINKS] = {"self", "local", "nic"};
+    static const char *const names[RY_LINKS] = {"self", "local", "node", "nic"};
     return (unsigned)link < RY_LINKS ? names[link] : "?";
 }
 
@@ -74,6 +74,7 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
         .agreement_us = 40 + 13 * cluster->nranks,
         .plan_us_per_rank = 0.2,
     };
+    model->link[RY_LINK_NODE] = model->link[RY_LINK_LOCAL];
 }
 
 /* ---- loads ---- */
@@ -163,6 +164,16 @@ static inline double number(uint64_t n)
     return (double)(int64_t)n;
 }
 
+static inline double larger(double a, double b)
+{
+    return a > b ? a : b;
+}
+
+static inline double smaller(double a, double b)
+{
+    return a < b ? a : b;
+}
+
 struct pace { /* a link of the model, ready to be multiplied with */
     double alpha, per_message, per_byte;
 };
@@ -172,19 +183,22 @@ static struct pace pace_of(const struct ry_cost_model *m, enum ry_link link)
     return (struct pace){m->link[link].alpha_us, m->link[link].message_us, 1 / m->link[link].bytes_per_us};
 }
 
+/*
+ * LOCAL or SELF as they are over the job's communicator, or over the node's own. A rank's transfers to itself are as
+ * short of channels as those to its neighbours (both halve from 2 to 4 virtual nodes), and with enough no slower than
+ * those.
+ */
+static struct pace inside_pace(const struct ry_cost_model *m, enum ry_link link, bool node_comm)
+{
+    struct pace p = pace_of(m, node_comm && link == RY_LINK_LOCAL ? RY_LINK_NODE : link);
+    if (node_comm)
+        p.per_byte = smaller(p.per_byte, 1 / m->link[RY_LINK_NODE].bytes_per_us);
+    return p;
+}
+
 static inline double link_us(struct pace p, double messages, double bytes)
 {
     return messages > 0 ? p.alpha + messages * p.per_message + bytes * p.per_byte : 0;
-}
-
-static inline double larger(double a, double b)
-{
-    return a > b ? a : b;
-}
-
-static inline double smaller(double a, double b)
-{
-    return a < b ? a : b;
 }
 
 /* Of the ranks of one node: sums, and of the rank that has most. */
@@ -240,7 +254,8 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
 
 struct paces {
     struct pace self, local, nic;
-    double rank_per_byte; /* over the NIC, of one rank alone */
+    struct pace passed, passed_self; /* what relays pass on: to others of the node, to themselves */
+    double rank_per_byte;            /* over the NIC, of one rank alone */
 };
 
 static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
@@ -288,9 +303,9 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
     double gets = s->recvs * others, passes = number(s->pieces) * share * others;
     double passed = packed ? smaller(relayed, arrives * (node_size - 1)) : relayed;
     double bytes = larger(passed, number(fewer(s->most_in, in)) * others);
-    double us = link_us(k->local, larger(gets, passes), bytes);
+    double us = link_us(k->passed, larger(gets, passes), bytes);
     if (!packed)
-        us = larger(us, link_us(k->self, number(heard), number(s->most_in) * share));
+        us = larger(us, link_us(k->passed_self, number(heard), number(s->most_in) * share));
     if (us > p->forward) {
         p->forward = us;
         p->forward_node = node;
@@ -325,8 +340,12 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
 {
     const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP];
-    const struct paces k = {pace_of(m, RY_LINK_SELF), pace_of(m, RY_LINK_LOCAL), pace_of(m, RY_LINK_NIC),
-                            1 / m->nic_rank_bytes_per_us};
+    const struct paces k = {.self = pace_of(m, RY_LINK_SELF),
+                            .local = pace_of(m, RY_LINK_LOCAL),
+                            .nic = pace_of(m, RY_LINK_NIC),
+                            .passed = inside_pace(m, RY_LINK_LOCAL, m->node_comm),
+                            .passed_self = inside_pace(m, RY_LINK_SELF, m->node_comm),
+                            .rank_per_byte = 1 / m->nic_rank_bytes_per_us};
     uint64_t most_self = 0, most_out = 0, busiest = 0, all = 0, packed = 0, most_packed = 0, most_scanned = 0;
     uint32_t most_nodes = 0;
     double local = 0, written = 0;
@@ -458,7 +477,7 @@ static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, s
 }
 
 static double group_us(const struct ry_cost_model *m, const struct ry_cluster *c, const struct walker *walkers,
-                       double *node_bytes)
+                       bool inside, double *node_bytes)
 {
     double most = 0;
     struct pace nic = pace_of(m, RY_LINK_NIC);
@@ -469,7 +488,8 @@ static double group_us(const struct ry_cost_model *m, const struct ry_cluster *c
         for (int r = 0; r < c->nranks; r++) {
             const struct side *s = in ? &walkers[r].in : &walkers[r].out;
             for (int link = RY_LINK_SELF; link <= RY_LINK_LOCAL; link++)
-                most = larger(most, link_us(pace_of(m, (enum ry_link)link), s->messages[link], s->bytes[link]));
+                most = larger(most,
+                              link_us(inside_pace(m, (enum ry_link)link, inside), s->messages[link], s->bytes[link]));
             if (s->messages[RY_LINK_NIC] > 0)
                 most = larger(most, nic.alpha + s->messages[RY_LINK_NIC] * nic.per_message +
                                         larger(node_bytes[c->node[r]] * nic.per_byte,
@@ -497,8 +517,9 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
             take_group(cluster, plans[r], &walkers[r], g);
         }
         us += copies;
+        bool inside = model->node_comm && n && ry_inside(plans[0]->inside, g);
         if (g < groups)
-            us += group_us(model, cluster, walkers, node_bytes);
+            us += group_us(model, cluster, walkers, inside, node_bytes);
     }
 out:
     free(walkers);

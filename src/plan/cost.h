@@ -12,8 +12,13 @@
 
 #include "plan.h"
 
-enum ry_link { RY_LINK_SELF, RY_LINK_LOCAL, RY_LINK_NIC, RY_LINKS };
-const char *ry_link_name(enum ry_link link); /* "self", "local", "nic" */
+/*
+ * LOCAL: inside a node, over the job's communicator. NODE: the same over a communicator of the node's ranks alone:
+ * NCCL gives a pair of ranks as few channels as the communicator's peers across the network have, which is little where
+ * there are any.
+ */
+enum ry_link { RY_LINK_SELF, RY_LINK_LOCAL, RY_LINK_NODE, RY_LINK_NIC, RY_LINKS };
+const char *ry_link_name(enum ry_link link); /* "self", "local", "node", "nic" */
 
 /*
  * The model of one group of transfers: they start together, links work side by side, each link takes
@@ -24,7 +29,7 @@ const char *ry_link_name(enum ry_link link); /* "self", "local", "nic" */
 struct ry_cost_model {
     struct ry_cost_link {
         double alpha_us;     /* of transfers over an idle link, beyond `message_us` */
-        double bytes_per_us; /* SELF, LOCAL: one rank's, each way. NIC: shared by the ranks of a node, each way */
+        double bytes_per_us; /* SELF, LOCAL, NODE: one rank's, each way. NIC: shared by the ranks of a node, each way */
         double message_us;   /* each message of a group, per rank */
         bool measured;       /* by railyard calibrate */
     } link[RY_LINKS];
@@ -35,6 +40,8 @@ struct ry_cost_model {
     double agreement_us; /* manifest to verdict, as far as the exchange has to wait for it; direct pays it too once engaged */
     double plan_us_per_rank; /* building a plan: times nranks; direct needs none */
     bool measured;           /* by railyard calibrate, at least in part, rather than guessed from the topology */
+    bool node_comm; /* what is passed on inside nodes (group 1) goes over NODE, not LOCAL: the ranks have, or will have, such
+                       communicators. No property of links: not kept in files, false at first, set by whoever knows */
 };
 
 /** A guess from what the seats say (NVLink and NIC bandwidth), conservative where they say nothing. */
@@ -100,6 +107,9 @@ struct ry_cost_learned {
 /** Ignored unless both times are above zero and finite. */
 void ry_cost_learn(struct ry_cost_learned *learned, enum ry_strategy strategy, uint64_t busiest_bytes, double estimated_us,
                    double measured_us);
+/** What was measured of `strategy` does not hold any more (it goes another way, as when node_comm becomes true): as if it had
+ *  never been tried. Where it is in use it stays so until something else is faster. */
+void ry_cost_forget(struct ry_cost_learned *learned, enum ry_strategy strategy);
 /** The most that any rank sends or gets, itself included. */
 uint64_t ry_cost_busiest(const struct ry_cluster *cluster, const struct ry_load *loads);
 

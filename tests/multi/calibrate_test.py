@@ -57,22 +57,26 @@ def shaped():
             near(model["nic"]["rank_bytes_per_us"], nic_gbit * 1000 / 8, 0.2, "NIC bandwidth of one rank, MB/s")
             near(model["nic"]["alpha_us"] + model["group_us"], nic_us, 0.3, "NIC latency, us")
             near(model["local"]["bytes_per_us"], nvlink_gbit * 1000 / 8, 0.25, "in-node bandwidth, MB/s")
+            near(model["node"]["bytes_per_us"], nvlink_gbit * 1000 / 8, 0.25, "the same over the node's communicator, MB/s")
+            near(model["node"]["alpha_us"] + model["group_us"], nvlink_us, 0.3, "its latency, us")
             near(model["local"]["alpha_us"] + model["group_us"], nvlink_us, 0.3, "in-node latency, us")
             break
         except AssertionError as e:
             print(f"attempt {attempt + 1}: {e}")
             if attempt == 2:
                 raise
-    assert all(model[link]["measured"] for link in ("self", "local", "nic")), model
+    assert all(model[link]["measured"] for link in ("self", "local", "node", "nic")), model
     fits = {what: float(off) for what, off in re.findall(r"^  (\S.*): model off by ([0-9.]+) %", text, re.M)}
-    assert "all ranks of each node to the next node" in fits and any(what.startswith("exchange") for what in fits), fits
+    assert "all ranks of each node to the next node" in fits and "the same over a communicator of the node's ranks alone" in fits, fits
+    assert any(what.startswith("exchange") for what in fits), fits
     print(text)
 
 
 def shapes():
     picture = os.path.join(scratch.name, "picture.svg")
     text = calibrate(1, 3, [], "--seconds=1", f"--svg={picture}")
-    assert re.search(r"nic .*GUESSED: there is no such link", text) and "ranks of a node in pairs" in text, text
+    assert re.search(r"nic .*GUESSED: there is no such link", text) and re.search(r"node .*GUESSED: there is no such link", text)
+    assert "ranks of a node in pairs" in text, text
     assert xml.etree.ElementTree.parse(picture).getroot().tag.endswith("svg")
     text = calibrate(3, 1, [], "--seconds=1")
     assert re.search(r"local .*GUESSED: there is no such link", text), text

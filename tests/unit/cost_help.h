@@ -102,6 +102,7 @@ static inline uint64_t *even(const struct ry_cluster *c, uint64_t bytes)
 static const struct ry_cost_model typical = {
     .link = {[RY_LINK_SELF] = {.alpha_us = 2, .bytes_per_us = 1e6, .message_us = 2},
              [RY_LINK_LOCAL] = {.alpha_us = 5, .bytes_per_us = 200e3, .message_us = 1},
+             [RY_LINK_NODE] = {.alpha_us = 4, .bytes_per_us = 800e3, .message_us = 0.5},
              [RY_LINK_NIC] = {.alpha_us = 40, .bytes_per_us = 3e3, .message_us = 10}},
     .nic_rank_bytes_per_us = 2e3,
     .copy_us = 3,
@@ -119,7 +120,7 @@ static inline void near(double got, double expected, const char *what)
 
 /* What the steps cost, for all ranks' plans of a matrix; what each relays of plain bytes, and (may be NULL) what
    crosses into each node, zero before. */
-static inline double from_plans(const struct ry_cluster *c, const uint64_t *m, const struct ry_repeats *repeats,
+static inline double from_plans(const struct ry_cost_model *model, const struct ry_cluster *c, const uint64_t *m, const struct ry_repeats *repeats,
                                 enum ry_strategy strategy, uint64_t *relayed, uint64_t *packed_in)
 {
     struct ry_err err = {""};
@@ -159,7 +160,7 @@ static inline double from_plans(const struct ry_cluster *c, const uint64_t *m, c
             if (s->kind == RY_STEP_SEND && c->node[s->peer] != c->node[k])
                 packed_in[c->node[s->peer]] += s->bytes;
         }
-    double us = ry_cost_plans(&typical, c, plans);
+    double us = ry_cost_plans(model, c, plans);
     for (int r = 0; r < n; r++)
         ry_plan_free(plans[r]);
     free(plans);

@@ -68,7 +68,10 @@ static double true_us(const struct world *w, const struct ry_cal_point *p)
     ck_assert_uint_le(n, sizeof list / sizeof *list);
     for (size_t i = 0; i < n; i++) {
         int from = list[i].from, to = list[i].to;
-        int link = from == to ? RY_LINK_SELF : c->node[from] == c->node[to] ? RY_LINK_LOCAL : RY_LINK_NIC;
+        int link = from == to                     ? RY_LINK_SELF
+                   : c->node[from] != c->node[to] ? RY_LINK_NIC
+                   : p->kind == RY_CAL_NODE       ? RY_LINK_NODE
+                                                  : RY_LINK_LOCAL;
         double bytes = (double)list[i].bytes;
         rank[from][0][link] += bytes;
         rank[to][1][link] += bytes;
@@ -113,6 +116,7 @@ static struct ry_cost_model random_truth(void)
     struct ry_cost_model m = {
         .link = {[RY_LINK_SELF] = {0, log_uniform(20e3, 1e6), uniform(0.1, 3), false},
                  [RY_LINK_LOCAL] = {uniform(1, 20), log_uniform(5e3, 400e3), uniform(0.3, 5), false},
+                 [RY_LINK_NODE] = {uniform(1, 20), log_uniform(5e3, 400e3), uniform(0.3, 5), false},
                  [RY_LINK_NIC] = {uniform(5, 200), log_uniform(1e3, 100e3), uniform(1, 30), false}},
         .copy_us = uniform(1, 5),
         .copy_bytes_per_us = log_uniform(100e3, 2e6),
@@ -142,10 +146,11 @@ START_TEST(finds_the_truth)
     static const int shapes[][2] = {{2, 2}, {2, 8}, {4, 4}, {3, 1}, {1, 8}, {8, 2}};
     for (int round = 0; round < 60; round++) {
         const int *shape = shapes[round % 6];
+        bool node_comm = round % 4 < 2; /* else NCCL is too old to make one */
         struct ry_err err = {""};
         struct world w = {.truth = random_truth(), .noise = 0.1, .wild = 0.05, .cluster = regular(shape[0], shape[1])};
         struct ry_calibration *cal = calloc(1, sizeof *cal);
-        const struct ry_cal_runner runner = {&w, simulate};
+        const struct ry_cal_runner runner = {&w, simulate, node_comm};
         struct ry_cost_model guess;
         ry_cost_guess(&guess, w.cluster);
         ck_assert_msg(!ry_calibrate(cal, w.cluster, &runner, 5, &err), "%s", err.msg);
@@ -160,6 +165,19 @@ START_TEST(finds_the_truth)
                    t->group_us + t->link[RY_LINK_LOCAL].alpha_us + t->link[RY_LINK_LOCAL].message_us, 1.2,
                    "local latency");
             message_near(m, t, RY_LINK_LOCAL);
+        }
+        bool node = shape[0] > 1 && shape[1] > 1 && node_comm;
+        ck_assert(m->link[RY_LINK_NODE].measured == node && !m->node_comm);
+        ck_assert((cal->fit[RY_CAL_NODE].points > 0) == node);
+        if (node) {
+            within(m->link[RY_LINK_NODE].bytes_per_us, t->link[RY_LINK_NODE].bytes_per_us, 1.15, "node bandwidth");
+            within(m->group_us + m->link[RY_LINK_NODE].alpha_us + m->link[RY_LINK_NODE].message_us,
+                   t->group_us + t->link[RY_LINK_NODE].alpha_us + t->link[RY_LINK_NODE].message_us, 1.2,
+                   "node latency");
+            message_near(m, t, RY_LINK_NODE);
+        } else { /* no better than what is known */
+            ck_assert(m->link[RY_LINK_NODE].bytes_per_us == m->link[RY_LINK_LOCAL].bytes_per_us &&
+                      m->link[RY_LINK_NODE].alpha_us == m->link[RY_LINK_LOCAL].alpha_us);
         }
         if (shape[0] > 1) {
             within(m->nic_rank_bytes_per_us, t->nic_rank_bytes_per_us, 1.15, "NIC bandwidth of a rank");
@@ -194,7 +212,7 @@ START_TEST(slow_links)
     struct world w = {.truth = random_truth(), .noise = 0.1, .cluster = regular(2, 4)};
     w.truth.link[RY_LINK_NIC].bytes_per_us = w.truth.nic_rank_bytes_per_us = 10; /* 10 MB/s */
     struct ry_calibration *cal = calloc(1, sizeof *cal);
-    const struct ry_cal_runner runner = {&w, simulate};
+    const struct ry_cal_runner runner = {&w, simulate, true};
     ck_assert(!ry_calibrate(cal, w.cluster, &runner, 2, &err));
     within(cal->model.link[RY_LINK_NIC].bytes_per_us, 10, 1.15, "bandwidth");
     ck_assert_msg(w.spent_us < 4e6, "%.1f s", w.spent_us / 1e6);
@@ -245,7 +263,7 @@ START_TEST(patterns)
             bool same = all[k].from == all[k].to, node = c->node[all[k].from] == c->node[all[k].to];
             ck_assert_uint_gt(all[k].bytes, 0);
             ck_assert(p.kind != RY_CAL_SELF || same);
-            ck_assert((p.kind != RY_CAL_PAIR && p.kind != RY_CAL_NODE) || (node && !same));
+            ck_assert((p.kind != RY_CAL_PAIR && p.kind != RY_CAL_LOCAL && p.kind != RY_CAL_NODE) || (node && !same));
             ck_assert((p.kind != RY_CAL_NIC_ONE && p.kind != RY_CAL_NIC_ALL) || !node);
             ck_assert(p.kind != RY_CAL_NIC_ONE || c->local[all[k].from] == 0);
         }

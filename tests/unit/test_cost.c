@@ -61,6 +61,20 @@ START_TEST(by_hand)
     double one_gets = 13 * mb / 2e3; /* ... through its own share of the NIC */
     near(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL),
          50 + 8 * 0.2 + 2 * 15 + 40 + 1 * 10 + one_gets + forward, "hierarchical, one relay");
+    /* passed on over a communicator of the node's ranks; nothing else is */
+    struct ry_cost_model model = typical;
+    model.node_comm = true;
+    forward = 4 + 3 * 0.5 + 3 * mb / 800e3;
+    double own = 2 + 1 * 2 + 1 * mb / 1e6;
+    ck_assert(forward > own);
+    near(ry_cost_estimate(&model, c, l, NULL, RY_HIERARCHICAL),
+         50 + 8 * 0.2 + 2 * 15 + 40 + 1 * 10 + 16 * mb / 3e3 + forward, "hierarchical, node communicator");
+    near(ry_cost_estimate(&model, c, l, NULL, RY_DIRECT), ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT),
+         "direct, node communicator");
+    /* a rank's transfers to itself are no slower there than those to others */
+    model.link[RY_LINK_SELF].bytes_per_us = 10e3;
+    near(ry_cost_estimate(&model, c, l, NULL, RY_HIERARCHICAL),
+         50 + 8 * 0.2 + 2 * 15 + 40 + 1 * 10 + 16 * mb / 3e3 + forward, "hierarchical, slow to itself");
     ck_assert_uint_eq(ry_cost_busiest(c, l), 8000000);
     free(l);
     free(m);
@@ -126,8 +140,10 @@ START_TEST(against_plans)
 {
     double worst[3] = {0}, sum[3] = {0}, worst_alike = 0;
     int rounds = 400;
+    struct ry_cost_model model = typical;
     for (int round = 0; round < rounds; round++) {
         bool alike = round % 2;
+        model.node_comm = round % 4 < 2;
         struct ry_cluster *c = alike ? regular(1 + rand() % 5, 1 + rand() % 6) : random_cluster(24);
         size_t n = (size_t)c->nranks;
         uint64_t *m = calloc(n * n, sizeof *m), *relayed = calloc(n, sizeof *relayed);
@@ -138,12 +154,12 @@ START_TEST(against_plans)
                 zeros && rand() % 4 < zeros ? 0 : (uint64_t)(size * (alike ? uniform(0.7, 1.3) : exp(uniform(-3, 3))));
         struct ry_load *l = loads_of(c, m, NULL);
         double error[3];
-        error[0] =
-            log(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT) / from_plans(c, m, NULL, RY_DIRECT, relayed, NULL));
-        double steps = from_plans(c, m, NULL, RY_HIERARCHICAL, relayed, NULL);
-        error[1] = log(ry_cost_estimate(&typical, c, l, NULL, RY_HIERARCHICAL) / steps);
-        error[2] = log(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL) /
-                       steps);
+        error[0] = log(ry_cost_estimate(&model, c, l, NULL, RY_DIRECT) /
+                       from_plans(&model, c, m, NULL, RY_DIRECT, relayed, NULL));
+        double steps = from_plans(&model, c, m, NULL, RY_HIERARCHICAL, relayed, NULL);
+        error[1] = log(ry_cost_estimate(&model, c, l, NULL, RY_HIERARCHICAL) / steps);
+        error[2] =
+            log(ry_cost_estimate(&model, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL) / steps);
         ck_assert_msg(fabs(error[0]) < 0.1 && fabs(error[1]) < log(2) && fabs(error[2]) < log(2),
                       "seed %u: %d ranks on %d nodes: direct x%.3f, hierarchical x%.3f, with relays x%.3f", seed,
                       c->nranks, c->nnodes, exp(error[0]), exp(error[1]), exp(error[2]));
@@ -234,6 +250,12 @@ START_TEST(doubt)
     broken.link[RY_LINK_NIC].bytes_per_us = 0;
     ck_assert_int_eq(chosen(&broken, 4, 8, 1024, &sure), RY_DIRECT);
     ck_assert_msg(strstr(sure.why, "unusable") != NULL, "%s", sure.why);
+    broken = typical;
+    broken.link[RY_LINK_NODE].bytes_per_us = 0; /* not used, so not missed */
+    ck_assert_int_eq(chosen(&broken, 4, 8, 1024, NULL), RY_HIERARCHICAL);
+    broken.node_comm = true;
+    ck_assert_int_eq(chosen(&broken, 4, 8, 1024, &sure), RY_DIRECT);
+    ck_assert_msg(strstr(sure.why, "unusable") != NULL, "%s", sure.why);
     broken.link[RY_LINK_NIC].bytes_per_us = NAN;
     ck_assert_int_eq(chosen(&broken, 4, 8, 1024, NULL), RY_DIRECT);
 }
@@ -305,6 +327,39 @@ START_TEST(learning)
     ck_assert_int_ge(run_world(&w, &typical, 2048, 400, RY_HIERARCHICAL, &trials, &switches, l), 196);
     ck_assert_int_eq(switches, 0);
     free(l);
+}
+END_TEST
+
+/* What passes on goes another way from now on, and is twice as fast: known as soon as what was learned is forgotten. */
+START_TEST(forgetting)
+{
+    struct ry_cost_learned *l = calloc(1, sizeof *l);
+    struct ry_choice before, now;
+    struct ry_cluster *c = regular(4, 8);
+    uint64_t *m = even(c, 2048);
+    struct ry_load *all = loads_of(c, m, NULL);
+    int trials, switches;
+    struct world w = {.wrong = {1, 2, 1}};
+    ry_cost_choose(&now, &typical, NULL, c, all, NULL, 0.05);
+    ck_assert_int_eq(now.strategy, RY_HIERARCHICAL);
+    for (int i = 0; i < RY_COST_ENOUGH; i++) /* seen while observing */
+        ry_cost_learn(l, RY_DIRECT, ry_cost_busiest(c, all), now.model_us[RY_DIRECT], now.model_us[RY_DIRECT]);
+    run_world(&w, &typical, 2048, 40, RY_DIRECT, &trials, &switches, l);
+    ry_cost_choose(&before, &typical, l, c, all, NULL, 0.05);
+    ck_assert(before.strategy == RY_DIRECT && before.us[RY_HIERARCHICAL] > 1.9 * before.model_us[RY_HIERARCHICAL]);
+    struct ry_cost_learned kept = *l;
+    ry_cost_forget(l, (enum ry_strategy)99);
+    ck_assert_mem_eq(&kept, l, sizeof kept);
+    ry_cost_forget(l, RY_HIERARCHICAL);
+    ry_cost_choose(&now, &typical, l, c, all, NULL, 0.05);
+    ck_assert_int_eq(now.strategy, RY_HIERARCHICAL);
+    near(now.us[RY_DIRECT], before.us[RY_DIRECT], "direct is still known");
+    w.wrong[1] = 1;
+    ck_assert_int_ge(run_world(&w, &typical, 2048, 200, RY_HIERARCHICAL, &trials, &switches, l), 198);
+    free(all);
+    free(m);
+    free(l);
+    ry_cluster_free(c);
 }
 END_TEST
 
@@ -380,8 +435,11 @@ START_TEST(fast)
                                       .cross_recvs = 1016,
                                       .nodes_out = 127,
                                       .nodes_in = 127};
-        uint64_t best = UINT64_MAX;
-        for (int k = 0; k < 200; k++) {
+        /* 20 us is the aim for nodes as they are; small ones cost a little more */
+        uint64_t best = UINT64_MAX, limit = shapes[i][1] >= 8 ? 25000 : 50000;
+        for (int k = 0; k < 200 || (k < 4000 && best >= limit); k++) {
+            if (k >= 200 && k % 100 == 0)
+                usleep(10000); /* another program may have the other half of this core for a while */
             struct ry_choice choice;
             uint64_t start = ry_now_ns();
             ry_cost_choose(&choice, &typical, l, c, all, NULL, 0.05);
@@ -390,8 +448,7 @@ START_TEST(fast)
         }
         printf("choice at %d x %d ranks: %.1f us\n", shapes[i][0], shapes[i][1], (double)best / 1000);
 #if !defined __SANITIZE_ADDRESS__ && !defined __SANITIZE_THREAD__
-        /* 20 us is the aim for nodes as they are; small ones cost a little more */
-        ck_assert_msg(best < (shapes[i][1] >= 8 ? 40000 : 60000), "%llu ns", (unsigned long long)best);
+        ck_assert_msg(best < limit, "%llu ns", (unsigned long long)best);
 #endif
         free(all);
         free(l);
@@ -409,6 +466,7 @@ START_TEST(guess)
     ry_cost_guess(&m, c);
     double dark = m.link[RY_LINK_NIC].bytes_per_us;
     ck_assert(!m.measured && dark > 0 && m.link[RY_LINK_LOCAL].bytes_per_us > 0);
+    ck_assert(!m.node_comm && m.link[RY_LINK_NODE].bytes_per_us == m.link[RY_LINK_LOCAL].bytes_per_us);
     for (int r = 0; r < 4; r++) {
         c->seats[r].nvlink_gbs = 450;
         c->seats[r].nic_gbs = 25;
@@ -443,6 +501,7 @@ int main(void)
     tcase_add_test(t, crossover);
     tcase_add_test(t, doubt);
     tcase_add_test(t, learning);
+    tcase_add_test(t, forgetting);
     tcase_add_test(t, no_flapping);
     tcase_add_test(t, late_ranks);
     tcase_add_test(t, fast);

@@ -74,6 +74,10 @@ static void by_hand_with(uint64_t left, double packed, double forward)
     double links = fmax(40 + 1 * 10 + 4 * packed / 3e3, 5 + 3 + 3 * mb / 200e3);
     double all = 50 + 8 * 0.2 + 2 * 15 + search + pack + links + 5 + 3 * 1 + forward / 200e3 + writes;
     near(ry_cost_estimate(&typical, c, l, NULL, RY_DEDUP), all, "dedup");
+    struct ry_cost_model model = typical;
+    model.node_comm = true;
+    near(ry_cost_estimate(&model, c, l, NULL, RY_DEDUP),
+         all - (5 + 3 * 1 + forward / 200e3) + 4 + 3 * 0.5 + forward / 800e3, "dedup, node communicator");
     /* known from the matrix: the same, here */
     const uint64_t packed_in[] = {(uint64_t)(4 * packed), (uint64_t)(4 * packed)};
     const uint64_t relayed[] = {3000000, 3000000, 3000000, 3000000, 3000000, 3000000, 3000000, 3000000};
@@ -179,8 +183,10 @@ START_TEST(against_plans)
 {
     double worst[2] = {0}, sum[2] = {0}, worst_alike = 0;
     int rounds = 300, counted = 0;
+    struct ry_cost_model model = typical;
     for (int round = 0; round < rounds; round++) {
         bool alike = round % 2;
+        model.node_comm = round % 4 < 2;
         struct ry_cluster *c = alike ? regular(2 + rand() % 4, 1 + rand() % 6) : random_cluster(24);
         size_t n = (size_t)c->nranks;
         uint64_t *m = calloc(n * n, sizeof *m), *relayed = calloc(n, sizeof *relayed);
@@ -194,9 +200,9 @@ START_TEST(against_plans)
         struct ry_load *l = loads_of(c, m, repeats);
         for (size_t r = 0; r < n; r++)
             l[r].scanned = 0; /* the steps come after the search */
-        double steps = from_plans(c, m, repeats, RY_DEDUP, relayed, packed_in), error[2];
+        double steps = from_plans(&model, c, m, repeats, RY_DEDUP, relayed, packed_in), error[2];
         struct ry_cost_matrix known = {.relayed = relayed, .packed_in = packed_in};
-        double us = ry_cost_estimate(&typical, c, l, NULL, RY_DEDUP);
+        double us = ry_cost_estimate(&model, c, l, NULL, RY_DEDUP);
         uint64_t crosses = 0, promised = 0;
         for (int node = 0; node < c->nnodes; node++)
             crosses += packed_in[node];
@@ -205,7 +211,7 @@ START_TEST(against_plans)
         ck_assert_uint_eq(crosses, promised); /* to the byte */
         if (isfinite(us)) {
             error[0] = log(us / steps);
-            error[1] = log(ry_cost_estimate(&typical, c, l, &known, RY_DEDUP) / steps);
+            error[1] = log(ry_cost_estimate(&model, c, l, &known, RY_DEDUP) / steps);
             ck_assert_msg(fabs(error[0]) < log(2) && fabs(error[1]) < log(2),
                           "seed %u: %d ranks on %d nodes: x%.3f, matrix known x%.3f", seed, c->nranks, c->nnodes,
                           exp(error[0]), exp(error[1]));

@@ -36,6 +36,7 @@ START_TEST(round_trip)
     ck_assert_msg(!ry_cost_load(&got, print, &err), "%s", err.msg);
     near(got.link[RY_LINK_NIC].alpha_us, 1.0 / 3, "alpha");
     near(got.link[RY_LINK_LOCAL].bytes_per_us, 200e3, "beta");
+    near(got.link[RY_LINK_NODE].bytes_per_us, 800e3, "node");
     near(got.nic_rank_bytes_per_us, 2e3, "rank");
     near(got.plan_us_per_rank, 0.2, "plan");
     ck_assert(got.measured && got.link[RY_LINK_NIC].measured && !got.link[RY_LINK_LOCAL].measured);
@@ -43,6 +44,39 @@ START_TEST(round_trip)
     ck_assert(!ry_cost_path(print, path, sizeof path, &err));
     snprintf(command, sizeof command, "test $(ls %s/railyard | wc -l) = 1", scratch); /* no temporary file is left */
     ck_assert_int_eq(system(command), 0);
+    ry_cluster_free(c);
+}
+END_TEST
+
+/* A file from before there were node communicators: they are taken to be like the job's. */
+START_TEST(without_node)
+{
+    struct ry_err err = {""};
+    struct ry_cluster *c = regular(2, 4);
+    uint64_t print = ry_cluster_fingerprint(c);
+    struct ry_cost_model got, m = typical;
+    char path[4096], text[4096], *at, *end;
+    m.link[RY_LINK_LOCAL].measured = m.link[RY_LINK_NODE].measured = m.node_comm = true;
+    ck_assert(!ry_cost_save(&m, c, &err) && !ry_cost_path(print, path, sizeof path, &err));
+    ck_assert(!ry_cost_load(&got, print, &err) && got.link[RY_LINK_NODE].measured && !got.node_comm);
+    FILE *f = fopen(path, "r");
+    size_t n = fread(text, 1, sizeof text - 1, f);
+    fclose(f);
+    text[n] = 0;
+    ck_assert((at = strstr(text, "\"node\": {")) && (end = strchr(at, '}')));
+    f = fopen(path, "w");
+    fprintf(f, "%.*s%s", (int)(at - text), text, end + 2); /* and the comma */
+    fclose(f);
+    ck_assert_msg(!ry_cost_load(&got, print, &err), "%s", err.msg);
+    near(got.link[RY_LINK_NODE].bytes_per_us, 200e3, "node as local");
+    near(got.link[RY_LINK_NODE].alpha_us, 5, "node as local");
+    ck_assert(got.link[RY_LINK_LOCAL].measured && !got.link[RY_LINK_NODE].measured);
+    /* there but without its numbers is damage */
+    f = fopen(path, "w");
+    fprintf(f, "%.*s\"node\": {}%s", (int)(at - text), text, end + 1);
+    fclose(f);
+    ck_assert_int_eq(ry_cost_load(&got, print, &err), -1);
+    ck_assert_msg(strstr(err.msg, "node.alpha_us is missing") != NULL, "%s", err.msg);
     ry_cluster_free(c);
 }
 END_TEST
@@ -156,6 +190,7 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_checked_fixture(t, in_scratch, out_of_scratch);
     tcase_add_test(t, round_trip);
+    tcase_add_test(t, without_node);
     tcase_add_test(t, damaged);
     tcase_add_test(t, no_place);
     tcase_add_test(t, fingerprint);

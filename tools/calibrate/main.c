@@ -40,7 +40,7 @@ static struct {
     struct ry_ranks who;
     const struct ry_device *device;
     int ordinal;
-    ncclComm_t comm;
+    ncclComm_t comm, node_comm; /* node_comm: of the node's ranks, numbered by local index; NULL where NCCL has none */
     void *stream;
     struct ry_event *before, *after;
     struct ry_cluster *cluster;
@@ -129,6 +129,20 @@ static void find_cluster(void)
         die("%s", err.msg);
 }
 
+/*
+ * A communicator of each node's ranks alone, which NCCL can make since 2.18: looked for by name, so that this starts
+ * with an older one, too. Where there is one node the job's own is just that.
+ */
+static bool open_node_communicators(void)
+{
+    ncclResult_t (*split)(ncclComm_t, int, int, ncclComm_t *, ncclConfig_t *);
+    *(void **)&split = dlsym(RTLD_DEFAULT, "ncclCommSplit");
+    if (!split || me.cluster->nnodes == 1 || me.cluster->nnodes == me.who.world)
+        return false;
+    NCCL(split, me.comm, me.cluster->node[me.who.rank], me.cluster->local[me.who.rank], &me.node_comm, NULL);
+    return true;
+}
+
 /* ---- timing ---- */
 
 /* The greatest of all ranks' values; they meet here. */
@@ -152,17 +166,20 @@ static void reserve(char **buffer, size_t *size, size_t need)
     DEVICE(fill, *buffer, 0x5a, need, me.stream); /* touched, so that no page fault is measured */
 }
 
-static void issue(const struct ry_cal_message *m, size_t n)
+/* `node`: peers are of this rank's node, and it goes over the communicator of the node. */
+static void issue(const struct ry_cal_message *m, size_t n, bool node)
 {
+    ncclComm_t comm = node ? me.node_comm : me.comm;
+    const int *local = me.cluster->local;
     char *send = me.send, *recv = me.recv;
     NCCL(ncclGroupStart);
     for (size_t i = 0; i < n; i++) {
         if (m[i].from == me.who.rank) {
-            NCCL(ncclSend, send, m[i].bytes, ncclUint8, m[i].to, me.comm, me.stream);
+            NCCL(ncclSend, send, m[i].bytes, ncclUint8, node ? local[m[i].to] : m[i].to, comm, me.stream);
             send += m[i].bytes;
         }
         if (m[i].to == me.who.rank) {
-            NCCL(ncclRecv, recv, m[i].bytes, ncclUint8, m[i].from, me.comm, me.stream);
+            NCCL(ncclRecv, recv, m[i].bytes, ncclUint8, node ? local[m[i].from] : m[i].from, comm, me.stream);
             recv += m[i].bytes;
         }
     }
@@ -193,7 +210,7 @@ static int run(void *context, const struct ry_cal_point *point, int rounds, doub
         if (copy)
             DEVICE(copy, me.recv, me.send, point->bytes, me.stream);
         else
-            issue(me.messages, n);
+            issue(me.messages, n, point->kind == RY_CAL_NODE);
     }
     DEVICE(event_record, me.after, me.stream);
     DEVICE(stream_sync, me.stream);
@@ -349,7 +366,7 @@ int main(int argc, char **argv)
     open_device();
     open_communicator();
     find_cluster();
-    const struct ry_cal_runner runner = {.run = run};
+    const struct ry_cal_runner runner = {.run = run, .node_comm = open_node_communicators()};
     if (ry_calibrate(&cal, me.cluster, &runner, opt.seconds, &err))
         die("%s", err.msg);
     cal.model.plan_us_per_rank = planning_us();
@@ -361,6 +378,8 @@ int main(int argc, char **argv)
     if (me.who.rank == 0 && opt.svg)
         status |= picture(&cal);
     status = greatest(status) > 0; /* nobody leaves while others still print */
+    if (me.node_comm)
+        NCCL(ncclCommDestroy, me.node_comm);
     NCCL(ncclCommDestroy, me.comm);
     me.comm = NULL;
     DEVICE(release, me.send);

@@ -8,7 +8,8 @@ static const char *const what[RY_CAL_KINDS] = {
     [RY_CAL_COPY] = "copy on the device, without NCCL",
     [RY_CAL_SELF] = "to itself through NCCL",
     [RY_CAL_PAIR] = "ranks of a node in pairs",
-    [RY_CAL_NODE] = "every rank of a node to all others of it",
+    [RY_CAL_LOCAL] = "every rank of a node to all others of it",
+    [RY_CAL_NODE] = "the same over a communicator of the node's ranks alone",
     [RY_CAL_NIC_ONE] = "one rank of each node to the next node",
     [RY_CAL_NIC_ALL] = "all ranks of each node to the next node",
     [RY_CAL_EXCHANGE] = "exchange: everyone to everyone (not fitted: checks the model)",
@@ -40,10 +41,10 @@ static void points_of(const struct ry_calibration *cal, enum ry_cal_kind kind, b
     }
 }
 
-static void link_line(const struct ry_cost_link *l, const char *name, const char *whose, FILE *f)
+static void link_line(const struct ry_cost_link *l, const char *name, const char *whose, const char *guessed, FILE *f)
 {
     fprintf(f, "  %-6s %9.1f us + %7.2f us a message + bytes / %8.3f GB/s (%s)%s\n", name, l->alpha_us, l->message_us,
-            l->bytes_per_us / 1000, whose, l->measured ? "" : "   GUESSED: there is no such link here");
+            l->bytes_per_us / 1000, whose, l->measured ? "" : guessed);
 }
 
 void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluster *cluster, FILE *f)
@@ -62,9 +63,12 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
         points_of(cal, (enum ry_cal_kind)k, true, f);
     }
     fprintf(f, "\nThe model\n");
-    link_line(&m->link[RY_LINK_SELF], "self", "a rank", f);
-    link_line(&m->link[RY_LINK_LOCAL], "local", "a rank, each way", f);
-    link_line(&m->link[RY_LINK_NIC], "nic", "a node, each way", f);
+    const char *none = "   GUESSED: there is no such link here";
+    link_line(&m->link[RY_LINK_SELF], "self", "a rank", none, f);
+    link_line(&m->link[RY_LINK_LOCAL], "local", "a rank, each way", none, f);
+    link_line(&m->link[RY_LINK_NODE], "node", "the same over the node's own communicator",
+              cluster->nnodes == 1 || cluster->nnodes == cluster->nranks ? none : "   GUESSED: taken as local", f);
+    link_line(&m->link[RY_LINK_NIC], "nic", "a node, each way", none, f);
     fprintf(f, "  %-6s one rank alone gets %.3f GB/s of it, each way%s\n", "", m->nic_rank_bytes_per_us / 1000,
             m->link[RY_LINK_NIC].measured ? "" : "   GUESSED");
     fprintf(f, "  %-6s %9.1f us each + bytes / %.3f GB/s\n", "copy", m->copy_us, m->copy_bytes_per_us / 1000);
@@ -83,7 +87,7 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
 
 /* Okabe and Ito's colours: told apart by the colour-blind, too. */
 static const char *const colors[RY_CAL_KINDS] = {"#777777", "#56b4e9", "#cc79a7", "#009e73",
-                                                 "#e69f00", "#d55e00", "#0072b2"};
+                                                 "#000000", "#e69f00", "#d55e00", "#0072b2"};
 
 static double scale(double v, double low, double high, double from, double to)
 {
