@@ -289,11 +289,26 @@ API ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *
     return born(g, r);
 }
 
+/* Another thread may wait for the engine's word on this communicator: end that wait. */
+static void aborting(struct ry_group *g, struct ry_comm *c)
+{
+    if (atomic_load(&c->pending) != RY_SETTLED || !c->engine || !ry_preload_hooks.comm_aborting)
+        return;
+    g->inside++;
+    ry_preload_hooks.comm_aborting(c->engine);
+    g->inside--;
+}
+
 API ncclResult_t ncclCommShrink(ncclComm_t comm, int *exclude, int nexclude, ncclComm_t *newcomm, ncclConfig_t *config,
                                 int flags)
 {
     PASS_UNLESS_WATCHING(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags)
     NO_EXCHANGE(g);
+    struct ry_comm *c = flags & NCCL_SHRINK_ABORT ? ry_comms_get(comm) : NULL;
+    if (c) { /* what is under way there ends; what the engine has under way for it must as well */
+        aborting(g, c);
+        ry_comms_put(c);
+    }
     struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SHRINK, 0, config);
     ncclResult_t r = REAL(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags);
     unborn(g, r, b);
@@ -315,16 +330,6 @@ static void ended(ncclComm_t comm)
     struct ry_comm *c = ry_comms_find(comm);
     if (c)
         ry_comms_remove(c);
-}
-
-/* Another thread may wait for the engine's word on this communicator: end that wait. */
-static void aborting(struct ry_group *g, struct ry_comm *c)
-{
-    if (atomic_load(&c->pending) != RY_SETTLED || !c->engine || !ry_preload_hooks.comm_aborting)
-        return;
-    g->inside++;
-    ry_preload_hooks.comm_aborting(c->engine);
-    g->inside--;
 }
 
 /*

@@ -119,8 +119,8 @@ struct ry_hooks {
     bool (*exchange_take)(void *comm, const struct ry_exchange *x, void *cookie, int *result);
     /** p2p that is no exchange was issued on a communicator while `hold` was set (before it is passed on). */
     void (*stray)(void *comm);
-    /** The job aborts or revokes the communicator, perhaps while another thread waits in exchange_take(): end that wait. Comes
-     *  before NCCL is called; comm_ended() comes later, when no thread is in a hook of it any more. */
+    /** The job aborts or revokes the communicator, or shrinks it with NCCL_SHRINK_ABORT, perhaps while another thread waits in
+     *  exchange_take(): end that wait. Comes before NCCL is called; comm_ended() comes later, when no thread is in a hook of it any more. */
     void (*comm_aborting)(void *comm);
     /** An all-gather of 64-bit integers, `count` per rank: the shape in which frameworks swap expert counts. */
     void (*int64_allgather)(void *comm, uint64_t count);

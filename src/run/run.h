@@ -104,8 +104,8 @@ struct ry_run_node {
 };
 
 /**
- * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken away, the result
- * is ncclSystemError. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
+ * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken
+ * away, the result is ncclSystemError. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
  * -1 with `err`: the device refused a copy or the plan does not fit, and the stream is in an unknown state: the caller must make the
  * job's call fail, since the other ranks go on.
  */
@@ -113,7 +113,8 @@ int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry
            struct ry_err *err);
 
 /**
- * The same, then the exchange once more directly, all of it on the job's communicator, into scratch memory, and a comparison on the device. All ranks do this for the
+ * The same, then the exchange once more directly, all of it on the job's communicator, into scratch memory, and a comparison
+ * on the device. All ranks do this for the
  * same exchange (the verdict says so), since the second run needs all of them. Where scratch cannot be had on a rank, that rank receives the
  * second run into its own receive buffers and its comparison is skipped (said once). `number` names the exchange in the answer.
  */

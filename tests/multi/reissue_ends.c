@@ -162,6 +162,22 @@ static void *kill_soon(void *arg)
     return NULL;
 }
 
+/* As frameworks have one: a rank that waits inside its node for one that has heard of a death waits for ever. (Where NCCL is not
+   emulated its calls have returned by then, and the job waits for its stream.) */
+static _Atomic bool seen_to;
+static void *watchdog(void *arg)
+{
+    struct side *s = arg;
+    ncclResult_t state = ncclSuccess;
+    for (int bad = 0; bad < 100 && !atomic_load(&seen_to); bad += state != ncclSuccess) {
+        usleep(2000);
+        NCCL(ncclCommGetAsyncError(s->comm, &state));
+    }
+    if (!atomic_load(&seen_to))
+        NCCL(ncclCommRevoke(s->comm, 0));
+    return NULL;
+}
+
 /* At any moment. Who is left makes a communicator of its own, which engages. */
 static void killed_any(void)
 {
@@ -171,11 +187,12 @@ static void killed_any(void)
     }
     struct side *s = engaged_world();
     struct buffers b;
-    pthread_t killer;
+    pthread_t killer, dog;
     uint64_t moment = (uint64_t)ry_now_ns();
     barrier(s->comm);
     if (s->rank == victim)
         CHECK(!pthread_create(&killer, NULL, kill_soon, (void *)(intptr_t)(1000 + moment / 1000 % 20000)), "no thread");
+    CHECK(!pthread_create(&dog, NULL, watchdog, s), "no thread");
     ncclResult_t r;
     do {
         r = try_exchange(s, &large, &b);
@@ -183,6 +200,8 @@ static void killed_any(void)
             check_buffers(s, &large, &b);
         free_buffers(&b);
     } while (r == ncclSuccess && s->number < MOST_EXCHANGES - 10);
+    atomic_store(&seen_to, true);
+    pthread_join(dog, NULL);
     CHECK(r != ncclSuccess, "the victim lives");
     ncclComm_t rest;
     AT("shrinking");

@@ -1,6 +1,6 @@
 /*
- * reissue_node.c: communicators of the nodes' ranks that the engine makes itself: made once, used by all or nobody, ended
- * with the job's, in the way of no abort.
+ * reissue_node.c: communicators of the nodes' ranks that the engine makes itself: made once, used by all or nobody,
+ * ended with the job's, in the way of no abort.
  *
  * usage: reissue_node CASE SHAPE [RANK]   as reissue_right; RANK: to whom it happens
  */

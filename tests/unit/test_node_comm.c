@@ -1,6 +1,6 @@
 /*
- * test_node_comm.c: making, ending and aborting the communicator of a node's ranks (src/engine/node_comm.h), with an NCCL
- * that says yes, no, or waits.
+ * test_node_comm.c: making, ending and aborting the communicator of a node's ranks (src/engine/node_comm.h), with an
+ * NCCL that says yes, no, or waits.
  */
 #include <check.h>
 #include <pthread.h>
@@ -18,7 +18,7 @@ static _Atomic int splits, destroys, aborts, color, key, fails, waits, in_split,
 static _Atomic bool aborted, done;
 static void *made;
 static char job, child;
-static struct ry_run_node *face;
+static struct ry_run_node *_Atomic face;
 
 static int split(void *comm, int c, int k, void **out, void *config)
 {
@@ -41,7 +41,8 @@ static int destroy(void *comm)
 static int abort_comm(void *comm)
 {
     ck_assert_ptr_eq(comm, &child);
-    users_at_abort = face ? atomic_load(&face->users) : 0;
+    struct ry_run_node *f = face;
+    users_at_abort = f ? atomic_load(&f->users) : 0;
     while (in_abort)
         usleep(1000);
     aborts++;
@@ -51,7 +52,8 @@ static const char *text(int result)
 {
     return result ? "no" : "yes";
 }
-static const struct ry_nccl nccl = {.comm_split = split, .comm_destroy = destroy, .comm_abort = abort_comm, .error_string = text};
+static const struct ry_nccl nccl = {
+    .comm_split = split, .comm_destroy = destroy, .comm_abort = abort_comm, .error_string = text};
 
 static int event_done(struct ry_event *ev, bool *is, struct ry_err *err)
 {
