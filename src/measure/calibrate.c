@@ -379,7 +379,7 @@ int ry_calibrate(struct ry_calibration *out, const struct ry_cluster *cluster, c
     int points = 0;
     for (int k = 0; k < RY_CAL_KINDS; k++)
         points += has[k] * SIZES;
-    c.point_us = seconds * 1e6 / (points + 15);
+    c.point_us = seconds * 1e6 / (points + 20);
     for (int k = 0; k < RY_CAL_KINDS && !bad; k++)
         if (has[k])
             bad = sweep_sizes(&c, (enum ry_cal_kind)k);
