@@ -746,6 +746,19 @@ class FrameworksTest(unittest.TestCase):
         self.assertEqual((found["losses_equal"], found["first_difference"], found["largest_difference"]), (False, 7, 1.0))
         self.assertFalse(m.compare(one, dict(two, weights_sha256=["b"]))["weights_equal"])
 
+        def judged(argv, **change):
+            found = dict(m.compare(one, dict(two, **change)), job="megatron", strategy="dedup")
+            m.judge(m.parse(argv), found)
+            return found
+        self.assertTrue(judged([])["ok"])
+        self.assertFalse(judged([], weights_sha256=["b"])["ok"])
+        # Summed: close is right, equal means that nothing was summed, and what is no number is not close.
+        for loss, ok, says in ((2.001, True, "close (median"), (2.1, False, "NOT CLOSE"), (2.0, False, "not summed"), (float("nan"), False, "NOT CLOSE")):
+            near = losses[:7] + [losses[0] if loss == 2.0 else loss.hex()] + losses[8:]
+            found = judged(["--combine", "sum:8"], losses=near, rank_losses=[near], weights_sha256=["b"])
+            self.assertEqual(found["ok"], ok, loss)
+            self.assertIn(says, m.table(m.parse(["--combine", "sum:8"]), [found]))
+
 
 if __name__ == "__main__":
     offer = run("--check")
