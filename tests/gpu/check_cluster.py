@@ -748,7 +748,7 @@ class FrameworksTest(unittest.TestCase):
 
         def judged(argv, **change):
             found = dict(m.compare(one, dict(two, **change)), job="megatron", strategy="dedup")
-            m.judge(m.parse(argv), found)
+            m.judge(m.parse(["--jobs", "megatron"] + argv), found)
             return found
         self.assertTrue(judged([])["ok"])
         self.assertFalse(judged([], weights_sha256=["b"])["ok"])
@@ -757,7 +757,7 @@ class FrameworksTest(unittest.TestCase):
             near = losses[:7] + [losses[0] if loss == 2.0 else loss.hex()] + losses[8:]
             found = judged(["--combine", "sum:8"], losses=near, rank_losses=[near], weights_sha256=["b"])
             self.assertEqual(found["ok"], ok, loss)
-            self.assertIn(says, m.table(m.parse(["--combine", "sum:8"]), [found]))
+            self.assertIn(says, m.table(m.parse(["--jobs", "megatron", "--combine", "sum:8"]), [found]))
 
 
 if __name__ == "__main__":
