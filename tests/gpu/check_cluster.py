@@ -571,6 +571,92 @@ class DedupTest(unittest.TestCase):
             self.judge(rows["d2-k8"], dict(says, dedup=(250.0, "WRONG")))
         self.assertIsNone(self.judge(rows["even2-k6"], says)[0]["met"])
 
+    def test_sum_row(self):
+        m = load("dedup")
+        a = m.parse(["--rounds", "2", "--seconds", "0.05"])
+        a.per_node = 2
+        r = next(r for r in m.issue_rows() if r["name"] == "sum2")
+
+        def judge(zeros, right="right", us=250.0):
+            class Told:
+                def turn(self, what):
+                    way, _, rest = what.partition(" ")
+                    if way == "open":
+                        return [json.dumps({"counts": [[0, 0, 0, 0], [8, 2, 800, 332]], "bytes": 4096})] * 4
+                    plain, repeats = way.startswith("plain"), int(rest.split()[0])
+                    how = {"fp32": 0.5, "bf16": 2.0, "index_add": 1.0}
+                    looks = [{"zeros": 0 if plain else zeros, "expected": 6, "far": {k: v if plain else v / 2 for k, v in how.items()},
+                              "plain_far": how, "worst": how}]
+                    times = " ".join(["%.1f" % (1000.0 if plain else us)] * repeats)
+                    return ["%s 600.0 %s | %s | %s" % ("right" if plain else right, times, times, json.dumps(looks * 2))] * 4
+            return m.measure(a, Told(), r)
+        found = judge(6)
+        self.assertEqual((found["met"], found["not_summed"], set(found["ratio"])), (True, False, {"dedup", "auto"}))
+        self.assertEqual(found["summed"]["dedup"]["mean"], 1.0)
+        self.assertIn("within rounding, 100 % summed", m.table(a, [found]))
+        self.assertIn("summed is closer", "\n".join(m.sums(found)))
+        self.assertFalse(judge(6, us=400.0)["met"])
+        found = judge(0)  # fast, right, and nothing was summed
+        self.assertEqual((found["met"], found["not_summed"]), (False, True))
+        self.assertIn("not summed", m.table(a, [found]))
+        self.assertIn("NOT SUMMED", "\n".join(m.sums(found)))
+        with self.assertRaises(m.Failed):
+            judge(6, "WRONG")
+
+    def test_judge(self):
+        if not have_torch():
+            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
+        r = subprocess.run([TORCH, "-c", textwrap.dedent("""
+            import torch, dedup_job
+            torch.manual_seed(1)
+            T, H, k = 64, 64, 8
+            row = type("Row", (), {})()
+            flat = torch.rand(T, 32).topk(k, dim=1).indices.flatten()
+            order = torch.argsort(flat, stable=True)
+            row.topk, row.source, row.to = k, order // k, flat[order] // 8
+            rows = torch.randn(T * k, H).to(torch.bfloat16)
+            judge = dedup_job.Judge(row, rows, 1, 2)
+            summed, seen = rows.clone(), set()
+            far = (row.to >= 2).nonzero().flatten()  # what comes from the other node
+            sums = torch.zeros(T, H).index_add_(0, row.source[far], rows[far].float())
+            for i in far.tolist():
+                t = int(row.source[i])
+                summed[i] = 0 if t in seen else sums[t]
+                seen.add(t)
+            right, found = judge(summed, False)
+            assert right and found["zeros"] == found["expected"] == len(far) - len(seen) > 0, found
+            assert found["far"]["bf16"] < found["plain_far"]["bf16"], found
+            assert judge(rows, True)[0] and judge(rows, True)[1]["zeros"] == 0 and not judge(summed, True)[0]
+            def wrong(change):
+                bad = summed.clone()
+                change(bad)
+                return not judge(bad, False)[0]
+            zero = int((summed == 0).all(1).nonzero()[0])
+            assert wrong(lambda b: b[zero].copy_(rows[zero]))  # counted twice
+            assert wrong(lambda b: b[0].zero_())  # lost
+            assert wrong(lambda b: b[0, :1].fill_(float("nan")))
+            assert wrong(lambda b: b.copy_(b.flip(0)))
+        """)], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100)
+        self.assertEqual(r.returncode, 0, r.stdout)
+
+    def test_plan(self):
+        m = load("dedup")
+        rows = m.issue_rows()
+        a = m.parse(["--budget", "5000"])
+        todo, out, seconds, parts = m.plan(a, rows)
+        self.assertEqual((out, seconds, sum(len(t) for _, _, t in todo)), ([], a.seconds, len(rows)))
+        for shape in ("2x2", "4x2"):
+            least = [r["least"] is None for s, env, these in todo if s == shape and not env for r in these]
+            self.assertEqual(least, sorted(least))
+        self.assertEqual(todo[0][:2], ("2x2", ["RAILYARD_COMBINE=sum:8"]))
+        # Less budget: first less time for each row, then those to compare with are left out, never one that must be reached.
+        a.budget = 320
+        _, out, seconds, parts = m.plan(a, rows)
+        self.assertTrue(m.LEAST_S <= seconds < a.seconds and sum(s for _, s in parts) <= a.budget + 1e-6, (seconds, parts))
+        a.budget = 60
+        todo, out, seconds, parts = m.plan(a, rows)
+        self.assertEqual({r["name"] for r in out}, {r["name"] for r in rows if r["least"] is None})
+
     def test_figures(self):
         m = load("figures.py")
         self.assertEqual(m.ratio([{"a": 4.0, "b": 2.0}] * 5, "a", "b"), [2.0, 2.0, 2.0])
@@ -592,10 +678,13 @@ class DedupTest(unittest.TestCase):
                 return r, json.load(f)
 
     def test_control(self):
-        r, j = self.dedup("--control", "--rows", "d2-k8,pad2,combine2")
+        r, j = self.dedup("--control", "--rows", "d2-k8,pad2,combine2,sum2", "--ways", "dedup")
         self.assertEqual(r.returncode, 0, r.stdout + r.stderr)
+        self.assertIn("planned", r.stderr)
         # 32 tokens of 4096 bytes, half of whose 8 rows cross: all of them on average but one of four distinct.
-        k8, padded, combine = j["results"]
+        total, k8, padded, combine = j["results"]
+        self.assertTrue(3.6 < total["possible"]["ratio"] < k8["possible"]["ratio"] + 0.1, total["possible"])
+        self.assertTrue(total["not_summed"] and total["summed"]["dedup"]["worst"]["fp32"] == 0)
         self.assertTrue(3.6 < k8["possible"]["ratio"] < 4.3, k8["possible"])
         self.assertTrue(1.6 < padded["possible"]["ratio"] < 3, padded["possible"])
         self.assertEqual(combine["possible"]["ratio"], 1.0)
@@ -612,6 +701,9 @@ class DedupTest(unittest.TestCase):
                 self.skipTest("no C compiler")
             r, j = self.dedup("--build", folder, "--rows", "d2-k8", "--ways", "dedup,auto")
             self.assertEqual((r.returncode, j["results"][0]["met"]), (1, False), r.stdout + r.stderr)
+            # A library that knows nothing of sums is seen through, whatever its times are.
+            r, j = self.dedup("--build", folder, "--rows", "sum2", "--ways", "dedup")
+            self.assertEqual((r.returncode, j["results"][0]["met"], j["results"][0]["not_summed"]), (1, False, True), r.stdout + r.stderr)
             # A way that is refused ends the row, and is said.
             r, j = self.dedup("--build", folder, "--rows", "d2-k8", "--ways", "hierarchical")
             self.assertEqual(r.returncode, 2, r.stdout + r.stderr)
@@ -653,6 +745,19 @@ class FrameworksTest(unittest.TestCase):
         found = m.compare(one, dict(two, losses=other, rank_losses=[other]))
         self.assertEqual((found["losses_equal"], found["first_difference"], found["largest_difference"]), (False, 7, 1.0))
         self.assertFalse(m.compare(one, dict(two, weights_sha256=["b"]))["weights_equal"])
+
+        def judged(argv, **change):
+            found = dict(m.compare(one, dict(two, **change)), job="megatron", strategy="dedup")
+            m.judge(m.parse(["--jobs", "megatron"] + argv), found)
+            return found
+        self.assertTrue(judged([])["ok"])
+        self.assertFalse(judged([], weights_sha256=["b"])["ok"])
+        # Summed: close is right, equal means that nothing was summed, and what is no number is not close.
+        for loss, ok, says in ((2.001, True, "close (median"), (2.1, False, "NOT CLOSE"), (2.0, False, "not summed"), (float("nan"), False, "NOT CLOSE")):
+            near = losses[:7] + [losses[0] if loss == 2.0 else loss.hex()] + losses[8:]
+            found = judged(["--combine", "sum:8"], losses=near, rank_losses=[near], weights_sha256=["b"])
+            self.assertEqual(found["ok"], ok, loss)
+            self.assertIn(says, m.table(m.parse(["--jobs", "megatron", "--combine", "sum:8"]), [found]))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def main():
     p.add_argument("--capacity", type=float, default=0, help="drop tokens beyond this factor and pad to it: equal splits (0: dropless)")
     a = p.parse_args()
     rank, world, device = moe_job.begin(a)
-    dist.init_process_group("nccl", device_id=device)
+    # No device_id: bound to a device, each of the dozens of groups that Megatron makes would build its communicator at once, used or not.
+    dist.init_process_group("nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=world, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(a.seed)
     config = TransformerConfig(

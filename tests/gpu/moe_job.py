@@ -24,6 +24,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
+warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")  # said while the frameworks are imported
+
 from train_moe import VOCAB, Text, Turns, gather_bytes, memory
 
 
@@ -52,7 +54,6 @@ def begin(a):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if a.experts % world:
         raise SystemExit("moe_job: %d experts cannot be dealt evenly to %d ranks" % (a.experts, world))
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
     device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ.get("LOCAL_RANK", "0"))))
     torch.cuda.set_device(device)
     # Only warned about: a kernel that knows no fixed order need not be one of these jobs', and the losses show whether it was.
@@ -69,7 +70,7 @@ def train(name, a, rank, world, device, step, parameters):
     generator = torch.Generator().manual_seed(a.seed * 1000003 + rank)
     place = torch.arange(a.seq, device=device).unsqueeze(0).expand(a.batch, -1).contiguous()
     losses, times, blocks = [], [], []
-    dist.barrier()
+    dist.barrier(device_ids=[device.index])
     torch.cuda.synchronize()
     turns = Turns(a.turns, rank) if a.turns else None
     while True:

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import select
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -67,9 +69,11 @@ class Job:
         for kv in env:
             argv += ["--env", kv]
         argv += ["--"] + list(command)
-        self.ranks, self.server = {}, None
+        self.ranks, self.server, self.place = {}, None, None
         if turns:
-            path = os.path.join(self.folder, "turns")
+            # Not in the folder: a socket's path may have 107 bytes only.
+            self.place = tempfile.mkdtemp(prefix="turns-")
+            path = os.path.join(self.place, "s")
             self.server = socket.socket(socket.AF_UNIX)
             self.server.bind(path)
             self.server.listen(self.world)
@@ -84,6 +88,10 @@ class Job:
     def fail(self, why):
         with open(self.output, errors="replace") as f:
             tail = f.read().splitlines()[-30:]
+        # Rank 0's is in the output, and a failed rank's; of one that hangs, only its log tells.
+        for name in sorted(n for n in os.listdir(self.folder) if n.endswith(".log")):
+            with open(os.path.join(self.folder, name), errors="replace") as f:
+                tail += ["[%s] %s" % (name[:-len(".log")], line) for line in f.read().splitlines()[-4:]]
         raise Failed("the %s job %s. The end of its output:\n%s" % (self.label, why, "\n".join("  " + t for t in tail)))
 
     def _readable(self, sockets):
@@ -167,3 +175,5 @@ class Job:
         for s in [self.server] + [peer.connection for peer in self.ranks.values()]:
             if s:
                 s.close()
+        if self.place:
+            shutil.rmtree(self.place, ignore_errors=True)
