@@ -18,7 +18,8 @@
 #define RECENT 256    /* choices remembered until their duration is known */
 #define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
 #define TRIES 6       /* exchanges measured to find out about a strategy, of twice as many made */
-#define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much */
+#define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much, */
+#define NODE_COMM_PROMISING 1 /* unless by the model relaying is faster than direct, once they are there */
 #define CLOSE 1.5     /* where rows are equal, only what is estimated to come so close to the best is found out about */
 
 /* A choice, until it is known how long it took. */
@@ -43,7 +44,7 @@ struct ry_chooser {
     double plain_us; /* what plain NCCL would take for it, not engaged */
     struct {
         int relayed;              /* verdicts, until it was asked for */
-        bool asked;
+        bool asked, used;
         enum ry_node_order order; /* of the exchange being decided */
     } node_comm;
     uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
@@ -117,6 +118,14 @@ int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, str
     return 0;
 }
 
+/* Do all ranks have a communicator of their node's ranks, or could have one? Then estimates are made with it. */
+static void see_node_comms(struct ry_chooser *c)
+{
+    c->config.model.node_comm = true;
+    for (int r = 0; r < c->config.map->nranks; r++)
+        c->config.model.node_comm &= c->sides[r].node_comm != RY_NODE_CANNOT;
+}
+
 static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
 {
     for (int r = 0; r < c->config.map->nranks; r++) {
@@ -125,6 +134,7 @@ static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_
         memcpy(&c->sides[r], extra[r], sizeof c->sides[r]);
         c->loads[r] = c->sides[r].load;
     }
+    see_node_comms(c);
     return true;
 }
 
@@ -170,13 +180,13 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
         struct ry_load *load = &c->loads[r];
         if (ry_side_unpack(side, c->repeats + (size_t)r * nodes, map->nnodes, x->extra[r], x->extra_bytes[r]))
             return false;
-        c->config.model.node_comm = (!r || c->config.model.node_comm) && side->node_comm != RY_NODE_CANNOT; /* or soon */
         *load = side->load;
         load->packed_out = load->cross_out;
         load->scanned = !side->row_bytes ? 0 : load->scanned < load->cross_out ? load->scanned : load->cross_out;
         c->looked |= side->row_bytes > 0;
         all_pack &= !side->cannot_pack;
     }
+    see_node_comms(c);
     c->looked &= all_pack;
     for (int r = 0; !all_pack && r < map->nranks; r++)
         c->loads[r].scanned = 0;
@@ -427,23 +437,44 @@ static void fit_staging(struct ry_chooser *c, struct ry_choice *choice, const ui
     choice->strategy = next ? RY_HIERARCHICAL : RY_DIRECT;
 }
 
+static bool all_node_comms(const struct ry_chooser *c, enum ry_node_state state)
+{
+    bool all = true;
+    for (int r = 0; r < c->config.map->nranks; r++)
+        all &= c->sides[r].node_comm == state;
+    return all;
+}
+
+/* From the first exchange on that uses them, what strategies that relay took without them tells nothing any more. */
+static void start_node_comms(struct ry_chooser *c)
+{
+    if (c->node_comm.used || !c->node_comm.asked || !all_node_comms(c, RY_NODE_HAS))
+        return;
+    c->node_comm.used = true;
+    for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++) {
+        ry_cost_forget(&c->learned, (enum ry_strategy)s);
+        memset(c->tried[s], 0, sizeof c->tried[s]);
+    }
+    for (int i = 0; i < RECENT; i++)
+        if (c->recent[i].strategy != RY_DIRECT) /* these will be told of, yet */
+            c->recent[i] = (struct recent){.number = UINT64_MAX};
+}
+
 /* Communicators of the nodes' ranks: asked for once, when all ranks could make one; used when all have one. */
-static void order_node_comms(struct ry_chooser *c, enum ry_strategy strategy, bool last)
+static void order_node_comms(struct ry_chooser *c, const struct ry_choice *choice, bool last)
 {
     const struct ry_cluster *map = c->config.map;
-    uint64_t least = RY_NODE_HAS, most = RY_NODE_CANNOT;
+    double relaying = INFINITY;
     c->node_comm.order = RY_NODE_NOTHING;
-    if (strategy == RY_DIRECT || map->nnodes < 2 || map->nnodes == map->nranks)
+    if (choice->strategy == RY_DIRECT || map->nnodes < 2 || map->nnodes == map->nranks)
         return;
-    for (int r = 0; r < map->nranks; r++) {
-        uint64_t state = c->sides[r].node_comm;
-        least = state < least ? state : least;
-        most = state > most ? state : most;
-    }
-    if (c->node_comm.asked && least == RY_NODE_HAS) {
+    for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++)
+        relaying = choice->model_us[s] < relaying ? choice->model_us[s] : relaying;
+    bool promising = relaying < choice->model_us[RY_DIRECT] * (1 - MARGIN);
+    if (c->node_comm.asked && all_node_comms(c, RY_NODE_HAS)) {
         c->node_comm.order = RY_NODE_USE;
-    } else if (!c->node_comm.asked && least == RY_NODE_COULD && most == RY_NODE_COULD &&
-               ++c->node_comm.relayed > NODE_COMM_AFTER && !last) {
+    } else if (!c->node_comm.asked && all_node_comms(c, RY_NODE_COULD) &&
+               ++c->node_comm.relayed > (promising ? NODE_COMM_PROMISING : NODE_COMM_AFTER) && !last) {
         c->node_comm.order = RY_NODE_MAKE;
         c->node_comm.asked = true;
     }
@@ -463,6 +494,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
         return RY_DIRECT;
     }
     learn(c);
+    start_node_comms(c);
     find_relayed(c, x->matrix);
     struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
     ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &matrix, MARGIN);
@@ -482,7 +514,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     c->plain_us = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     c->counts.chosen[choice.strategy]++;
     *last = forced < 0 && !trial && !pays(c, &choice);
-    order_node_comms(c, choice.strategy, *last);
+    order_node_comms(c, &choice, *last);
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
