@@ -13,8 +13,8 @@ struct token {
     int rank, seg;
     uint64_t off;
 };
-/* `seg` of tokens that are no bytes of a send buffer. By a token's rank and a node: the message of rows that went that way.
- */
+/* `seg` of tokens that are no bytes of a send buffer. By a token's rank and a node: of the message of rows that went
+   that way. */
 #define FILLED_IN (-2)
 enum {
     LIST_OF_ROWS, /* its index list; `off` bytes into it */
