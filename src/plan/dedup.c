@@ -251,6 +251,7 @@ int ry_relayed_build(struct ry_building *b)
         return ry_fail(b->err, "no memory for the plan of rank %d", b->rank);
     uint64_t stage = 0;
     b->plan->ngroups = groups(c);
+    b->plan->inside = b->plan->ngroups > 1 ? 1u << 1 : 0;
     int rc =
         depart(b, (struct ry_departure *)(arrivals + remote), &stage) || list_arrivals(b, arrivals, &stage) ? -1 : 0;
     if (!rc && stage == UINT64_MAX)

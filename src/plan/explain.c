@@ -238,7 +238,7 @@ void ry_plan_explain(const struct ry_plan *p, const struct ry_cluster *c, FILE *
         if (!transfer)
             fprintf(f, "  %s:\n", groups ? "then" : "first");
         else
-            fprintf(f, "  group %d:\n", groups++);
+            fprintf(f, "  group %d%s:\n", groups, ry_inside(p->inside, groups) ? ", inside the node" : ""), groups++;
         part(p, c, i, end, f);
     }
     for (; groups < p->ngroups; groups++)

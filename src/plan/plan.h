@@ -136,6 +136,12 @@ static inline bool ry_is_transfer(const struct ry_step *step)
     return step->kind == RY_STEP_SEND || step->kind == RY_STEP_RECV;
 }
 
+/** Does group `group` stay inside the nodes? Such a group may go over a communicator of each node's ranks (run/run.h). */
+static inline bool ry_inside(uint64_t inside, int group)
+{
+    return group >= 0 && group < 64 && (inside >> group & 1);
+}
+
 struct ry_plan {
     enum ry_strategy strategy;
     int rank, nranks;
@@ -143,6 +149,7 @@ struct ry_plan {
     uint64_t stage_bytes; /* staging memory needed */
     int nsteps;
     struct ry_step *steps;
+    uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; by the map alone, equal on all ranks */
 };
 
 /** Build rank `in->rank`'s plan. NULL with `err` when out of memory or if the input contradicts itself. O(nranks). */

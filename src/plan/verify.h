@@ -5,7 +5,7 @@
  * each step. Finds: a byte of a receive buffer not written, written twice, or from the wrong source; reading what was
  * never written; overruns of segments and staging; sends and receives of a pair of ranks that differ in number, order
  * or size (NCCL matches them in order within each pair); two steps of one group that touch the same memory; waits in a
- * circle.
+ * circle; a transfer between nodes in a group that is said to stay inside them.
  */
 #ifndef RY_PLAN_VERIFY_H
 #define RY_PLAN_VERIFY_H

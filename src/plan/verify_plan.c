@@ -212,6 +212,9 @@ int ry_verify_plan(struct machine *m, int rank)
         return ry_fail(m->err, "rank %d: its plan is %s in %d groups, that of rank 0 %s in %d", rank,
                        ry_strategy_name(p->strategy), p->ngroups, ry_strategy_name(m->plans[0]->strategy),
                        m->plans[0]->ngroups);
+    if (p->inside != m->plans[0]->inside || (p->ngroups < 64 && p->inside >> p->ngroups))
+        return ry_fail(m->err, "rank %d: groups 0x%" PRIx64 " of %d stay inside its node, on rank 0 groups 0x%" PRIx64, rank,
+                       p->inside, p->ngroups, m->plans[0]->inside);
     if (check_buffers(m, rank))
         return -1;
     for (int i = 0; i < p->nsteps; i++) {
@@ -225,6 +228,8 @@ int ry_verify_plan(struct machine *m, int rank)
             (transfer && (s->peer < 0 || s->peer >= m->n || s->group < 0 || s->group >= p->ngroups)))
             return ry_fail(m->err, "%s: peer %d and group %d do not exist", ry_verify_name(m, rank, i).s, s->peer,
                            s->group);
+        if (transfer && ry_inside(p->inside, s->group) && m->cluster->node[s->peer] != m->cluster->node[rank])
+            return ry_fail(m->err, "%s: leaves the node in a group that stays inside", ry_verify_name(m, rank, i).s);
         if (!copy && !transfer && ry_verify_row_step(m, rank, i))
             return -1;
         /* Consecutive transfers of one group are one group; no group comes again after something else. */

@@ -14,6 +14,7 @@
 #ifndef RY_RUN_RUN_H
 #define RY_RUN_RUN_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -29,6 +30,10 @@ struct ry_nccl {
     int (*send)(const void *buf, size_t count, int type, int peer, void *comm, void *stream);
     int (*recv)(void *buf, size_t count, int type, int peer, void *comm, void *stream);
     const char *(*error_string)(int result);
+    /* Not needed for any plan; NULL where the job's NCCL has no ncclCommSplit (before 2.18), all three. */
+    int (*comm_split)(void *comm, int color, int key, void **newcomm, void *config);
+    int (*comm_destroy)(void *comm);
+    int (*comm_abort)(void *comm);
 };
 /** Fill from `find` (symbol of the real NCCL, or NULL). -1 with `err` naming what is missing. */
 int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_err *err);
@@ -88,20 +93,32 @@ int ry_run_scan_wait(struct ry_runner *runner, struct ry_repeats *repeats, struc
  */
 bool ry_run_safe(const struct ry_buffers *b);
 
+/*
+ * A communicator of the ranks of this node, for the groups of a plan that stay inside the nodes (struct ry_plan's `inside`): NCCL gives
+ * a pair of ranks more channels there than on one that spans nodes. Whether it is used must be the same on all ranks of the node.
+ */
+struct ry_run_node {
+    const int *local;     /* [nranks of the job's]: each rank's number there; -1: of another node */
+    _Atomic(void *) comm; /* NULL: there is none, or it is being aborted */
+    _Atomic int users;    /* groups that are being enqueued on it now: whoever sets comm to NULL may wait for them */
+};
+
 /**
- * Enqueue the plan, whose stage_bytes must be held. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
+ * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken away, the result
+ * is ncclSystemError. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
  * -1 with `err`: the device refused a copy or the plan does not fit, and the stream is in an unknown state: the caller must make the
  * job's call fail, since the other ranks go on.
  */
-int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err);
+int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node, int *result,
+           struct ry_err *err);
 
 /**
- * The same, then the exchange once more directly into scratch memory, and a comparison on the device. All ranks do this for the
+ * The same, then the exchange once more directly, all of it on the job's communicator, into scratch memory, and a comparison on the device. All ranks do this for the
  * same exchange (the verdict says so), since the second run needs all of them. Where scratch cannot be had on a rank, that rank receives the
  * second run into its own receive buffers and its comparison is skipped (said once). `number` names the exchange in the answer.
  */
-int ry_run_verify(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, uint64_t number, int *result,
-                  struct ry_err *err);
+int ry_run_verify(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
+                  uint64_t number, int *result, struct ry_err *err);
 
 struct ry_mismatch {
     uint64_t number;
