@@ -127,8 +127,8 @@ struct ry_step {
     struct ry_at to;   /* COPY, RECV, PACK, EXPAND */
     struct ry_at from; /* COPY, SEND, EXPAND */
     uint64_t bytes;    /* > 0 */
-    struct ry_repeats repeats; /* PACK, EXPAND: of the message */
-    uint64_t rows, skip;       /* PACK: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
+    struct ry_repeats repeats; /* PACK, EXPAND: of the message. RECV: of what `peer` packed, or zeros */
+    uint64_t rows, skip;       /* PACK, RECV: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 
 static inline bool ry_is_transfer(const struct ry_step *step)
