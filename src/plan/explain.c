@@ -46,6 +46,8 @@ static const struct ry_step *origin(const struct ry_plan *p, int i, uint64_t off
 /* Is what step `i` receives a packed message? Then it is written out later, or passed on to one that does. */
 static bool is_packed(const struct ry_plan *p, int i)
 {
+    if (p->steps[i].repeats.row_bytes)
+        return true;
     for (int k = i + 1; k < p->nsteps; k++)
         if (p->steps[k].kind == RY_STEP_EXPAND && p->steps[k].from.offset == p->steps[i].to.offset)
             return true;

@@ -112,6 +112,8 @@ int ry_verify_row_step(struct machine *m, int rank, int step);
 int ry_verify_pack(struct machine *m, int rank, int step);
 int ry_verify_expand(struct machine *m, int rank, int step);
 int ry_verify_sum(struct machine *m, int rank, int step);
+/* is what a rank receives, m->pieces, the message that its step says it is? */
+int ry_verify_message(struct machine *m, int rank, int step);
 /* how many bytes from `t` on are as good as those from `offset` on of what `from` sends to `to`, the next row left
  * aside; */
 uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset);
