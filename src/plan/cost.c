@@ -375,7 +375,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = *dedup = *direct;
+    *hier = *dedup = parts[RY_SUM] = *direct;
     double scale = packed < all ? number(packed) / number(all) : 1;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
@@ -410,6 +410,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     }
     if (packed >= all)
         dedup->total = INFINITY;
+    parts[RY_SUM].total = INFINITY; /* not a matter of cost: plan.h */
     return busiest;
 }
 

@@ -29,6 +29,8 @@ struct text ry_verify_name(const struct machine *m, int rank, int i)
     else if (s->kind == RY_STEP_EXPAND)
         snprintf(t.s, sizeof t.s, "rank %d, step %d (expand %" PRIu64 " bytes of what rank %d packed)", rank, i,
                  s->bytes, s->peer);
+    else if (s->kind == RY_STEP_SUM)
+        snprintf(t.s, sizeof t.s, "rank %d, step %d (sum %" PRIu64 " rows for rank %d)", rank, i, s->rows, s->peer);
     else
         snprintf(t.s, sizeof t.s, "rank %d, step %d (group %d: %s %" PRIu64 " bytes %s rank %d)", rank, i, s->group,
                  s->kind == RY_STEP_SEND ? "send" : "receive", s->bytes, s->kind == RY_STEP_SEND ? "to" : "from",
@@ -220,7 +222,7 @@ int ry_verify_plan(struct machine *m, int rank)
     for (int i = 0; i < p->nsteps; i++) {
         const struct ry_step *s = &p->steps[i];
         bool copy = s->kind == RY_STEP_COPY, transfer = ry_is_transfer(s);
-        if ((unsigned)s->kind > RY_STEP_EXPAND)
+        if ((unsigned)s->kind >= RY_STEP_KINDS)
             return ry_fail(m->err, "rank %d, step %d: is of no known kind", rank, i);
         if (!s->bytes)
             return ry_fail(m->err, "%s: nothing to do", ry_verify_name(m, rank, i).s);
@@ -242,7 +244,9 @@ int ry_verify_plan(struct machine *m, int rank)
             start = transfer ? i : i + 1;
         }
         group = transfer ? s->group : group;
-        uint64_t source = s->kind == RY_STEP_EXPAND ? ry_packed_bytes(s->repeats, s->rows) : s->bytes;
+        uint64_t source = s->kind == RY_STEP_EXPAND ? ry_packed_bytes(s->repeats, s->rows)
+                          : s->kind == RY_STEP_SUM  ? s->rows * s->repeats.row_bytes
+                                                    : s->bytes;
         bool reads = s->kind != RY_STEP_RECV && s->kind != RY_STEP_PACK;
         if ((s->kind != RY_STEP_SEND && check_range(m, rank, i, s->to, s->bytes)) ||
             (reads && check_range(m, rank, i, s->from, source)))

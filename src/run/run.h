@@ -38,6 +38,8 @@ struct ry_nccl {
 /** Fill from `find` (symbol of the real NCCL, or NULL). -1 with `err` naming what is missing. */
 int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_err *err);
 
+struct ry_kept;
+
 /* The job's buffers: element p is the segment for / from rank p; entries of empty segments may be NULL. */
 struct ry_buffers {
     int nranks, rank;
@@ -45,7 +47,14 @@ struct ry_buffers {
     void *const *recv;
     const uint64_t *send_bytes, *recv_bytes;
     void *stream;
+    /* For plans that sum; others do not look at them. */
+    int type;             /* the elements' ncclDataType_t */
+    struct ry_kept *kept; /* of the exchange that this one returns */
 };
+/** Can elements of this ncclDataType_t be summed: fp16, bf16, fp32? */
+bool ry_run_sums(int type);
+/** Bytes of such an element; 0 for types that cannot be summed. */
+uint64_t ry_run_sums_bytes(int type);
 
 struct ry_runner; /* one per communicator */
 struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, void *comm,
@@ -87,6 +96,34 @@ struct ry_scan_sums {
 };
 int ry_run_scan_wait(struct ry_runner *runner, struct ry_repeats *repeats, struct ry_scan_sums *sums, struct ry_err *err);
 
+/*
+ * How often each distinct row occurs among all that this rank sends, to its own node and itself as well: a second scanner, whose
+ * memory counts as the first one's does. For whoever must know that rows are equal only because they are copies of one.
+ */
+/** Enqueue that search on b->stream; before ry_run_scan()'s its answer is there when that one's is. -1 with `err`: not possible now,
+ *  nothing was enqueued, there is no answer. The answer of an earlier search is forgotten either way. */
+int ry_run_copies(struct ry_runner *runner, const struct ry_buffers *b, uint64_t row_bytes, struct ry_err *err);
+struct ry_copies {
+    uint64_t rows, distinct, zero; /* of all rows; of them distinct; of them zero bytes only */
+    uint64_t least, most;          /* times that a distinct row occurs, those of zeros aside; 0 and 0 if there is no other */
+};
+/** True: that search is over, and *copies says what it found. False: it is not, or there was none. Never blocks. */
+bool ry_run_copies_over(struct ry_runner *runner, struct ry_copies *copies);
+
+/*
+ * What a relay keeps of an exchange that went by dedup, so that the one that returns its rows can be summed: which of those that it
+ * passed on were equal. It lies in memory of its own, which counts as staging memory does.
+ */
+/** Right after ry_run() or ry_run_verify() of `plan`, on the same buffers. 0: *kept is there, even where this rank relayed nothing.
+ *  -1 with `err`, *kept NULL: not possible now (no kernels, memory), or the device failed; the exchange itself went well, but no plan
+ *  of its return may sum. */
+int ry_run_keep(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_kept **kept,
+                struct ry_err *err);
+/** Bytes of device memory that it holds. */
+uint64_t ry_kept_bytes(const struct ry_kept *kept);
+/** Its memory goes back in stream order. May be called after the runner has gone; NULL is fine. */
+void ry_kept_free(struct ry_kept *kept);
+
 /**
  * May a plan be run on these buffers? False when a receive segment overlaps a send segment or another receive segment:
  * NCCL's result is then not ours to repeat. O(nranks log nranks).
@@ -127,7 +164,7 @@ struct ry_mismatch {
     uint64_t offset; /* of the first differing byte in that segment */
 };
 /** Comparisons finished since the last call: *equal more were equal. True if one was not: *bad tells. Also true, with peer -1, if a
- *  packed message turned out to be damaged (verified or not); this was said in a warning then. Never blocks. */
+ *  packed message, or an index list that was kept, turned out to be damaged (verified or not); this was said in a warning then. Never blocks. */
 bool ry_run_checks(struct ry_runner *runner, uint64_t *equal, struct ry_mismatch *bad);
 
 #endif
