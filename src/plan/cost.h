@@ -62,7 +62,7 @@ struct ry_cost_matrix {
 /**
  * Estimate `strategy` for an exchange in which rank r has loads[r], agreement included (plain NCCL, not engaged: take
  * model->agreement_us off direct's). Dedup includes looking for equal rows, packing and writing out; it is INFINITY where
- * nobody looked or nothing was found. O(nranks), no allocation.
+ * nobody looked or nothing was found. Sum always is: it is not chosen by cost. O(nranks), no allocation.
  */
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
                         const struct ry_cost_matrix *matrix, enum ry_strategy strategy);

@@ -216,7 +216,7 @@ static void part(const struct ry_plan *p, const struct ry_cluster *c, int from, 
 
 void ry_plan_explain(const struct ry_plan *p, const struct ry_cluster *c, FILE *f)
 {
-    int steps[RY_STEP_EXPAND + 1] = {0}, groups = 0;
+    int steps[RY_STEP_KINDS] = {0}, groups = 0;
     char rows[64] = "";
     for (int i = 0; i < p->nsteps; i++)
         steps[p->steps[i].kind]++;

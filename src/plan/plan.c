@@ -13,6 +13,7 @@ static const struct ry_strategy_ops *const strategies[RY_STRATEGIES] = {
     [RY_DIRECT] = &ry_direct_ops,
     [RY_HIERARCHICAL] = &ry_hierarchical_ops,
     [RY_DEDUP] = &ry_dedup_ops,
+    [RY_SUM] = &ry_sum_ops,
 };
 
 const char *ry_strategy_name(enum ry_strategy s)
@@ -23,7 +24,7 @@ const char *ry_strategy_name(enum ry_strategy s)
 int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err)
 {
     char known[128] = "";
-    for (int s = 0; s < RY_STRATEGIES; s++) {
+    for (int s = 0; s < RY_SUM; s++) {
         if (!strcmp(name, strategies[s]->name)) {
             *out = (enum ry_strategy)s;
             return 0;

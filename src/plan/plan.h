@@ -19,6 +19,13 @@
  *                 packed message of run/rows.h, for every message where that is shorter (ry_packs()). The relay hands the
  *                 packed message on to those ranks of its node for which that is shorter than their rows, and writes
  *                 out the rows of the others; whoever holds the message writes its own rows straight into place.
+ *   sum           of an exchange C that returns what an earlier one D brought by dedup, one row back for each and in the same
+ *                 order, where the receiver only adds up the rows that are copies of one: for every pair of a rank s and a
+ *                 node n for which D packed a message, the ranks of n give their rows for s to D's relay there, which adds up
+ *                 those that D's index list calls equal and sends s a packed message with the sums and one row of zeros: a
+ *                 sum comes in the place of the first of its rows, zeros in the place of the others. Everything else goes
+ *                 directly. It is never chosen by its cost, nor asked for by name: who knows what the job does with the rows
+ *                 decides (engine/). RY_STRATEGIES counts it; those that can be chosen are below RY_SUM.
  *
  * Thread-safety: everything is a function of its arguments; a plan is read-only once built.
  */
@@ -33,9 +40,9 @@
 #include "base/error.h"
 #include "cluster.h"
 
-enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_DEDUP, RY_STRATEGIES };
+enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_DEDUP, RY_SUM, RY_STRATEGIES };
 const char *ry_strategy_name(enum ry_strategy s);
-/** -1 for an unknown name; the error lists the known ones. */
+/** -1 for a name that cannot be asked for; the error lists those that can. */
 int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err);
 
 /** The relay on `node` for what rank `from` (of another node) sends to that node's ranks. */
@@ -66,7 +73,8 @@ bool ry_packs(struct ry_repeats repeats, uint64_t rows, uint64_t bytes);
  * The part of the byte matrix, beyond a rank's own row and column, that its plan depends on: cells (from, to) for `from` in
  * rows and `to` in cols, both ascending. For hierarchical: rows = the remote ranks that this rank relays for, cols = its
  * node's ranks; empty for a rank that is alone on its node. For dedup: rows = all remote ranks, cols = its node's ranks, and
- * what each row's rank found among what it sends to this node. The yardmaster sends each rank just these.
+ * what each row's rank found among what it sends to this node. The yardmaster sends each rank just these. For sum: none; its
+ * plan is built from the slice that D's was.
  */
 struct ry_slice {
     int nrows, ncols;
@@ -87,11 +95,11 @@ struct ry_plan_input {
     int rank;
     enum ry_strategy strategy;
     const uint64_t *send, *recv; /* [nranks], bytes: this rank's row and column of the matrix */
-    const struct ry_slice *slice; /* as ry_slice_init() laid it out, filled in; may be NULL for direct */
+    const struct ry_slice *slice; /* as ry_slice_init() laid it out, filled in; may be NULL for direct. Sum: that of D */
     /* Addresses of the segments, so that neighbours in memory can go without packing; NULL: assume all lie apart.
        They change which bytes are packed first, never what crosses the wire. */
     const uintptr_t *send_at, *recv_at;
-    const struct ry_repeats *repeats; /* [nnodes], dedup: what this rank found itself; NULL: it did not look */
+    const struct ry_repeats *repeats; /* [nnodes], dedup: what this rank found itself; NULL: it did not look. Sum: in D */
 };
 
 /* Where bytes lie. */
@@ -107,13 +115,21 @@ struct ry_at {
     uint64_t offset;
 };
 
-enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV, RY_STEP_PACK, RY_STEP_EXPAND };
+enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV, RY_STEP_PACK, RY_STEP_EXPAND, RY_STEP_SUM, RY_STEP_KINDS };
 
 /*
  * PACK: write the packed message for node `peer` to `to` (staging memory, 16-byte aligned): `bytes` is its length.
  * EXPAND: `from` is a packed message of rank `peer` in staging memory; write `bytes` bytes to `to` (its receive segment, or
  * staging memory for a rank that it is passed on to): the rows that entries skip, skip + 1, … of the index list name, the last
  * perhaps shorter.
+ * SUM: at `from` begin the rows that this node's ranks send to rank `peer` of another node, all of them whole, one rank's after
+ * the other in ascending rank, `rows` rows of repeats.row_bytes: in staging memory, or this rank's send segment for `peer` where
+ * all of them are its own (and aligned as the job's buffer is). `repeats` and `rows` are those of the message that `peer` packed
+ * for this node in D, and row i belongs to the distinct row that entry i of that message's index list names: the runner
+ * keeps it. Write to `to` (staging memory, 16-byte aligned, apart from `from`) a packed message for `peer`: for each of D's distinct
+ * rows the sum of those that belong to it, a row of zeros, padding to 16 bytes, and the index list: for the first row of each distinct
+ * row its sum, for the others the row of zeros, which is number `distinct`. `bytes` is its length, ry_packed_bytes() of distinct + 1
+ * rows. `peer` EXPANDs it with `peer` the rank that wrote it and repeats of distinct + 1.
  */
 
 /*
@@ -123,12 +139,12 @@ enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV, RY_STEP_PACK, RY_S
 struct ry_step {
     enum ry_step_kind kind;
     int group;         /* transfers: 0, 1, …, ascending along the list; -1 for others */
-    int peer;          /* the other rank of a transfer; PACK: a node; EXPAND: the message's sender; -1 for copies */
-    struct ry_at to;   /* COPY, RECV, PACK, EXPAND */
-    struct ry_at from; /* COPY, SEND, EXPAND */
-    uint64_t bytes;    /* > 0 */
-    struct ry_repeats repeats; /* PACK, EXPAND: of the message. RECV: of what `peer` packed, or zeros */
-    uint64_t rows, skip;       /* PACK, RECV: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
+    int peer;          /* the other rank of a transfer; PACK: a node; EXPAND: the message's sender; SUM: whom it is for; -1 for copies */
+    struct ry_at to;   /* COPY, RECV, PACK, EXPAND, SUM */
+    struct ry_at from; /* COPY, SEND, EXPAND, SUM */
+    uint64_t bytes;    /* > 0; SUM: of the message written */
+    struct ry_repeats repeats; /* PACK, EXPAND: of the message; RECV: of what `peer` packed, or zeros; SUM: of D's */
+    uint64_t rows, skip;       /* PACK, RECV, SUM: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 
 static inline bool ry_is_transfer(const struct ry_step *step)
@@ -152,7 +168,11 @@ struct ry_plan {
     uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; by the map alone, equal on all ranks */
 };
 
-/** Build rank `in->rank`'s plan. NULL with `err` when out of memory or if the input contradicts itself. O(nranks). */
+/**
+ * Build rank `in->rank`'s plan. NULL with `err` when out of memory or if the input contradicts itself. O(nranks). Sum: O(cells)
+ * where several ranks share a node, and refused as well where rows to be summed are cut short: row_bytes must divide every segment
+ * of such a pair. All ranks that the pair has to do with see that, others do not.
+ */
 struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err);
 void ry_plan_free(struct ry_plan *plan);
 
@@ -171,6 +191,10 @@ uint64_t ry_plan_stage_pack(const struct ry_cluster *cluster, int rank, enum ry_
 /** Their sum, addresses not known: an upper bound. */
 uint64_t ry_plan_stage_bytes(const struct ry_cluster *cluster, int rank, enum ry_strategy strategy, const uint64_t *matrix,
                              const struct ry_repeats *repeats);
+/** Sum needs what follows from the rank's own knowledge, by the input of its plan: D's slice, what it receives in C and what it
+ *  found in D. Exact. The functions above say 0. */
+uint64_t ry_plan_stage_sum(const struct ry_cluster *cluster, int rank, const struct ry_slice *slice, const uint64_t *recv,
+                           const struct ry_repeats *repeats);
 /** Both parts for all ranks in one go through the matrix (pack: all apart), [nranks] each. -1 when out of memory. */
 int ry_plan_stage_all(const struct ry_cluster *cluster, enum ry_strategy strategy, const uint64_t *matrix,
                       const struct ry_repeats *repeats, uint64_t *relay, uint64_t *pack, struct ry_err *err);

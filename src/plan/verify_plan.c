@@ -220,7 +220,7 @@ int ry_verify_plan(struct machine *m, int rank)
     for (int i = 0; i < p->nsteps; i++) {
         const struct ry_step *s = &p->steps[i];
         bool copy = s->kind == RY_STEP_COPY, transfer = ry_is_transfer(s);
-        if ((unsigned)s->kind > RY_STEP_EXPAND)
+        if ((unsigned)s->kind >= RY_STEP_KINDS)
             return ry_fail(m->err, "rank %d, step %d: is of no known kind", rank, i);
         if (!s->bytes)
             return ry_fail(m->err, "%s: nothing to do", ry_verify_name(m, rank, i).s);

@@ -85,7 +85,7 @@ START_TEST(random_jobs)
         struct job job = random_job(n, most[n > 20 ? 1 : rnd(3)], true);
         struct ry_err err = {""};
         random_rows(&job);
-        for (enum ry_strategy s = 0; s < RY_STRATEGIES; s++) {
+        for (enum ry_strategy s = 0; s < RY_SUM; s++) {
             build_all(&job, s);
             ck_assert_msg(!verify(&job, &err), "round %d, %s, %d ranks on %d nodes: %s", round, ry_strategy_name(s), n,
                           job.cluster->nnodes, err.msg);

@@ -475,7 +475,7 @@ static int explain(struct job *job, struct ry_err *err)
         return ry_fail(err, "there is no rank %d: the last of %d is %d", args.rank, c->nranks, c->nranks - 1);
     if (args.row_bytes && assume_rows(job, err))
         return -1;
-    job->strategies = args.row_bytes ? RY_STRATEGIES : RY_DEDUP;
+    job->strategies = args.row_bytes ? RY_SUM : RY_DEDUP;
     for (int s = 0; s < job->strategies; s++)
         if (build(job, (enum ry_strategy)s, err))
             return -1;
