@@ -2,7 +2,8 @@
  * packed.c: the steps of a plan that pack and expand messages of distinct rows, or sum rows to such messages.
  *
  * Owns: whether such a step may be carried out, and collecting those that follow each other into as few launches as can
- * be. Not: the kernels (rows.c, sums.c), what was found to pack (scan.c) or kept to sum by (kept.c), which messages go packed (plan/dedup.c).
+ * be. Not: the kernels (rows.c, sums.c), what was found to pack (scan.c) or kept to sum by (kept.c), which messages go
+ * packed (plan/dedup.c).
  */
 #include "internal.h"
 

@@ -389,7 +389,8 @@ static int count_copies(struct ry_rows *rows, const struct ry_rows_scan *s, void
                    (s->nrows && (rows->device->fill(table, 0, s->nrows * sizeof(uint32_t), stream, err) ||
                                  rows_launch(rows, &rows_tally, s->nrows, s, stream, err) ||
                                  rows_launch(rows, &rows_extremes, s->nrows, s, stream, err))) ||
-                   rows->device->copy((void *)(uintptr_t)(rows->answers->word + 1), extremes, sizeof(uint64_t), stream, err)
+                   rows->device->copy((void *)(uintptr_t)(rows->answers->word + 1), extremes, sizeof(uint64_t), stream,
+                                      err)
                ? -1
                : 0;
 }
@@ -415,7 +416,8 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
                     rows_launch(rows, &rows_count, tiles * 32, &s, stream, err)))
         return -1;
     if (rows_launch(rows, &rows_number, tiles * 32, &s, stream, err) ||
-        (in->copies && count_copies(rows, &s, stream, err)) || rows->device->event_record(rows->found, stream, err) || rows_leave(rows, stream, err))
+        (in->copies && count_copies(rows, &s, stream, err)) || rows->device->event_record(rows->found, stream, err) ||
+        rows_leave(rows, stream, err))
         return -1;
     rows->scan = s;
     rows->scanned = true;

@@ -206,7 +206,8 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
  */
 struct copying {
     struct batch batch;
-    struct packed packed; /* messages to pack count as copies; beside pieces to expand, or sums, there is nothing else */
+    struct packed
+        packed; /* messages to pack count as copies; beside pieces to expand, or sums, there is nothing else */
     bool reads[3], writes[3]; /* by enum ry_place */
     uint64_t stage_end;
 };
@@ -234,8 +235,7 @@ static int join(struct copying *c, const struct ry_step *s, enum ry_place from, 
 {
     enum ry_place to = s->to.place;
     bool overlaps = to == RY_AT_STAGE && s->to.offset < c->stage_end;
-    if ((overlaps || c->writes[from] || c->reads[to] || c->packed.npieces ||
-         c->packed.nsums) && end_batch(c, err))
+    if ((overlaps || c->writes[from] || c->reads[to] || c->packed.npieces || c->packed.nsums) && end_batch(c, err))
         return -1;
     c->reads[from] = true;
     c->writes[to] = true;
@@ -323,8 +323,8 @@ static int transfer_inside(struct ry_runner *r, const struct ry_buffers *b, cons
     return done;
 }
 
-int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node, int *result,
-           struct ry_err *err)
+int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
+           int *result, struct ry_err *err)
 {
     struct copying copying;
     *result = 0;
@@ -339,7 +339,8 @@ int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buff
         if (is_transfer(s)) {
             bool inside = node && ry_inside(plan->inside, s->group);
             if (!(rc = end_batch(&copying, err)))
-                i += inside ? transfer_inside(r, b, plan, i, node, result) : transfer(r, b, plan, i, r->comm, NULL, result);
+                i += inside ? transfer_inside(r, b, plan, i, node, result)
+                            : transfer(r, b, plan, i, r->comm, NULL, result);
             continue;
         }
         rc = s->kind == RY_STEP_COPY   ? copy(&copying, r, b, s, err)

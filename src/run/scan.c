@@ -1,8 +1,8 @@
 /*
  * scan.c: looking for equal rows in what an exchange sends to other nodes, and for how often they occur in all of it.
  *
- * Owns: the runner's scanners and their memory, which counts against the limit of the process as staging memory does; what
- * was found; telling of damage that expanding met. Not: how rows are found (rows.c), whether to look (the policy).
+ * Owns: the runner's scanners and their memory, which counts against the limit of the process as staging memory does;
+ * what was found; telling of damage that expanding met. Not: how rows are found (rows.c), whether to look (the policy).
  */
 #include "internal.h"
 

@@ -304,7 +304,8 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
     for (int r = 0; r < j->nranks; r++)
         send[r] = j->bytes[r] ? (char *)buffer + j->at[r] : NULL;
     ry_rows_for_tests(rows, j->sample_mask, j->full_mask, j->blocks);
-    struct ry_rows_input in = {.send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan, .copies = j->copies};
+    struct ry_rows_input in = {
+        .send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan, .copies = j->copies};
     ok(ry_rows_scan(rows, &in, s, &err));
     ok(ry_rows_found_wait(rows, &found, &err));
     ck_assert(ry_rows_found_ready(rows));

@@ -465,7 +465,8 @@ enum { FP32 = 7, BF16 = 9, GOT = 8192, BACK = 16384, SUMS = 24576 };
 /* As what came from rank `peer`: the message for node n, received at GOT + at[n] and marked so. */
 static void relay(struct ry_step *steps, int peer, int n)
 {
-    steps[0] = (struct ry_step){.kind = RY_STEP_SEND, .peer = peer, .from = {RY_AT_STAGE, -1, at[n]}, .bytes = message(n)};
+    steps[0] =
+        (struct ry_step){.kind = RY_STEP_SEND, .peer = peer, .from = {RY_AT_STAGE, -1, at[n]}, .bytes = message(n)};
     steps[1] = (struct ry_step){.kind = RY_STEP_RECV,
                                 .peer = peer,
                                 .to = {RY_AT_STAGE, -1, GOT + at[n]},
@@ -521,7 +522,8 @@ static void got(int rank, const float *want, int n)
     ok(device->stream_sync(t.stream, &err));
     for (int i = 0; i < n; i++)
         for (int k = 0; k < W / 4; k++)
-            ck_assert_msg(row[i][k] == want[i], "rank %d, row %d: %g, not %g", rank, i, (double)row[i][k], (double)want[i]);
+            ck_assert_msg(row[i][k] == want[i], "rank %d, row %d: %g, not %g", rank, i, (double)row[i][k],
+                          (double)want[i]);
 }
 
 START_TEST(sums)
