@@ -122,7 +122,7 @@ static void side_start(struct side *s, const uint64_t *matrix, int n, uint64_t g
             }
             at += bytes + gap;
         }
-    s->b = (struct ry_buffers){n, who.rank, s->send, s->recv, s->bytes, s->bytes + n, NULL};
+    s->b = (struct ry_buffers){n, who.rank, s->send, s->recv, s->bytes, s->bytes + n, NULL, 0, NULL};
 }
 
 static void plainly(const struct side *s)

@@ -112,7 +112,7 @@ static void side_start(struct side *s, const uint64_t *matrix, int n, int rank, 
             s->source[offset[p] + i] = content(rank, p, i, number);
     }
     free(offset);
-    s->b = (struct ry_buffers){n, rank, s->send, s->recv, bytes, bytes + n, stream};
+    s->b = (struct ry_buffers){n, rank, s->send, s->recv, bytes, bytes + n, stream, 0, NULL};
 }
 
 static void side_check(struct side *s, int number)
