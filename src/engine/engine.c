@@ -349,6 +349,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
         ry_rendezvous_stop(ry_engine.local);
     if (ry_engine.sampler)
         ry_sampler_stop(ry_engine.sampler);
+    ry_node_comm_settle();
     for (struct comm *c = ry_engine.comms; c; c = c->next)
         ry_reissue_close(c, true); /* the driver may be gone by now */
     if (ry_engine.control)
@@ -368,9 +369,9 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
 static uint32_t hash_settings(const struct ry_settings *s)
 {
     struct {
-        uint64_t row_bytes, staging, verify, strategy;
+        uint64_t row_bytes, staging, verify, node_comm, strategy;
         double patience;
-    } shared = {s->row_bytes, s->staging, s->verify, XXH64(s->strategy, strlen(s->strategy), 0), s->patience};
+    } shared = {s->row_bytes, s->staging, s->verify, s->node_comm, XXH64(s->strategy, strlen(s->strategy), 0), s->patience};
     return (uint32_t)XXH64(&shared, sizeof shared, 0);
 }
 

@@ -19,6 +19,7 @@
 #include "device/device.h"
 #include "direction.h"
 #include "hooks.h"
+#include "node_comm.h"
 #include "policy.h"
 #include "record/record.h"
 #include "repeats.h"
@@ -57,6 +58,7 @@ struct reissue {
     struct ry_talk *talk;       /* NULL: nothing is reissued, equal rows are looked for to be reported */
     struct ry_chooser *chooser; /* on the yardmaster */
     struct ry_runner *runner;
+    struct ry_node_comm *node;  /* NULL: none, ever */
     struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
     uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
     uintptr_t *send_at, *recv_at;
@@ -80,6 +82,7 @@ struct reissue {
         _Atomic uint64_t number, bytes;
     } moved[64]; /* what the latest timed exchanges had this rank move, until their duration is known */
     uint64_t carried_out[RY_STRATEGIES], verified;
+    uint64_t over_node; /* of those carried out: by means of `node` */
 };
 
 /* What became of a communicator's exchanges, for the end of its trace. */

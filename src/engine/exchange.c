@@ -7,7 +7,8 @@
  *   ry_exchange_take()   describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
  *                        agree() with the other ranks (control/talk.h), which may wait: for the search, for the others; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
- *                        the caller's stream (run/run.h). Otherwise the preload passes the exchange on to NCCL as it is.
+ *                        the caller's stream (run/run.h), once, if all are to, after a communicator of the node's ranks was made
+ *                        (node_comm.h). Otherwise the preload passes the exchange on to NCCL as it is.
  *                        May start the clock (sampler.c), once nothing is waited for any more.
  *   ry_exchange_end()    records it, and stops the clock.
  *
@@ -31,6 +32,7 @@ static __thread struct {
     bool timed; /* the yardmaster wants to know how long it takes */
     const char *strategy; /* NULL: not agreed on */
     bool verify;
+    enum ry_node_order node; /* with the verdict */
     double waited_us, late_us; /* for the verdict; of it for other ranks */
     double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
     struct rows_seen rows;
@@ -58,6 +60,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.captured = now.timed = false;
     now.strategy = NULL;
     now.verify = false;
+    now.node = RY_NODE_NOTHING;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.rows = (struct rows_seen){0};
     now.sample = NULL;
@@ -134,6 +137,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.measured_us = atomic_load(&r->measured_us);
     side.measured_bytes = atomic_load(&r->measured_bytes);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
+    side.node_comm = ry_node_comm_state(r->node);
     side.staging = ry_run_staging(r->runner);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
@@ -193,6 +197,7 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
     now.timed = order.timed;
+    now.node = (enum ry_node_order)order.node_comm;
     now.plain_us = verdict->strategy == RY_DIRECT ? 0 : order.plain_us;
     for (int p = 0; p < r->map->nranks; p++) {
         sent += r->send[p];
@@ -206,16 +211,26 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
                       const struct ry_verdict *verdict, const struct ry_repeats *repeats, int *result)
 {
     struct ry_err err;
+    struct ry_run_node *node = now.node == RY_NODE_USE ? ry_node_comm_face(r->node) : NULL;
     struct ry_plan *plan = plan_of(r, verdict, x->rank, repeats, &err);
     start_clock(c, x);
-    if (!plan || (verdict->verify ? ry_run_verify(r->runner, plan, b, now.number, result, &err)
-                                  : ry_run(r->runner, plan, b, result, &err))) {
+    if (!plan || (verdict->verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, &err)
+                                  : ry_run(r->runner, plan, b, node, result, &err))) {
         ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
                now.number, x->rank, err.msg);
         *result = NCCL_SYSTEM_ERROR;
     }
     r->carried_out[verdict->strategy]++;
+    r->over_node += node != NULL;
     ry_plan_free(plan);
+}
+
+/* As all ranks do now. False: the job aborts, and NCCL must not be asked for anything more on this communicator. */
+static bool make_node_comm(const struct reissue *r, const struct ry_exchange *x)
+{
+    if (r->node) /* else this rank did not say that it could, and is not asked */
+        ry_node_comm_make(r->node, x->stream, ry_engine.settings.patience / 4, &r->aborted);
+    return !atomic_load(&r->aborted);
 }
 
 /* From the search for equal rows to the plan. True: it was carried out, *result is the job's. */
@@ -242,7 +257,9 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
         now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
         obey(r, &verdict);
         taken = verdict.strategy != RY_DIRECT;
-        if (taken)
+        if (taken && now.node == RY_NODE_MAKE && !make_node_comm(r, x))
+            *result = NCCL_SYSTEM_ERROR;
+        else if (taken)
             carry_out(c, r, x, b, &verdict, repeats, result);
         else if (*verdict.reason)
             ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": direct: %s", c->id, now.number, verdict.reason);
@@ -341,6 +358,7 @@ void ry_exchange_aborting(void *handle)
     if (!r || !ry_engine_enter())
         return;
     atomic_store(&r->aborted, true);
+    ry_node_comm_abort(r->node);
     if (r->talk)
         ry_talk_leave(r->talk);
     ry_engine_leave();

@@ -108,6 +108,11 @@ static const char *unequal(const struct ry_copies *c)
     return c->least < 2 || c->least > RY_COPIES_MOST ? "rows went out once" : NULL;
 }
 
+static uint32_t wanted_copies(const struct ry_pairs *p)
+{
+    return p->combine.copies ? p->combine.copies : p->learned;
+}
+
 bool ry_pairs_learn(struct ry_pairs *p, const struct ry_copies *copies)
 {
     if (!copies->rows)
@@ -116,7 +121,7 @@ bool ry_pairs_learn(struct ry_pairs *p, const struct ry_copies *copies)
         return false;
     if (!p->learned || p->learned % copies->least == 0)
         p->learned = (uint32_t)copies->least;
-    return !p->combine.copies || p->combine.copies == copies->least;
+    return copies->least == wanted_copies(p);
 }
 
 const char *ry_pairs_copies(const struct ry_pairs *p, const struct ry_pair *pair, uint32_t *copies)
@@ -125,11 +130,10 @@ const char *ry_pairs_copies(const struct ry_pairs *p, const struct ry_pair *pair
     if (!pair->copies.rows)
         return NULL;
     const char *why = unequal(&pair->copies);
-    uint32_t wanted = p->combine.copies ? p->combine.copies : p->learned;
-    if (!why && pair->copies.least != wanted)
+    if (!why && pair->copies.least != wanted_copies(p))
         why = "rows went out another number of times than tokens do";
     if (!why)
-        *copies = wanted;
+        *copies = wanted_copies(p);
     return why;
 }
 

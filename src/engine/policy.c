@@ -18,6 +18,7 @@
 #define RECENT 256    /* choices remembered until their duration is known */
 #define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
 #define TRIES 6       /* exchanges measured to find out about a strategy, of twice as many made */
+#define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much */
 #define CLOSE 1.5     /* where rows are equal, only what is estimated to come so close to the best is found out about */
 
 /* A choice, until it is known how long it took. */
@@ -40,6 +41,11 @@ struct ry_chooser {
     uint64_t reissued;      /* exchanges, for verify */
     bool timed;             /* the exchange being decided is to be timed */
     double plain_us; /* what plain NCCL would take for it, not engaged */
+    struct {
+        int relayed;              /* verdicts, until it was asked for */
+        bool asked;
+        enum ry_node_order order; /* of the exchange being decided */
+    } node_comm;
     uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
     uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
@@ -420,6 +426,28 @@ static void fit_staging(struct ry_chooser *c, struct ry_choice *choice, const ui
     choice->strategy = next ? RY_HIERARCHICAL : RY_DIRECT;
 }
 
+/* Communicators of the nodes' ranks: asked for once, when all ranks could make one; used when all have one. */
+static void order_node_comms(struct ry_chooser *c, enum ry_strategy strategy, bool last)
+{
+    const struct ry_cluster *map = c->config.map;
+    uint64_t least = RY_NODE_HAS, most = RY_NODE_CANNOT;
+    c->node_comm.order = RY_NODE_NOTHING;
+    if (strategy == RY_DIRECT || map->nnodes < 2 || map->nnodes == map->nranks)
+        return;
+    for (int r = 0; r < map->nranks; r++) {
+        uint64_t state = c->sides[r].node_comm;
+        least = state < least ? state : least;
+        most = state > most ? state : most;
+    }
+    if (c->node_comm.asked && least == RY_NODE_HAS) {
+        c->node_comm.order = RY_NODE_USE;
+    } else if (!c->node_comm.asked && least == RY_NODE_COULD && most == RY_NODE_COULD &&
+               ++c->node_comm.relayed > NODE_COMM_AFTER && !last) {
+        c->node_comm.order = RY_NODE_MAKE;
+        c->node_comm.asked = true;
+    }
+}
+
 static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
 {
     struct ry_chooser *c = context;
@@ -429,6 +457,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
                c->name, x->number);
         memset(c->need, 0, (size_t)c->config.map->nranks * sizeof *c->need);
         c->timed = false;
+        c->node_comm.order = RY_NODE_NOTHING;
         *last = true;
         return RY_DIRECT;
     }
@@ -452,6 +481,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     c->plain_us = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     c->counts.chosen[choice.strategy]++;
     *last = forced < 0 && !trial && !pays(c, &choice);
+    order_node_comms(c, choice.strategy, *last);
     *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
@@ -463,7 +493,9 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 {
     struct ry_chooser *c = context;
     const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
-    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed, .plain_us = c->plain_us};
+    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed,
+                             .node_comm = c->node_comm.order,
+                             .plain_us = c->plain_us};
     size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
     *size = 0;
     if (strategy == RY_DIRECT && !order.staging_wanted && !order.timed)

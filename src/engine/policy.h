@@ -14,6 +14,10 @@
 #include "plan/cost.h"
 #include "plan/plan.h"
 
+/* A communicator of the ranks of each node (node_comm.h): how far a rank is with it, and what the yardmaster wants of all. */
+enum ry_node_state { RY_NODE_CANNOT, RY_NODE_COULD, RY_NODE_HAS };
+enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
+
 /*
  * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a
  * manifest followed by uint64_t distinct[nnodes], as in struct ry_repeats, where row_bytes is not 0 (0 for its own node
@@ -28,6 +32,7 @@ struct ry_side {
     double measured_us;           /* how long that took on the device, the search for equal rows not included */
     uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
     uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
+    uint64_t node_comm;           /* enum ry_node_state */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
     uint64_t cannot_pack;         /* 1: it has no kernels to pack rows and write them out; nobody packs then */
 };
@@ -46,6 +51,7 @@ int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes,
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */
+    uint64_t node_comm;      /* enum ry_node_order; the same for all ranks. MAKE: before the plan, which does not use it yet */
     double plain_us;         /* what plain NCCL would take, not engaged, by all that is known */
 };
 /** Bytes of an order for a slice as ry_slice_init() laid it out; NULL: none. */

@@ -54,6 +54,7 @@ static void free_reissue(struct reissue *r, bool aborted)
 {
     if (r->talk)
         ry_talk_close(r->talk);
+    ry_node_comm_end(r->node, aborted); /* what it had to abort is under way already */
     if (r->runner)
         ry_runner_free(r->runner, aborted);
     ry_chooser_free(r->chooser);
@@ -108,6 +109,8 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
         atomic_store(&c->reissue, r);
         return true;
     }
+    if (ry_engine.settings.node_comm)
+        r->node = ry_node_comm_new(&ry_engine.nccl, ry_engine.device, map, c->info.rank, c->info.nccl, c->id);
     struct ry_policy policy = {0};
     if (c->info.rank == 0) {
         struct ry_policy_config config = {.map = map,
@@ -174,16 +177,18 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[32] = "";
+    char dedup[32] = "", node[64] = "";
+    if (r->over_node)
+        snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
     if (r->carried_out[RY_DEDUP])
         snprintf(dedup, sizeof dedup, ", %llu dedup", (unsigned long long)r->carried_out[RY_DEDUP]);
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical%s, %llu verified; verdicts took %.0f / %.0f / %.0f us "
-                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks",
+                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s",
                 c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL], dedup,
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
-                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99));
+                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node);
     struct ry_cluster *map = r->map;
     free_reissue(r, aborted);
     ry_cluster_free(map);

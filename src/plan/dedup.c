@@ -202,9 +202,15 @@ static void arrive(struct ry_building *b, const struct arrival *all, size_t n)
     const int *members = b->members + b->start[b->node];
     struct ry_plan *plan = b->plan;
     for (const struct arrival *a = all; a < all + n; a++)
-        if (a->mine)
-            ry_step_recv(plan, 0, a->from, straight(b, a) ? ry_at_recv(a->from) : ry_at_stage(a->stage),
-                         a->m.packed ? a->m.packed : a->m.bytes);
+        if (a->mine && a->m.packed)
+            ry_step_add(plan, (struct ry_step){.kind = RY_STEP_RECV,
+                                               .peer = a->from,
+                                               .to = ry_at_stage(a->stage),
+                                               .bytes = a->m.packed,
+                                               .repeats = a->m.repeats,
+                                               .rows = a->m.rows});
+        else if (a->mine)
+            ry_step_recv(plan, 0, a->from, straight(b, a) ? ry_at_recv(a->from) : ry_at_stage(a->stage), a->m.bytes);
     for (const struct arrival *a = all; a < all + n; a++)
         if (a->mine && a->m.packed)
             pass_on(b, a, -1);

@@ -143,8 +143,8 @@ struct ry_step {
     struct ry_at to;   /* COPY, RECV, PACK, EXPAND, SUM */
     struct ry_at from; /* COPY, SEND, EXPAND, SUM */
     uint64_t bytes;    /* > 0; SUM: of the message written */
-    struct ry_repeats repeats; /* PACK, EXPAND: of the message; SUM: of D's */
-    uint64_t rows, skip;       /* PACK, SUM: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
+    struct ry_repeats repeats; /* PACK, EXPAND: of the message; RECV: of what `peer` packed, or zeros; SUM: of D's */
+    uint64_t rows, skip;       /* PACK, RECV, SUM: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 
 static inline bool ry_is_transfer(const struct ry_step *step)

@@ -172,12 +172,12 @@ static int compare(struct scratch *s, struct ry_runner *r, const struct ry_buffe
     return 0;
 }
 
-int ry_run_verify(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, uint64_t number,
-                  int *result, struct ry_err *err)
+int ry_run_verify(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
+                  uint64_t number, int *result, struct ry_err *err)
 {
     struct scratch s;
     struct ry_err why, lost;
-    if (ry_run(r, plan, b, result, err))
+    if (ry_run(r, plan, b, node, result, err))
         return -1;
     if (*result)
         return 0;

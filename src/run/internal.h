@@ -9,6 +9,7 @@
 #include "segments.h"
 
 #define RY_NCCL_UINT8 1 /* ncclUint8: counts are bytes */
+#define RY_NCCL_SYSTEM_ERROR 2
 
 struct check;
 

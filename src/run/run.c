@@ -30,6 +30,11 @@ int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_er
             return ry_fail(err, "the job's NCCL has no %s", calls[i].name);
         memcpy((char *)nccl + calls[i].offset, &f, sizeof f);
     }
+    void *split = find("ncclCommSplit"), *destroy = find("ncclCommDestroy"), *abort = find("ncclCommAbort");
+    bool splits = split && destroy && abort;
+    memcpy(&nccl->comm_split, &(void *){splits ? split : NULL}, sizeof split);
+    memcpy(&nccl->comm_destroy, &(void *){splits ? destroy : NULL}, sizeof destroy);
+    memcpy(&nccl->comm_abort, &(void *){splits ? abort : NULL}, sizeof abort);
     return 0;
 }
 
@@ -162,7 +167,8 @@ static bool fits(const struct ry_plan *plan, const struct ry_buffers *b, const s
 }
 
 /* Before anything is enqueued: after that there is no way back. */
-static int check(const struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_err *err)
+static int check(const struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b,
+                 const struct ry_run_node *node, struct ry_err *err)
 {
     if (plan->rank != b->rank || plan->nranks != b->nranks)
         return ry_fail(err, "a plan for rank %d of %d does not fit rank %d of %d", plan->rank, plan->nranks, b->rank,
@@ -183,6 +189,8 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
         if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= b->nranks)) ||
             (reads && !fits(plan, b, &s->from, s->bytes, false)) || (writes && !fits(plan, b, &s->to, s->bytes, true)))
             return ry_fail(err, "step %d of the plan does not fit the job's buffers", i);
+        if (node && ry_inside(plan->inside, s->group) && node->local[s->peer] < 0)
+            return ry_fail(err, "step %d of the plan leaves the node in a group that stays inside", i);
     }
     return 0;
 }
@@ -266,19 +274,21 @@ static bool is_transfer(const struct ry_step *s)
     return s->kind == RY_STEP_SEND || s->kind == RY_STEP_RECV;
 }
 
-/* The steps of one group, from `first` on: returns how many. */
-static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first, int *result)
+/* The steps of one group, from `first` on: returns how many. `local`: its ranks by other numbers, on `comm`. */
+static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first, void *comm,
+                    const int *local, int *result)
 {
     const struct ry_step *s = &plan->steps[first], *end = plan->steps + plan->nsteps;
     int group = s->group;
     if ((*result = r->nccl.group_start()))
         return 0;
     for (; s < end && is_transfer(s) && s->group == group; s++) {
+        int peer = local ? local[s->peer] : s->peer;
         if (*result)
             continue;
         *result = s->kind == RY_STEP_SEND
-                      ? r->nccl.send(address(r, b, &s->from), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream)
-                      : r->nccl.recv(address(r, b, &s->to), s->bytes, RY_NCCL_UINT8, s->peer, r->comm, b->stream);
+                      ? r->nccl.send(address(r, b, &s->from), s->bytes, RY_NCCL_UINT8, peer, comm, b->stream)
+                      : r->nccl.recv(address(r, b, &s->to), s->bytes, RY_NCCL_UINT8, peer, comm, b->stream);
     }
     int ended = r->nccl.group_end();
     if (!*result)
@@ -286,11 +296,27 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
     return (int)(s - plan->steps) - first;
 }
 
-int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err)
+/* The same on the communicator of the node's ranks, which may be aborted at any time: not while it is being called. */
+static int transfer_inside(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first,
+                           struct ry_run_node *node, int *result)
+{
+    int done = 0;
+    atomic_fetch_add(&node->users, 1);
+    void *comm = atomic_load(&node->comm);
+    if (comm)
+        done = transfer(r, b, plan, first, comm, node->local, result);
+    else
+        *result = RY_NCCL_SYSTEM_ERROR;
+    atomic_fetch_sub(&node->users, 1);
+    return done;
+}
+
+int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node, int *result,
+           struct ry_err *err)
 {
     struct copying copying;
     *result = 0;
-    if (check(r, plan, b, err))
+    if (check(r, plan, b, node, err))
         return -1;
     if (plan->stage_bytes && staging_enter(r, b->stream, err))
         return -1;
@@ -299,8 +325,9 @@ int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buff
     for (int i = 0; i < plan->nsteps && !rc && !*result;) {
         const struct ry_step *s = &plan->steps[i];
         if (is_transfer(s)) {
+            bool inside = node && ry_inside(plan->inside, s->group);
             if (!(rc = end_batch(&copying, err)))
-                i += transfer(r, b, plan, i, result);
+                i += inside ? transfer_inside(r, b, plan, i, node, result) : transfer(r, b, plan, i, r->comm, NULL, result);
             continue;
         }
         rc = s->kind == RY_STEP_COPY   ? copy(&copying, r, b, s, err)

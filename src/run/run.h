@@ -14,6 +14,7 @@
 #ifndef RY_RUN_RUN_H
 #define RY_RUN_RUN_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -29,9 +30,15 @@ struct ry_nccl {
     int (*send)(const void *buf, size_t count, int type, int peer, void *comm, void *stream);
     int (*recv)(void *buf, size_t count, int type, int peer, void *comm, void *stream);
     const char *(*error_string)(int result);
+    /* Not needed for any plan; NULL where the job's NCCL has no ncclCommSplit (before 2.18), all three. */
+    int (*comm_split)(void *comm, int color, int key, void **newcomm, void *config);
+    int (*comm_destroy)(void *comm);
+    int (*comm_abort)(void *comm);
 };
 /** Fill from `find` (symbol of the real NCCL, or NULL). -1 with `err` naming what is missing. */
 int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_err *err);
+
+struct ry_kept;
 
 /* The job's buffers: element p is the segment for / from rank p; entries of empty segments may be NULL. */
 struct ry_buffers {
@@ -40,7 +47,14 @@ struct ry_buffers {
     void *const *recv;
     const uint64_t *send_bytes, *recv_bytes;
     void *stream;
+    /* For plans that sum; others do not look at them. */
+    int type;             /* the elements' ncclDataType_t */
+    struct ry_kept *kept; /* of the exchange that this one returns */
 };
+/** Can elements of this ncclDataType_t be summed: fp16, bf16, fp32? */
+bool ry_run_sums(int type);
+/** Bytes of such an element; 0 for types that cannot be summed. */
+uint64_t ry_run_sums_bytes(int type);
 
 struct ry_runner; /* one per communicator */
 struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, void *comm,
@@ -82,26 +96,66 @@ struct ry_scan_sums {
 };
 int ry_run_scan_wait(struct ry_runner *runner, struct ry_repeats *repeats, struct ry_scan_sums *sums, struct ry_err *err);
 
+/*
+ * How often each distinct row occurs among all that this rank sends, to its own node and itself as well: a second scanner, whose
+ * memory counts as the first one's does. For whoever must know that rows are equal only because they are copies of one.
+ */
+/** Enqueue that search on b->stream; before ry_run_scan()'s its answer is there when that one's is. -1 with `err`: not possible now,
+ *  nothing was enqueued, there is no answer. The answer of an earlier search is forgotten either way. */
+int ry_run_copies(struct ry_runner *runner, const struct ry_buffers *b, uint64_t row_bytes, struct ry_err *err);
+struct ry_copies {
+    uint64_t rows, distinct, zero; /* of all rows; of them distinct; of them zero bytes only */
+    uint64_t least, most;          /* times that a distinct row occurs, those of zeros aside; 0 and 0 if there is no other */
+};
+/** True: that search is over, and *copies says what it found. False: it is not, or there was none. Never blocks. */
+bool ry_run_copies_over(struct ry_runner *runner, struct ry_copies *copies);
+
+/*
+ * What a relay keeps of an exchange that went by dedup, so that the one that returns its rows can be summed: which of those that it
+ * passed on were equal. It lies in memory of its own, which counts as staging memory does.
+ */
+/** Right after ry_run() or ry_run_verify() of `plan`, on the same buffers. 0: *kept is there, even where this rank relayed nothing.
+ *  -1 with `err`, *kept NULL: not possible now (no kernels, memory), or the device failed; the exchange itself went well, but no plan
+ *  of its return may sum. */
+int ry_run_keep(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_kept **kept,
+                struct ry_err *err);
+/** Bytes of device memory that it holds. */
+uint64_t ry_kept_bytes(const struct ry_kept *kept);
+/** Its memory goes back in stream order. May be called after the runner has gone; NULL is fine. */
+void ry_kept_free(struct ry_kept *kept);
+
 /**
  * May a plan be run on these buffers? False when a receive segment overlaps a send segment or another receive segment:
  * NCCL's result is then not ours to repeat. O(nranks log nranks).
  */
 bool ry_run_safe(const struct ry_buffers *b);
 
+/*
+ * A communicator of the ranks of this node, for the groups of a plan that stay inside the nodes (struct ry_plan's `inside`): NCCL gives
+ * a pair of ranks more channels there than on one that spans nodes. Whether it is used must be the same on all ranks of the node.
+ */
+struct ry_run_node {
+    const int *local;     /* [nranks of the job's]: each rank's number there; -1: of another node */
+    _Atomic(void *) comm; /* NULL: there is none, or it is being aborted */
+    _Atomic int users;    /* groups that are being enqueued on it now: whoever sets comm to NULL may wait for them */
+};
+
 /**
- * Enqueue the plan, whose stage_bytes must be held. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
+ * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken away, the result
+ * is ncclSystemError. 0: enqueued, *result is the first ncclResult_t that was not ncclSuccess, or 0.
  * -1 with `err`: the device refused a copy or the plan does not fit, and the stream is in an unknown state: the caller must make the
  * job's call fail, since the other ranks go on.
  */
-int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, int *result, struct ry_err *err);
+int ry_run(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node, int *result,
+           struct ry_err *err);
 
 /**
- * The same, then the exchange once more directly into scratch memory, and a comparison on the device. All ranks do this for the
+ * The same, then the exchange once more directly, all of it on the job's communicator, into scratch memory, and a comparison on the device. All ranks do this for the
  * same exchange (the verdict says so), since the second run needs all of them. Where scratch cannot be had on a rank, that rank receives the
  * second run into its own receive buffers and its comparison is skipped (said once). `number` names the exchange in the answer.
  */
-int ry_run_verify(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, uint64_t number, int *result,
-                  struct ry_err *err);
+int ry_run_verify(struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
+                  uint64_t number, int *result, struct ry_err *err);
 
 struct ry_mismatch {
     uint64_t number;
@@ -109,7 +163,7 @@ struct ry_mismatch {
     uint64_t offset; /* of the first differing byte in that segment */
 };
 /** Comparisons finished since the last call: *equal more were equal. True if one was not: *bad tells. Also true, with peer -1, if a
- *  packed message turned out to be damaged (verified or not); this was said in a warning then. Never blocks. */
+ *  packed message, or an index list that was kept, turned out to be damaged (verified or not); this was said in a warning then. Never blocks. */
 bool ry_run_checks(struct ry_runner *runner, uint64_t *equal, struct ry_mismatch *bad);
 
 #endif

@@ -13,6 +13,8 @@
 EXPORT _Thread_local struct meddle_counts meddle_counts;
 EXPORT _Atomic(unsigned char *) meddle_flip;
 EXPORT _Atomic int meddle_fail;
+EXPORT _Atomic int meddle_made, meddle_ended, meddle_splitting;
+static _Atomic(ncclComm_t) made[64]; /* of the engine; NULL: ended */
 
 static _Thread_local struct {
     int n;
@@ -38,6 +40,23 @@ static bool fails(enum meddle_failure kind)
 {
     int wanted = kind;
     return atomic_load(&meddle_fail) == (int)kind && atomic_compare_exchange_strong(&meddle_fail, &wanted, MEDDLE_NONE);
+}
+
+static bool is_made(ncclComm_t c)
+{
+    for (int i = 0; i < 64; i++)
+        if (c && atomic_load(&made[i]) == c)
+            return true;
+    return false;
+}
+
+static void note_end(ncclComm_t c)
+{
+    for (int i = 0; i < 64; i++) {
+        ncclComm_t was = c;
+        if (c && atomic_compare_exchange_strong(&made[i], &was, NULL))
+            atomic_fetch_add(&meddle_ended, 1);
+    }
 }
 
 static void flip(void)
@@ -98,6 +117,10 @@ MEDDLE(ncclSend, 1, (const void *b, size_t n, ncclDataType_t t, int peer, ncclCo
        (b, n, t, peer, c, s), {
            if (fails(MEDDLE_SEND))
                return ncclSystemError;
+           if (is_made(c)) {
+               meddle_counts.inside++;
+               return NEXT(ncclSend)(b, n, t, peer, c, s); /* by other numbers */
+           }
            meddle_counts.sent[peer % MEDDLE_PEERS] += n * ry_nccl_type_bytes((int)t);
        })
 MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
@@ -110,3 +133,22 @@ MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c
        })
 MEDDLE(ncclAlltoAll, 1, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s),
        (b, r, n, t, c, s), {})
+MEDDLE(ncclCommDestroy, 0, (ncclComm_t c), (c), note_end(c);)
+MEDDLE(ncclCommAbort, 0, (ncclComm_t c), (c), note_end(c);)
+MEDDLE(ncclCommSplit, 0, (ncclComm_t c, int color, int key, ncclComm_t *to, ncclConfig_t *config),
+       (c, color, key, to, config), {
+           atomic_fetch_add(&meddle_splitting, 1);
+           ncclResult_t r = NEXT(ncclCommSplit)(c, color, key, to, config);
+           atomic_fetch_sub(&meddle_splitting, 1);
+           if (r != ncclSuccess)
+               return r;
+           if (fails(MEDDLE_SPLIT)) {
+               if (*to)
+                   NEXT(ncclCommAbort)(*to);
+               *to = NULL;
+               return ncclSystemError;
+           }
+           if (*to)
+               atomic_store(&made[atomic_fetch_add(&meddle_made, 1) % 64], *to);
+           return r;
+       })

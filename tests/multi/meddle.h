@@ -15,7 +15,8 @@
 #define MEDDLE_PEERS 64
 extern _Thread_local struct meddle_counts {
     unsigned engine, job;
-    unsigned long long sent[MEDDLE_PEERS]; /* bytes of the engine to each peer */
+    unsigned inside; /* of the engine's: on a communicator that it made itself */
+    unsigned long long sent[MEDDLE_PEERS]; /* bytes of the engine to each peer, on the job's communicators */
 } meddle_counts;
 
 /* The next group of the engine that receives this byte, on any thread, gets it with its lowest bit flipped; NULL then.
@@ -23,8 +24,11 @@ extern _Thread_local struct meddle_counts {
 extern _Atomic(unsigned char *) meddle_flip;
 
 /* The engine's next call of that kind on any thread fails with ncclSystemError (the end of a group after NCCL has done
-   it); back to none then. */
-enum meddle_failure { MEDDLE_NONE, MEDDLE_START, MEDDLE_SEND, MEDDLE_END };
+   it, a split after it was made); back to none then. */
+enum meddle_failure { MEDDLE_NONE, MEDDLE_START, MEDDLE_SEND, MEDDLE_END, MEDDLE_SPLIT };
 extern _Atomic int meddle_fail;
+
+/* Communicators that the engine made, and that it destroyed or aborted; threads that are in ncclCommSplit for it now. */
+extern _Atomic int meddle_made, meddle_ended, meddle_splitting;
 
 #endif

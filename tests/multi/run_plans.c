@@ -297,9 +297,9 @@ int main(int argc, char **argv)
         if (verify && poor == who.rank)
             ry_run_staging_limit(ry_run_staging(runner));
         if (verify)
-            CHECK(!ry_run_verify(runner, plan, &s.b, (uint64_t)x, &result, &err), "%s", err.msg);
+            CHECK(!ry_run_verify(runner, plan, &s.b, NULL, (uint64_t)x, &result, &err), "%s", err.msg);
         else
-            CHECK(!ry_run(runner, plan, &s.b, &result, &err), "%s", err.msg);
+            CHECK(!ry_run(runner, plan, &s.b, NULL, &result, &err), "%s", err.msg);
         CHECK(result == 0, "exchange %d: %s", x, nccl.error_string(result));
         verified += verify;
         skipped += verify && poor == who.rank;

@@ -531,7 +531,8 @@ static int sim_group_end(void)
     return 0;
 }
 
-static const struct ry_nccl sim_nccl = {sim_group_start, sim_group_end, sim_send, sim_recv, NULL};
+static const struct ry_nccl sim_nccl = {
+    .group_start = sim_group_start, .group_end = sim_group_end, .send = sim_send, .recv = sim_recv};
 
 static inline void sim_begin(void)
 {

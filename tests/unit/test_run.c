@@ -75,7 +75,8 @@ static int host_event(struct ry_event **ev, struct ry_err *e)
     return ry_device_host()->event_create_untimed(ev, e);
 }
 
-static const struct ry_nccl telling = {tell_start, tell_end, tell_send, tell_recv, NULL};
+static const struct ry_nccl telling = {
+    .group_start = tell_start, .group_end = tell_end, .send = tell_send, .recv = tell_recv};
 static struct ry_device telling_device;
 
 static void telling_start(void)
@@ -131,7 +132,7 @@ static void run_told(struct ry_step *steps, int n, uint64_t stage, int rc, int r
     ok(ry_run_staging_grow(r, stage, NULL, &err));
     *told = 0;
     err.msg[0] = 0;
-    sent = ry_run(r, &plan, &two, &got, &err);
+    sent = ry_run(r, &plan, &two, NULL, &got, &err);
     ck_assert_msg(sent == rc && (rc || got == result), "%d, %d: %s", sent, got, err.msg);
     ck_assert_str_eq(told, want);
     ck_assert_int_eq(!*err.msg, !rc);
@@ -213,12 +214,12 @@ START_TEST(misfits)
     int result;
     *told = 0;
     b.send = none;
-    ck_assert_int_eq(ry_run(r, &plan, &b, &result, &err), -1);
+    ck_assert_int_eq(ry_run(r, &plan, &b, NULL, &result, &err), -1);
     b = two, plan.rank = 1;
-    ck_assert_int_eq(ry_run(r, &plan, &b, &result, &err), -1);
+    ck_assert_int_eq(ry_run(r, &plan, &b, NULL, &result, &err), -1);
     ck_assert_str_eq(err.msg, "a plan for rank 1 of 2 does not fit rank 0 of 2");
     plan.rank = 0, plan.stage_bytes = 100;
-    ck_assert_int_eq(ry_run(r, &plan, &b, &result, &err), -1);
+    ck_assert_int_eq(ry_run(r, &plan, &b, NULL, &result, &err), -1);
     ck_assert_str_eq(err.msg, "the plan needs 100 bytes of staging memory, 0 are held");
     ck_assert_str_eq(told, "");
     ry_runner_free(r, false);
@@ -353,7 +354,7 @@ static int deliver(void *buf, size_t bytes, int type, int peer, void *comm, void
 
 static void *one_thread(void *arg)
 {
-    static const struct ry_nccl alone = {nothing, nothing, keep, deliver, NULL};
+    static const struct ry_nccl alone = {.group_start = nothing, .group_end = nothing, .send = keep, .recv = deliver};
     struct ry_err e;
     unsigned char out[3000], in[3000];
     const void *send[] = {out};
@@ -371,7 +372,7 @@ static void *one_thread(void *arg)
         if (!r)
             return (void *)1;
         for (int i = 0; i < 5 && !ry_run_staging_grow(r, 3000, NULL, &e); i++) {
-            if (ry_run_verify(r, &plan, &b, (uint64_t)i, &result, &e) || result || memcmp(in, out, sizeof in))
+            if (ry_run_verify(r, &plan, &b, NULL, (uint64_t)i, &result, &e) || result || memcmp(in, out, sizeof in))
                 return (void *)2;
             verified++;
             if (i < 4 && ry_run_checks(r, &more, &bad))

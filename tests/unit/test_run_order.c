@@ -230,10 +230,10 @@ static void exchange(struct world *w, struct side *sides, int number)
             expanded += plans[r]->steps[i].kind == RY_STEP_EXPAND;
         }
         if (verify)
-            ok(ry_run_verify(w->runners[r], plans[r], &s->b, 1000 + (uint64_t)bad_peer * 100000 + bad_at, &result,
+            ok(ry_run_verify(w->runners[r], plans[r], &s->b, NULL, 1000 + (uint64_t)bad_peer * 100000 + bad_at, &result,
                              &err));
         else
-            ok(ry_run(w->runners[r], plans[r], &s->b, &result, &err));
+            ok(ry_run(w->runners[r], plans[r], &s->b, NULL, &result, &err));
         ck_assert_int_eq(result, 0);
         sim_copy(s->seen, s->memory, s->bytes, s->b.stream, NULL); /* the job's work after */
         ry_plan_free(plans[r]);
@@ -318,7 +318,7 @@ START_TEST(too_many_comparisons)
             side_start(s, matrix, 2, r, x, w.streams[r][0]);
             struct ry_plan *plan = plan_of(w.cluster, matrix, s, RY_DIRECT, NULL);
             sim_copy(s->memory, s->source, s->bytes, s->b.stream, NULL);
-            ok(ry_run_verify(w.runners[r], plan, &s->b, (uint64_t)x, &result, &err));
+            ok(ry_run_verify(w.runners[r], plan, &s->b, NULL, (uint64_t)x, &result, &err));
             sim_copy(s->seen, s->memory, s->bytes, s->b.stream, NULL);
             ry_plan_free(plan);
         }
@@ -356,7 +356,7 @@ START_TEST(aborted)
     side_start(&s, matrix, 3, 0, 0, w.streams[0][0]);
     struct ry_plan *plan = plan_of(w.cluster, matrix, &s, RY_HIERARCHICAL, NULL);
     ok(ry_run_staging_grow(w.runners[0], 1000, s.b.stream, &err));
-    ok(ry_run_verify(w.runners[0], plan, &s.b, 7, &result, &err));
+    ok(ry_run_verify(w.runners[0], plan, &s.b, NULL, 7, &result, &err));
     ck_assert(!sim_run(UINT64_MAX)); /* stuck */
     sim_stream_destroy(w.streams[0][0], NULL);
     w.comms[0].aborted = true;
@@ -396,7 +396,7 @@ START_TEST(late_answers)
         side_start(&sides[i], matrix, 1, 0, i, of[i]->streams[0][0]);
         struct ry_plan *plan = plan_of(of[i]->cluster, matrix, &sides[i], RY_DIRECT, NULL);
         sim_copy(sides[i].memory, sides[i].source, sides[i].bytes, sides[i].b.stream, NULL);
-        ok(ry_run_verify(of[i]->runners[0], plan, &sides[i].b, 1, &result, &err));
+        ok(ry_run_verify(of[i]->runners[0], plan, &sides[i].b, NULL, 1, &result, &err));
         sim_copy(sides[i].seen, sides[i].memory, sides[i].bytes, sides[i].b.stream, NULL);
         ry_plan_free(plan);
         used[i] = of[i]->runners[0]->oldest;

@@ -105,7 +105,7 @@ static int run(struct ry_step *steps, int n)
     struct ry_plan plan = {.strategy = RY_DEDUP, .nranks = RANKS, .stage_bytes = M, .nsteps = n, .steps = steps};
     int result = -1;
     *launched = 0;
-    int rc = ry_run(t.runner, &plan, &t.b, &result, &err);
+    int rc = ry_run(t.runner, &plan, &t.b, NULL, &result, &err);
     ck_assert(rc || !result);
     return rc;
 }
