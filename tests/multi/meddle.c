@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "nccl_abi.h"
 
@@ -13,7 +14,7 @@
 EXPORT _Thread_local struct meddle_counts meddle_counts;
 EXPORT _Atomic(unsigned char *) meddle_flip;
 EXPORT _Atomic int meddle_fail;
-EXPORT _Atomic int meddle_made, meddle_ended, meddle_splitting;
+EXPORT _Atomic int meddle_hold, meddle_made, meddle_ended, meddle_splitting;
 static _Atomic(ncclComm_t) made[64]; /* of the engine; NULL: ended */
 
 static _Thread_local struct {
@@ -125,6 +126,7 @@ MEDDLE(ncclSend, 1, (const void *b, size_t n, ncclDataType_t t, int peer, ncclCo
        })
 MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
        (b, n, t, peer, c, s), {
+           meddle_counts.inside += is_made(c);
            if (group.n < RECEIVES) {
                group.receive[group.n].at = b;
                group.receive[group.n].bytes = n * ry_nccl_type_bytes((int)t);
@@ -138,6 +140,8 @@ MEDDLE(ncclCommAbort, 0, (ncclComm_t c), (c), note_end(c);)
 MEDDLE(ncclCommSplit, 0, (ncclComm_t c, int color, int key, ncclComm_t *to, ncclConfig_t *config),
        (c, color, key, to, config), {
            atomic_fetch_add(&meddle_splitting, 1);
+           while (atomic_load(&meddle_hold))
+               usleep(1000);
            ncclResult_t r = NEXT(ncclCommSplit)(c, color, key, to, config);
            atomic_fetch_sub(&meddle_splitting, 1);
            if (r != ncclSuccess)

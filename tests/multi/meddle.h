@@ -29,6 +29,7 @@ enum meddle_failure { MEDDLE_NONE, MEDDLE_START, MEDDLE_SEND, MEDDLE_END, MEDDLE
 extern _Atomic int meddle_fail;
 
 /* Communicators that the engine made, and that it destroyed or aborted; threads that are in ncclCommSplit for it now. */
-extern _Atomic int meddle_made, meddle_ended, meddle_splitting;
+/* While `hold` is set they do not get to NCCL. */
+extern _Atomic int meddle_hold, meddle_made, meddle_ended, meddle_splitting;
 
 #endif

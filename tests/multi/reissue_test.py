@@ -282,7 +282,7 @@ def one_rank_differs(what, seconds="0.2"):
 
 
 def case_unequal():
-    for name, value in (("VERIFY", "5"), ("STAGING", "2M"), ("STRATEGY", "auto"), ("PATIENCE", "2"), ("STRATEGY", "observe")):
+    for name, value in (("VERIFY", "5"), ("STAGING", "2M"), ("STRATEGY", "auto"), ("PATIENCE", "2"), ("NODE_COMM", "no"), ("STRATEGY", "observe")):
         lines = one_rank_differs(f"export RAILYARD_{name}={value}")
         for line in expect(lines, "warning", 4):
             if "other settings" not in line or not re.search("rank 2 on|than rank 2", line):
@@ -479,6 +479,52 @@ def case_dedup_observe():
         fail(f"what could be saved: {ways}")
     if any(w["bytes_saved"] or w["packed"] for w in ways.values()) or ways["return"]["bytes_could_save"]:
         fail(f"nothing was saved: {ways}")
+
+
+# ---- communicators of the nodes' ranks ----
+
+OVER = r"; (\d+) over communicators of the nodes' ranks"
+
+
+def node(case, shape="abab", victim=1, env=None):
+    return job("reissue_node", case, shape, str(victim), ranks=len(shape), nodes=1, env=env)
+
+
+def case_node_used():
+    """Made once, by all that have neighbours, and used from then on."""
+    for shape, env in (("abab", None), ("aabbc", None), ("abbab", {**DEDUP, "RAILYARD_ROW_BYTES": "20"}), ("aabb", {"RAILYARD_VERIFY": "3"})):
+        out, lines = node("used", shape, env=env)
+        calm(lines)
+        reissued(out, 1)
+        for line in expect(lines, "exchanges agreed on", 3 * len(shape)):
+            done, over = (int(re.search(what, line).group(1)) for what in (r", (\d+) hierarchical", OVER))
+            done += sum(int(n) for n in re.findall(r", (\d+) dedup", line))
+            if over != done - 9:
+                fail(f"not all after the first 9: {line}")
+
+
+def case_node_unused():
+    """Switched off, failed on one rank, or an NCCL that cannot: as if there were none."""
+    out, lines = node("off", env={"RAILYARD_NODE_COMM": "no"})
+    calm(lines)
+    for victim in (1, 0):
+        out, lines = node("refused", victim=victim)
+        expect(lines, " warning: ", 1)
+        expect(lines, "warning: .*what is passed on inside the node stays on it: ncclCommSplit", 1)
+        expect(lines, OVER, 0)
+
+
+def case_node_aborted():
+    for victim in (2, 0):
+        node("aborted", victim=victim)
+
+
+def case_node_splitting():
+    """A rank does not come to the split."""
+    for victim in (1, 0):
+        node("aborted_splitting", victim=victim)
+        out, lines = node("killed_splitting", victim=victim)
+        expect(lines, OVER, 0)
 
 
 def main():

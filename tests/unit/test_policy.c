@@ -501,6 +501,77 @@ START_TEST(learns_from_the_busy)
 }
 END_TEST
 
+/* What all ranks are told of the nodes' communicators with the verdict just given. */
+static enum ry_node_order node_order(int strategy)
+{
+    const uint64_t *cells;
+    size_t n;
+    uint64_t order = order_of(strategy, 0, &cells, &n).node_comm;
+    for (int r = 1; r < RANKS; r++)
+        ck_assert_uint_eq(order_of(strategy, r, &cells, &n).node_comm, order);
+    return (enum ry_node_order)order;
+}
+
+static void all_say(enum ry_node_state state)
+{
+    for (int r = 0; r < RANKS; r++)
+        sides[r].node_comm = state;
+}
+
+/* So many exchanges, with what order? */
+static void node_orders(int exchanges, enum ry_node_order wanted)
+{
+    for (int i = 0; i < exchanges; i++)
+        ck_assert_int_eq(node_order(exchange()), wanted);
+}
+
+START_TEST(node_comms)
+{
+    begin(0, 1 << 30, 50);
+    uniform(1000, 1 << 20);
+    all_say(RY_NODE_COULD);
+    atomic_store(&forced, RY_DIRECT);
+    node_orders(50, RY_NODE_NOTHING);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    node_orders(5, RY_NODE_NOTHING);
+    sides[3].staging = 0; /* direct, for want of it */
+    node_orders(10, RY_NODE_NOTHING);
+    sides[3].staging = 1 << 20;
+    node_orders(3, RY_NODE_NOTHING);
+    node_orders(1, RY_NODE_MAKE);
+    node_orders(20, RY_NODE_NOTHING); /* once */
+    for (int r = 0; r < RANKS; r++) {
+        node_orders(1, RY_NODE_NOTHING);
+        sides[r].node_comm = RY_NODE_HAS;
+    }
+    node_orders(20, RY_NODE_USE);
+    atomic_store(&forced, RY_DIRECT);
+    node_orders(1, RY_NODE_NOTHING);
+    atomic_store(&forced, RY_DEDUP); /* with nothing packed */
+    node_orders(1, RY_NODE_USE);
+    sides[6].node_comm = RY_NODE_CANNOT;
+    node_orders(20, RY_NODE_NOTHING);
+    all_say(RY_NODE_COULD);
+    node_orders(20, RY_NODE_NOTHING);
+    end();
+    /* One that never could: nobody is asked. One that failed: the others do not use theirs. */
+    for (int failed = 0; failed < 2; failed++) {
+        begin(0, 1 << 30, 50);
+        uniform(1000, 1 << 20);
+        atomic_store(&forced, RY_HIERARCHICAL);
+        all_say(RY_NODE_COULD);
+        if (failed) {
+            node_orders(8, RY_NODE_NOTHING);
+            node_orders(1, RY_NODE_MAKE);
+            all_say(RY_NODE_HAS);
+        }
+        sides[5].node_comm = RY_NODE_CANNOT;
+        node_orders(50, RY_NODE_NOTHING);
+        end();
+    }
+}
+END_TEST
+
 START_TEST(nonsense_from_a_rank_ends_it)
 {
     begin(0, 1 << 30, 50);
@@ -569,6 +640,7 @@ int main(void)
     tcase_add_test(t, kinds_take_turns);
     tcase_add_test(t, does_not_flap);
     tcase_add_test(t, learns_from_the_busy);
+    tcase_add_test(t, node_comms);
     tcase_add_test(t, nonsense_from_a_rank_ends_it);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);

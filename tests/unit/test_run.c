@@ -46,11 +46,11 @@ static int tell_end(void)
 }
 static int tell_send(const void *buf, size_t bytes, int type, int peer, void *comm, void *stream)
 {
-    return tell(" s%d:%zu@%zx/%d", peer, bytes, (size_t)(uintptr_t)buf, type);
+    return tell(" s%d%s:%zu@%zx/%d", peer, comm ? "!" : "", bytes, (size_t)(uintptr_t)buf, type);
 }
 static int tell_recv(void *buf, size_t bytes, int type, int peer, void *comm, void *stream)
 {
-    return tell(" r%d:%zu@%zx/%d", peer, bytes, (size_t)(uintptr_t)buf, type);
+    return tell(" r%d%s:%zu@%zx/%d", peer, comm ? "!" : "", bytes, (size_t)(uintptr_t)buf, type);
 }
 static int tell_copy(void *dst, const void *src, size_t bytes, void *stream, struct ry_err *e)
 {
@@ -226,9 +226,60 @@ START_TEST(misfits)
 }
 END_TEST
 
+/* Groups inside the node on the other communicator, by its numbers; the others where they were. */
+START_TEST(inside_the_node)
+{
+    static const int local[] = {1, 0}, other[] = {-1, 0};
+    struct ry_run_node node = {.local = local, .comm = (void *)0x77};
+    struct ry_step steps[] = {SEND(0, 1, AT_SEND(1, 0), 7), RECV(0, 1, AT_RECV(1, 0), 7), SEND(1, 0, AT_SEND(0, 0), 5),
+                              RECV(1, 1, AT_RECV(0, 0), 5)};
+    struct ry_plan plan = {.strategy = RY_HIERARCHICAL, .nranks = 2, .ngroups = 2, .nsteps = 4, .steps = steps, .inside = 2};
+    const char *first = "( s1:7@200000/1 r1:7@3000000000/1)";
+    char want[256];
+    int result;
+    telling_start();
+    struct ry_runner *r = ry_runner_new(&telling, &telling_device, 0, NULL, &err);
+    ck_assert_ptr_nonnull(r);
+    *told = 0;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    snprintf(want, sizeof want, "%s( s1!:5@100000/1 r0!:5@1000000000/1)", first);
+    ck_assert_str_eq(told, want);
+    ck_assert_int_eq(result, 0);
+    *told = 0;
+    ok(ry_run(r, &plan, &two, NULL, &result, &err));
+    snprintf(want, sizeof want, "%s( s0:5@100000/1 r1:5@1000000000/1)", first);
+    ck_assert_str_eq(told, want);
+    /* One of another node: nothing is done. */
+    *told = 0;
+    node.local = other;
+    ck_assert_int_eq(ry_run(r, &plan, &two, &node, &result, &err), -1);
+    ck_assert_str_eq(err.msg, "step 2 of the plan leaves the node in a group that stays inside");
+    ck_assert_str_eq(told, "");
+    /* NCCL's error is told, and the communicator is free to be aborted. */
+    node.local = local;
+    calls = 0, fails_at = 6, fails_with = 5;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    ck_assert_int_eq(result, 5);
+    ck_assert_int_eq(node.users, 0);
+    fails_at = 0;
+    /* It is being aborted: the job's call fails, and never goes another way. */
+    *told = 0;
+    node.comm = NULL;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    ck_assert_int_eq(result, 2);
+    ck_assert_str_eq(told, first);
+    ck_assert_int_eq(node.users, 0);
+    ry_runner_free(r, false);
+}
+END_TEST
+
 static void *find_some(const char *name)
 {
     return strcmp(name, "ncclRecv") ? (void *)(uintptr_t)0x1234 : NULL;
+}
+static void *find_old(const char *name)
+{
+    return strcmp(name, "ncclCommSplit") ? (void *)(uintptr_t)0x1234 : NULL;
 }
 static void *find_all(const char *name)
 {
@@ -243,6 +294,10 @@ START_TEST(find)
     ok(ry_nccl_find(&nccl, find_all, &err));
     ck_assert_uint_eq((uintptr_t)nccl.group_start, strlen("ncclGroupStart") * 16);
     ck_assert_uint_eq((uintptr_t)nccl.error_string, strlen("ncclGetErrorString") * 16);
+    ck_assert_uint_eq((uintptr_t)nccl.comm_split, strlen("ncclCommSplit") * 16);
+    ck_assert_uint_eq((uintptr_t)nccl.comm_abort, strlen("ncclCommAbort") * 16);
+    ok(ry_nccl_find(&nccl, find_old, &err)); /* NCCL before 2.18 does for the rest */
+    ck_assert(!nccl.comm_split && !nccl.comm_destroy && !nccl.comm_abort);
 }
 END_TEST
 
@@ -410,6 +465,7 @@ int main(void)
     tcase_add_test(t, what_nccl_is_told);
     tcase_add_test(t, batches);
     tcase_add_test(t, misfits);
+    tcase_add_test(t, inside_the_node);
     tcase_add_test(t, find);
     tcase_add_test(t, safe);
     tcase_add_test(t, staging);
