@@ -41,17 +41,6 @@ static size_t spans_find(const struct spans *s, uint64_t lo)
     return a;
 }
 
-static struct token token_after(struct token t, uint64_t bytes)
-{
-    t.off += bytes;
-    return t;
-}
-
-static bool same(struct token a, struct token b)
-{
-    return a.rank == b.rank && a.seg == b.seg && a.off == b.off;
-}
-
 /* Put `put` in, over whatever is there. */
 static int spans_put(struct machine *m, struct spans *s, struct span put)
 {
@@ -204,6 +193,8 @@ static int read_from(struct machine *m, int rank, int step)
         return ry_verify_pack(m, rank, step);
     if (s->kind == RY_STEP_EXPAND)
         return ry_verify_expand(m, rank, step);
+    if (s->kind == RY_STEP_SUM)
+        return ry_verify_sum(m, rank, step);
     m->npieces = 0;
     if (at.place == RY_AT_SEND)
         return ry_verify_piece(m, left, sent(m, rank, at.peer, at.offset)); /* one run in memory, even over segments */
@@ -216,6 +207,8 @@ static int read_from(struct machine *m, int rank, int step)
         if (i == seg->n || seg->v[i].lo > offset || seg->v[i].hi < offset + part)
             return ry_fail(m->err, "%s: reads what was never written, at offset %" PRIu64 " of receive segment %d",
                            ry_verify_name(m, rank, step).s, offset, from);
+        if (ry_verify_sums(m, from, rank))
+            return ry_fail(m->err, "%s: reads sums, from receive segment %d", ry_verify_name(m, rank, step).s, from);
         if (ry_verify_piece(m, part, sent(m, from, rank, offset)))
             return -1;
     }
@@ -239,13 +232,16 @@ static int write_to(struct machine *m, int rank, int step)
     size_t k = 0;
     for (int from; left;) {
         uint64_t done = s->bytes - left, part = ry_verify_part(m, rank, &at, &left, &from, &offset);
+        bool sums = ry_verify_sums(m, from, rank);
         for (; k < m->npieces && m->pieces[k].lo < done + part; k++) {
             uint64_t lo = m->pieces[k].lo > done ? m->pieces[k].lo : done;
             uint64_t hi = m->pieces[k].hi < done + part ? m->pieces[k].hi : done + part;
             for (uint64_t right; lo < hi; lo = hi - lo < right ? hi : lo + right) {
                 struct token is = token_after(m->pieces[k].token, lo - m->pieces[k].lo);
-                bool just = same(is, sent(m, from, rank, offset + (lo - done)));
-                right = just ? hi - lo : ry_verify_equal(m, is, from, rank, offset + (lo - done));
+                bool just = !sums && same(is, sent(m, from, rank, offset + (lo - done)));
+                right = just   ? hi - lo
+                        : sums ? ry_verify_summed(m, is, from, rank, offset + (lo - done))
+                               : ry_verify_equal(m, is, from, rank, offset + (lo - done));
                 if (!right)
                     return ry_fail(m->err, "%s: wrong source: offset %" PRIu64 " of receive segment %d gets %s",
                                    ry_verify_name(m, rank, step).s, offset + (lo - done), from,

@@ -43,4 +43,15 @@ int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *mat
                            struct ry_plan *const *plans, const uintptr_t *const *send_at,
                            const uintptr_t *const *recv_at, struct ry_err *err);
 
+/*
+ * Plans by `sum`, of an exchange that returns what an earlier one brought: `matrix` is that of the return, `maps` are those
+ * of the rows that went ([from * nnodes + node], by the earlier exchange's sender), as are the repeats that plans were built with.
+ * What is proved: where rows went packed from rank s to node n, the first of equal rows gets, in s's receive segments from n's
+ * ranks, the sum of what all of n's ranks send back for those rows, each once, and the others zeros; all else comes as it is. `maps` may be
+ * NULL: nobody looked; and so may addresses: segments lie apart.
+ */
+int ry_plan_verify_sum(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
+                       struct ry_plan *const *plans, const uintptr_t *const *send_at, const uintptr_t *const *recv_at,
+                       struct ry_err *err);
+
 #endif

@@ -1,6 +1,6 @@
 /*
  * verify_internal.h: what the verifier's files share: verify_plan.c looks at each plan by itself, verify.c at all
- * together, verify_rows.c knows packed messages.
+ * together, verify_rows.c knows packed messages, verify_sum.c sums.
  */
 #ifndef RY_PLAN_VERIFY_INTERNAL_H
 #define RY_PLAN_VERIFY_INTERNAL_H
@@ -13,6 +13,20 @@ struct token {
     int rank, seg;
     uint64_t off;
 };
+/* `seg` of tokens that are no bytes of a send buffer. By a token's rank and a node: the message of rows that went that way.
+ */
+#define FILLED_IN (-2)
+enum {
+    LIST_OF_ROWS, /* its index list; `off` bytes into it */
+    SUMS,         /* of what came back for its distinct rows; `off` bytes into those */
+    LIST_OF_SUMS, /* the index list of the message with the sums */
+    ZEROS,        /* whatever `off` is */
+    SORTS
+};
+#define SEG(sort, node) (-3 - (sort) - SORTS * (node))
+#define SORT_OF(seg) ((-3 - (seg)) % SORTS)
+#define NODE_OF(seg) ((-3 - (seg)) / SORTS)
+
 struct span { /* [lo, hi) of some memory holds the bytes from `token` on */
     uint64_t lo, hi;
     struct token token;
@@ -32,10 +46,13 @@ struct machine {
 
     /* Rows, where it is known which are equal. */
     const struct ry_row_map *maps;
+    const uint64_t *went; /* [n * n] bytes of the exchange whose rows these are: `matrix`, or the one that it returns */
+    bool sums;            /* it returns one, and plans may add up rows */
     struct packed {
         const struct ry_row_map *map;
         uint64_t rows;
         uint32_t *number;  /* [rows]: which of the distinct rows */
+        bool summed;       /* sums: what comes back for them */
     } * packed;            /* [n * nnodes] */
     uint64_t *rows_before; /* [n * n] */
 
@@ -81,6 +98,8 @@ struct text ry_verify_token_name(struct token is);
 
 /* Everything, by m->n, cluster, matrix, plans, addresses, err and the rows; frees what it makes. */
 int ry_verify_all(struct machine *m);
+/* The same, and what follows from the maps. */
+int ry_verify_with_rows(struct machine *m);
 
 /** Append to m->pieces. */
 int ry_verify_piece(struct machine *m, uint64_t bytes, struct token token);
@@ -92,9 +111,15 @@ int ry_verify_row_step(struct machine *m, int rank, int step);
 /* what it writes, into m->pieces; */
 int ry_verify_pack(struct machine *m, int rank, int step);
 int ry_verify_expand(struct machine *m, int rank, int step);
+int ry_verify_sum(struct machine *m, int rank, int step);
 /* how many bytes from `t` on are as good as those from `offset` on of what `from` sends to `to`, the next row left
  * aside; */
 uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset);
+/* the same where what `from` sends to `to` is summed; is it? */
+uint64_t ry_verify_summed(const struct machine *m, struct token t, int from, int to, uint64_t offset);
+bool ry_verify_sums(const struct machine *m, int from, int to);
+/* What is beyond the form of a step that adds up. */
+int ry_verify_sum_step(struct machine *m, int rank, int step);
 /* a token with a segment below -1. */
 struct text ry_verify_packed_name(struct token t);
 
@@ -125,6 +150,33 @@ static inline struct token sent(const struct machine *m, int from, int to, uint6
 {
     const uintptr_t *at = addresses(m, RY_AT_SEND, from);
     return at ? (struct token){from, -1, at[to] + offset} : (struct token){from, to, offset};
+}
+
+static inline struct token token_after(struct token t, uint64_t bytes)
+{
+    t.off += bytes;
+    return t;
+}
+
+static inline bool same(struct token a, struct token b)
+{
+    return a.rank == b.rank && a.seg == b.seg && a.off == b.off;
+}
+
+static inline struct packed *packed(const struct machine *m, int from, int node)
+{
+    return &m->packed[(size_t)from * (size_t)m->cluster->nnodes + (size_t)node];
+}
+
+/* Rows of what `from` sends to ranks below `to` on `to`'s node. */
+static inline uint64_t *rows_before(const struct machine *m, int from, int to)
+{
+    return &m->rows_before[(size_t)from * (size_t)m->n + (size_t)to];
+}
+
+static inline uint64_t went(const struct machine *m, int from, int to)
+{
+    return m->went[(size_t)from * (size_t)m->n + (size_t)to];
 }
 
 static inline int no_memory(struct machine *m)

@@ -29,6 +29,8 @@ struct text ry_verify_name(const struct machine *m, int rank, int i)
     else if (s->kind == RY_STEP_EXPAND)
         snprintf(t.s, sizeof t.s, "rank %d, step %d (expand %" PRIu64 " bytes of what rank %d packed)", rank, i,
                  s->bytes, s->peer);
+    else if (s->kind == RY_STEP_SUM)
+        snprintf(t.s, sizeof t.s, "rank %d, step %d (sum %" PRIu64 " rows for rank %d)", rank, i, s->rows, s->peer);
     else
         snprintf(t.s, sizeof t.s, "rank %d, step %d (group %d: %s %" PRIu64 " bytes %s rank %d)", rank, i, s->group,
                  s->kind == RY_STEP_SEND ? "send" : "receive", s->bytes, s->kind == RY_STEP_SEND ? "to" : "from",
@@ -242,7 +244,9 @@ int ry_verify_plan(struct machine *m, int rank)
             start = transfer ? i : i + 1;
         }
         group = transfer ? s->group : group;
-        uint64_t source = s->kind == RY_STEP_EXPAND ? ry_packed_bytes(s->repeats, s->rows) : s->bytes;
+        uint64_t source = s->kind == RY_STEP_EXPAND ? ry_packed_bytes(s->repeats, s->rows)
+                          : s->kind == RY_STEP_SUM  ? s->rows * s->repeats.row_bytes
+                                                    : s->bytes;
         bool reads = s->kind != RY_STEP_RECV && s->kind != RY_STEP_PACK;
         if ((s->kind != RY_STEP_SEND && check_range(m, rank, i, s->to, s->bytes)) ||
             (reads && check_range(m, rank, i, s->from, source)))

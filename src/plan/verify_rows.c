@@ -11,30 +11,30 @@
 
 #include "verify_internal.h"
 
-/* `seg` of tokens that are no bytes of a send buffer. */
-#define FILLED_IN (-2)
-#define INDEX_LIST(node) (-3 - (node)) /* of the sender's message to that node; `off` bytes into it */
-
 struct text ry_verify_packed_name(struct token t)
 {
     struct text s;
-    if (t.seg == FILLED_IN)
+    if (t.seg == FILLED_IN) {
         snprintf(s.s, sizeof s.s, "a byte that rank %d filled its message in with", t.rank);
-    else
+        return s;
+    }
+    int node = NODE_OF(t.seg);
+    switch (SORT_OF(t.seg)) {
+    case LIST_OF_ROWS:
         snprintf(s.s, sizeof s.s, "byte %" PRIu64 " of the index list of what rank %d packed for node %d", t.off,
-                 t.rank, INDEX_LIST(t.seg));
+                 t.rank, node);
+        break;
+    case SUMS:
+        snprintf(s.s, sizeof s.s, "byte %" PRIu64 " of the sums for rank %d from node %d", t.off, t.rank, node);
+        break;
+    case LIST_OF_SUMS:
+        snprintf(s.s, sizeof s.s, "byte %" PRIu64 " of the index list of the sums for rank %d from node %d", t.off,
+                 t.rank, node);
+        break;
+    default:
+        snprintf(s.s, sizeof s.s, "a zero beside the sums for rank %d from node %d", t.rank, node);
+    }
     return s;
-}
-
-static struct packed *packed(const struct machine *m, int from, int node)
-{
-    return &m->packed[(size_t)from * (size_t)m->cluster->nnodes + (size_t)node];
-}
-
-/* Rows of what `from` sends to ranks below `to` on `to`'s node. */
-static uint64_t *rows_before(const struct machine *m, int from, int to)
-{
-    return &m->rows_before[(size_t)from * (size_t)m->n + (size_t)to];
 }
 
 /* Where the next row begins that `from` sends to `node`, in the order of the message, after offset *at of rank *to's.
@@ -43,7 +43,7 @@ static bool next_row(const struct machine *m, int from, int node, uint64_t row_b
 {
     if (*to >= 0)
         *at += row_bytes;
-    while (*to < 0 || m->cluster->node[*to] != node || *at >= segment_bytes(m, RY_AT_SEND, from, *to)) {
+    while (*to < 0 || m->cluster->node[*to] != node || *at >= went(m, from, *to)) {
         if (++*to == m->n)
             return false;
         *at = 0;
@@ -55,19 +55,21 @@ static bool next_row(const struct machine *m, int from, int node, uint64_t row_b
 static int read_map(struct machine *m, int from, int node)
 {
     struct packed *p = packed(m, from, node);
-    uint64_t row_bytes = p->map->repeats.row_bytes, rows = 0, distinct = 0, at = 0;
+    uint64_t row_bytes = p->map->repeats.row_bytes, rows = 0, bytes = 0, distinct = 0, at = 0;
     for (int to = 0; to < m->n; to++)
         if (m->cluster->node[to] == node) {
             *rows_before(m, from, to) = rows;
-            rows += ry_rows_of(segment_bytes(m, RY_AT_SEND, from, to), row_bytes);
+            rows += ry_rows_of(went(m, from, to), row_bytes);
+            bytes += went(m, from, to);
         }
     p->rows = rows;
+    p->summed = m->sums && ry_packs(p->map->repeats, rows, bytes);
     p->number = malloc((size_t)(rows + 1) * sizeof *p->number);
     bool *shorter = malloc((size_t)(rows + 1) * sizeof *shorter);
     uint64_t i = 0;
     for (int to = -1; p->number && shorter && next_row(m, from, node, row_bytes, &to, &at); i++) {
         uint64_t first = p->map->first ? p->map->first[i] : UINT64_MAX;
-        shorter[i] = segment_bytes(m, RY_AT_SEND, from, to) - at < row_bytes;
+        shorter[i] = went(m, from, to) - at < row_bytes;
         if (first > i || p->map->first[first] != first || (first < i && (shorter[i] || shorter[first])))
             break;
         p->number[i] = first == i ? (uint32_t)distinct++ : p->number[first];
@@ -110,29 +112,33 @@ int ry_verify_pack(struct machine *m, int rank, int step)
     uint64_t gap = index_at(s->repeats) - row_bytes * s->repeats.distinct;
     if (gap && ry_verify_piece(m, gap, (struct token){rank, FILLED_IN, 0}))
         return -1;
-    return ry_verify_piece(m, 4 * p->rows, (struct token){rank, INDEX_LIST(s->peer), 0});
+    return ry_verify_piece(m, 4 * p->rows, (struct token){rank, SEG(LIST_OF_ROWS, s->peer), 0});
 }
 
 int ry_verify_expand(struct machine *m, int rank, int step)
 {
     const struct ry_step *s = &m->plans[rank]->steps[step];
-    int node = m->cluster->node[rank];
+    /* The message's rows went, or its sums come back for those that went, from which rank to which node? */
+    int from = m->sums ? rank : s->peer, node = m->cluster->node[m->sums ? s->peer : rank];
+    int list = SEG(m->sums ? LIST_OF_SUMS : LIST_OF_ROWS, node);
     uint64_t row_bytes = s->repeats.row_bytes, rows = ry_rows_of(s->bytes, row_bytes);
     m->npieces = 0;
     if (ry_verify_stage(m, rank, step, s->from.offset + index_at(s->repeats) + 4 * s->skip, 4 * rows))
         return -1;
     for (size_t i = 0; i < m->npieces; i++) {
         struct token t = m->pieces[i].token;
-        if (t.rank != s->peer || t.seg != INDEX_LIST(node) || t.off != 4 * s->skip + m->pieces[i].lo)
+        if (t.rank != from || t.seg != list || t.off != 4 * s->skip + m->pieces[i].lo)
             return ry_fail(m->err, "%s: wrong source: where entry %" PRIu64 " of the index list should be, there is %s",
                            ry_verify_name(m, rank, step).s, s->skip + m->pieces[i].lo / 4, ry_verify_token_name(t).s);
     }
     m->npieces = 0;
-    const uint32_t *number = packed(m, s->peer, node)->number + s->skip;
-    for (uint64_t i = 0, at = 0; i < rows; i++, at += row_bytes)
-        if (ry_verify_stage(m, rank, step, s->from.offset + number[i] * row_bytes,
+    const struct packed *p = packed(m, from, node);
+    for (uint64_t i = s->skip, at = 0; i < s->skip + rows; i++, at += row_bytes) {
+        uint64_t number = m->sums && p->map->first[i] != i ? p->map->repeats.distinct : p->number[i];
+        if (ry_verify_stage(m, rank, step, s->from.offset + number * row_bytes,
                             s->bytes - at < row_bytes ? s->bytes - at : row_bytes))
             return -1;
+    }
     return 0;
 }
 
@@ -140,7 +146,7 @@ uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int 
 {
     int node = m->cluster->node[to];
     const uintptr_t *at = addresses(m, RY_AT_SEND, from);
-    if (!m->maps || t.rank != from || t.seg < -1 || node == m->cluster->node[from])
+    if (!m->maps || m->sums || t.rank != from || t.seg < -1 || node == m->cluster->node[from])
         return 0;
     const struct ry_row_map *map = packed(m, from, node)->map;
     uint64_t row_bytes = map->repeats.row_bytes, wanted = offset / (row_bytes ? row_bytes : 1);
@@ -160,8 +166,8 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
 {
     const struct ry_step *s = &m->plans[rank]->steps[step];
     const struct ry_cluster *c = m->cluster;
-    bool packs = s->kind == RY_STEP_PACK;
-    int own = c->node[rank], node = packs ? s->peer : own, from = packs ? rank : s->peer;
+    bool packs = s->kind == RY_STEP_PACK, adds = s->kind == RY_STEP_SUM;
+    int own = c->node[rank];
     struct text name = ry_verify_name(m, rank, step);
     if (!m->maps)
         return ry_fail(m->err, "%s: cannot be proved without knowing which rows are equal (ry_plan_verify_rows())",
@@ -170,8 +176,15 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
         return ry_fail(m->err, "%s: is in group %d", name.s, s->group);
     if (s->peer < 0 || s->peer >= (packs ? c->nnodes : c->nranks) || (packs ? s->peer : c->node[s->peer]) == own)
         return ry_fail(m->err, "%s: there is no such %s elsewhere", name.s, packs ? "node" : "rank");
+    if (m->sums ? packs : adds)
+        return ry_fail(m->err, "%s: no such step belongs to an exchange that %s", name.s,
+                       m->sums ? "returns rows" : "returns nothing");
+    /* Rows went from `from` to `node`; what is expanded of sums has come back. */
+    bool back = m->sums && !adds;
+    int node = packs ? s->peer : back ? c->node[s->peer] : own, from = packs || back ? rank : s->peer;
     const struct packed *p = packed(m, from, node);
     struct ry_repeats is = p->map->repeats;
+    is.distinct += back;
     if (!is.row_bytes)
         return ry_fail(m->err, "%s: rank %d did not look for equal rows", name.s, from);
     if (s->repeats.row_bytes != is.row_bytes || s->repeats.distinct != is.distinct || s->rows != p->rows)
@@ -179,9 +192,15 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
                        "%s: takes the message for %" PRIu64 " of %" PRIu64 " rows of %" PRIu64
                        " bytes, but it has %" PRIu64 " of %" PRIu64 " of %" PRIu64 " bytes",
                        name.s, s->repeats.distinct, s->rows, s->repeats.row_bytes, is.distinct, p->rows, is.row_bytes);
-    struct ry_at message = packs ? s->to : s->from;
+    struct ry_at message = packs || adds ? s->to : s->from;
     if (message.place != RY_AT_STAGE || message.offset % 16)
         return ry_fail(m->err, "%s: a packed message lies in staging memory, at a multiple of 16", name.s);
+    if (m->sums && !p->summed)
+        return ry_fail(m->err, "%s: what went from rank %d to node %d was not packed", name.s, from, node);
+    if (adds)
+        return ry_verify_sum_step(m, rank, step);
+    if (back && s->peer != ry_relay(c, rank, node))
+        return ry_fail(m->err, "%s: rank %d adds up what comes from there", name.s, ry_relay(c, rank, node));
     uint64_t bytes = ry_packed_bytes(is, p->rows), rows = ry_rows_of(s->bytes, is.row_bytes);
     if (packs)
         return s->bytes == bytes ? 0 : ry_fail(m->err, "%s: the packed message has %" PRIu64 " bytes", name.s, bytes);
@@ -193,11 +212,32 @@ int ry_verify_row_step(struct machine *m, int rank, int step)
     return 0;
 }
 
+int ry_verify_with_rows(struct machine *m)
+{
+    const struct ry_cluster *c = m->cluster;
+    size_t n = (size_t)c->nranks, nnodes = (size_t)c->nnodes;
+    m->packed = calloc(n * nnodes, sizeof *m->packed);
+    m->rows_before = calloc(n * n, sizeof *m->rows_before);
+    int rc = m->packed && m->rows_before ? 0 : no_memory(m);
+    for (int from = 0; !rc && from < c->nranks; from++)
+        for (int node = 0; !rc && node < c->nnodes; node++) {
+            const struct ry_row_map *map = &m->maps[(size_t)from * nnodes + (size_t)node];
+            packed(m, from, node)->map = map;
+            if (node != c->node[from] && map->repeats.row_bytes)
+                rc = read_map(m, from, node);
+        }
+    rc = rc || ry_verify_all(m) ? -1 : 0;
+    for (size_t i = 0; m->packed && i < n * nnodes; i++)
+        free(m->packed[i].number);
+    free(m->packed);
+    free(m->rows_before);
+    return rc;
+}
+
 int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
                            struct ry_plan *const *plans, const uintptr_t *const *send_at,
                            const uintptr_t *const *recv_at, struct ry_err *err)
 {
-    size_t n = (size_t)cluster->nranks, nnodes = (size_t)cluster->nnodes;
     struct machine m = {.n = cluster->nranks,
                         .cluster = cluster,
                         .matrix = matrix,
@@ -205,25 +245,9 @@ int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *mat
                         .send_at = send_at,
                         .recv_at = recv_at,
                         .err = err,
-                        .maps = maps};
-    if (!maps)
-        return ry_verify_all(&m);
-    m.packed = calloc(n * nnodes, sizeof *m.packed);
-    m.rows_before = calloc(n * n, sizeof *m.rows_before);
-    int rc = m.packed && m.rows_before ? 0 : no_memory(&m);
-    for (int from = 0; !rc && from < cluster->nranks; from++)
-        for (int node = 0; !rc && node < cluster->nnodes; node++) {
-            const struct ry_row_map *map = &maps[(size_t)from * nnodes + (size_t)node];
-            packed(&m, from, node)->map = map;
-            if (node != cluster->node[from] && map->repeats.row_bytes)
-                rc = read_map(&m, from, node);
-        }
-    rc = rc || ry_verify_all(&m) ? -1 : 0;
-    for (size_t i = 0; m.packed && i < n * nnodes; i++)
-        free(m.packed[i].number);
-    free(m.packed);
-    free(m.rows_before);
-    return rc;
+                        .maps = maps,
+                        .went = matrix};
+    return maps ? ry_verify_with_rows(&m) : ry_verify_all(&m);
 }
 
 int ry_plan_verify_rows(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,

@@ -124,15 +124,33 @@ static uint64_t lay_out(uintptr_t *at, int n, const uint64_t *bytes, int stride,
     return end - base;
 }
 
+static uint64_t *transposed(const struct job *job)
+{
+    size_t n = (size_t)job->n;
+    uint64_t *t = malloc(n * n * sizeof *t);
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < n; j++)
+            t[j * n + i] = job->matrix[i * n + j];
+    return t;
+}
+
+void turn_round(struct job *job)
+{
+    uint64_t *back = transposed(job);
+    free(job->matrix);
+    job->matrix = back;
+    job->sums = !job->sums;
+}
+
 static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy strategy, struct ry_err *err)
 {
     int n = job->n;
     struct ry_slice slice;
-    uint64_t *column = malloc((size_t)n * sizeof *column);
+    uint64_t *column = malloc((size_t)n * sizeof *column), *went = transposed(job);
     for (int i = 0; i < n; i++)
         column[i] = job->matrix[(size_t)i * (size_t)n + (size_t)r];
-    ck_assert_int_eq(ry_slice_init(&slice, job->cluster, r, strategy, err), 0);
-    ry_slice_fill(&slice, job->cluster, job->matrix, job->repeats);
+    ck_assert_int_eq(ry_slice_init(&slice, job->cluster, r, strategy == RY_SUM ? RY_DEDUP : strategy, err), 0);
+    ry_slice_fill(&slice, job->cluster, strategy == RY_SUM ? went : job->matrix, job->repeats);
     struct ry_plan_input in = {.cluster = job->cluster,
                                .rank = r,
                                .strategy = strategy,
@@ -143,8 +161,13 @@ static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy 
                                .recv_at = job->recv_at && !job->blind ? job->recv_at[r] : NULL,
                                .repeats = job->repeats ? job->repeats + r * job->cluster->nnodes : NULL};
     struct ry_plan *plan = ry_plan_build(&in, err);
+    if (plan && strategy == RY_SUM) {
+        ck_assert_uint_eq(plan->stage_bytes, ry_plan_stage_sum(job->cluster, r, &slice, column, in.repeats));
+        ck_assert_uint_eq(ry_plan_stage_bytes(job->cluster, r, RY_SUM, job->matrix, job->repeats), 0);
+    }
     ry_slice_free(&slice);
     free(column);
+    free(went);
     return plan;
 }
 
@@ -160,6 +183,10 @@ void build_all(struct job *job, enum ry_strategy strategy)
 
 int verify(const struct job *job, struct ry_err *err)
 {
+    if (job->sums)
+        return ry_plan_verify_sum(job->cluster, job->matrix, job->maps, job->plans,
+                                  job->blind ? NULL : (const uintptr_t *const *)job->send_at,
+                                  job->blind ? NULL : (const uintptr_t *const *)job->recv_at, err);
     return ry_plan_verify_rows_at(job->cluster, job->matrix, job->maps, job->plans,
                                   job->blind ? NULL : (const uintptr_t *const *)job->send_at,
                                   job->blind ? NULL : (const uintptr_t *const *)job->recv_at, err);
@@ -295,6 +322,24 @@ void random_rows(struct job *job)
     }
 }
 
+void random_whole_rows(struct job *job)
+{
+    make_maps(job);
+    for (int from = 0; from < job->n; from++) {
+        uint64_t row_bytes = 4 * (rnd(3) ? 1 + rnd(8) : 1 + rnd(100));
+        for (int node = 0; node < job->cluster->nnodes; node++) {
+            if (rnd(6) == 0) /* not looked at, and ragged */
+                continue;
+            for (int p = 0; p < job->n; p++) {
+                uint64_t *bytes = &job->matrix[(size_t)from * (size_t)job->n + (size_t)p];
+                *bytes = job->cluster->node[p] == node ? *bytes / row_bytes * row_bytes : *bytes;
+            }
+            if (node != job->cluster->node[from])
+                map_rows(job, from, node, row_bytes, rnd(3) ? TOP_K : (int)rnd(SORTS), 1 + rnd(9));
+        }
+    }
+}
+
 void even_rows(struct job *job, uint64_t row_bytes, uint64_t equal)
 {
     make_maps(job);
@@ -313,16 +358,70 @@ static unsigned char content(int from, int to, uint64_t offset)
     return (unsigned char)(x >> 40);
 }
 
+/* Of sums: numbers of fp32, wherever in a row they are. */
+static float number(int from, int to, uint64_t offset)
+{
+    uint64_t x = ((uint64_t)from * 131 + (uint64_t)to) * 1000003 + offset / 4;
+    x = (x ^ x >> 15) * UINT64_C(0x9E3779B97F4A7C15);
+    return (float)(int64_t)(x >> 24) * 1e-9f; /* up to 1100: adding rounds */
+}
+
+static unsigned char byte_of(float f, uint64_t offset)
+{
+    unsigned char bytes[4];
+    memcpy(bytes, &f, 4);
+    return bytes[offset % 4];
+}
+
+/* Of the rows that `to` got from the node of `from`, those that are copies of the first of them, added up. */
+static unsigned char right_sum(const struct job *job, const struct ry_row_map *map, int from, int to, uint64_t offset)
+{
+    int node = job->cluster->node[from];
+    uint64_t row_bytes = map->repeats.row_bytes, row = offset / row_bytes, i = 0;
+    float sum = 0;
+    for (int p = 0; p < from; p++)
+        row += job->cluster->node[p] == node ? cell(job, p, to) / row_bytes : 0;
+    for (int p = 0; map->first[row] == row && p < job->n; p++)
+        for (uint64_t at = 0; job->cluster->node[p] == node && at < cell(job, p, to); at += row_bytes, i++)
+            sum += map->first[i] == row ? number(p, to, at + offset % row_bytes) : 0;
+    return byte_of(sum, offset);
+}
+
+static bool summed(const struct job *job, int from, int to)
+{
+    int node = job->cluster->node[from];
+    struct ry_repeats found = job->repeats[index_of(job, to, node)];
+    uint64_t rows = 0, bytes = 0;
+    if (node == job->cluster->node[to] || !found.row_bytes)
+        return false;
+    for (int p = 0; p < job->n; p++)
+        if (job->cluster->node[p] == node) {
+            rows += ry_rows_of(cell(job, p, to), found.row_bytes);
+            bytes += cell(job, p, to);
+        }
+    return ry_packs(found, rows, bytes);
+}
+
 /* What really is there: equal rows have equal bytes. */
 static unsigned char right(const struct job *job, int from, int to, uint64_t offset)
 {
     int node = job->cluster->node[to];
+    if (job->sums)
+        return byte_of(number(from, to, offset), offset);
     const struct ry_row_map *map = job->maps ? &job->maps[index_of(job, from, node)] : NULL;
     uint64_t row_bytes = map ? map->repeats.row_bytes : 0;
     if (!row_bytes)
         return content(from, to, offset);
     uint64_t row = rows_below(job, from, node, to, row_bytes) + offset / row_bytes;
     return content(from, job->n + node, map->first[row] * row_bytes + offset % row_bytes);
+}
+
+/* What is to be there in the end. */
+static unsigned char wanted(const struct job *job, int from, int to, uint64_t offset)
+{
+    return job->sums && summed(job, from, to)
+               ? right_sum(job, &job->maps[index_of(job, to, job->cluster->node[from])], from, to, offset)
+               : right(job, from, to, offset);
 }
 
 /* The packed message, from the bytes that are there; which rows are equal, the map tells. */
@@ -355,6 +454,29 @@ static void expand(const struct ry_step *s, const unsigned char *from, unsigned 
         if (k < s->repeats.distinct)
             memcpy(to + at, from + k * row_bytes, s->bytes - at < row_bytes ? s->bytes - at : row_bytes);
     }
+}
+
+/* By the map, which stands for the index list that the relay keeps. */
+static void add_up(const struct job *job, int rank, const struct ry_step *s, const unsigned char *from, unsigned char *to)
+{
+    const struct ry_row_map *map = &job->maps[index_of(job, s->peer, job->cluster->node[rank])];
+    uint64_t row_bytes = s->repeats.row_bytes, sums = s->repeats.distinct * row_bytes, distinct = 0;
+    uint32_t *list = malloc((s->rows + 1) * sizeof *list), *of = malloc((s->rows + 1) * sizeof *of);
+    memset(to, 0, s->bytes - 4 * s->rows);
+    for (uint64_t i = 0; i < s->rows; i++) {
+        of[i] = map->first[i] == i ? (uint32_t)distinct++ : of[map->first[i]];
+        list[i] = map->first[i] == i ? of[i] : (uint32_t)s->repeats.distinct;
+        for (uint64_t k = 0; k + 4 <= row_bytes; k += 4) {
+            float sum, more;
+            memcpy(&sum, to + of[i] * row_bytes + k, 4);
+            memcpy(&more, from + i * row_bytes + k, 4);
+            sum += more;
+            memcpy(to + of[i] * row_bytes + k, &sum, 4);
+        }
+    }
+    memcpy(to + (sums + row_bytes + 15) / 16 * 16, list, s->rows * sizeof *list);
+    free(list);
+    free(of);
 }
 
 void make_real(struct job *job, struct memory *mem, int how)
@@ -424,6 +546,8 @@ const char *interpret(const struct job *job, const struct memory *mem)
                 memcpy(place(job, mem, r, s->to), place(job, mem, r, s->from), s->bytes);
             else if (s->kind == RY_STEP_PACK)
                 pack(job, r, s, place(job, mem, r, s->to));
+            else if (s->kind == RY_STEP_SUM)
+                add_up(job, r, s, place(job, mem, r, s->from), place(job, mem, r, s->to));
             else
                 expand(s, place(job, mem, r, s->from), place(job, mem, r, s->to));
             at[r]++;
@@ -464,7 +588,7 @@ const char *interpret(const struct job *job, const struct memory *mem)
             snprintf(why, sizeof why, "rank %d is stuck at step %d", r, at[r]);
         for (int p = 0; p < n && !why[0]; p++)
             for (uint64_t k = 0; k < job->matrix[p * n + r]; k++)
-                if (((unsigned char *)job->recv_at[r][p])[k] != right(job, p, r, k)) {
+                if (((unsigned char *)job->recv_at[r][p])[k] != wanted(job, p, r, k)) {
                     snprintf(why, sizeof why, "rank %d: byte %llu from rank %d is wrong", r, (unsigned long long)k, p);
                     break;
                 }

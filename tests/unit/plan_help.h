@@ -33,6 +33,8 @@ struct job {
     /* Which rows are equal, and so what ranks found: [n * nnodes]; NULL: nobody looked. */
     struct ry_row_map *maps;
     struct ry_repeats *repeats;
+    /* The exchange returns one whose matrix was the other way round: of that are maps and repeats. Plans are by `sum`. */
+    bool sums;
     bool blind; /* plans are built without the addresses, and proved without them */
 };
 /** Any shape of cluster and matrix, cells up to `most`; with addresses (of memory that does not exist) unless `apart`.
@@ -40,8 +42,12 @@ struct job {
 struct job random_job(int n, uint64_t most, bool apart);
 /** Equal rows of all sorts: of any width, some ranks having not looked; some cells are made whole rows before. */
 void random_rows(struct job *job);
+/** The same with rows of fp32 that divide what is cut into them: what can be summed on the way back. */
+void random_whole_rows(struct job *job);
 /** The same for all rows alike: `equal` of each run of so many rows of `row_bytes` bytes are the same row. */
 void even_rows(struct job *job, uint64_t row_bytes, uint64_t equal);
+/** The exchange becomes the return of what it was: for plans by `sum`. */
+void turn_round(struct job *job);
 /** Every rank's plan, into job->plans; and proved by the job's addresses, or rows. */
 void build_all(struct job *job, enum ry_strategy strategy);
 int verify(const struct job *job, struct ry_err *err);
@@ -54,7 +60,7 @@ struct memory {
 };
 /** Give a job without addresses real ones; `how` its send buffers are laid out: 0 to 3. */
 void make_real(struct job *job, struct memory *mem, int how);
-/** Carry the plans out on it, with no thought for proofs. "", or what went wrong. */
+/** Carry the plans out on it, sums in fp32, with no thought for proofs. "", or what went wrong. */
 const char *interpret(const struct job *job, const struct memory *mem);
 void free_memory(struct job *job, struct memory *mem);
 
