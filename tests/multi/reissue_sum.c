@@ -466,14 +466,14 @@ static void unanswered(void)
 {
     struct side *s = begin();
     for (int i = 0; i < layers; i++) {
-        struct layer kept = make_layer(s, (uint64_t)(1000 * i), NOTHING_ODD, types[i % 3]);
-        dispatch(s, &kept);
-        probabilities(s, &kept, false);
+        struct layer first = make_layer(s, (uint64_t)(1000 * i), NOTHING_ODD, types[i % 3]);
+        dispatch(s, &first);
+        probabilities(s, &first, false);
         for (int k = 1; k < 1 + i % 12; k++) {
             struct layer l = make_layer(s, (uint64_t)(1000 * i + k), NOTHING_ODD, types[i % 3]);
             dispatch(s, &l);
         }
-        bool summed = combine(s, &kept);
+        bool summed = combine(s, &first);
         CHECK(!summed || i % 12 < 8, "layer %d with %d others before its return was summed", i, i % 12);
     }
     finish(s);
