@@ -12,11 +12,18 @@
 
 #include "engine.h"
 
+/* Rows so narrow are never looked for on any rank: probabilities, whose returns need no place among what is kept. */
+static bool may_return_summed(const struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows)
+{
+    return r->pairs.combine.sum && r->talk && rows->direction == RY_GO && ry_run_sums(b->type) &&
+           rows->bytes >= RY_LOOK_ROW_FORCED;
+}
+
 void ry_sum_count(const struct comm *c, struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows,
                   uint64_t number)
 {
     struct ry_err err;
-    if (!r->pairs.combine.sum || !r->talk || rows->direction != RY_GO || !ry_run_sums(b->type))
+    if (!may_return_summed(r, b, rows))
         return;
     if (ry_run_copies(r->runner, b, rows->bytes, &err))
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": its return will not be summed: %s", c->id, number,
@@ -36,7 +43,7 @@ void ry_sum_keep(const struct comm *c, struct reissue *r, const struct ry_buffer
     /* Where nothing of this rank's was packed, nothing of it is summed, and its rows may be what they are. */
     bool packed = repeats && r->searched.packed < r->searched.cross;
     const char *why = NULL;
-    if (!r->pairs.combine.sum || rows->direction != RY_GO || !ry_run_sums(b->type))
+    if (!may_return_summed(r, b, rows))
         return;
     if (packed && !ry_run_copies_over(r->runner, &d.copies))
         why = "it is not known how often rows went out";
