@@ -243,6 +243,30 @@ struct came {
     bool exact, summed; /* all of it could be */
 };
 
+/* The rows of one token, of which row i is the first: what their sum is to be. Whatever came in their place must add up to
+   the same, but for the rounding of one value. */
+static void add_token(const struct side *s, const struct layer *l, const struct entry *of, const unsigned char *const *at,
+                      int i, int n, unsigned char *sum)
+{
+    float add[4096];
+    unsigned char wanted[4 * 4096];
+    double all = 0, size = 0, got = 0;
+    for (int j = i; j < n; j++) {
+        if (of[j].t != of[i].t)
+            continue;
+        expert_row(l, s->rank, of[j], wanted);
+        for (unsigned k = 0; k < row; k++)
+            add[k] = j == i ? get(l->back, wanted, k) : add[k] + get(l->back, wanted, k);
+        all += get(l->back, wanted, 0);
+        size += fabs(get(l->back, wanted, 0));
+        got += get(l->back, at[j], 0);
+    }
+    for (unsigned k = 0; k < row; k++)
+        put(l->back, sum, k, add[k]);
+    CHECK(fabs(all - got) <= size * (l->back == ncclBfloat16 ? 1 / 256.0 : 1 / 2048.0),
+          "exchange %llu: the rows of token %d add up to %g, not %g", (unsigned long long)s->number - 1, of[i].t, got, all);
+}
+
 /* All rows that come from one node. */
 static void check_node(const struct side *s, const struct layer *l, const struct transfer *x, char node, struct came *came)
 {
@@ -264,33 +288,15 @@ static void check_node(const struct side *s, const struct layer *l, const struct
         }
     }
     for (int i = 0; i < n; i++) {
-        bool first = !seen_token[of[i].t];
-        double all = 0, size = 0, got = 0;
-        seen_token[of[i].t] = true;
-        distinct += first;
         expert_row(l, s->rank, of[i], wanted);
         exact &= !memcmp(at[i], wanted, bytes);
+        bool first = !seen_token[of[i].t];
+        seen_token[of[i].t] = true;
+        distinct += first;
         memset(sum, 0, bytes);
-        for (unsigned k = 0; first && k < row; k++) {
-            float add = 0;
-            for (int j = i; j < n; j++)
-                if (of[j].t == of[i].t) {
-                    expert_row(l, s->rank, of[j], wanted);
-                    float v = get(l->back, wanted, k);
-                    add = j == i ? v : add + v;
-                    if (k == 0) {
-                        all += v;
-                        size += fabs(v);
-                        got += get(l->back, at[j], k);
-                    }
-                }
-            put(l->back, sum, k, add);
-        }
+        if (first)
+            add_token(s, l, of, at, i, n, sum);
         summed &= !memcmp(at[i], sum, bytes);
-        /* whatever came, the token's rows add up to the same, but for the rounding of one value */
-        CHECK(!first || fabs(all - got) <= size * (l->back == ncclBfloat16 ? 1 / 256.0 : 1 / 2048.0),
-              "exchange %llu: the rows of token %d from node %c add up to %g, not %g", (unsigned long long)s->number - 1,
-              of[i].t, node, got, all);
     }
     bool packs = other && ry_packs((struct ry_repeats){bytes, (uint64_t)distinct}, (uint64_t)n, (uint64_t)n * bytes);
     CHECK(exact || (packs && summed), "exchange %llu: %d rows from node %c are neither what was sent nor summed (%s)",
