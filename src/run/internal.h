@@ -7,6 +7,7 @@
 #include "rows.h"
 #include "run.h"
 #include "segments.h"
+#include "sums.h"
 
 #define RY_NCCL_UINT8 1 /* ncclUint8: counts are bytes */
 #define RY_NCCL_SYSTEM_ERROR 2
@@ -36,6 +37,10 @@ struct ry_runner {
         uint64_t *rows;
         bool *scan_node;
     } scan; /* the latest */
+    struct ry_rows *all_rows; /* the scanner of what goes to all ranks; NULL: there is none */
+    int *one_node;            /* its map */
+    int one_node_ranks;
+    bool counting; /* it was given something */
 };
 
 /* ---- batch.c ---- */
@@ -84,19 +89,32 @@ int packed_check(const struct ry_runner *runner, const struct ry_plan *plan, con
                  const struct ry_step *step, struct ry_err *err);
 
 #define PACKED 64
-/* Messages to pack, or pieces to expand, collected until something else must come first. */
+/* Messages to pack, pieces to expand, or rows to sum, collected until something else must come first. */
 struct packed {
     struct ry_runner *runner;
-    void *stream;
-    int npacks, npieces;
+    const struct ry_buffers *buffers;
+    int npacks, npieces, nsums; /* only one of them is not 0 */
     struct ry_rows_packing pack[PACKED];
     struct ry_rows_piece piece[PACKED];
     uint64_t message_bytes[PACKED]; /* of each piece's message */
+    struct ry_sums_job sum[PACKED];
+    uint64_t sum_bytes[PACKED][2]; /* read and written */
 };
-void packed_start(struct packed *packed, struct ry_runner *runner, void *stream);
+void packed_start(struct packed *packed, struct ry_runner *runner, const struct ry_buffers *b);
 int packed_pack(struct packed *packed, int node, void *message, struct ry_err *err);
 int packed_expand(struct packed *packed, const struct ry_rows_piece *piece, uint64_t message_bytes, struct ry_err *err);
+int packed_sum(struct packed *packed, int peer, const void *from, void *to, uint64_t bytes, struct ry_err *err);
 int packed_flush(struct packed *packed, struct ry_err *err);
+
+/* ---- kept.c ---- */
+
+/** May this step, to sum, be carried out by b->kept? -1 with `err`. */
+int kept_check(const struct ry_runner *runner, const struct ry_plan *plan, const struct ry_buffers *b,
+               const struct ry_step *step, struct ry_err *err);
+/** Name the message of `peer` in `job`. Returns the bytes of its rows. */
+uint64_t kept_job(const struct ry_kept *kept, int peer, struct ry_sums_job *job);
+int kept_sum(struct ry_runner *runner, const struct ry_buffers *b, const struct ry_sums_job *jobs, int n,
+             struct ry_err *err);
 
 /* ---- checks.c ---- */
 

@@ -1,8 +1,8 @@
 /*
- * packed.c: the steps of a plan that pack and expand messages of distinct rows.
+ * packed.c: the steps of a plan that pack and expand messages of distinct rows, or sum rows to such messages.
  *
  * Owns: whether such a step may be carried out, and collecting those that follow each other into as few launches as can
- * be. Not: the kernels (rows.c), what was found to pack (scan.c), which messages go packed (plan/dedup.c).
+ * be. Not: the kernels (rows.c, sums.c), what was found to pack (scan.c) or kept to sum by (kept.c), which messages go packed (plan/dedup.c).
  */
 #include "internal.h"
 
@@ -60,31 +60,35 @@ int packed_check(const struct ry_runner *r, const struct ry_plan *plan, const st
 {
     if (!r->rows)
         return ry_fail(err, "Railyard's kernels are not loaded");
-    return s->kind == RY_STEP_PACK ? check_pack(r, plan, b, s, err) : check_expand(r, plan, b, s, err);
+    return s->kind == RY_STEP_PACK  ? check_pack(r, plan, b, s, err)
+           : s->kind == RY_STEP_SUM ? kept_check(r, plan, b, s, err)
+                                    : check_expand(r, plan, b, s, err);
 }
 
 /* ---- doing it ---- */
 
-void packed_start(struct packed *p, struct ry_runner *r, void *stream)
+void packed_start(struct packed *p, struct ry_runner *r, const struct ry_buffers *b)
 {
     p->runner = r;
-    p->stream = stream;
-    p->npacks = p->npieces = 0;
+    p->buffers = b;
+    p->npacks = p->npieces = p->nsums = 0;
 }
 
 int packed_flush(struct packed *p, struct ry_err *err)
 {
-    int packs = p->npacks, pieces = p->npieces;
-    p->npacks = p->npieces = 0;
-    if (packs && ry_rows_pack(p->runner->rows, p->pack, packs, p->stream, err))
+    int packs = p->npacks, pieces = p->npieces, sums = p->nsums;
+    p->npacks = p->npieces = p->nsums = 0;
+    if (packs && ry_rows_pack(p->runner->rows, p->pack, packs, p->buffers->stream, err))
         return -1;
-    return pieces ? ry_rows_expand(p->runner->rows, p->piece, pieces, p->stream, err) : 0;
+    if (sums && kept_sum(p->runner, p->buffers, p->sum, sums, err))
+        return -1;
+    return pieces ? ry_rows_expand(p->runner->rows, p->piece, pieces, p->buffers->stream, err) : 0;
 }
 
 /* Messages of one exchange lie apart: steps that pack never depend on each other. */
 int packed_pack(struct packed *p, int node, void *message, struct ry_err *err)
 {
-    if ((p->npieces || p->npacks == PACKED) && packed_flush(p, err))
+    if ((p->npieces || p->nsums || p->npacks == PACKED) && packed_flush(p, err))
         return -1;
     p->pack[p->npacks++] = (struct ry_rows_packing){node, message};
     return 0;
@@ -98,7 +102,7 @@ static bool meet(const void *a, uint64_t a_bytes, const void *b, uint64_t b_byte
 /* Those of one launch are written in no order, so none may write what another reads or writes. */
 int packed_expand(struct packed *p, const struct ry_rows_piece *piece, uint64_t message_bytes, struct ry_err *err)
 {
-    bool depends = p->npacks || p->npieces == PACKED;
+    bool depends = p->npacks || p->nsums || p->npieces == PACKED;
     for (int i = 0; i < p->npieces && !depends; i++)
         depends = meet(p->piece[i].to, p->piece[i].bytes, piece->to, piece->bytes) ||
                   meet(p->piece[i].to, p->piece[i].bytes, piece->message, message_bytes) ||
@@ -107,5 +111,23 @@ int packed_expand(struct packed *p, const struct ry_rows_piece *piece, uint64_t 
         return -1;
     p->message_bytes[p->npieces] = message_bytes;
     p->piece[p->npieces++] = *piece;
+    return 0;
+}
+
+/* As with pieces. */
+int packed_sum(struct packed *p, int peer, const void *from, void *to, uint64_t bytes, struct ry_err *err)
+{
+    struct ry_sums_job job = {.from = from, .to = to};
+    uint64_t rows = kept_job(p->buffers->kept, peer, &job);
+    bool depends = p->npacks || p->npieces || p->nsums == PACKED;
+    for (int i = 0; i < p->nsums && !depends; i++)
+        depends = meet(p->sum[i].to, p->sum_bytes[i][1], to, bytes) ||
+                  meet(p->sum[i].to, p->sum_bytes[i][1], from, rows) ||
+                  meet(p->sum[i].from, p->sum_bytes[i][0], to, bytes);
+    if (depends && packed_flush(p, err))
+        return -1;
+    p->sum_bytes[p->nsums][0] = rows;
+    p->sum_bytes[p->nsums][1] = bytes;
+    p->sum[p->nsums++] = job;
     return 0;
 }

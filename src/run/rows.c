@@ -33,7 +33,7 @@ struct answers {
     const struct ry_device *device;
     struct ry_event *used;
     int nnodes;
-    volatile uint64_t *word; /* [1 + 2 nnodes]: errors, distinct, zero */
+    volatile uint64_t *word; /* [2 + 2 nnodes]: errors, extremes, distinct, zero */
 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct answers *idle;
@@ -53,6 +53,7 @@ struct ry_rows {
     uint64_t *nrows;  /* [nnodes]: of the last scan */
     uint64_t *copies; /* [2 nnodes]: the answers, for the caller */
     bool known;       /* they are there */
+    bool counted;     /* copies of rows as well */
     void *memory;
     uint64_t capacity, held;  /* rows, bytes */
     struct ry_rows_scan scan; /* of the last scan; addresses from ry_rows_grow() */
@@ -89,7 +90,7 @@ static struct answers *take_answers(const struct ry_device *device, int nnodes, 
         free(a);
         return NULL;
     }
-    if (device->pinned_alloc(&word, (1 + 2 * (size_t)nnodes) * sizeof *a->word, err)) {
+    if (device->pinned_alloc(&word, (2 + 2 * (size_t)nnodes) * sizeof *a->word, err)) {
         device->event_destroy(a->used);
         free(a);
         return NULL;
@@ -141,13 +142,14 @@ struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nra
     }
     rows->device = device;
     rows->nnodes = -1;
-    if (!device->prepare(ordinal, &rows_kernels, err) && !device->event_create_untimed(&rows->found, err))
+    if (!device->prepare(ordinal, &rows_kernels, err) && !device->prepare(ordinal, &sums_kernels, err) &&
+        !device->event_create_untimed(&rows->found, err))
         rows->answers = take_answers(device, nnodes > RY_ROWS_NODES ? nnodes : RY_ROWS_NODES, err);
     if (!rows->answers || ry_rows_layout(rows, nranks, nnodes, node, err)) {
         ry_rows_free(rows);
         return NULL;
     }
-    memset((void *)(uintptr_t)rows->answers->word, 0, (1 + 2 * (size_t)nnodes) * sizeof *rows->answers->word);
+    memset((void *)(uintptr_t)rows->answers->word, 0, (2 + 2 * (size_t)nnodes) * sizeof *rows->answers->word);
     ry_rows_for_tests(rows, ~UINT64_C(0), ~UINT64_C(0), 0);
     return rows;
 }
@@ -211,13 +213,12 @@ uint64_t ry_rows_capacity(const struct ry_rows *rows)
     return rows->capacity;
 }
 
-/* What this scanner does next comes after what it did last, whatever the streams. */
-static int enter(struct ry_rows *rows, void *stream, struct ry_err *err)
+int rows_enter(struct ry_rows *rows, void *stream, struct ry_err *err)
 {
     return rows->used ? rows->device->stream_wait(stream, rows->answers->used, err) : 0;
 }
 
-static int leave(struct ry_rows *rows, void *stream, struct ry_err *err)
+int rows_leave(struct ry_rows *rows, void *stream, struct ry_err *err)
 {
     rows->used = true;
     return rows->device->event_record(rows->answers->used, stream, err);
@@ -291,7 +292,7 @@ int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_e
     if (nrows > RY_ROWS_MOST)
         return ry_fail(err, "%llu rows are beyond the %llu of a scan", (unsigned long long)nrows,
                        (unsigned long long)RY_ROWS_MOST);
-    if (enter(rows, stream, err))
+    if (rows_enter(rows, stream, err))
         return -1;
     uint64_t capacity = capacity_for(nrows), bytes = ry_rows_memory(rows, nrows);
     void *memory;
@@ -304,13 +305,13 @@ int ry_rows_grow(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_e
     rows->capacity = capacity;
     rows->held = bytes;
     rows->scanned = false;
-    return leave(rows, stream, err);
+    return rows_leave(rows, stream, err);
 }
 
 /* ---- scan ---- */
 
-static int launch(const struct ry_rows *rows, struct ry_kernel *kernel, uint64_t threads, const void *param,
-                  void *stream, struct ry_err *err)
+int rows_launch(const struct ry_rows *rows, struct ry_kernel *kernel, uint64_t threads, const void *param, void *stream,
+                struct ry_err *err)
 {
     uint64_t blocks = (threads + RY_ROWS_BLOCK - 1) / RY_ROWS_BLOCK;
     return rows->device->launch(kernel, blocks < rows->blocks ? (unsigned)blocks : rows->blocks, RY_ROWS_BLOCK, param,
@@ -326,14 +327,14 @@ static int put(const struct ry_rows *rows, const struct ry_rows_scan *s, size_t 
         p.n = n - done < RY_ROWS_PUT ? n - done : RY_ROWS_PUT;
         p.to = s->npending + done * 8;
         memcpy(p.word, rows->host + done, p.n * 8);
-        if (launch(rows, &rows_put, p.n > p.nfill ? p.n : p.nfill, &p, stream, err))
+        if (rows_launch(rows, &rows_put, p.n > p.nfill ? p.n : p.nfill, &p, stream, err))
             return -1;
     }
     return 0;
 }
 
 /* As few threads as have all of a row under way at once: a warp then waits for several rows together. */
-static uint32_t lanes_for(uint64_t row_bytes)
+uint32_t rows_lanes_for(uint64_t row_bytes)
 {
     uint64_t words = (row_bytes + 15) / 16, all = (words + RY_ROWS_DEEP - 1) / RY_ROWS_DEEP;
     if (all < 4) /* threads side by side should still reach whole lines of memory */
@@ -370,7 +371,7 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
     s->tiles_per_node = tiles ? (uint32_t)tiles : 1;
     s->row_bytes = in->row_bytes;
     s->nnodes = (uint32_t)rows->nnodes;
-    s->lanes = lanes_for(in->row_bytes);
+    s->lanes = rows_lanes_for(in->row_bytes);
     s->batch = 32 / s->lanes;
     while (s->batch < 32 && s->nrows > (uint64_t)s->batch * (RY_ROWS_BLOCK / 32) * rows->blocks)
         s->batch *= 2;
@@ -378,6 +379,19 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
     while ((UINT64_C(1) << s->table_bits) < 2 * s->nrows)
         s->table_bits++;
     return 1 + (size_t)((uint64_t *)(segment + s->nsegments) - (uint64_t *)node);
+}
+
+/* What the table and the tiles were for is over by then. */
+static int count_copies(struct ry_rows *rows, const struct ry_rows_scan *s, void *stream, struct ry_err *err)
+{
+    void *table = (void *)(uintptr_t)s->table, *extremes = (void *)(uintptr_t)s->tiles;
+    return rows->device->fill(extremes, 0, sizeof(uint64_t), stream, err) ||
+                   (s->nrows && (rows->device->fill(table, 0, s->nrows * sizeof(uint32_t), stream, err) ||
+                                 rows_launch(rows, &rows_tally, s->nrows, s, stream, err) ||
+                                 rows_launch(rows, &rows_extremes, s->nrows, s, stream, err))) ||
+                   rows->device->copy((void *)(uintptr_t)(rows->answers->word + 1), extremes, sizeof(uint64_t), stream, err)
+               ? -1
+               : 0;
 }
 
 int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *stream, struct ry_err *err)
@@ -389,23 +403,24 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
     if (!rows->memory || s.nrows > rows->capacity)
         return ry_fail(err, "%llu rows are more than the %llu that there is memory for", (unsigned long long)s.nrows,
                        (unsigned long long)rows->capacity);
-    s.found = (uint64_t)(uintptr_t)(rows->answers->word + 1);
+    s.found = (uint64_t)(uintptr_t)(rows->answers->word + 2);
     rows->scanned = false;
     uint64_t tiles = (uint64_t)s.nnodes * s.tiles_per_node;
     uint64_t table = s.nrows ? sizeof(struct ry_rows_slot) << s.table_bits : 0;
-    if (enter(rows, stream, err) || put(rows, &s, words, table, stream, err))
+    if (rows_enter(rows, stream, err) || put(rows, &s, words, table, stream, err))
         return -1;
-    if (s.nrows && (launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
-                    launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
-                    launch(rows, &rows_recompare, s.nrows * s.lanes, &s, stream, err) ||
-                    launch(rows, &rows_count, tiles * 32, &s, stream, err)))
+    if (s.nrows && (rows_launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
+                    rows_launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
+                    rows_launch(rows, &rows_recompare, s.nrows * s.lanes, &s, stream, err) ||
+                    rows_launch(rows, &rows_count, tiles * 32, &s, stream, err)))
         return -1;
-    if (launch(rows, &rows_number, tiles * 32, &s, stream, err) ||
-        rows->device->event_record(rows->found, stream, err) || leave(rows, stream, err))
+    if (rows_launch(rows, &rows_number, tiles * 32, &s, stream, err) ||
+        (in->copies && count_copies(rows, &s, stream, err)) || rows->device->event_record(rows->found, stream, err) || rows_leave(rows, stream, err))
         return -1;
     rows->scan = s;
     rows->scanned = true;
     rows->known = false;
+    rows->counted = in->copies;
     for (int n = 0; n < rows->nnodes; n++)
         rows->nrows[n] = ((struct ry_rows_node *)(rows->host + 1))[n].rows;
     return 0;
@@ -433,9 +448,14 @@ int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
     for (int i = 0; i < 2 * rows->nnodes; i++)
-        rows->copies[i] = rows->answers->word[1 + i];
+        rows->copies[i] = rows->answers->word[2 + i];
     rows->known = true;
+    uint64_t extremes = rows->answers->word[1];
     *found = (struct ry_rows_found){.rows = rows->nrows, .distinct = rows->copies, .zero = rows->copies + rows->nnodes};
+    if (rows->counted && (uint32_t)extremes) {
+        found->most = (uint32_t)extremes;
+        found->least = (uint32_t) ~(extremes >> 32);
+    }
     return 0;
 }
 
@@ -482,7 +502,7 @@ static uint64_t chunks_of(uint64_t row_bytes)
 static int pack_some(struct ry_rows *rows, struct ry_rows_pack *p, void *stream, struct ry_err *err)
 {
     uint64_t units = p->first_distinct[p->n] * chunks_of(p->scan.row_bytes) * p->scan.lanes, list = p->first_row[p->n];
-    int rc = p->n ? launch(rows, &rows_pack, units > list ? units : list, p, stream, err) : 0;
+    int rc = p->n ? rows_launch(rows, &rows_pack, units > list ? units : list, p, stream, err) : 0;
     p->n = 0;
     return rc;
 }
@@ -496,7 +516,7 @@ int ry_rows_pack(struct ry_rows *rows, const struct ry_rows_packing *packings, i
         if ((uintptr_t)packings[i].message % 16)
             return ry_fail(err, "a message at %p, which is no multiple of 16", packings[i].message);
     }
-    if (enter(rows, stream, err))
+    if (rows_enter(rows, stream, err))
         return -1;
     for (int i = 0; i < n; i++) {
         uint32_t node = (uint32_t)packings[i].node, nrows = (uint32_t)rows->nrows[node];
@@ -510,7 +530,7 @@ int ry_rows_pack(struct ry_rows *rows, const struct ry_rows_packing *packings, i
         p.first_distinct[p.n + 1] = p.first_distinct[p.n] + (rows->known ? (uint32_t)rows->copies[node] : nrows);
         p.n++;
     }
-    return pack_some(rows, &p, stream, err) ? -1 : leave(rows, stream, err);
+    return pack_some(rows, &p, stream, err) ? -1 : rows_leave(rows, stream, err);
 }
 
 static uint64_t rows_in(const struct ry_rows_piece *piece)
@@ -521,14 +541,14 @@ static uint64_t rows_in(const struct ry_rows_piece *piece)
 static int expand_some(struct ry_rows *rows, struct ry_rows_expand *e, void *stream, struct ry_err *err)
 {
     uint64_t units = e->first_row[e->n] * chunks_of(e->row_bytes);
-    int rc = e->n ? launch(rows, &rows_expand, units * e->lanes, e, stream, err) : 0;
+    int rc = e->n ? rows_launch(rows, &rows_expand, units * e->lanes, e, stream, err) : 0;
     e->n = 0;
     return rc;
 }
 
 int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int n, void *stream, struct ry_err *err)
 {
-    struct ry_rows_expand e = {.errors = (uint64_t)(uintptr_t)rows->answers->word};
+    struct ry_rows_expand e = {.errors = rows_errors_at(rows)};
     for (int i = 0; i < n; i++) {
         const struct ry_rows_piece *p = &pieces[i];
         if (!p->row_bytes)
@@ -538,7 +558,7 @@ int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int
         if (rows_in(p) > RY_ROWS_MOST || p->skip > RY_ROWS_MOST || p->distinct > RY_ROWS_MOST)
             return ry_fail(err, "piece %d: a message of more than %llu rows", i, (unsigned long long)RY_ROWS_MOST);
     }
-    if (enter(rows, stream, err))
+    if (rows_enter(rows, stream, err))
         return -1;
     for (int i = 0; i < n; i++) {
         const struct ry_rows_piece *p = &pieces[i];
@@ -549,7 +569,7 @@ int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int
             expand_some(rows, &e, stream, err))
             return -1;
         e.row_bytes = p->row_bytes;
-        e.lanes = lanes_for(p->row_bytes);
+        e.lanes = rows_lanes_for(p->row_bytes);
         e.message[e.n] = (uint64_t)(uintptr_t)p->message;
         e.distinct[e.n] = (uint32_t)p->distinct;
         e.skip[e.n] = (uint32_t)p->skip;
@@ -558,7 +578,17 @@ int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int
         e.first_row[e.n + 1] = e.first_row[e.n] + count;
         e.n++;
     }
-    return expand_some(rows, &e, stream, err) ? -1 : leave(rows, stream, err);
+    return expand_some(rows, &e, stream, err) ? -1 : rows_leave(rows, stream, err);
+}
+
+const struct ry_device *rows_device(const struct ry_rows *rows)
+{
+    return rows->device;
+}
+
+uint64_t rows_errors_at(const struct ry_rows *rows)
+{
+    return (uint64_t)(uintptr_t)rows->answers->word;
 }
 
 uint64_t ry_rows_expand_errors(struct ry_rows *rows)

@@ -6,16 +6,9 @@
  * no barrier of a block. Nothing that one thread does first shows in the result: the table keeps the least row of each
  * key wherever its slot came to lie, and the list of pending rows is worked off in any order.
  */
-#include "rows_kernels.h"
+#include "rows.cuh"
 
-#include "words.cuh"
-
-#define FULL 0xffffffffu
 #define DEEP RY_ROWS_DEEP
-
-typedef unsigned long long ull;
-
-#define AT(type, address) ((type *)(address))
 
 /* A row, and its segment's ends, beyond which nothing may be read. */
 struct span {
@@ -85,16 +78,6 @@ static __device__ uint32_t insert(const ry_rows_scan &s, uint64_t key, uint64_t 
 }
 
 /* ---- the threads of a launch ---- */
-
-static __device__ uint64_t thread_of(void)
-{
-    return (uint64_t)blockIdx.x * RY_ROWS_BLOCK + threadIdx.x;
-}
-
-static __device__ uint64_t threads(void)
-{
-    return (uint64_t)gridDim.x * RY_ROWS_BLOCK;
-}
 
 /* The lanes that share a row with this one. */
 static __device__ uint32_t mates(uint32_t lanes)
@@ -327,6 +310,36 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_number_rows(const
     }
 }
 
+/* How often each distinct row occurs, where the table was: zeros yet. Those of zero bytes are not counted. */
+extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_tally_rows(const __grid_constant__ ry_rows_scan s)
+{
+    for (uint64_t row = thread_of(); row < s.nrows; row += threads())
+        if (!(AT(const uint8_t, s.state)[row] & RY_ROWS_ZERO))
+            atomicAdd(AT(uint32_t, s.table) + AT(const uint32_t, s.where)[row], 1u);
+}
+
+/* The most and, as its complement, the least of them, where the tiles were. */
+extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_extremes_of_rows(const __grid_constant__ ry_rows_scan s)
+{
+    uint32_t most = 0, not_least = 0;
+    for (uint64_t row = thread_of(); row < s.nrows; row += threads()) {
+        uint32_t times = AT(const uint32_t, s.table)[row];
+        if (times) { /* the first of its equals */
+            most = times > most ? times : most;
+            not_least = ~times > not_least ? ~times : not_least;
+        }
+    }
+    for (uint32_t x = 16; x; x /= 2) {
+        uint32_t a = __shfl_xor_sync(FULL, most, x), b = __shfl_xor_sync(FULL, not_least, x);
+        most = a > most ? a : most;
+        not_least = b > not_least ? b : not_least;
+    }
+    if (threadIdx.x % 32 == 0 && most) {
+        atomicMax(AT(uint32_t, s.tiles), most);
+        atomicMax(AT(uint32_t, s.tiles) + 1, not_least);
+    }
+}
+
 /* n bytes by `lanes` threads; `from` may be read between `low` and `high`. */
 static __device__ void copy(byte *to, const byte *from, uint32_t n, const byte *low, const byte *high, uint32_t lanes)
 {
@@ -349,20 +362,6 @@ static __device__ void copy(byte *to, const byte *from, uint32_t n, const byte *
             if (w + k * lanes < words)
                 ((uint4 *)to)[w + k * lanes] = v[k];
     }
-}
-
-/* Which of `n` ranges, the first of each given in order, `i` lies in. */
-static __device__ uint32_t range_of(const uint32_t *first, uint32_t n, uint32_t i)
-{
-    uint32_t low = 0, high = n;
-    while (high - low > 1) {
-        uint32_t middle = (low + high) / 2;
-        if (first[middle] <= i)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
 }
 
 extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_pack_rows(const __grid_constant__ struct ry_rows_pack p)

@@ -58,6 +58,7 @@ struct ry_rows_input {
     const uint64_t *send_bytes; /* [nranks] */
     uint64_t row_bytes;         /* > 0 */
     const bool *scan_node;      /* [nnodes]: nodes to look at; NULL: all */
+    bool copies;                /* count how often rows occur, too */
 };
 /** Enqueue the search. -1 with `err`: too many rows for the capacity, or the device refused. */
 int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *stream, struct ry_err *err);
@@ -66,6 +67,8 @@ struct ry_rows_found {
     const uint64_t *rows;     /* [nnodes] rows sent to each node (of nodes scanned; 0 for others) */
     const uint64_t *distinct; /* [nnodes] of them distinct */
     const uint64_t *zero;     /* [nnodes] of them all zero bytes: padding, as a rule */
+    uint64_t least, most;     /* copies of a distinct row on its node, over all nodes but without rows of zero bytes. 0 and 0
+                                 if there are none, or they were not to be counted */
 };
 /** Is the search over? Never blocks. */
 bool ry_rows_found_ready(struct ry_rows *rows);

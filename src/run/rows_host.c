@@ -160,6 +160,27 @@ static void host_number(const void *param)
     }
 }
 
+static void host_tally(const void *param)
+{
+    const struct ry_rows_scan *s = param;
+    for (uint64_t r = 0; r < s->nrows; r++)
+        if (!(AT(const uint8_t, s->state)[r] & RY_ROWS_ZERO))
+            AT(uint32_t, s->table)[AT(const uint32_t, s->where)[r]]++;
+}
+
+static void host_extremes(const void *param)
+{
+    const struct ry_rows_scan *s = param;
+    uint32_t *result = AT(uint32_t, s->tiles);
+    for (uint64_t r = 0; r < s->nrows; r++) {
+        uint32_t times = AT(const uint32_t, s->table)[r];
+        if (times && times > result[0])
+            result[0] = times;
+        if (times && ~times > result[1])
+            result[1] = ~times;
+    }
+}
+
 static void pack_one(const struct ry_rows_scan *s, const struct ry_rows_node *node, uint64_t message)
 {
     const uint32_t *where = AT(uint32_t, s->where), *index = AT(uint32_t, s->index), *order = AT(uint32_t, s->order);
@@ -206,6 +227,8 @@ struct ry_kernel rows_compare = {.name = "ry_compare_rows", .host = host_compare
 struct ry_kernel rows_recompare = {.name = "ry_recompare_rows", .host = host_recompare};
 struct ry_kernel rows_count = {.name = "ry_count_rows", .host = host_count};
 struct ry_kernel rows_number = {.name = "ry_number_rows", .host = host_number};
+struct ry_kernel rows_tally = {.name = "ry_tally_rows", .host = host_tally};
+struct ry_kernel rows_extremes = {.name = "ry_extremes_of_rows", .host = host_extremes};
 struct ry_kernel rows_pack = {.name = "ry_pack_rows", .host = host_pack};
 struct ry_kernel rows_expand = {.name = "ry_expand_rows", .host = host_expand};
 
@@ -218,6 +241,6 @@ extern const unsigned long long ry_rows_fatbin[]; /* made from rows.cu by nvcc *
 const struct ry_kernels rows_kernels = {
     .image = ry_rows_fatbin,
     .kernel = (struct ry_kernel *const[]){&rows_put, &rows_sample, &rows_compare, &rows_recompare, &rows_count,
-                                          &rows_number, &rows_pack, &rows_expand},
-    .n = 8,
+                                          &rows_number, &rows_tally, &rows_extremes, &rows_pack, &rows_expand},
+    .n = 10,
 };

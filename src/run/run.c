@@ -2,7 +2,7 @@
  * run.c: a plan's steps as NCCL calls and device copies, in stream order.
  *
  * Owns: the runner, ry_run(), and whether buffers allow it. Not: staging memory (staging.c), many copies in one launch
- * (batch.c), packed messages (packed.c), verify mode (checks.c).
+ * (batch.c), packed messages (packed.c), sums (kept.c), verify mode (checks.c).
  */
 #include "internal.h"
 
@@ -179,10 +179,13 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
     for (int i = 0; i < plan->nsteps; i++) {
         const struct ry_step *s = &plan->steps[i];
         struct ry_err why;
-        if (s->kind == RY_STEP_PACK || s->kind == RY_STEP_EXPAND) {
+        if (s->kind == RY_STEP_PACK || s->kind == RY_STEP_EXPAND || s->kind == RY_STEP_SUM) {
             if (packed_check(r, plan, b, s, &why))
-                return ry_fail(err, "step %d of the plan, which %s a message: %s", i,
-                               s->kind == RY_STEP_PACK ? "packs" : "expands", why.msg);
+                return ry_fail(err, "step %d of the plan, which %s: %s", i,
+                               s->kind == RY_STEP_PACK  ? "packs a message"
+                               : s->kind == RY_STEP_SUM ? "sums rows"
+                                                        : "expands a message",
+                               why.msg);
             continue;
         }
         bool reads = s->kind != RY_STEP_RECV, writes = s->kind != RY_STEP_SEND;
@@ -203,18 +206,18 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
  */
 struct copying {
     struct batch batch;
-    struct packed packed; /* messages to pack count as copies; if there are pieces to expand, there is nothing else */
+    struct packed packed; /* messages to pack count as copies; beside pieces to expand, or sums, there is nothing else */
     bool reads[3], writes[3]; /* by enum ry_place */
     uint64_t stage_end;
 };
 
-static void start_batch(struct copying *c, struct ry_runner *r, void *stream)
+static void start_batch(struct copying *c, struct ry_runner *r, const struct ry_buffers *b)
 {
     memset(c->reads, 0, sizeof c->reads);
     memset(c->writes, 0, sizeof c->writes);
     c->stage_end = 0;
-    batch_start_copy(&c->batch, r, stream);
-    packed_start(&c->packed, r, stream);
+    batch_start_copy(&c->batch, r, b->stream);
+    packed_start(&c->packed, r, b);
 }
 
 static int end_batch(struct copying *c, struct ry_err *err)
@@ -231,7 +234,8 @@ static int join(struct copying *c, const struct ry_step *s, enum ry_place from, 
 {
     enum ry_place to = s->to.place;
     bool overlaps = to == RY_AT_STAGE && s->to.offset < c->stage_end;
-    if ((overlaps || c->writes[from] || c->reads[to] || c->packed.npieces) && end_batch(c, err))
+    if ((overlaps || c->writes[from] || c->reads[to] || c->packed.npieces ||
+         c->packed.nsums) && end_batch(c, err))
         return -1;
     c->reads[from] = true;
     c->writes[to] = true;
@@ -267,6 +271,14 @@ static int expand(struct copying *c, struct ry_runner *r, const struct ry_buffer
                                   .bytes = s->bytes,
                                   .to = address(r, b, &s->to)};
     return packed_expand(&c->packed, &piece, ry_rows_message_bytes(piece.row_bytes, piece.distinct, s->rows), err);
+}
+
+static int sum(struct copying *c, struct ry_runner *r, const struct ry_buffers *b, const struct ry_step *s,
+               struct ry_err *err)
+{
+    if (!c->packed.nsums && end_batch(c, err))
+        return -1;
+    return packed_sum(&c->packed, s->peer, address(r, b, &s->from), address(r, b, &s->to), s->bytes, err);
 }
 
 static bool is_transfer(const struct ry_step *s)
@@ -320,7 +332,7 @@ int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buff
         return -1;
     if (plan->stage_bytes && staging_enter(r, b->stream, err))
         return -1;
-    start_batch(&copying, r, b->stream);
+    start_batch(&copying, r, b);
     int rc = 0;
     for (int i = 0; i < plan->nsteps && !rc && !*result;) {
         const struct ry_step *s = &plan->steps[i];
@@ -332,6 +344,7 @@ int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buff
         }
         rc = s->kind == RY_STEP_COPY   ? copy(&copying, r, b, s, err)
              : s->kind == RY_STEP_PACK ? pack(&copying, r, b, s, err)
+             : s->kind == RY_STEP_SUM  ? sum(&copying, r, b, s, err)
                                        : expand(&copying, r, b, s, err);
         i++;
     }

@@ -1,7 +1,7 @@
 /*
- * scan.c: looking for equal rows in what an exchange sends to other nodes.
+ * scan.c: looking for equal rows in what an exchange sends to other nodes, and for how often they occur in all of it.
  *
- * Owns: the runner's scanner and its memory, which counts against the limit of the process as staging memory does; what
+ * Owns: the runner's scanners and their memory, which counts against the limit of the process as staging memory does; what
  * was found; telling of damage that expanding met. Not: how rows are found (rows.c), whether to look (the policy).
  */
 #include "internal.h"
@@ -17,6 +17,8 @@ void scan_prepare(struct ry_runner *r, int ordinal)
     r->rows = ry_rows_new(r->device, ordinal, 0, 0, NULL, &why);
     if (!r->rows)
         ry_info("equal rows cannot be looked for: %s", why.msg);
+    else if (!(r->all_rows = ry_rows_new(r->device, ordinal, 0, 0, NULL, &why)))
+        ry_info("how often rows occur cannot be told: %s", why.msg);
 }
 
 void scan_free(struct ry_runner *r)
@@ -24,9 +26,11 @@ void scan_free(struct ry_runner *r)
     if (!r->rows)
         return;
     scan_damage(r);
-    uint64_t held = ry_rows_held(r->rows);
+    uint64_t held = ry_rows_held(r->rows) + (r->all_rows ? ry_rows_held(r->all_rows) : 0);
     ry_rows_free(r->rows);
+    ry_rows_free(r->all_rows);
     staging_unreserve(held);
+    free(r->one_node);
     free(r->scan.repeats);
     free(r->scan.rows);
     free(r->scan.scan_node);
@@ -74,23 +78,23 @@ static int lay_out(struct ry_runner *r, const struct ry_cluster *map, struct ry_
 }
 
 /* Room for `nrows` and some more, since sizes of exchanges differ a little, or at least for them. */
-static int make_room(struct ry_runner *r, uint64_t nrows, void *stream, struct ry_err *err)
+static int make_room(struct ry_rows *rows, uint64_t nrows, void *stream, struct ry_err *err)
 {
-    uint64_t had = ry_rows_held(r->rows);
-    if (had && nrows <= ry_rows_capacity(r->rows))
+    uint64_t had = ry_rows_held(rows);
+    if (had && nrows <= ry_rows_capacity(rows))
         return 0;
     for (uint64_t want = nrows + nrows / 4;; want = nrows) {
-        uint64_t more = ry_rows_memory(r->rows, want) - had;
+        uint64_t more = ry_rows_memory(rows, want) - had;
         if (want <= RY_ROWS_MOST) {
             if (!staging_reserve(more)) {
                 ry_fail(
                     err,
                     "%llu bytes more are needed to look for equal rows, beyond what is left: raise RAILYARD_STAGING",
                     (unsigned long long)more);
-            } else if (!ry_rows_grow(r->rows, want, stream, err)) {
+            } else if (!ry_rows_grow(rows, want, stream, err)) {
                 return 0;
             } else {
-                staging_unreserve(had + more - ry_rows_held(r->rows));
+                staging_unreserve(had + more - ry_rows_held(rows));
             }
         }
         if (want == nrows)
@@ -121,7 +125,7 @@ int ry_run_scan(struct ry_runner *r, const struct ry_cluster *map, const struct 
                 return ry_fail(err, "more than %llu rows of %llu bytes", (unsigned long long)RY_ROWS_MOST,
                                (unsigned long long)row_bytes);
         }
-    if (make_room(r, nrows, b->stream, err))
+    if (make_room(r->rows, nrows, b->stream, err))
         return -1;
     struct ry_rows_input in = {
         .send = b->send, .send_bytes = b->send_bytes, .row_bytes = row_bytes, .scan_node = r->scan.scan_node};
@@ -163,4 +167,55 @@ bool scan_says(const struct ry_runner *r, int node, struct ry_repeats repeats, u
 {
     return r->scan.known && node >= 0 && node < r->scan.count && repeats.row_bytes == r->scan.repeats[node].row_bytes &&
            repeats.distinct == r->scan.repeats[node].distinct && rows == r->scan.rows[node];
+}
+
+/* ---- copies ---- */
+
+/* All ranks on one node. */
+static int one_node(struct ry_runner *r, int nranks, struct ry_err *err)
+{
+    if (nranks > r->one_node_ranks) {
+        int *node = calloc((size_t)nranks, sizeof *node);
+        if (!node)
+            return ry_fail(err, "out of memory for %d ranks", nranks);
+        free(r->one_node);
+        r->one_node = node;
+        r->one_node_ranks = nranks;
+    }
+    uint64_t held = ry_rows_held(r->all_rows);
+    if (ry_rows_layout(r->all_rows, nranks, 1, r->one_node, err))
+        return -1;
+    staging_unreserve(held - ry_rows_held(r->all_rows));
+    return 0;
+}
+
+int ry_run_copies(struct ry_runner *r, const struct ry_buffers *b, uint64_t row_bytes, struct ry_err *err)
+{
+    uint64_t nrows = 0;
+    r->counting = false;
+    if (!r->all_rows)
+        return ry_fail(err, "Railyard's kernels are not loaded");
+    if (!row_bytes)
+        return ry_fail(err, "rows of no bytes");
+    for (int p = 0; p < b->nranks; p++) {
+        nrows += ry_rows_of(b->send_bytes[p], row_bytes);
+        if (nrows > RY_ROWS_MOST)
+            return ry_fail(err, "more than %llu rows of %llu bytes", (unsigned long long)RY_ROWS_MOST,
+                           (unsigned long long)row_bytes);
+    }
+    struct ry_rows_input in = {.send = b->send, .send_bytes = b->send_bytes, .row_bytes = row_bytes, .copies = true};
+    if (one_node(r, b->nranks, err) || make_room(r->all_rows, nrows, b->stream, err) ||
+        ry_rows_scan(r->all_rows, &in, b->stream, err))
+        return -1;
+    r->counting = true;
+    return 0;
+}
+
+bool ry_run_copies_over(struct ry_runner *r, struct ry_copies *copies)
+{
+    struct ry_rows_found found;
+    if (!r->counting || !ry_rows_found_ready(r->all_rows) || ry_rows_found_wait(r->all_rows, &found, NULL))
+        return false;
+    *copies = (struct ry_copies){found.rows[0], found.distinct[0], found.zero[0], found.least, found.most};
+    return true;
 }

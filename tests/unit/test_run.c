@@ -119,7 +119,7 @@ static void telling_start(void)
 static const void *two_sends[] = {(void *)0x100000, (void *)0x200000};
 static void *two_recvs[] = {(void *)0x1000000000, (void *)0x3000000000};
 static const uint64_t two_bytes[] = {1000, HUGE};
-static const struct ry_buffers two = {2, 0, two_sends, two_recvs, two_bytes, two_bytes, NULL};
+static const struct ry_buffers two = {2, 0, two_sends, two_recvs, two_bytes, two_bytes, NULL, 0, NULL};
 
 static void run_told(struct ry_step *steps, int n, uint64_t stage, int rc, int result, const char *want)
 {
@@ -328,14 +328,14 @@ START_TEST(safe)
                     if ((k == 0 || p != q) && bytes[1][p] && bytes[k][q] && at[1][p] < at[k][q] + bytes[k][q] &&
                         at[k][q] < at[1][p] + bytes[1][p])
                         want = false;
-        struct ry_buffers b = {n, 0, (const void *const *)at[0], (void *const *)at[1], bytes[0], bytes[1], NULL};
+        struct ry_buffers b = {n, 0, (const void *const *)at[0], (void *const *)at[1], bytes[0], bytes[1], NULL, 0, NULL};
         if (ry_run_safe(&b) != want)
             ck_abort_msg("round %d: %d segments are %ssafe", round, n, want ? "" : "not ");
     }
     uint64_t one = 1;
     const void *null = NULL;
     void *some = &one;
-    ck_assert(!ry_run_safe(&(struct ry_buffers){1, 0, &null, &some, &one, &one, NULL}));
+    ck_assert(!ry_run_safe(&(struct ry_buffers){1, 0, &null, &some, &one, &one, NULL, 0, NULL}));
     sim_end();
 }
 END_TEST
@@ -418,7 +418,7 @@ static void *one_thread(void *arg)
     struct ry_step steps[] = {COPY(AT_STAGE(0), AT_SEND(0, 0), 3000), SEND(0, 0, AT_STAGE(0), 3000),
                               RECV(0, 0, AT_RECV(0, 0), 3000)};
     struct ry_plan plan = {.nranks = 1, .stage_bytes = 3000, .nsteps = 3, .steps = steps};
-    struct ry_buffers b = {1, 0, send, recv, bytes, bytes, NULL};
+    struct ry_buffers b = {1, 0, send, recv, bytes, bytes, NULL, 0, NULL};
     struct ry_mismatch bad;
     int result;
     memset(out, (int)(uintptr_t)arg, sizeof out);

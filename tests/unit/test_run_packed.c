@@ -80,7 +80,7 @@ static void start(void)
         t.recv[p] = t.bytes[p] ? t.memory + (size_t)(RANKS + p) * sizeof t.content[0] : NULL;
         ok(device->copy((void *)(uintptr_t)t.send[p], t.content[p], t.bytes[p], t.stream, &err));
     }
-    t.b = (struct ry_buffers){RANKS, 0, t.send, t.recv, t.bytes, t.bytes, t.stream};
+    t.b = (struct ry_buffers){RANKS, 0, t.send, t.recv, t.bytes, t.bytes, t.stream, 0, NULL};
     ok(ry_run_staging_grow(t.runner, M, t.stream, &err));
     *launched = 0;
 }

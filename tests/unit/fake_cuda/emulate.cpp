@@ -48,9 +48,15 @@ void atomicMin(unsigned long long *at, unsigned long long value)
         *at = value;
 }
 
-unsigned long long atomicAdd(unsigned long long *at, unsigned long long value)
+void atomicMax(unsigned *at, unsigned value)
 {
-    unsigned long long was = *at;
+    if (value > *at)
+        *at = value;
+}
+
+template <class T> T atomicAdd(T *at, T value)
+{
+    T was = *at;
     *at += value;
     return was;
 }
@@ -97,6 +103,8 @@ void __syncwarp(uint32_t mask)
 #define __CUDACC__
 #include "run/kernels.cu"
 #include "run/rows.cu"
+#undef DEEP
+#include "run/sums.cu"
 
 /* Every number below n once, in an order that is another one each time. */
 template <class F> static void in_any_order(unsigned n, F what)
@@ -146,6 +154,13 @@ void (*emulated(const char *name))(unsigned, unsigned, const void *)
         {"ry_recompare_rows", run_warps<ry_rows_scan, ry_recompare_rows>},
         {"ry_count_rows", run_warps<ry_rows_scan, ry_count_rows>},
         {"ry_number_rows", run_warps<ry_rows_scan, ry_number_rows>},
+        {"ry_tally_rows", run_warps<ry_rows_scan, ry_tally_rows>},
+        {"ry_extremes_of_rows", run_warps<ry_rows_scan, ry_extremes_of_rows>},
+        {"ry_list_rows", run_warps<struct ry_sums_keep, ry_list_rows>},
+        {"ry_place_rows", run_warps<struct ry_sums_keep, ry_place_rows>},
+        {"ry_fill_rows", run_warps<struct ry_sums_keep, ry_fill_rows>},
+        {"ry_order_rows", run_warps<struct ry_sums_keep, ry_order_rows>},
+        {"ry_sum_rows", run_warps<struct ry_sums_add, ry_sum_rows>},
         {"ry_pack_rows", run_warps<struct ry_rows_pack, ry_pack_rows>},
         {"ry_expand_rows", run_warps<struct ry_rows_expand, ry_expand_rows>},
     };
