@@ -462,13 +462,15 @@ static void other_types(void)
     finish(s);
 }
 
-/* Two layers under way at a time: of other splits, or of the same, which nobody can tell apart. */
+/* Two layers under way at a time: of other splits, or of the same, which nobody can tell apart; or of equal splits, where
+   the second looks like the return of the first. */
 static void nested(void)
 {
     struct side *s = begin();
     for (int i = 0; i < layers; i++) {
-        struct layer a = make_layer(s, (uint64_t)(2 * i), NOTHING_ODD, types[i % 3]);
-        struct layer b = i % 2 ? a : make_layer(s, (uint64_t)(2 * i + 1), NOTHING_ODD, types[i % 3]);
+        enum odd what = i % 4 == 3 ? EQUAL_SPLITS : NOTHING_ODD;
+        struct layer a = make_layer(s, (uint64_t)(2 * i), what, types[i % 3]);
+        struct layer b = i % 4 == 1 ? a : make_layer(s, (uint64_t)(2 * i + 1), what, types[i % 3]);
         dispatch(s, &a);
         dispatch(s, &b);
         if (i % 4 < 2) {
