@@ -34,7 +34,7 @@ struct ry_directions {
     struct {
         uint64_t number, sent, received; /* hashes of the counts */
         bool doubtful;                   /* another of the same counts was out at the same time */
-    } gone[RY_GONE];             /* not answered yet, the latest last */
+    } gone[RY_GONE];                     /* not answered yet, the latest last */
 };
 
 /* What a return answers. */
@@ -46,6 +46,7 @@ struct ry_answered {
 
 /** Exchange `number`, in elements of `type_bytes` for each of `nranks` peers. */
 enum ry_direction ry_directions_see(struct ry_directions *d, uint64_t number, const uint64_t *send,
-                                    const uint64_t *recv, int nranks, uint32_t type_bytes, struct ry_answered *answered);
+                                    const uint64_t *recv, int nranks, uint32_t type_bytes,
+                                    struct ry_answered *answered);
 
 #endif

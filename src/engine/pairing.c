@@ -23,8 +23,8 @@ int ry_combine_parse(const char *text, struct ry_combine *out, struct ry_err *er
         out->sum = true;
         return 0;
     }
-    return ry_fail(err, "'%.40s' is none of exact, sum, and sum:K, K (2 to %d) being how many experts a token goes to", text,
-                   RY_COPIES_MOST);
+    return ry_fail(err, "'%.40s' is none of exact, sum, and sum:K, K (2 to %d) being how many experts a token goes to",
+                   text, RY_COPIES_MOST);
 }
 
 /* ---- what is remembered ---- */

@@ -3,8 +3,8 @@
  *
  * Owns: RAILYARD_COMBINE's words; what a rank remembers of the exchanges that went out packed until they are answered;
  * how many copies of a token there are (K), told or learned; the rank's half of the rule when a return may be summed.
- * Not: which exchange a return answers (direction.h), counting copies and keeping index lists on the device (run/run.h),
- * whether the other ranks come to the same answer (sums.h, at the yardmaster).
+ * Not: which exchange a return answers (direction.h), counting copies and keeping index lists on the device
+ * (run/run.h), whether the other ranks come to the same answer (sums.h, at the yardmaster).
  *
  * The rule. Where rows of one token come back and are only added up by whoever gets them, their sum may come in the
  * place of the first and zeros in the places of the others. That this is so the user says (RAILYARD_COMBINE=sum). Which
@@ -42,7 +42,7 @@ int ry_combine_parse(const char *text, struct ry_combine *out, struct ry_err *er
 /* An exchange that went out packed. */
 struct ry_pair {
     uint64_t number;
-    int type; /* ncclDataType_t */
+    int type;                   /* ncclDataType_t */
     uint64_t *send, *recv;      /* [nranks], bytes */
     struct ry_slice slice;      /* as the verdict told */
     struct ry_repeats *repeats; /* [nnodes], what this rank found; row_bytes 0: it did not look */
@@ -54,7 +54,7 @@ struct ry_pair {
 struct ry_pairs {
     struct ry_combine combine;
     void (*let_go)(struct ry_kept *kept); /* ry_kept_free() */
-    uint32_t learned; /* K; 0: not yet */
+    uint32_t learned;                     /* K; 0: not yet */
     int n;
     struct ry_pair *of[RY_PAIRS]; /* oldest first */
 };
@@ -62,8 +62,8 @@ struct ry_pairs {
 /** Rows were found to go out so often: K is learned from it. False: no return of this exchange will ever be summed. */
 bool ry_pairs_learn(struct ry_pairs *p, const struct ry_copies *copies);
 /**
- * What `d` says went out packed: copied, but for `d->kept`, which becomes the pair's. -1 when out of memory: `kept` is let
- * go. The oldest pair makes room. d->slice as ry_slice_init() laid it out for dedup; d->repeats may be NULL.
+ * What `d` says went out packed: copied, but for `d->kept`, which becomes the pair's. -1 when out of memory: `kept` is
+ * let go. The oldest pair makes room. d->slice as ry_slice_init() laid it out for dedup; d->repeats may be NULL.
  */
 int ry_pairs_add(struct ry_pairs *p, const struct ry_cluster *map, int rank, const struct ry_pair *d);
 /** Exchange `number` is being answered: the pair, which is the caller's from here on; NULL: none is known. */
@@ -73,12 +73,13 @@ void ry_pair_free(struct ry_pairs *p, struct ry_pair *pair);
 void ry_pairs_free(struct ry_pairs *p);
 
 /**
- * May the exchange of these counts (bytes) and this type be summed as the return of `pair`, as far as this rank can tell,
- * copies not considered? NULL: it may; else why not.
+ * May the exchange of these counts (bytes) and this type be summed as the return of `pair`, as far as this rank can
+ * tell, copies not considered? NULL: it may; else why not.
  */
 const char *ry_pair_refuses(const struct ry_pair *pair, const struct ry_cluster *map, const uint64_t *send,
                             const uint64_t *recv, int type);
-/** The K by which it may be summed: *copies, 0 where this rank sent no rows and any K will do. NULL, or why it may not. */
+/** The K by which it may be summed: *copies, 0 where this rank sent no rows and any K will do. NULL, or why it may not.
+ */
 const char *ry_pairs_copies(const struct ry_pairs *p, const struct ry_pair *pair, uint32_t *copies);
 
 #endif

@@ -1,8 +1,8 @@
 /*
  * sum.c: what one rank does so that returns can be summed (RAILYARD_COMBINE=sum).
  *
- * Owns: on the way out, counting how often rows occur and keeping what the return will need; on the way back, finding it
- * again and building the plan, before the manifest, so that what cannot be planned is not offered. Not: the rule
+ * Owns: on the way out, counting how often rows occur and keeping what the return will need; on the way back, finding
+ * it again and building the plan, before the manifest, so that what cannot be planned is not offered. Not: the rule
  * (pairing.h, sums.h), what is kept on the device and the adding up (run/run.h), the plan (plan/sum.c).
  *
  * Copies are counted in front of the search for equal rows, which is waited for anyway, so nobody ever waits for them;
@@ -56,11 +56,14 @@ void ry_sum_keep(const struct comm *c, struct reissue *r, const struct ry_buffer
     if (!why && ry_pairs_add(&r->pairs, r->map, b->rank, &d))
         why = "out of memory";
     if (why)
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": its return will not be summed: %s", c->id, number, why);
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": its return will not be summed: %s", c->id, number,
+               why);
 }
 
-/* Why the exchange at hand may not be summed as the return of r->summing.pair; NULL: it may, and everything is there. */
-static const char *prepare(struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows, struct ry_err *err)
+/* Why the exchange at hand may not be summed as the return of r->summing.pair; NULL: it may, and everything is there.
+ */
+static const char *prepare(struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows,
+                           struct ry_err *err)
 {
     struct summing *s = &r->summing;
     const char *why = rows->answered.ambiguous ? "it may answer another exchange as well" : NULL;
@@ -83,8 +86,8 @@ static const char *prepare(struct reissue *r, const struct ry_buffers *b, const 
     return s->plan ? NULL : err->msg;
 }
 
-void ry_sum_begin(const struct comm *c, struct reissue *r, struct ry_buffers *b, const struct rows_seen *rows, uint64_t number,
-                  bool engaged)
+void ry_sum_begin(const struct comm *c, struct reissue *r, struct ry_buffers *b, const struct rows_seen *rows,
+                  uint64_t number, bool engaged)
 {
     struct ry_err err;
     struct summing *s = &r->summing;
@@ -94,8 +97,8 @@ void ry_sum_begin(const struct comm *c, struct reissue *r, struct ry_buffers *b,
     const char *why = prepare(r, b, rows, &err);
     b->kept = s->plan ? s->pair->kept : NULL;
     if (why)
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ", the return of %" PRIu64 ": not summed: %s", c->id, number,
-               rows->answered.number, why);
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ", the return of %" PRIu64 ": not summed: %s", c->id,
+               number, rows->answered.number, why);
 }
 
 void ry_sum_offer(const struct reissue *r, struct ry_side *side)
@@ -115,8 +118,8 @@ struct ry_plan *ry_sum_plan(struct reissue *r, struct ry_err *err)
     return plan;
 }
 
-void ry_sum_tell(const struct comm *c, const struct reissue *r, const struct ry_plan *plan, const struct rows_seen *rows,
-                 uint64_t number)
+void ry_sum_tell(const struct comm *c, const struct reissue *r, const struct ry_plan *plan,
+                 const struct rows_seen *rows, uint64_t number)
 {
     struct ry_record_rows line = {.number = number,
                                   .direction = ry_direction_name(rows->direction),

@@ -17,7 +17,8 @@ static bool own_transpose(const uint64_t *matrix, size_t n)
     return true;
 }
 
-const char *ry_sums_ask(const struct ry_sums *s, const struct ry_side *sides, const uint64_t *matrix, int nranks, double *us)
+const char *ry_sums_ask(const struct ry_sums *s, const struct ry_side *sides, const uint64_t *matrix, int nranks,
+                        double *us)
 {
     uint64_t answers = sides[0].answers, copies = 0;
     int found = -1;
@@ -46,14 +47,16 @@ const char *ry_sums_ask(const struct ry_sums *s, const struct ry_side *sides, co
     return NULL;
 }
 
-double ry_sums_estimate(const struct ry_cost_model *model, const struct ry_cluster *map, const struct ry_load *loads, double us)
+double ry_sums_estimate(const struct ry_cost_model *model, const struct ry_cluster *map, const struct ry_load *loads,
+                        double us)
 {
     const struct ry_cost_link *local = &model->link[RY_LINK_LOCAL];
     double most = 0, gather = 0;
     for (int r = 0; r < map->nranks; r++) {
         int size = map->node_size[map->node[r]];
         double given = (double)loads[r].cross_out * (size - 1) / size;
-        double took = given > 0 ? local->alpha_us + loads[r].cross_sends * local->message_us + given / local->bytes_per_us : 0;
+        double took =
+            given > 0 ? local->alpha_us + loads[r].cross_sends * local->message_us + given / local->bytes_per_us : 0;
         most = (double)loads[r].cross_out > most ? (double)loads[r].cross_out : most;
         gather = took > gather ? took : gather;
     }

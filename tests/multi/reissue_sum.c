@@ -6,7 +6,8 @@
  * Tokens go to K experts each, two experts a rank; every expert sends a row of its own back. What comes back must be
  * either what was sent, everywhere and to the bit, or summed wherever dispatch was packed: the sum, added in fp32 in
  * order of rank and position and rounded once, in the place of a token's first row of a node, zeros in the others; and
- * on all ranks the same of the two, where all look for equal rows. The driver (reissue_test.py) reads how many were summed, and what crossed nodes.
+ * on all ranks the same of the two, where all look for equal rows. The driver (reissue_test.py) reads how many were
+ * summed, and what crossed nodes.
  */
 #include <math.h>
 
@@ -20,7 +21,8 @@
 static int layers = 20, copies = 3;
 static unsigned row = 96; /* elements */
 static const char *shape;
-static bool forced = true; /* to dedup: then every rank looks for equal rows; else those who do not get theirs unsummed */
+static bool forced =
+    true; /* to dedup: then every rank looks for equal rows; else those who do not get theirs unsummed */
 
 enum odd { NOTHING_ODD, TWINS, ZERO_ROW, DROPS, UNEQUAL_K, EQUAL_SPLITS, IDLE_RANK };
 
@@ -49,7 +51,8 @@ static struct layer make_layer(const struct side *s, uint64_t seed, enum odd odd
 {
     struct layer l = {.seed = mix(seed * 77 + s->tag), .k = copies, .odd = odd, .there = type, .back = type};
     for (int r = 0; r < s->n; r++)
-        l.tokens[r] = odd == EQUAL_SPLITS ? 2 * EXPERTS * s->n : 20 + (int)(mix(l.seed + (uint64_t)r) % (MOST_TOKENS - 20));
+        l.tokens[r] =
+            odd == EQUAL_SPLITS ? 2 * EXPERTS * s->n : 20 + (int)(mix(l.seed + (uint64_t)r) % (MOST_TOKENS - 20));
     if (odd == IDLE_RANK)
         l.tokens[s->n - 1] = 0;
     return l;
@@ -132,7 +135,8 @@ static void token_row(const struct layer *l, int s, int t, unsigned char *to)
     if (l->odd == TWINS && s == 0 && t == 7)
         t = 5;
     for (unsigned k = 0; k < row; k++)
-        put(l->there, to, k, l->odd == ZERO_ROW && s == 1 && t == 4 ? 0 : value(l->seed ^ mix((uint64_t)(s * 1000 + t)), k));
+        put(l->there, to, k,
+            l->odd == ZERO_ROW && s == 1 && t == 4 ? 0 : value(l->seed ^ mix((uint64_t)(s * 1000 + t)), k));
 }
 
 static void expert_row(const struct layer *l, int s, struct entry of, unsigned char *to)
@@ -215,8 +219,8 @@ static void dispatch(struct side *s, const struct layer *l)
         segment_of(s, l, p, s->rank, &seg);
         for (int i = 0; i < seg.n; i++) {
             token_row(l, p, seg.of[i].t, wanted);
-            CHECK(!memcmp(x.recv + x.recv_at[p] + (size_t)i * bytes, wanted, bytes), "exchange %llu: row %d from rank %d is wrong",
-                  (unsigned long long)s->number - 1, i, p);
+            CHECK(!memcmp(x.recv + x.recv_at[p] + (size_t)i * bytes, wanted, bytes),
+                  "exchange %llu: row %d from rank %d is wrong", (unsigned long long)s->number - 1, i, p);
         }
     }
     end(&x);
@@ -244,10 +248,10 @@ struct came {
     bool exact, summed; /* all of it could be */
 };
 
-/* The rows of one token, of which row i is the first: what their sum is to be. Whatever came in their place must add up to
-   the same, but for the rounding of one value. */
-static void add_token(const struct side *s, const struct layer *l, const struct entry *of, const unsigned char *const *at,
-                      int i, int n, unsigned char *sum)
+/* The rows of one token, of which row i is the first: what their sum is to be. Whatever came in their place must add up
+   to the same, but for the rounding of one value. */
+static void add_token(const struct side *s, const struct layer *l, const struct entry *of,
+                      const unsigned char *const *at, int i, int n, unsigned char *sum)
 {
     float add[4096];
     unsigned char wanted[4 * 4096];
@@ -265,11 +269,13 @@ static void add_token(const struct side *s, const struct layer *l, const struct 
     for (unsigned k = 0; k < row; k++)
         put(l->back, sum, k, add[k]);
     CHECK(fabs(all - got) <= size * (l->back == ncclBfloat16 ? 1 / 256.0 : 1 / 2048.0),
-          "exchange %llu: the rows of token %d add up to %g, not %g", (unsigned long long)s->number - 1, of[i].t, got, all);
+          "exchange %llu: the rows of token %d add up to %g, not %g", (unsigned long long)s->number - 1, of[i].t, got,
+          all);
 }
 
 /* All rows that come from one node. */
-static void check_node(const struct side *s, const struct layer *l, const struct transfer *x, char node, struct came *came)
+static void check_node(const struct side *s, const struct layer *l, const struct transfer *x, char node,
+                       struct came *came)
 {
     enum { MOST = 64 * EXPERTS * MOST_TOKENS };
     static _Thread_local struct entry of[MOST];
@@ -462,8 +468,8 @@ static void other_types(void)
     finish(s);
 }
 
-/* Two layers under way at a time: of other splits, or of the same, which nobody can tell apart; or of equal splits, where
-   the second looks like the return of the first. */
+/* Two layers under way at a time: of other splits, or of the same, which nobody can tell apart; or of equal splits,
+   where the second looks like the return of the first. */
 static void nested(void)
 {
     struct side *s = begin();
@@ -507,9 +513,9 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"loop", loop},       {"by_itself", by_itself},      {"twins", twins},         {"zeros", zeros},   {"drops", drops},
-                 {"unequal", unequal}, {"equal", equal_splits}, {"idle", idle},     {"types", other_types},
-                 {"nested", nested},   {"unanswered", unanswered}};
+    } cases[] = {{"loop", loop},         {"by_itself", by_itself}, {"twins", twins},          {"zeros", zeros},
+                 {"drops", drops},       {"unequal", unequal},     {"equal", equal_splits},   {"idle", idle},
+                 {"types", other_types}, {"nested", nested},       {"unanswered", unanswered}};
     start_reissue(25);
     CHECK(argc >= 3, "which case, which shape?");
     take_shape(shape = argv[2]);

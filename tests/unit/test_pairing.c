@@ -79,8 +79,9 @@ static void add(uint64_t number, int type, uint64_t row_bytes, struct ry_copies 
 
 START_TEST(words)
 {
-    static const char *const bad[] = {"",      "Sum",   "sum:",    "sum:0",   "sum:1", "sum:8 ",
-                                      "sum:x", "sum:-2", "sum:8x", "sum:99999999999999999999", "sum:1025", "exact:2", "1"};
+    static const char *const bad[] = {"",         "Sum",     "sum:",   "sum:0",  "sum:1",
+                                      "sum:8 ",   "sum:x",   "sum:-2", "sum:8x", "sum:99999999999999999999",
+                                      "sum:1025", "exact:2", "1"};
     struct ry_combine c;
     struct ry_err err;
     ck_assert(!ry_combine_parse("exact", &c, &err) && !c.sum && !c.copies);
