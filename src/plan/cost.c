@@ -324,8 +324,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
     const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
-    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
-                         *sum = &parts[RY_SUM];
+    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP];
     const struct paces k = {pace_of(m, RY_LINK_SELF), pace_of(m, RY_LINK_LOCAL), pace_of(m, RY_LINK_NIC),
                             1 / m->nic_rank_bytes_per_us};
     uint64_t most_self = 0, most_out = 0, busiest = 0, all = 0, packed = 0, most_packed = 0, most_scanned = 0;
@@ -357,7 +356,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = *dedup = *sum = *direct;
+    *hier = *dedup = parts[RY_SUM] = *direct;
     double scale = packed < all ? number(packed) / number(all) : 1;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
@@ -392,7 +391,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     }
     if (packed >= all)
         dedup->total = INFINITY;
-    sum->total = INFINITY; /* not a matter of cost: plan.h */
+    parts[RY_SUM].total = INFINITY; /* not a matter of cost: plan.h */
     return busiest;
 }
 

@@ -46,6 +46,8 @@ static const struct ry_step *origin(const struct ry_plan *p, int i, uint64_t off
 /* Is what step `i` receives a packed message? Then it is written out later, or passed on to one that does. */
 static bool is_packed(const struct ry_plan *p, int i)
 {
+    if (p->steps[i].repeats.row_bytes)
+        return true;
     for (int k = i + 1; k < p->nsteps; k++)
         if (p->steps[k].kind == RY_STEP_EXPAND && p->steps[k].from.offset == p->steps[i].to.offset)
             return true;
@@ -58,7 +60,9 @@ static struct text place(const struct ry_plan *p, int i, const struct ry_at *at)
     const struct ry_step *s = &p->steps[i], *from;
     switch (at->place) {
     case RY_AT_SEND:
-        if (at->offset || at->peer != s->peer)
+        if (p->strategy == RY_SUM && at->peer != s->peer)
+            snprintf(t.s, sizeof t.s, "what goes to rank %d", at->peer);
+        else if (at->offset || at->peer != s->peer)
             snprintf(t.s, sizeof t.s, "from the segment for rank %d on", at->peer);
         break;
     case RY_AT_RECV:
@@ -68,7 +72,13 @@ static struct text place(const struct ry_plan *p, int i, const struct ry_at *at)
     case RY_AT_STAGE:
         from = s->kind == RY_STEP_SEND ? origin(p, i, at->offset) : NULL;
         if (s->kind == RY_STEP_RECV)
-            snprintf(t.s, sizeof t.s, "%sinto staging at %" PRIu64, is_packed(p, i) ? "packed, " : "", at->offset);
+            snprintf(t.s, sizeof t.s, "%sinto staging at %" PRIu64,
+                     !is_packed(p, i)        ? ""
+                     : p->strategy == RY_SUM ? "sums, "
+                                             : "packed, ",
+                     at->offset);
+        else if (from && from->kind == RY_STEP_SUM)
+            snprintf(t.s, sizeof t.s, "sums from staging at %" PRIu64, at->offset);
         else if (from && from->kind == RY_STEP_PACK)
             snprintf(t.s, sizeof t.s, "%" PRIu64 " of %" PRIu64 " rows, packed in staging at %" PRIu64,
                      from->repeats.distinct, from->rows, at->offset);
@@ -107,12 +117,22 @@ static void single(const struct ry_plan *p, const struct ry_cluster *c, int i, F
         return;
     }
     if (s->kind == RY_STEP_EXPAND) {
-        fprintf(f, "    write out %" PRIu64 " of %" PRIu64 " rows that rank %d packed, %s, from staging at %" PRIu64,
-                ry_rows_of(s->bytes, s->repeats.row_bytes), s->rows, s->peer, size(s->bytes).s, s->from.offset);
+        fprintf(f, "    write out %" PRIu64 " of %" PRIu64 " rows that rank %d %s, %s, from staging at %" PRIu64,
+                ry_rows_of(s->bytes, s->repeats.row_bytes), s->rows, s->peer,
+                p->strategy == RY_SUM ? "added up" : "packed", size(s->bytes).s, s->from.offset);
         if (s->to.place == RY_AT_STAGE)
             fprintf(f, " into staging at %" PRIu64 "\n", s->to.offset);
+        else if (s->to.peer != s->peer)
+            fprintf(f, " into place of what rank %d sent\n", s->to.peer);
         else
             fputs(" into place\n", f);
+        return;
+    }
+    if (s->kind == RY_STEP_SUM) {
+        fprintf(f, "    add up %" PRIu64 " rows of %s for rank %d%s to %" PRIu64 ", %s, into staging at %" PRIu64 "\n",
+                s->rows, size(s->repeats.row_bytes).s, s->peer,
+                s->from.place == RY_AT_SEND ? ", all of them its own," : "", s->repeats.distinct, size(s->bytes).s,
+                s->to.offset);
         return;
     }
     bool sends = s->kind == RY_STEP_SEND;
@@ -160,8 +180,12 @@ static void together(const struct ry_plan *p, const struct ry_cluster *c, int fi
     } else if (s->kind == RY_STEP_PACK) {
         fprintf(f, "    pack %s in %d messages for other nodes", size(total).s, count);
     } else if (s->kind == RY_STEP_EXPAND) {
-        fprintf(f, "    write out %s of %d packed messages %s", size(total).s, count,
-                s->to.place == RY_AT_STAGE ? "into staging" : "into place");
+        fprintf(f,
+                p->strategy == RY_SUM ? "    write out %s in %d pieces of sums %s"
+                                      : "    write out %s of %d packed messages %s",
+                size(total).s, count, s->to.place == RY_AT_STAGE ? "into staging" : "into place");
+    } else if (s->kind == RY_STEP_SUM) {
+        fprintf(f, "    add up rows to %s in %d messages for ranks in other nodes", size(total).s, count);
     } else {
         bool sends = s->kind == RY_STEP_SEND;
         const struct ry_at *at = sends ? &s->from : &s->to;
@@ -220,7 +244,10 @@ void ry_plan_explain(const struct ry_plan *p, const struct ry_cluster *c, FILE *
     char rows[64] = "";
     for (int i = 0; i < p->nsteps; i++)
         steps[p->steps[i].kind]++;
-    if (steps[RY_STEP_PACK] || steps[RY_STEP_EXPAND])
+    if (p->strategy == RY_SUM)
+        snprintf(rows, sizeof rows, ", %d messages of sums, %d pieces written out", steps[RY_STEP_SUM],
+                 steps[RY_STEP_EXPAND]);
+    else if (steps[RY_STEP_PACK] || steps[RY_STEP_EXPAND])
         snprintf(rows, sizeof rows, ", %d messages packed, %d pieces written out", steps[RY_STEP_PACK],
                  steps[RY_STEP_EXPAND]);
     fprintf(f,

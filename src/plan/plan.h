@@ -143,7 +143,7 @@ struct ry_step {
     struct ry_at to;   /* COPY, RECV, PACK, EXPAND, SUM */
     struct ry_at from; /* COPY, SEND, EXPAND, SUM */
     uint64_t bytes;    /* > 0; SUM: of the message written */
-    struct ry_repeats repeats; /* PACK, EXPAND: of the message; RECV: of what `peer` packed, or zeros; SUM: of D's */
+    struct ry_repeats repeats; /* PACK, EXPAND: of the message; SUM: of D's. RECV, dedup, on the relay: of what `peer` packed; else zeros */
     uint64_t rows, skip;       /* PACK, RECV, SUM: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 

@@ -1,17 +1,17 @@
 /*
  * sum.c: the strategy `sum`: rows that came back for copies of one row are added up before they cross.
  *
- * Group 0, inside the nodes: a node's ranks give their rows for a rank `s` of another node to the relay by which these rows
- * came, which lays them one behind the other as they were counted then. It adds up those that belong together. Group 1:
- * the relay sends `s` its sums; beside them, all at once, whatever is not summed goes directly: pairs of a rank and a
- * node for which nothing was packed, and what stays on the node. It is in that group, and not in the first, so that the
- * sums do not wait for it. In the end `s` writes out what it got.
+ * Group 0, inside the nodes: a node's ranks give their rows for a rank `s` of another node to the relay by which these
+ * rows came, which lays them one behind the other as they were counted then. It adds up those that belong together.
+ * Group 1: the relay sends `s` its sums; beside them, all at once, whatever is not summed goes directly: pairs of a
+ * rank and a node for which nothing was packed, and what stays on the node. It is in that group, and not in the first,
+ * so that the sums do not wait for it. In the end `s` writes out what it got.
  *
- * A relay whose own rows are all there is adds them up from where they lie in its send buffer. Where others give it theirs,
- * its own go beside them as a transfer to itself: NCCL copies them while the others travel.
+ * A relay whose own rows are all there is adds them up from where they lie in its send buffer. Where others give it
+ * theirs, its own go beside them as a transfer to itself: NCCL copies them while the others travel.
  *
- * Staging memory: first, source by source of the exchange that is answered, the rows and what is made of them; then what
- * comes in, node by node. Nothing in it is used twice.
+ * Staging memory: first, source by source of the exchange that is answered, the rows and what is made of them; then
+ * what comes in, node by node. Nothing in it is used twice.
  */
 #include "relayed.h"
 
@@ -69,7 +69,8 @@ uint64_t ry_plan_stage_sum(const struct ry_cluster *c, int rank, const struct ry
             continue;
         struct ry_message m = message_of(slice, i);
         if (m.packed)
-            stage = ry_sum(ry_sum(stage, room_to_gather(&m, pieces_of(slice, i).bytes[own])), ry_stage_room(sums_bytes(&m)));
+            stage = ry_sum(ry_sum(stage, room_to_gather(&m, pieces_of(slice, i).bytes[own])),
+                           ry_stage_room(sums_bytes(&m)));
     }
     for (int n = 0; repeats && n < c->nnodes; n++) {
         if (n == node || !repeats[n].row_bytes)
@@ -82,10 +83,11 @@ uint64_t ry_plan_stage_sum(const struct ry_cluster *c, int rank, const struct ry
 
 static int refuse_width(const struct ry_building *b, int from, int node, uint64_t row_bytes)
 {
-    return ry_fail(b->err,
-                   "plan of rank %d: rows of %llu bytes do not divide all segments between rank %d and node %d, so they "
-                   "cannot be summed",
-                   b->rank, (unsigned long long)row_bytes, from, node);
+    return ry_fail(
+        b->err,
+        "plan of rank %d: rows of %llu bytes do not divide all segments between rank %d and node %d, so they "
+        "cannot be summed",
+        b->rank, (unsigned long long)row_bytes, from, node);
 }
 
 /* D's slice against its layout, and against what this exchange brings back. */
@@ -100,27 +102,30 @@ static int check_slice(const struct ry_building *b)
     for (int r = 0; fits && r < c->nranks; r++)
         fits = c->node[r] == b->node || s->rows[row++] == r;
     if (!fits)
-        return ry_fail(b->err, "plan of rank %d: sum needs the slice of the matrix of the exchange that is returned, by dedup",
+        return ry_fail(b->err,
+                       "plan of rank %d: sum needs the slice of the matrix of the exchange that is returned, by dedup",
                        b->rank);
     for (int i = 0; c->nnodes > 1 && i < s->nrows; i++) {
         uint64_t came = s->cells[(size_t)i * (size_t)s->ncols + (size_t)own];
         if (came != b->in->send[s->rows[i]])
-            return ry_fail(b->err, "plan of rank %d: rank %d sent it %llu bytes, but it returns %llu", b->rank, s->rows[i],
-                           (unsigned long long)came, (unsigned long long)b->in->send[s->rows[i]]);
+            return ry_fail(b->err, "plan of rank %d: rank %d sent it %llu bytes, but it returns %llu", b->rank,
+                           s->rows[i], (unsigned long long)came, (unsigned long long)b->in->send[s->rows[i]]);
     }
     return 0;
 }
 
 static int refuse_distinct(const struct ry_building *b, int from, int node, const struct ry_message *m)
 {
-    return ry_fail(b->err,
-                   "plan of rank %d: rank %d says that it found %llu distinct rows among what it sent to node %d, which was "
-                   "%llu rows of %llu bytes",
-                   b->rank, from, (unsigned long long)m->repeats.distinct, node, (unsigned long long)m->rows,
-                   (unsigned long long)m->repeats.row_bytes);
+    return ry_fail(
+        b->err,
+        "plan of rank %d: rank %d says that it found %llu distinct rows among what it sent to node %d, which was "
+        "%llu rows of %llu bytes",
+        b->rank, from, (unsigned long long)m->repeats.distinct, node, (unsigned long long)m->rows,
+        (unsigned long long)m->repeats.row_bytes);
 }
 
-static int check_message(const struct ry_building *b, int from, int node, const struct ry_message *m, struct ry_pieces p)
+static int check_message(const struct ry_building *b, int from, int node, const struct ry_message *m,
+                         struct ry_pieces p)
 {
     if (m->repeats.row_bytes && m->repeats.distinct > m->rows)
         return refuse_distinct(b, from, node, m);
@@ -238,7 +243,8 @@ static void write_out(struct ry_building *b, const struct part *from)
 
 static size_t most_steps(const struct ry_building *b)
 {
-    size_t nranks = (size_t)b->cluster->nranks, size = (size_t)b->size, steps = 3 * nranks; /* last group, written out */
+    size_t nranks = (size_t)b->cluster->nranks, size = (size_t)b->size,
+           steps = 3 * nranks; /* last group, written out */
     for (int r = 0; r < b->cluster->nranks; r++)
         if (b->cluster->node[r] != b->node)
             steps += ry_relays(b->cluster, b->rank, r) ? size + 2 : 1; /* received, added up; given */

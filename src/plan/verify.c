@@ -264,6 +264,7 @@ static int write_to(struct machine *m, int rank, int step)
 static int deliver(struct machine *m, size_t send, size_t recv)
 {
     return read_from(m, m->transfers[send].rank, m->transfers[send].step) ||
+                   ry_verify_message(m, m->transfers[recv].rank, m->transfers[recv].step) ||
                    write_to(m, m->transfers[recv].rank, m->transfers[recv].step)
                ? -1
                : 0;

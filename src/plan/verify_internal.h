@@ -13,8 +13,8 @@ struct token {
     int rank, seg;
     uint64_t off;
 };
-/* `seg` of tokens that are no bytes of a send buffer. By a token's rank and a node: the message of rows that went that way.
- */
+/* `seg` of tokens that are no bytes of a send buffer. By a token's rank and a node: of the message of rows that went
+   that way. */
 #define FILLED_IN (-2)
 enum {
     LIST_OF_ROWS, /* its index list; `off` bytes into it */
@@ -112,6 +112,8 @@ int ry_verify_row_step(struct machine *m, int rank, int step);
 int ry_verify_pack(struct machine *m, int rank, int step);
 int ry_verify_expand(struct machine *m, int rank, int step);
 int ry_verify_sum(struct machine *m, int rank, int step);
+/* is what a rank receives, m->pieces, the message that its step says it is? */
+int ry_verify_message(struct machine *m, int rank, int step);
 /* how many bytes from `t` on are as good as those from `offset` on of what `from` sends to `to`, the next row left
  * aside; */
 uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset);

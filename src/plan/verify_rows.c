@@ -142,6 +142,28 @@ int ry_verify_expand(struct machine *m, int rank, int step)
     return 0;
 }
 
+int ry_verify_message(struct machine *m, int rank, int step)
+{
+    const struct ry_step *s = &m->plans[rank]->steps[step];
+    int node = m->cluster->node[rank];
+    struct token last = m->npieces ? m->pieces[m->npieces - 1].token : (struct token){-1, 0, 0};
+    bool comes =
+        last.rank == s->peer && last.seg == SEG(LIST_OF_ROWS, node) && rank == ry_relay(m->cluster, s->peer, node);
+    if (!comes && !s->repeats.row_bytes && !s->repeats.distinct && !s->rows)
+        return 0;
+    if (!comes)
+        return ry_fail(m->err, "%s: takes what comes for a packed message to relay", ry_verify_name(m, rank, step).s);
+    const struct packed *p = packed(m, s->peer, node);
+    struct ry_repeats is = p->map->repeats;
+    if (s->repeats.row_bytes != is.row_bytes || s->repeats.distinct != is.distinct || s->rows != p->rows)
+        return ry_fail(m->err,
+                       "%s: takes it for %" PRIu64 " of %" PRIu64 " rows of %" PRIu64 " bytes, but it is %" PRIu64
+                       " of %" PRIu64 " of %" PRIu64 " bytes, packed",
+                       ry_verify_name(m, rank, step).s, s->repeats.distinct, s->rows, s->repeats.row_bytes, is.distinct,
+                       p->rows, is.row_bytes);
+    return 0;
+}
+
 uint64_t ry_verify_equal(const struct machine *m, struct token t, int from, int to, uint64_t offset)
 {
     int node = m->cluster->node[to];

@@ -1,9 +1,9 @@
 /*
  * verify_sum.c: the verifier's part about rows that are added up (plan.h, strategy sum).
  *
- * A message of sums consists of sums, known by whom they are for, the node that made them and where they lie in the message; of
- * zeros; and of an index list. A sum is one of the right rows because SUM is refused unless just these lie where it
- * reads, in order; the index list that it goes by is the one that the row map says D's sender made.
+ * A message of sums consists of sums, known by whom they are for, the node that made them and where they lie in the
+ * message; of zeros; and of an index list. A sum is one of the right rows because SUM is refused unless just these lie
+ * where it reads, in order; the index list that it goes by is the one that the row map says D's sender made.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -26,8 +26,8 @@ int ry_verify_sum_step(struct machine *m, int rank, int step)
         return ry_fail(m->err, "%s: rank %d knows which belong together", name.s, ry_relay(m->cluster, s->peer, node));
     for (int j = 0; j < m->n; j++)
         if (m->cluster->node[j] == node && went(m, s->peer, j) % row_bytes)
-            return ry_fail(m->err, "%s: of what rank %d returns, the last row of %" PRIu64 " bytes is cut short", name.s, j,
-                           row_bytes);
+            return ry_fail(m->err, "%s: of what rank %d returns, the last row of %" PRIu64 " bytes is cut short",
+                           name.s, j, row_bytes);
     if (s->bytes != bytes)
         return ry_fail(m->err, "%s: the message has %" PRIu64 " bytes, not %" PRIu64, name.s, bytes, s->bytes);
     if (s->from.place == RY_AT_RECV)
@@ -50,8 +50,9 @@ static int check_rows(struct machine *m, int rank, int step, int to)
         while (at < end) {
             struct token is = token_after(m->pieces[k].token, at - m->pieces[k].lo);
             if (!same(is, sent(m, j, to, at - begin)))
-                return ry_fail(m->err, "%s: wrong source: where offset %" PRIu64 " of what rank %d sends should be, there is %s",
-                               ry_verify_name(m, rank, step).s, at - begin, j, ry_verify_token_name(is).s);
+                return ry_fail(
+                    m->err, "%s: wrong source: where offset %" PRIu64 " of what rank %d sends should be, there is %s",
+                    ry_verify_name(m, rank, step).s, at - begin, j, ry_verify_token_name(is).s);
             at = m->pieces[k].hi < end ? m->pieces[k].hi : end;
             k += at == m->pieces[k].hi;
         }

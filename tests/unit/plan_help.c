@@ -142,11 +142,13 @@ void turn_round(struct job *job)
     job->sums = !job->sums;
 }
 
-static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy strategy, struct ry_err *err)
+/* `went`: for sum, the matrix of the exchange that this one returns. */
+static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy strategy, const uint64_t *went,
+                                 struct ry_err *err)
 {
     int n = job->n;
     struct ry_slice slice;
-    uint64_t *column = malloc((size_t)n * sizeof *column), *went = transposed(job);
+    uint64_t *column = malloc((size_t)n * sizeof *column);
     for (int i = 0; i < n; i++)
         column[i] = job->matrix[(size_t)i * (size_t)n + (size_t)r];
     ck_assert_int_eq(ry_slice_init(&slice, job->cluster, r, strategy == RY_SUM ? RY_DEDUP : strategy, err), 0);
@@ -167,18 +169,19 @@ static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy 
     }
     ry_slice_free(&slice);
     free(column);
-    free(went);
     return plan;
 }
 
 void build_all(struct job *job, enum ry_strategy strategy)
 {
     struct ry_err err = {""};
+    uint64_t *went = strategy == RY_SUM ? transposed(job) : NULL;
     job->plans = calloc((size_t)job->n, sizeof(struct ry_plan *));
     for (int r = 0; r < job->n; r++) {
-        job->plans[r] = build_one(job, r, strategy, &err);
+        job->plans[r] = build_one(job, r, strategy, went, &err);
         ck_assert_msg(job->plans[r] != NULL, "%s", err.msg);
     }
+    free(went);
 }
 
 int verify(const struct job *job, struct ry_err *err)
@@ -457,7 +460,8 @@ static void expand(const struct ry_step *s, const unsigned char *from, unsigned 
 }
 
 /* By the map, which stands for the index list that the relay keeps. */
-static void add_up(const struct job *job, int rank, const struct ry_step *s, const unsigned char *from, unsigned char *to)
+static void add_up(const struct job *job, int rank, const struct ry_step *s, const unsigned char *from,
+                   unsigned char *to)
 {
     const struct ry_row_map *map = &job->maps[index_of(job, s->peer, job->cluster->node[rank])];
     uint64_t row_bytes = s->repeats.row_bytes, sums = s->repeats.distinct * row_bytes, distinct = 0;

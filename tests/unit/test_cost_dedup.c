@@ -285,7 +285,7 @@ END_TEST
 /* Where the model says dedup and is wrong it is left, where it is right it stays, and each is measured now and then. */
 START_TEST(learning)
 {
-    for (int right = 0; right < RY_STRATEGIES; right++) {
+    for (int right = 0; right < RY_SUM; right++) {
         struct ry_cost_learned *l = calloc(1, sizeof *l);
         struct ry_choice first = chosen(&typical, NULL, 4, 8, 2048, 4), c = first;
         ck_assert(isfinite(first.us[RY_DEDUP]));

@@ -144,12 +144,14 @@ enum {
     TOO_SHORT,
     TOO_LONG,
     ONTO_ITSELF,
+    RECEIPT,
     MUTATIONS
 };
 static const char *const mutation_names[MUTATIONS] = {
     "skip",    "distinct",     "row bytes",  "rows",      "sender",     "node",
     "segment", "expand early", "pack late",  "cut short", "message at", "other entries",
-    "dropped", "in a group",   "not staged", "too short", "too long",   "onto itself"};
+    "dropped", "in a group",   "not staged", "too short", "too long",   "onto itself",
+    "receipt"};
 
 static void move(struct ry_plan *p, int from, int to)
 {
@@ -249,6 +251,14 @@ static bool mutate(struct job *job, int rank, int i, int how)
     case ONTO_ITSELF:
         s->to.offset = s->from.offset;
         return expands && s->to.place == RY_AT_STAGE;
+    case RECEIPT: /* says that it is another message, or none, or one where none is */
+        if (rnd(2))
+            s->repeats.distinct += 1;
+        else if (rnd(2))
+            s->rows -= 1;
+        else
+            s->repeats = (struct ry_repeats){s->repeats.row_bytes ? 0 : 4, 0};
+        return s->kind == RY_STEP_RECV;
     }
     return false;
 }
@@ -431,7 +441,8 @@ START_TEST(to_the_letter)
     ck_assert(s[1].kind == RY_STEP_SEND && s[1].group == 0 && s[1].peer == 2 && s[1].bytes == 4000);
     s = job.plans[2]->steps;
     ck_assert_int_eq(job.plans[2]->nsteps, 3);
-    ck_assert(s[0].kind == RY_STEP_RECV && s[0].group == 0 && s[0].peer == 0 && s[0].to.place == RY_AT_STAGE);
+    ck_assert(s[0].kind == RY_STEP_RECV && s[0].group == 0 && s[0].peer == 0 && s[0].to.place == RY_AT_STAGE &&
+              s[0].rows == 200 && s[0].repeats.row_bytes == 64 && s[0].repeats.distinct == 50);
     ck_assert(s[1].kind == RY_STEP_SEND && s[1].group == 1 && s[1].peer == 3 && s[1].bytes == 4000);
     ck_assert(s[2].kind == RY_STEP_EXPAND && s[2].peer == 0 && s[2].bytes == 6400 && s[2].skip == 0 &&
               s[2].to.place == RY_AT_RECV && s[2].to.peer == 0);
