@@ -65,11 +65,11 @@ static int keep(struct ry_runner *r, const struct ry_plan *plan, const struct ry
     if (bytes == UINT64_MAX)
         return ry_fail(err, "more than %llu rows", (unsigned long long)RY_ROWS_MOST);
     if (!staging_reserve(bytes))
-        return ry_fail(err, "%llu bytes more are needed to keep which rows are equal, beyond what is left: raise "
-                            "RAILYARD_STAGING",
+        return ry_fail(err,
+                       "%llu bytes more are needed to keep which rows are equal, beyond what is left: raise "
+                       "RAILYARD_STAGING",
                        (unsigned long long)bytes);
-    if (staging_enter(r, b->stream, err) ||
-        !(kept->sums = ry_sums_keep(r->rows, messages, kept->n, b->stream, err))) {
+    if (staging_enter(r, b->stream, err) || !(kept->sums = ry_sums_keep(r->rows, messages, kept->n, b->stream, err))) {
         staging_unreserve(bytes);
         return -1;
     }

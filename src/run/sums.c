@@ -1,6 +1,6 @@
 /*
- * sums.c: keeping the lists of packed messages and adding up rows by them: which kernel runs when, on what memory, and the
- * twins of sums.cu's kernels for host memory, written so that they are easy to believe.
+ * sums.c: keeping the lists of packed messages and adding up rows by them: which kernel runs when, on what memory, and
+ * the twins of sums.cu's kernels for host memory, written so that they are easy to believe.
  */
 #include "sums.h"
 
@@ -136,7 +136,8 @@ static uint64_t round_up(uint64_t n)
     return (n + ALIGN - 1) / ALIGN * ALIGN;
 }
 
-/* Where what lies in memory from `base` on. Returns the bytes in all. What begins as zeros comes first, *zeros bytes. */
+/* Where what lies in memory from `base` on. Returns the bytes in all. What begins as zeros comes first, *zeros bytes.
+ */
 static uint64_t divide(uint64_t rows, uint64_t distinct, uint64_t base, struct ry_sums_lists *lists, uint64_t *zeros)
 {
     *zeros = round_up(sizeof(uint64_t)) + round_up(distinct * 4);
@@ -280,8 +281,8 @@ static int add_some(struct ry_rows *rows, struct ry_sums_add *p, void *stream, s
     return rc;
 }
 
-int ry_sums_add(struct ry_rows *rows, struct ry_sums *sums, int type, const struct ry_sums_job *jobs, int n, void *stream,
-                struct ry_err *err)
+int ry_sums_add(struct ry_rows *rows, struct ry_sums *sums, int type, const struct ry_sums_job *jobs, int n,
+                void *stream, struct ry_err *err)
 {
     struct ry_sums_add p = {.lists = sums->lists, .type = (uint32_t)type};
     uint64_t size = ry_sums_element(type);

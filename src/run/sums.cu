@@ -1,6 +1,6 @@
 /*
- * sums.cu: sums of equal rows, at memory bandwidth. What the steps are is in sums_kernels.h, the twins for host memory in
- * sums.c.
+ * sums.cu: sums of equal rows, at memory bandwidth. What the steps are is in sums_kernels.h, the twins for host memory
+ * in sums.c.
  *
  * As in rows.cu, threads talk through the warp only, and nothing that one of them does first shows in the result.
  */
@@ -114,7 +114,8 @@ template <uint32_t type> static __device__ void widen(uint32_t w, float *to)
 
 template <uint32_t type> static __device__ uint32_t rounded(const float *f)
 {
-    return type == RY_SUMS_FP32 ? ry_sums_round(type, f[0]) : ry_sums_round(type, f[0]) | ry_sums_round(type, f[1]) << 16;
+    return type == RY_SUMS_FP32 ? ry_sums_round(type, f[0])
+                                : ry_sums_round(type, f[0]) | ry_sums_round(type, f[1]) << 16;
 }
 
 /* Bytes [at, at + n) of the sum, whole aligned words, by `lanes` threads. */

@@ -1,6 +1,6 @@
 /*
- * sums_kernels.h: what the kernels of sums.cu and their twins in sums.c share, in C and in CUDA C: their parameters, the
- * lists that are kept of a message, and how numbers are widened and rounded.
+ * sums_kernels.h: what the kernels of sums.cu and their twins in sums.c share, in C and in CUDA C: their parameters,
+ * the lists that are kept of a message, and how numbers are widened and rounded.
  *
  * The lists are those of all messages one after the other; rows and distinct rows are numbered through. A step each:
  *   list    copy the messages' index lists and count the rows of each distinct row
@@ -17,7 +17,7 @@
 #define RY_SUMS_JOBS 100u     /* messages of a launch that sums */
 #define RY_SUMS_SHORT 32u     /* rows that one thread brings into order */
 #define RY_SUMS_DEEP 4u       /* rows that a thread reads at once, */
-#define RY_SUMS_WIDE 2u       /* so many words of each */
+#define RY_SUMS_WIDE 1u       /* so many words of each: 2 need registers that then keep warps away */
 
 /* ncclDataType_t */
 #define RY_SUMS_FP16 6u
@@ -47,8 +47,8 @@ struct ry_sums_add {
     uint32_t type;
     uint32_t words; /* rows are whole words of 16 bytes, at such addresses */
     uint32_t n, lanes;
-    uint32_t first_row[RY_SUMS_JOBS + 1]; /* of this launch, */
-    uint32_t first_unit[RY_SUMS_JOBS + 1]; /* a unit for each distinct row and the zero row */
+    uint32_t first_row[RY_SUMS_JOBS + 1];                         /* of this launch, */
+    uint32_t first_unit[RY_SUMS_JOBS + 1];                        /* a unit for each distinct row and the zero row */
     uint32_t kept_row[RY_SUMS_JOBS], kept_distinct[RY_SUMS_JOBS]; /* in the lists */
     uint64_t from[RY_SUMS_JOBS], to[RY_SUMS_JOBS];
 };
@@ -115,7 +115,8 @@ RY_ROWS_BOTH uint32_t ry_fp16_of(float f)
     }
     if (a < 0x33000000) /* less than half of the least */
         return sign;
-    uint32_t shift = 126 - (a >> 23), m = (a & 0x7fffff) | 0x800000, rest = m & ((1u << shift) - 1), half = 1u << (shift - 1);
+    uint32_t shift = 126 - (a >> 23), m = (a & 0x7fffff) | 0x800000, rest = m & ((1u << shift) - 1),
+             half = 1u << (shift - 1);
     m >>= shift;
     return sign | (m + (rest > half || (rest == half && (m & 1)) ? 1 : 0));
 #endif
@@ -130,7 +131,9 @@ RY_ROWS_BOTH uint32_t ry_bf16_of(float f)
 /* An element's bits, in the low ones of a word. */
 RY_ROWS_BOTH float ry_sums_widen(uint32_t type, uint32_t bits)
 {
-    return type == RY_SUMS_BF16 ? ry_float_of(bits << 16) : type == RY_SUMS_FP16 ? ry_float_of_fp16(bits) : ry_float_of(bits);
+    return type == RY_SUMS_BF16   ? ry_float_of(bits << 16)
+           : type == RY_SUMS_FP16 ? ry_float_of_fp16(bits)
+                                  : ry_float_of(bits);
 }
 
 RY_ROWS_BOTH uint32_t ry_sums_round(uint32_t type, float f)

@@ -56,7 +56,8 @@ struct job {
     unsigned blocks;
     bool scan[RANKS];
     /* what the oracle says of each node */
-    uint64_t rows[RANKS], distinct[RANKS], zero[RANKS];
+    uint64_t rows[RANKS], distinct[RANKS], zero[RANKS], least[RANKS], most[RANKS];
+    bool copies; /* asked for, too */
 };
 
 enum mix { ANY, EQUAL, DISTINCT, ZERO, TOKENS };
@@ -105,6 +106,7 @@ static void make(struct job *j, int nranks, int nnodes, uint64_t row_bytes, uint
     uint64_t tokens = 1 + draw(20);
     *j = (struct job){
         .nranks = nranks, .nnodes = nnodes, .row_bytes = row_bytes, .sample_mask = ~0ull, .full_mask = ~0ull};
+    j->copies = draw(2);
     j->blocks = (unsigned)draw(4); /* often so few that each thread takes several rows */
     unsigned char *pool = malloc(tokens * row_bytes);
     noise(pool, tokens * row_bytes);
@@ -130,7 +132,8 @@ static void make(struct job *j, int nranks, int nnodes, uint64_t row_bytes, uint
 
 struct seen {
     const unsigned char *row;
-    bool whole;
+    bool whole, nothing;
+    uint64_t times;
 };
 
 static bool is_zero(const unsigned char *p, uint64_t n)
@@ -182,7 +185,8 @@ static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
                 for (d = 0; d < n && !(seen[d].whole && !memcmp(seen[d].row, row, j->row_bytes)); d++)
                     ;
             if (d == n)
-                seen[n++] = (struct seen){row, whole};
+                seen[n++] = (struct seen){row, whole, nothing, 0};
+            seen[d].times++;
             if (d + 1 == n && seen[d].row == row)
                 seen[d].whole = may;
             list[rows] = (uint32_t)d;
@@ -191,6 +195,12 @@ static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
     j->rows[node] = rows;
     j->distinct[node] = n;
     j->zero[node] = zero;
+    j->least[node] = j->most[node] = 0;
+    for (uint64_t d = 0; d < n; d++)
+        if (!seen[d].nothing) {
+            j->most[node] = seen[d].times > j->most[node] ? seen[d].times : j->most[node];
+            j->least[node] = !j->least[node] || seen[d].times < j->least[node] ? seen[d].times : j->least[node];
+        }
     *bytes = ry_rows_message_bytes(j->row_bytes, n, rows);
     unsigned char *message = calloc(1, *bytes + 1);
     ck_assert_uint_eq(*bytes, (n * j->row_bytes + 15) / 16 * 16 + 4 * rows);
@@ -294,10 +304,18 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
     for (int r = 0; r < j->nranks; r++)
         send[r] = j->bytes[r] ? (char *)buffer + j->at[r] : NULL;
     ry_rows_for_tests(rows, j->sample_mask, j->full_mask, j->blocks);
-    struct ry_rows_input in = {.send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan};
+    struct ry_rows_input in = {.send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan, .copies = j->copies};
     ok(ry_rows_scan(rows, &in, s, &err));
     ok(ry_rows_found_wait(rows, &found, &err));
     ck_assert(ry_rows_found_ready(rows));
+    uint64_t least = 0, most = 0;
+    for (int n = 0; n < j->nnodes && j->copies; n++) {
+        most = j->most[n] > most ? j->most[n] : most;
+        least = j->least[n] && (!least || j->least[n] < least) ? j->least[n] : least;
+    }
+    ck_assert_msg(found.least == least && found.most == most, "%llu to %llu copies, not %llu to %llu",
+                  (unsigned long long)found.least, (unsigned long long)found.most, (unsigned long long)least,
+                  (unsigned long long)most);
     for (int n = 0; n < j->nnodes; n++) {
         ck_assert_msg(found.rows[n] == j->rows[n] && found.distinct[n] == j->distinct[n] && found.zero[n] == j->zero[n],
                       "node %d of %d, %llu bytes: %llu rows, %llu distinct, %llu zero; not %llu, %llu, %llu", n,
@@ -447,6 +465,7 @@ START_TEST(few_bits)
     start();
     for (int round = 0; round < 12; round++) {
         make(&j, 5, 2, 1 + draw(1200), 40, ANY);
+        j.copies = false;
         j.sample_mask = draw(16), j.full_mask = draw(16);
         unsigned char *message[2], *other[2];
         uint64_t bytes[2], least[2];

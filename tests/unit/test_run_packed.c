@@ -16,7 +16,28 @@ static int nothing(void)
 {
     return 0;
 }
-static const struct ry_nccl nccl = {.group_start = nothing, .group_end = nothing};
+
+/* What is sent arrives in the same group, in the same order. */
+static struct {
+    const void *buf;
+    size_t bytes;
+} sent[8];
+static int nsent, nreceived;
+
+static int send_it(const void *buf, size_t count, int type, int peer, void *comm, void *s)
+{
+    sent[nsent].buf = buf;
+    sent[nsent++].bytes = count;
+    return 0;
+}
+
+static int receive_it(void *buf, size_t count, int type, int peer, void *comm, void *s)
+{
+    ck_assert(nreceived < nsent && sent[nreceived].bytes == count);
+    return device->copy(buf, sent[nreceived++].buf, count, s, &err);
+}
+
+static const struct ry_nccl nccl = {.group_start = nothing, .group_end = nothing, .send = send_it, .recv = receive_it};
 
 static struct ry_device counting; /* the device under test, its launches written down by initial */
 static char launched[256];
@@ -25,7 +46,7 @@ static int count_launch(struct ry_kernel *kernel, unsigned grid, unsigned block,
                         struct ry_err *e)
 {
     size_t n = strlen(launched);
-    launched[n] = kernel->name[3], launched[n + 1] = 0;
+    launched[n] = strstr(kernel->name, "sum_rows") ? '+' : kernel->name[3], launched[n + 1] = 0;
     return device->launch(kernel, grid, block, param, s, e);
 }
 
@@ -424,6 +445,245 @@ START_TEST(damage)
 }
 END_TEST
 
+/* ---- sums ---- */
+
+/* Each number a row of so many, as elements of fp32. */
+static void numbers(int rank, const float *number, int n)
+{
+    float row[W / 4];
+    t.bytes[rank] = (uint64_t)n * W;
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < W / 4; k++)
+            row[k] = number[i];
+        memcpy(t.content[rank] + (size_t)i * W, row, W);
+    }
+    ok(device->copy((void *)(uintptr_t)t.send[rank], t.content[rank], t.bytes[rank], t.stream, &err));
+}
+
+enum { FP32 = 7, BF16 = 9, GOT = 8192, BACK = 16384, SUMS = 24576 };
+
+/* As what came from rank `peer`: the message for node n, received at GOT + at[n] and marked so. */
+static void relay(struct ry_step *steps, int peer, int n)
+{
+    steps[0] = (struct ry_step){.kind = RY_STEP_SEND, .peer = peer, .from = {RY_AT_STAGE, -1, at[n]}, .bytes = message(n)};
+    steps[1] = (struct ry_step){.kind = RY_STEP_RECV,
+                                .peer = peer,
+                                .to = {RY_AT_STAGE, -1, GOT + at[n]},
+                                .bytes = message(n),
+                                .repeats = {W, distinct[n]},
+                                .rows = all[n]};
+}
+
+/* An exchange in which this rank relayed the messages for nodes 1 and 2 as ranks 1 and 3 might have sent them. */
+static struct ry_kept *kept(void)
+{
+    struct ry_step steps[6] = {pack(1), pack(2)};
+    struct ry_plan plan = {.strategy = RY_DEDUP, .nranks = RANKS, .stage_bytes = M, .nsteps = 6, .steps = steps};
+    struct ry_kept *k = (struct ry_kept *)&plan;
+    relay(steps + 2, 1, 1);
+    relay(steps + 4, 3, 2);
+    nsent = nreceived = 0;
+    ok(run(steps, 6));
+    *launched = 0;
+    ok(ry_run_keep(t.runner, &plan, &t.b, &k, &err));
+    return k;
+}
+
+static struct ry_step sum_of(int peer, int n)
+{
+    return (struct ry_step){.kind = RY_STEP_SUM,
+                            .group = -1,
+                            .peer = peer,
+                            .from = {RY_AT_STAGE, -1, BACK + at[n]},
+                            .to = {RY_AT_STAGE, -1, SUMS + 2 * at[n]},
+                            .bytes = ry_rows_message_bytes(W, distinct[n] + 1, all[n]),
+                            .repeats = {W, distinct[n]},
+                            .rows = all[n]};
+}
+
+/* All rows of that sum to the receive segment of `rank`. */
+static struct ry_step out_of(const struct ry_step *sum, int rank)
+{
+    return (struct ry_step){.kind = RY_STEP_EXPAND,
+                            .group = -1,
+                            .peer = 1,
+                            .from = sum->to,
+                            .to = {RY_AT_RECV, rank, 0},
+                            .bytes = sum->rows * W,
+                            .repeats = {W, sum->repeats.distinct + 1},
+                            .rows = sum->rows};
+}
+
+static void got(int rank, const float *want, int n)
+{
+    float row[8][W / 4];
+    ok(device->copy(row, t.recv[rank], (uint64_t)n * W, t.stream, &err));
+    ok(device->stream_sync(t.stream, &err));
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < W / 4; k++)
+            ck_assert_msg(row[i][k] == want[i], "rank %d, row %d: %g, not %g", rank, i, (double)row[i][k], (double)want[i]);
+}
+
+START_TEST(sums)
+{
+    start();
+    scan(W);
+    struct ry_kept *k = kept();
+    ck_assert_str_eq(launched, "lpfo"); /* both messages: list, place, fill, order */
+    ck_assert_uint_gt(ry_kept_bytes(k), 0);
+    /* Other plans run over what lay there. */
+    struct ry_step over[] = {copy(1, GOT), copy(1, GOT + at[1]), copy(1, GOT + at[1] + 200), copy(2, GOT + at[2])};
+    ok(run(over, 4));
+    /* ABCA7BBD; A...E as the rows of rank 3, in front of which lies more. */
+    numbers(5, (const float[]){1, 2, 4, 8, 16, 32, 64, 128}, 8);
+    numbers(3, (const float[]){1, 2, 4, 8, 16}, 5);
+    t.b.type = FP32;
+    t.b.kept = k;
+    struct ry_step first = sum_of(1, 1), second = sum_of(3, 2);
+    second.from = (struct ry_at){RY_AT_SEND, 3, 0};
+    struct ry_step steps[] = {copy(5, BACK + at[1]), first, second, out_of(&first, 5), out_of(&second, 3)};
+    ok(run(steps, 5));
+    ck_assert_str_eq(launched, "C++e"); /* one for what begins at an odd address */
+    got(5, (const float[]){9, 98, 4, 0, 16, 0, 0, 128}, 8);
+    got(3, (const float[]){1, 14, 0, 0, 16}, 5);
+    /* Sums of which one reads what the other wrote come one after the other. */
+    struct ry_step again = sum_of(1, 1); /* 9 98 4 16 128 0 are its rows, then the list and nothing */
+    ok(device->fill((char *)t.runner->stage + SUMS, 0, 8192, t.stream, &err));
+    again.from = first.to;
+    again.to.offset = SUMS + 8192;
+    struct ry_step chain[] = {copy(5, BACK + at[1]), first, again, out_of(&again, 5)};
+    ok(run(chain, 4));
+    ck_assert_str_eq(launched, "C++e");
+    got(5, (const float[]){25, 98, 4}, 3);
+    ry_kept_free(k);
+    t.b.kept = NULL;
+    end();
+}
+END_TEST
+
+START_TEST(sums_refused)
+{
+    const char *place = "its message does not fit", *rows_fit = "its rows do not fit", *none = "no list was kept",
+               *other = "is another one";
+    start();
+    scan(W);
+    struct ry_kept *k = kept();
+    t.b.type = FP32;
+    refused(sum_of(1, 1), none);
+    t.b.kept = k;
+    refused(BUT(sum_of(1, 1), peer = 2), none);
+    refused(BUT(sum_of(1, 1), peer = -1), none);
+    refused(sum_of(1, 2), other);
+    refused(BUT(sum_of(1, 1), rows = 7), other);
+    refused(BUT(sum_of(1, 1), repeats.distinct = 6), other);
+    refused(BUT(sum_of(1, 1), repeats.row_bytes = 2 * W), other);
+    refused(BUT(sum_of(1, 1), bytes += 1), place);
+    refused(BUT(sum_of(1, 1), to.offset += 8), place);
+    refused(BUT(sum_of(1, 1), to.offset = M - 16), place);
+    refused(BUT(sum_of(1, 1), to.offset = UINT64_MAX - 15), place);
+    refused(BUT(sum_of(1, 1), to = ((struct ry_at){RY_AT_RECV, 5, 0})), place);
+    refused(BUT(sum_of(1, 1), from.offset = M - 16), rows_fit);
+    refused(BUT(sum_of(1, 1), from.offset = SUMS + 2 * at[1] - 8 * W + 1), rows_fit);
+    refused(BUT(sum_of(1, 1), from.offset = SUMS + 2 * at[1] + 6 * W), rows_fit);
+    refused(BUT(sum_of(1, 1), from = ((struct ry_at){RY_AT_SEND, 1, 0})), rows_fit);
+    refused(BUT(sum_of(1, 1), from = ((struct ry_at){RY_AT_SEND, 5, 1})), rows_fit);
+    refused(BUT(sum_of(1, 1), from = ((struct ry_at){RY_AT_SEND, 4, 0})), rows_fit);
+    refused(BUT(sum_of(1, 1), from = ((struct ry_at){RY_AT_SEND, RANKS, 0})), rows_fit);
+    refused(BUT(sum_of(1, 1), from = ((struct ry_at){RY_AT_RECV, 5, 0})), rows_fit);
+    t.b.type = 8;
+    refused(sum_of(1, 1), "cannot be summed");
+    ck_assert(ry_run_sums(6) && ry_run_sums(FP32) && ry_run_sums(BF16) && !ry_run_sums(8));
+    ck_assert_uint_eq(ry_run_sums_bytes(BF16), 2);
+    t.b.type = FP32;
+    struct ry_step good[] = {sum_of(1, 1), sum_of(3, 2)};
+    ok(run(good, 2));
+    ck_assert_str_eq(launched, "+");
+    ry_kept_free(k);
+    t.b.kept = NULL;
+    /* The limit, and messages that are none. */
+    ry_run_staging_limit(0);
+    struct ry_step steps[6] = {pack(1), pack(2)};
+    struct ry_plan plan = {.strategy = RY_DEDUP, .nranks = RANKS, .stage_bytes = M, .nsteps = 6, .steps = steps};
+    relay(steps + 2, 1, 1);
+    relay(steps + 4, 3, 2);
+    ck_assert_int_eq(ry_run_keep(t.runner, &plan, &t.b, &k, &err), -1);
+    ck_assert(!k && strstr(err.msg, "RAILYARD_STAGING"));
+    ry_run_staging_limit(64 * M);
+    steps[3].bytes++;
+    ck_assert_int_eq(ry_run_keep(t.runner, &plan, &t.b, &k, &err), -1);
+    steps[3].bytes--, steps[3].to.offset = UINT64_MAX - 15;
+    ck_assert_int_eq(ry_run_keep(t.runner, &plan, &t.b, &k, &err), -1);
+    ck_assert(!k);
+    plan.nsteps = 2; /* nothing relayed: an empty list is one, too */
+    ok(ry_run_keep(t.runner, &plan, &t.b, &k, &err));
+    ck_assert(k && !ry_kept_bytes(k));
+    ry_kept_free(k);
+    ry_kept_free(NULL);
+    end();
+}
+END_TEST
+
+/* Kept lists are older than the runner's end, and damaged ones are told. */
+START_TEST(sums_outlive)
+{
+    uint64_t equal;
+    struct ry_mismatch bad;
+    start();
+    scan(W);
+    struct ry_kept *k = kept();
+    ck_assert(!ry_run_checks(t.runner, &equal, &bad));
+    struct ry_step steps[6] = {pack(1), pack(2)};
+    relay(steps + 2, 1, 1);
+    steps[3].repeats.distinct--; /* entries then name more than there are; the list begins 48 bytes before */
+    steps[3].bytes = ry_rows_message_bytes(W, distinct[1] - 1, all[1]);
+    struct ry_plan plan = {.strategy = RY_DEDUP, .nranks = RANKS, .stage_bytes = M, .nsteps = 4, .steps = steps};
+    struct ry_kept *damaged;
+    ok(ry_run_keep(t.runner, &plan, &t.b, &damaged, &err));
+    ok(device->stream_sync(t.stream, &err));
+    ck_assert(ry_run_checks(t.runner, &equal, &bad));
+    ck_assert_int_eq(bad.peer, -1);
+    ry_kept_free(damaged);
+    end();
+    ry_kept_free(k);
+}
+END_TEST
+
+/* All that is sent, wherever it goes: ABC ABCA7 BBD A...E XXXXXXXX. */
+START_TEST(copies)
+{
+    struct ry_copies c;
+    start();
+    ck_assert(!ry_run_copies_over(t.runner, &c));
+    ok(ry_run_copies(t.runner, &t.b, W, &err));
+    scan(W); /* the one does not disturb the other */
+    ck_assert(ry_run_copies_over(t.runner, &c));
+    ck_assert_uint_eq(c.rows, 24);
+    ck_assert_uint_eq(c.distinct, 8);
+    ck_assert_uint_eq(c.zero, 3);
+    ck_assert_uint_eq(c.least, 1);
+    ck_assert_uint_eq(c.most, 8);
+    struct ry_step steps[] = {pack(1), pack(2), pack(3), expand(1, 0), expand(2, 5), expand(3, 0), expand(5, 0)};
+    ok(run(steps, 7));
+    for (int p = 1; p < RANKS; p++)
+        arrived(p);
+    numbers(1, (const float[]){1, 2, 3, 3}, 4);
+    numbers(5, (const float[]){2, 1}, 2);
+    t.bytes[0] = t.bytes[2] = t.bytes[3] = 0;
+    ok(ry_run_copies(t.runner, &t.b, W, &err));
+    ok(device->stream_sync(t.stream, &err));
+    ck_assert(ry_run_copies_over(t.runner, &c));
+    ck_assert(c.rows == 6 && c.distinct == 3 && !c.zero && c.least == 2 && c.most == 2);
+    t.bytes[1] = t.bytes[5] = 0;
+    ok(ry_run_copies(t.runner, &t.b, W, &err));
+    ok(device->stream_sync(t.stream, &err));
+    ck_assert(ry_run_copies_over(t.runner, &c));
+    ck_assert(!c.rows && !c.distinct && !c.least && !c.most);
+    ck_assert_int_eq(ry_run_copies(t.runner, &t.b, 0, &err), -1);
+    ck_assert(!ry_run_copies_over(t.runner, &c));
+    end();
+}
+END_TEST
+
 static void add_tests(TCase *c, bool cuda)
 {
     tcase_add_test(c, there_and_back);
@@ -433,6 +693,10 @@ static void add_tests(TCase *c, bool cuda)
     tcase_add_test(c, other_widths);
     tcase_add_test(c, memory);
     tcase_add_test(c, damage);
+    tcase_add_test(c, sums);
+    tcase_add_test(c, sums_refused);
+    tcase_add_test(c, sums_outlive);
+    tcase_add_test(c, copies);
 }
 
 int main(void)

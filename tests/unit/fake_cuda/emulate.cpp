@@ -99,7 +99,7 @@ void __syncwarp(uint32_t mask)
 #define __device__
 #define __global__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __CUDACC__
 #include "run/kernels.cu"
 #include "run/rows.cu"
