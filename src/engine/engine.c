@@ -369,9 +369,10 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
 static uint32_t hash_settings(const struct ry_settings *s)
 {
     struct {
-        uint64_t row_bytes, staging, verify, node_comm, strategy;
+        uint64_t row_bytes, staging, verify, node_comm, sum, copies, strategy;
         double patience;
-    } shared = {s->row_bytes, s->staging, s->verify, s->node_comm, XXH64(s->strategy, strlen(s->strategy), 0), s->patience};
+    } shared = {s->row_bytes, s->staging, s->verify, s->node_comm, ry_engine.combine.sum, ry_engine.combine.copies,
+                XXH64(s->strategy, strlen(s->strategy), 0), s->patience};
     return (uint32_t)XXH64(&shared, sizeof shared, 0);
 }
 
@@ -398,6 +399,13 @@ static void read_strategy(void)
     ry_engine.observe = !strcmp(ry_engine.settings.strategy, "observe");
     if (!ry_engine.observe && set_strategy(ry_engine.settings.strategy, &err))
         ry_warn("RAILYARD_STRATEGY: %s; also known: auto, observe. Taken as auto", err.msg);
+}
+
+static void read_combine(void)
+{
+    struct ry_err err;
+    if (ry_combine_parse(ry_engine.settings.combine, &ry_engine.combine, &err))
+        ry_log(RY_LOG_ERROR, "RAILYARD_COMBINE: %s. Taken as exact: nothing is summed", err.msg);
 }
 
 static void open_record(void)
@@ -429,6 +437,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         ry_warn("%s", problems);
     ry_log_set_level(ry_engine.settings.log);
     read_strategy();
+    read_combine();
     ry_run_staging_limit(ry_engine.settings.staging);
     ry_engine.settings_hash = hash_settings(&ry_engine.settings);
     ry_engine.rendezvous = ry_rendezvous_start(&err);

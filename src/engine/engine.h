@@ -20,6 +20,7 @@
 #include "direction.h"
 #include "hooks.h"
 #include "node_comm.h"
+#include "pairing.h"
 #include "policy.h"
 #include "record/record.h"
 #include "repeats.h"
@@ -35,6 +36,7 @@ struct rows_seen {
     const char *source;
     uint64_t bytes; /* by which equal ones are looked for */
     enum ry_direction direction;
+    struct ry_answered answered;
     struct ry_habit *habit; /* of its kind */
     uint64_t cross;         /* bytes that it sends to other nodes */
 };
@@ -51,6 +53,13 @@ struct searched {
     const char *strategy; /* as the exchange was agreed on; NULL: it was not */
 };
 
+/* The exchange at hand, where it returns one that may be summed. */
+struct summing {
+    struct ry_pair *pair; /* what it returns; NULL: nothing that is remembered */
+    struct ry_plan *plan; /* NULL: it may not */
+    uint32_t copies;
+};
+
 /* What a communicator needs so that its exchanges can be reissued. Made when its ranks have met; NULL before, and for ever where
    nothing can be gained or somebody cannot. */
 struct reissue {
@@ -65,6 +74,8 @@ struct reissue {
     struct ry_habits habits;
     struct ry_repeats *repeats; /* [nnodes]: what the latest search found */
     struct searched searched;
+    struct ry_pairs pairs;
+    struct summing summing;
     struct {
         struct ry_load load;
         double saving; /* bytes; 0: nothing promises any */
@@ -110,6 +121,7 @@ struct comm {
 struct engine {
     struct ry_host host;
     struct ry_settings settings;
+    struct ry_combine combine;
     _Atomic int forced; /* strategy that RAILYARD_STRATEGY names, -1: auto */
     bool observe;       /* RAILYARD_STRATEGY=observe: nothing is ever reissued */
     uint32_t settings_hash;
@@ -172,6 +184,27 @@ void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *row
                   bool packed);
 /** Keep in mind for SEEN what packing this exchange would save. */
 void ry_look_expect(struct reissue *r, const struct rows_seen *rows, int rank);
+
+/* sum.c */
+
+/** A search for equal rows is about to be enqueued that will be waited for: count the copies of rows as well. */
+void ry_sum_count(const struct comm *c, struct reissue *r, const struct ry_buffers *b, const struct rows_seen *rows,
+                  uint64_t number);
+/** The exchange went out by dedup, as `plan`: keep what summing its return will need. */
+void ry_sum_keep(const struct comm *c, struct reissue *r, const struct ry_buffers *b, const struct ry_plan *plan,
+                 const struct ry_repeats *repeats, const struct rows_seen *rows, uint64_t number);
+/** An exchange comes. May it be summed, for all this rank knows? Then r->summing holds the plan, b->kept its lists. What it
+ *  answers is forgotten either way, at ry_sum_end(). */
+void ry_sum_begin(const struct comm *c, struct reissue *r, struct ry_buffers *b, const struct rows_seen *rows, uint64_t number,
+                  bool engaged);
+/** This rank's word on it. */
+void ry_sum_offer(const struct reissue *r, struct ry_side *side);
+/** The plan, which is the caller's now. */
+struct ry_plan *ry_sum_plan(struct reissue *r, struct ry_err *err);
+/** It was summed. */
+void ry_sum_tell(const struct comm *c, const struct reissue *r, const struct ry_plan *plan, const struct rows_seen *rows,
+                 uint64_t number);
+void ry_sum_end(struct reissue *r);
 
 /* exchange.c: what verify mode has found by now; then the hooks of the same names */
 void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);

@@ -94,7 +94,8 @@ static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x
                                .recv = x->recv_buf,
                                .send_bytes = r->send,
                                .recv_bytes = r->recv,
-                               .stream = x->stream};
+                               .stream = x->stream,
+                               .type = x->type};
 }
 
 /* What verify mode found since the last exchange. */
@@ -144,6 +145,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
     side.cannot_pack = !ry_run_packs(r->runner);
     side.row_bytes = repeats ? now.rows.bytes : 0;
+    ry_sum_offer(r, &side);
     seen = side;
     if (r->promising.saving > 0)
         seen.load = r->promising.load;
@@ -172,6 +174,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
                                const struct ry_repeats *repeats, struct ry_err *err)
 {
     enum ry_strategy strategy = (enum ry_strategy)verdict->strategy;
+    if (strategy == RY_SUM)
+        return ry_sum_plan(r, err);
     struct ry_slice *slice = &r->slices[strategy];
     if ((!slice->rows && ry_slice_init(slice, r->map, rank, strategy, err)) ||
         ry_order_unpack(slice, verdict->extra, verdict->extra_bytes, err))
@@ -219,6 +223,10 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
         ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
                now.number, x->rank, err.msg);
         *result = NCCL_SYSTEM_ERROR;
+    } else if (!*result && plan->strategy == RY_DEDUP) {
+        ry_sum_keep(c, r, b, plan, repeats, &now.rows, now.number);
+    } else if (!*result && plan->strategy == RY_SUM) {
+        ry_sum_tell(c, r, plan, &now.rows, now.number);
     }
     r->carried_out[verdict->strategy]++;
     r->over_node += node != NULL;
@@ -238,7 +246,7 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
 {
     struct ry_verdict verdict;
     ry_look_pick_up(c, r);
-    bool looks = !r->quit && ry_look(c, r, b, &now.rows, now.number, x->held);
+    bool looks = !r->quit && !r->summing.plan && ry_look(c, r, b, &now.rows, now.number, x->held);
     if (!x->held)
         ry_look_expect(r, &now.rows, x->rank);
     if (!r->talk || ry_talk_passes(r->talk, now.number)) {
@@ -280,8 +288,11 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
         b = describe(r, x);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
-    if (r)
+    if (r) {
+        ry_sum_begin(c, r, &b, &now.rows, now.number, x->held);
         taken = reissue(c, r, x, &b, result);
+        ry_sum_end(r);
+    }
     if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */
         start_clock(c, x);
     ry_engine_leave();

@@ -25,7 +25,8 @@ void ry_look_see(struct comm *c, struct reissue *r, const struct ry_exchange *x,
     *rows = (struct rows_seen){0};
     rows->elems = ry_row_width_see(&c->rows, x->send_count, x->recv_count, x->type_bytes, &rows->source);
     rows->bytes = ry_row_width_search(rows->elems * x->type_bytes, rows->source);
-    rows->direction = ry_directions_see(&c->directions, x->send_count, x->recv_count, x->nranks, x->type_bytes);
+    rows->direction = ry_directions_see(&c->directions, x->ordinal, x->send_count, x->recv_count, x->nranks,
+                                        x->type_bytes, &rows->answered);
     if (!r)
         return;
     rows->habit = ry_habits_next(&r->habits, rows->direction, rows->bytes);
@@ -92,6 +93,8 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     if (ry_engine.device->stream_capturing(b->stream, &captured, NULL) || captured)
         return false;
     s->aside = false; /* what nobody waited for is given up for what somebody waits for */
+    if (look == RY_LOOK_FIRST)
+        ry_sum_count(c, r, b, rows, number);
     if (ry_run_scan(r->runner, r->map, b, rows->bytes, &err)) {
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number,
                err.msg);

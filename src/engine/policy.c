@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "sums.h"
 
 /* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
  * many. */
@@ -41,6 +42,8 @@ struct ry_chooser {
     int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
     uint64_t reissued;      /* exchanges, for verify */
     bool timed;             /* the exchange being decided is to be timed */
+    struct ry_sums sums;
+    bool said_unverified;
     double plain_us; /* what plain NCCL would take for it, not engaged */
     struct {
         int relayed;              /* verdicts, until it was asked for */
@@ -55,6 +58,7 @@ struct ry_chooser {
     struct ry_load *loads;                  /* [nranks] */
     uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
     bool looked;                            /* any rank for equal rows */
+    bool all_pack;                          /* and write packed messages out */
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
     uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
@@ -173,7 +177,7 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
 {
     const struct ry_cluster *map = c->config.map;
     size_t nodes = (size_t)map->nnodes;
-    bool all_pack = true;
+    c->all_pack = true;
     c->looked = false;
     for (int r = 0; r < map->nranks; r++) {
         struct ry_side *side = &c->sides[r];
@@ -184,11 +188,11 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
         load->packed_out = load->cross_out;
         load->scanned = !side->row_bytes ? 0 : load->scanned < load->cross_out ? load->scanned : load->cross_out;
         c->looked |= side->row_bytes > 0;
-        all_pack &= !side->cannot_pack;
+        c->all_pack &= !side->cannot_pack;
     }
     see_node_comms(c);
-    c->looked &= all_pack;
-    for (int r = 0; !all_pack && r < map->nranks; r++)
+    c->looked &= c->all_pack;
+    for (int r = 0; !c->all_pack && r < map->nranks; r++)
         c->loads[r].scanned = 0;
     memset(c->packed_in, 0, nodes * sizeof *c->packed_in);
     for (int r = 0; c->looked && r < map->nranks; r++)
@@ -344,10 +348,16 @@ static void find_relayed(struct ry_chooser *c, const uint64_t *matrix)
         }
 }
 
+/* What is told with the verdict besides the order. */
+static bool has_slice(int strategy)
+{
+    return strategy != RY_DIRECT && strategy != RY_SUM; /* for its sum a rank remembers the slice of what it answers */
+}
+
 /* Everything that telling the ranks will need: once a verdict is being sent nothing may fail. */
 static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
 {
-    for (int r = 0; strategy != RY_DIRECT && r < c->config.map->nranks; r++) {
+    for (int r = 0; has_slice(strategy) && r < c->config.map->nranks; r++) {
         struct ry_slice *s = &c->slices[strategy][r];
         if (!s->rows && ry_slice_init(s, c->config.map, r, strategy, NULL))
             return false;
@@ -480,6 +490,52 @@ static void order_node_comms(struct ry_chooser *c, const struct ry_choice *choic
     }
 }
 
+/*
+ * May the exchange be summed, and is that the fastest? It is not tried to find out, nor learned of: the estimate is that of the
+ * exchange it answers, which is. Under RAILYARD_STRATEGY=dedup it need not pay.
+ */
+static bool choose_sum(struct ry_chooser *c, const struct ry_agreed *x, struct ry_choice *choice, int forced)
+{
+    double us;
+    const char *why = forced >= 0 && forced != RY_DEDUP ? ""
+                                                        : ry_sums_ask(&c->sums, c->sides, x->matrix, x->nranks, &us);
+    if (why) {
+        if (*why)
+            ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not summed: %s", c->name, x->number, why);
+        return false;
+    }
+    us = ry_sums_estimate(&c->config.model, c->config.map, c->loads, us);
+    for (int s = 0; s < RY_SUM; s++)
+        if (forced < 0 && !(us < choice->us[s] * (s == RY_DIRECT ? 1 - MARGIN : 1)))
+            return false;
+    choice->us[RY_SUM] = us;
+    choice->strategy = RY_SUM;
+    choice->trial = false;
+    snprintf(choice->why, sizeof choice->why, "sum %.0f us, direct %.0f us: rows of one token are added up in their node", us,
+             choice->us[RY_DIRECT]);
+    return true;
+}
+
+/* What its return would take if that is summed. */
+static void note_dedup(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
+{
+    double model = choice->model_us[RY_DEDUP], own = model - choice->search_us - c->config.model.agreement_us;
+    ry_sums_went(&c->sums, number, own * (choice->us[RY_DEDUP] / model));
+}
+
+/* Every n-th reissued exchange, but for those that are meant to differ from plain NCCL. */
+static bool verified(struct ry_chooser *c, enum ry_strategy strategy)
+{
+    if (strategy == RY_DIRECT || !c->config.verify || c->reissued++ % c->config.verify)
+        return false;
+    if (strategy == RY_SUM && !c->said_unverified)
+        ry_info("communicator %s: exchanges that are summed differ from plain NCCL, as RAILYARD_COMBINE allows: they are "
+                "not verified",
+                c->name);
+    c->said_unverified |= strategy == RY_SUM;
+    return strategy != RY_SUM;
+}
+
 static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
 {
     struct ry_chooser *c = context;
@@ -499,11 +555,12 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
     ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
-    bool trial = forced < 0 && find_out(c, &choice);
+    bool sum = choose_sum(c, x, &choice, forced), trial = !sum && forced < 0 && find_out(c, &choice);
     c->timed = trial || choice.trial;
-    if (forced >= 0) {
+    if (forced >= 0 && !sum) {
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
-        choice.strategy = (enum ry_strategy)forced;
+        /* a rank that looked would pack, whatever the others are told */
+        choice.strategy = forced == RY_DEDUP && !c->all_pack ? RY_HIERARCHICAL : (enum ry_strategy)forced;
     }
     fit_staging(c, &choice, x->matrix, forced >= 0);
     if (!prepare(c, choice.strategy)) {
@@ -513,9 +570,11 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     remember(c, x->number, &choice);
     c->plain_us = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     c->counts.chosen[choice.strategy]++;
+    if (choice.strategy == RY_DEDUP)
+        note_dedup(c, x->number, &choice);
     *last = forced < 0 && !trial && !pays(c, &choice);
     order_node_comms(c, &choice, *last);
-    *verify = choice.strategy != RY_DIRECT && c->config.verify && c->reissued++ % c->config.verify == 0;
+    *verify = verified(c, choice.strategy);
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
            *last ? "; agreeing does not pay any more" : "");

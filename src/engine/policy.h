@@ -27,7 +27,7 @@ enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
 struct ry_side {
     struct ry_load load;
     uint64_t staging;             /* bytes that it holds */
-    uint64_t pack[RY_STRATEGIES]; /* staging that it needs for what it packs itself: ry_plan_stage_pack() */
+    uint64_t pack[RY_STRATEGIES]; /* staging that it needs for what it packs itself: ry_plan_stage_pack(); RY_SUM: for all */
     uint64_t measured;            /* 1 + the latest exchange that was timed here, 0: none yet */
     double measured_us;           /* how long that took on the device, the search for equal rows not included */
     uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
@@ -35,6 +35,8 @@ struct ry_side {
     uint64_t node_comm;           /* enum ry_node_state */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
     uint64_t cannot_pack;         /* 1: it has no kernels to pack rows and write them out; nobody packs then */
+    uint64_t answers; /* 1 + the exchange whose return this is, if for all this rank knows it may be summed; 0: it may not */
+    uint64_t copies;  /* of each token in that one; 0: as many as the others say */
 };
 /** The most that ry_side_pack() writes, any row width. */
 static inline size_t ry_side_most(int nnodes)
@@ -47,7 +49,7 @@ size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const str
 /** The other way. repeats[nnodes]; all zero where it did not look. -1 where the size is wrong. */
 int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes);
 
-/* What a verdict adds, followed by the cells of the rank's slice (none for direct), then its repeats (dedup). */
+/* What a verdict adds, followed by the cells of the rank's slice (none for direct and sum), then its repeats (dedup). */
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */

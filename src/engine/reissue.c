@@ -66,6 +66,7 @@ static void free_reissue(struct reissue *r, bool aborted)
     free(r->recv_at);
     free(r->repeats);
     free(r->searched.send);
+    ry_pairs_free(&r->pairs);
     free(r->manifest);
     free(r);
 }
@@ -105,6 +106,8 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
     if (!(r->runner = ry_runner_new(&ry_engine.nccl, ry_engine.device, c->info.device, c->info.nccl, &err)))
         goto failed;
     r->map = map;
+    r->pairs.combine = ry_engine.combine;
+    r->pairs.let_go = ry_kept_free;
     if (only_look) {
         atomic_store(&c->reissue, r);
         return true;
@@ -177,11 +180,13 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[32] = "", node[64] = "";
+    char dedup[64] = "", node[64] = "";
     if (r->over_node)
         snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
     if (r->carried_out[RY_DEDUP])
         snprintf(dedup, sizeof dedup, ", %llu dedup", (unsigned long long)r->carried_out[RY_DEDUP]);
+    if (r->carried_out[RY_SUM])
+        snprintf(dedup + strlen(dedup), sizeof dedup - strlen(dedup), ", %llu summed", (unsigned long long)r->carried_out[RY_SUM]);
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical%s, %llu verified; verdicts took %.0f / %.0f / %.0f us "
                 "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s",

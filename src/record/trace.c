@@ -466,6 +466,12 @@ static void take_rows(struct ry_trace_comm *c, const struct ry_parsed *x)
     struct ry_trace_way *way = ry_ways_of(&c->ways, x->way);
     if (!way)
         return;
+    if (!strcmp(x->strategy, "sum")) { /* nothing was searched: what crosses follows from the exchange that it answers */
+        way->summed++;
+        way->summed_from = add(way->summed_from, x->cross);
+        way->summed_to = add(way->summed_to, x->packed);
+        return;
+    }
     way->searched++;
     way->rows = add(way->rows, x->rows);
     way->distinct = add(way->distinct, x->distinct);

@@ -38,7 +38,8 @@ double ry_way_left(const struct ry_trace_way *way)
 
 uint64_t ry_way_saved(const struct ry_trace_way *way)
 {
-    return way->packed_from > way->packed_to ? way->packed_from - way->packed_to : 0;
+    uint64_t packed = way->packed_from > way->packed_to ? way->packed_from - way->packed_to : 0;
+    return packed + (way->summed_from > way->summed_to ? way->summed_from - way->summed_to : 0);
 }
 
 uint64_t ry_way_could_save(const struct ry_trace_way *way)

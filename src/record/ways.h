@@ -23,6 +23,7 @@ struct ry_trace_way {
     uint64_t waited;                         /* searches that a thread of the job waited for */
     double waited_us;                        /* sum */
     uint64_t packed, packed_from, packed_to; /* the same of those that did cross so */
+    uint64_t summed, summed_from, summed_to; /* sides of exchanges whose rows were added up before they crossed; their bytes */
     /* timed exchanges that went another way than plain NCCL and of which the model said what plain NCCL would take */
     uint64_t estimated;
     double plain_us, took_us; /* sums */
@@ -42,7 +43,7 @@ struct ry_trace_way *ry_ways_of(struct ry_trace_ways *ways, const char *name);
 double ry_way_repeated(const struct ry_trace_way *way);
 double ry_way_padding(const struct ry_trace_way *way);
 double ry_way_left(const struct ry_trace_way *way);
-/** Bytes that were saved; and that packing every exchange like those searched would save. */
+/** Bytes that were saved, by either; and that packing every exchange like those searched would save. */
 uint64_t ry_way_saved(const struct ry_trace_way *way);
 uint64_t ry_way_could_save(const struct ry_trace_way *way);
 

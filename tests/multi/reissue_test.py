@@ -424,14 +424,14 @@ def case_dedup_ends():
         ends(case, victim, env={**DEDUP, "RAILYARD_ROW_BYTES": "20"})
 
 
-def auto(case, *args, links=SLOW_LINKS, env=None):
+def auto(case, *args, links=SLOW_LINKS, env=None, program="reissue_dedup"):
     """On a cluster that was measured, recorded. What was printed, the lines, the folder of the trace."""
     folder = tempfile.mkdtemp(prefix="railyard-dedup-")
     atexit.register(shutil.rmtree, folder, True)
     settings = {"XDG_CACHE_HOME": folder, "RAILYARD_TRACE": os.path.join(folder, "trace"), "RAILYARD_STRATEGY": "auto",
                 "RAILYARD_SAMPLE": "1", "RAILYARD_LOG": "plan", **(env or {})}
     job("../../tools/railyard/railyard", "calibrate", "--seconds=1", env={"XDG_CACHE_HOME": folder}, preload=False, links=links)
-    out, lines = job("reissue_dedup", case, "aabb", *map(str, args), env=settings, links=links)
+    out, lines = job(program, case, "aabb", *map(str, args), env=settings, links=links)
     expect(lines, r" (warning|error): ", 0)
     return out, lines, os.path.join(folder, "trace")
 
@@ -479,6 +479,132 @@ def case_dedup_observe():
         fail(f"what could be saved: {ways}")
     if any(w["bytes_saved"] or w["packed"] for w in ways.values()) or ways["return"]["bytes_could_save"]:
         fail(f"nothing was saved: {ways}")
+
+
+# ---- rows of one token added up on their way back ----
+
+SUM = {**DEDUP, "RAILYARD_COMBINE": "sum"}
+
+
+def summed(out):
+    """Exchanges that came back, those summed, the share of the bytes that crossed."""
+    made, done, whole, left = map(int, re.search(r"back: (\d+) exchanges, (\d+) summed, (\d+) bytes crossed as (\d+)", out).groups())
+    return made, done, left / whole
+
+
+def sums(case, shape="aabb", *args, env=None, least=0.0, most=0.0):
+    """From `least` to `most` of the exchanges that come back are summed."""
+    out, lines = job("reissue_sum", case, shape, *map(str, args), ranks=len(shape), nodes=1, env={**SUM, **(env or {})})
+    calm(lines)
+    made, done, share = summed(out)
+    if not least <= done / made <= most:
+        fail(f"{case} {shape} {args}: {done} of {made} exchanges were summed, not {least} to {most} of them:\n" + "\n".join(lines))
+    return share, lines
+
+
+def case_sum_loop():
+    """All but the first few, and what crosses is what rows of different tokens take."""
+    for shape, k, row, most in (("aabb", 3, 96, 0.75), ("abab", 4, 512, 0.62), ("abbca", 4, 100, 0.95), ("aaaabbbb", 8, 64, 0.45)):
+        share, lines = sums("loop", shape, 12, k, row, least=0.8, most=1)
+        print(f"{shape}, top {k}: {share:.2f} of the bytes crossed")
+        if not 0.1 < share < most:
+            fail(f"{shape}, top {k}: {share} of the bytes crossed")
+        for line in expect(lines, r", (\d+) summed", len(shape)):
+            if int(re.search(r", (\d+) summed", line).group(1)) < 19:
+                fail(f"less than is to be: {line}")
+    sums("loop", "aabb", 8, 3, env={"RAILYARD_COMBINE": "sum:3"}, least=0.8, most=1)
+    sums("idle", "abab", 16, least=0.4, most=1)
+
+
+def case_sum_exact():
+    """Unless somebody asked for it, and where it is not dedup that rows go out by."""
+    for env in ({"RAILYARD_COMBINE": "exact"}, {"RAILYARD_STRATEGY": "hierarchical"},
+                {"RAILYARD_COMBINE": "sum:2"}, {"RAILYARD_COMBINE": "sum:6"}):
+        sums("loop", "aabb", 8, env=env)
+
+
+def case_sum_refuses():
+    for case, most in (("twins", 0.5), ("zeros", 0.5), ("drops", 0.5), ("unequal", 0), ("equal", 0.5), ("types", 0.25)):
+        for shape in ("aabb", "abbca"):
+            sums(case, shape, 16, least=most * 0.6, most=most)
+
+
+def case_sum_outstanding():
+    sums("nested", "abab", 16, least=0.3, most=0.5)
+    sums("unanswered", "aabb", 24, least=0.55, most=0.67)
+
+
+def case_sum_settings():
+    for name, words in (("sums", "none of exact, sum, and sum:K"), ("sum:1", "none of exact, sum, and sum:K")):
+        out, lines = job("reissue_sum", "loop", "aabb", "4", env={**SUM, "RAILYARD_COMBINE": name})
+        expect(lines, f"error: RAILYARD_COMBINE: .*{name}.*{words}.*Taken as exact", 4)
+        if summed(out)[1]:
+            fail("summed all the same")
+    for value in ("sum", "sum:4"):
+        lines = one_rank_differs(f"export RAILYARD_COMBINE={value}")
+        for line in expect(lines, "warning", 4):
+            if "other settings" not in line:
+                fail(f"does not say which rank differs: {line}")
+
+
+def case_sum_verify():
+    """What is summed is not compared, all else is; said once."""
+    share, lines = sums("loop", "abba", 8, env={"RAILYARD_VERIFY": "1"}, least=0.7, most=1)
+    expect(lines, "exchanges that are summed differ from plain NCCL", 1)
+    for line in expect(lines, r"\d+ verified", 4):
+        packed, done, verified = map(int, re.search(r"(\d+) dedup, (\d+) summed, (\d+) verified", line).groups())
+        if verified != packed:
+            fail(f"{verified} verified, not {packed}: {line}")
+
+
+def case_sum_staging():
+    """Not enough memory to sum in, or to keep anything: exact."""
+    for size in ("200K", "1M"):
+        out, lines = job("reissue_sum", "loop", "aabb", "8", "3", "1024", env={**SUM, "RAILYARD_STAGING": size})
+        expect(lines, r" (warning|error): ", 0)
+
+
+def case_sum_ends():
+    """Whatever is kept for returns that never come."""
+    for case, victim in (("aborted", 1), ("left_alone", 2), ("killed", 2), ("exiting", 1)):
+        ends(case, victim, env={**SUM, "RAILYARD_ROW_BYTES": "20"})
+
+
+def case_sum_mix():
+    """Anything at all, to the bit, as nothing of it was equal on its way out."""
+    for width in ("32", "0"):
+        mix("abbca", {**SUM, "RAILYARD_ROW_BYTES": width}, "80")
+
+
+def case_sum_auto():
+    """Chosen by itself where the NIC is slow."""
+    for attempt in range(3):  # where others take the processors agreeing may take longer than it saves
+        out, lines, folder = auto("by_itself", 12, 4, 4096, program="reissue_sum", links=("--nic", "0.3", "--nic-us", "100"),
+                                  env={"RAILYARD_COMBINE": "sum"})
+        made, done, share = summed(out)
+        if done:
+            break
+    expect(lines, ": sum ")
+    print(f"{done} of {made} summed, {share:.2f} of the bytes crossed")
+    if done < made / 4 or share > 0.9:
+        fail(f"{done} of {made} summed, {share} of the bytes crossed")
+
+
+def case_sum_report():
+    """The report says what was saved."""
+    folder = tempfile.mkdtemp(prefix="railyard-sum-")
+    atexit.register(shutil.rmtree, folder, True)
+    settings = {"XDG_CACHE_HOME": folder, "RAILYARD_TRACE": os.path.join(folder, "trace"), "RAILYARD_STRATEGY": "dedup",
+                "RAILYARD_COMBINE": "sum"}
+    out, lines = job("reissue_sum", "loop", "aabb", "8", "4", "1024", env=settings)
+    calm(lines)
+    made, done, share = summed(out)
+    comm, ways = report(os.path.join(folder, "trace"))
+    print(ways["return"])
+    if comm["agreed_on"]["by_strategy"].get("sum") != done or ways["return"]["summed"] != 4 * done:
+        fail(f"{done} were summed, the report says {comm['agreed_on']['by_strategy']} and {ways['return']}")
+    if not 0.1 < ways["return"]["bytes_saved"] / ways["return"]["bytes_cross_node"] < 0.8:
+        fail(f"saved: {ways['return']}")
 
 
 # ---- communicators of the nodes' ranks ----

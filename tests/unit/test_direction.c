@@ -8,10 +8,13 @@
 #define RANKS 4
 
 static struct ry_directions d;
+static uint64_t number;             /* of the next exchange */
+static struct ry_answered answered; /* by the latest */
 
 static void setup(void)
 {
     memset(&d, 0, sizeof d);
+    number = 0;
 }
 
 /* Rows to and from each rank of layer `l`, rank 1's side of some matrix. */
@@ -31,7 +34,7 @@ static char see(const uint64_t *send, const uint64_t *recv, uint64_t width, uint
         s[i] = send[i] * width;
         r[i] = recv[i] * width;
     }
-    return ry_directions_see(&d, s, r, RANKS, type_bytes) == RY_RETURN ? '<' : '>';
+    return ry_directions_see(&d, number++, s, r, RANKS, type_bytes, &answered) == RY_RETURN ? '<' : '>';
 }
 
 /* One letter each: D dispatch, P probabilities, C combine, c its gradient, p, d. */
@@ -140,6 +143,52 @@ START_TEST(forgets_the_oldest)
 }
 END_TEST
 
+/* Which one is answered, and whether it could be another. */
+static void answers(int l, const char *what, bool any, uint64_t which, bool ambiguous)
+{
+    layer(l, what, any ? "<" : ">");
+    ck_assert(answered.any == any);
+    if (any)
+        ck_assert_uint_eq(answered.number, which);
+    ck_assert(answered.ambiguous == ambiguous);
+}
+
+START_TEST(tells_which)
+{
+    answers(0, "D", false, 0, false); /* 0 */
+    answers(0, "P", false, 0, false);
+    answers(1, "D", false, 0, false); /* 2 */
+    answers(2, "D", false, 0, false);
+    answers(1, "C", true, 2, false);
+    answers(0, "C", true, 0, false);
+    answers(2, "C", true, 3, false);
+    answers(2, "c", false, 0, false); /* 7: the same counts as what was answered are no matter */
+    answers(2, "d", true, 7, false);
+    answers(0, "p", true, 1, false);
+}
+END_TEST
+
+/* Two with the same counts: whichever comes back first, neither return is sure, and what came after them is. */
+START_TEST(ambiguous_twice)
+{
+    answers(0, "D", false, 0, false); /* 0 */
+    answers(0, "D", false, 0, false); /* 1 */
+    answers(1, "D", false, 0, false); /* 2 */
+    answers(0, "C", true, 1, true);
+    answers(1, "C", true, 2, false);
+    answers(0, "C", true, 0, true);
+    answers(0, "D", false, 0, false); /* 6 */
+    answers(0, "C", true, 6, false);
+    for (int i = 0; i < 3; i++)
+        answers(3, "D", false, 0, false); /* 8, 9, 10 */
+    answers(3, "C", true, 10, true);
+    answers(3, "D", false, 0, false); /* 12 */
+    answers(3, "C", true, 12, true);
+    answers(3, "C", true, 9, true);
+    answers(3, "C", true, 8, true);
+}
+END_TEST
+
 int main(void)
 {
     TCase *t = tcase_create("direction");
@@ -150,6 +199,8 @@ int main(void)
     tcase_add_test(t, inference);
     tcase_add_test(t, equal_splits);
     tcase_add_test(t, forgets_the_oldest);
+    tcase_add_test(t, tells_which);
+    tcase_add_test(t, ambiguous_twice);
     Suite *s = suite_create("direction");
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);

@@ -160,7 +160,7 @@ START_TEST(forced_is_obeyed)
 {
     begin(0, 1 << 30, 50);
     uniform(1000, 1 << 20);
-    for (int s = 0; s < RY_STRATEGIES; s++) {
+    for (int s = 0; s < RY_SUM; s++) {
         atomic_store(&forced, s);
         ck_assert(worth());
         for (int i = 0; i < 300; i++) {
@@ -169,6 +169,84 @@ START_TEST(forced_is_obeyed)
         }
     }
     end();
+}
+END_TEST
+
+/* All ranks offer to sum what comes now as the return of exchange `of`. */
+static void offer(uint64_t of, uint64_t copies, uint64_t stage)
+{
+    for (int r = 0; r < RANKS; r++) {
+        sides[r].row_bytes = 0;
+        sides[r].answers = of + 1;
+        sides[r].copies = copies;
+        sides[r].pack[RY_SUM] = stage;
+        ry_load_of(&sides[r].load, map, r, matrix + r * RANKS, matrix + r * RANKS, NULL);
+    }
+}
+
+/* One exchange by dedup, and what comes back. */
+static int there_and_back(uint64_t copies, uint64_t stage)
+{
+    uniform(65536, 1 << 30);
+    matrix[1] += 64; /* not its own transpose */
+    offer(UINT64_MAX, 0, 0);
+    duplicates(64, 4);
+    ck_assert_int_eq(exchange(), RY_DEDUP);
+    offer(number - 1, copies, stage);
+    return exchange();
+}
+
+START_TEST(sums)
+{
+    const uint64_t *cells;
+    size_t n;
+    begin(0, 1 << 30, 50);
+    for (int f = 0; f < RY_SUM; f++) { /* nobody asked for a sum but dedup may be followed by one */
+        atomic_store(&forced, RY_DEDUP);
+        (void)there_and_back(4, 1000);
+        atomic_store(&forced, f);
+        offer(number - 2, 4, 1000);
+        ck_assert_int_eq(exchange(), f == RY_DEDUP ? RY_SUM : f);
+    }
+    atomic_store(&forced, RY_DEDUP);
+    ck_assert_int_eq(there_and_back(4, 1000), RY_SUM);
+    order_of(RY_SUM, 3, &cells, &n);
+    ck_assert_uint_eq(n, 0); /* no cells */
+    ck_assert_int_ne(there_and_back(0, 1000), RY_SUM);
+    offer(number, 4, 1000); /* itself */
+    ck_assert_int_ne(exchange(), RY_SUM);
+    offer(number - 3, 4, 1000);
+    sides[5].copies = 2;
+    ck_assert_int_ne(exchange(), RY_SUM);
+    offer(number - 4, 4, 1000);
+    sides[5].answers = 0;
+    ck_assert_int_ne(exchange(), RY_SUM);
+    offer(number - 5, 4, 1000);
+    matrix[1] -= 64; /* equal splits */
+    ck_assert_int_ne(exchange(), RY_SUM);
+    /* more staging is asked for where it takes more */
+    ck_assert_int_eq(there_and_back(4, (1 << 30) - 1), RY_SUM);
+    for (int r = 0; r < RANKS; r++)
+        sides[r].staging = 5000;
+    offer(number - 2, 4, 8000);
+    ck_assert_int_eq(exchange(), RY_DIRECT);
+    ck_assert_uint_eq(order_of(RY_DIRECT, 2, &cells, &n).staging_wanted, 8000);
+    end();
+    /* by itself: where it pays */
+    slow_nic = true;
+    begin(2, 1 << 30, 1000);
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 20000;
+    takes_us[RY_DEDUP] = 6500;
+    uniform(65536, 1 << 30);
+    duplicates(64, 4);
+    for (int i = 0; i < 20; i++)
+        exchange();
+    for (int i = 0; i < 20; i++) {
+        ck_assert_int_eq(there_and_back(4, 1000), RY_SUM);
+        ck_assert(!verify); /* meant to differ */
+    }
+    end();
+    slow_nic = false;
 }
 END_TEST
 
@@ -669,6 +747,7 @@ int main(void)
     Suite *suite = suite_create("policy");
     TCase *t = tcase_create("policy");
     tcase_add_test(t, forced_is_obeyed);
+    tcase_add_test(t, sums);
     tcase_add_test(t, staging_comes_first);
     tcase_add_test(t, staging_for_the_next_best);
     tcase_add_test(t, slices_are_the_ranks_own);

@@ -202,6 +202,10 @@ static void record_agreed(int exchanges, uint64_t differs, uint64_t short_of_sta
                                           .zero = 2, .cross = 2000, .packed = 600, .waited_us = x == 5 ? 40 : 0, .strategy = x == 5 ? "dedup" : "direct"};
             if (x == 5 || x == 7)
                 ry_record_rows(rec, comm, &rows);
+            struct ry_record_rows sum = {.number = (uint64_t)x, .direction = "return", .row_bytes = 100, .cross = 3000, .packed = 900,
+                                         .strategy = "sum"};
+            if (x == 6)
+                ry_record_rows(rec, comm, &sum);
             ry_record_duration(rec, comm, (uint64_t)x, x < 3 ? 400 : x == 5 ? 9000 : 100);
         }
         struct ry_record_counter counters[] = {{"verify_differs", r ? differs : 0}, {"short_of_staging", r ? 0 : short_of_staging}};
@@ -287,7 +291,8 @@ START_TEST(equal_rows)
         ck_assert_int_eq(integer(way, "lines"), 100);
         ck_assert_int_eq(integer(way, "bytes_cross_node"), 50 * 6000);
         ck_assert_int_eq(integer(way, "packed"), go ? 2 : 0);
-        ck_assert_int_eq(integer(way, "bytes_saved"), go ? 2800 : 0);
+        ck_assert_int_eq(integer(way, "bytes_saved"), go ? 2800 : 4200);
+        ck_assert_int_eq(integer(way, "summed"), go ? 0 : 2);
         ck_assert_int_eq(integer(way, "bytes_could_save"), go ? 210000 : 0);
         ck_assert_int_eq(integer(estimate, "exchanges"), go ? 49 : 50); /* one was verified */
         ck_assert_double_eq(json_number_value(json_object_get(estimate, "plain_us")), 150);
@@ -304,7 +309,8 @@ START_TEST(equal_rows)
     free(text);
     text = report(0, NULL, NULL, NULL, NULL);
     ck_assert_msg(strstr(text, "go              300 kB   8.00 kB    75.0 %    10.0 %     30.0 %    2.80 kB     210 kB"), "%s", text);
-    ck_assert_msg(strstr(text, "return          300 kB      none"), "%s", text);
+    ck_assert_msg(strstr(text, "return          300 kB      none                                   4.20 kB"), "%s", text);
+    ck_assert_msg(strstr(text, "return: rows of one token were added up before they crossed in 2 sides of exchanges: 6.00 kB as 1.80 kB"), "%s", text);
     ck_assert_msg(strstr(text, "go: the job's threads waited for 2 of 4 searches, 40.0 us on average"), "%s", text);
     ck_assert_msg(strstr(text, "took 100 us on average, plain NCCL 150 us by the model: 1.50x"), "%s", text);
     free(text);

@@ -250,6 +250,8 @@ START_TEST(rows_lines)
                 AGREED("2", ",\"plain_us\":40, \"way\":\"go\",\"strategy\":\"dedup\"")
                     AGREED("3", ",\"way\":\"go\",\"strategy\":\"direct\",\"waited_us\":1.000,\"late_us\":0.000,\"plain_us\":7.000")
                         ROWS("1", "") ROWS("2", ",\"waited_us\":5.000,\"strategy\":\"dedup\"") ROWS("3", ", \"waited_us\":7,\"strategy\":\"dedup\"")
+                            "{\"t\":\"rows\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"way\":\"return\",\"row_bytes\":64,\"rows\":0,"
+                            "\"distinct\":0,\"zero\":0,\"cross\":900,\"packed\":250,\"strategy\":\"sum\"}\n"
                             ROWS("4", ",\"strategy\":\"direct\"") ROWS("5", ",\"packed\":-1") ROWS("-1", "")
                                 "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":1,\"us\":20.000}\n"
                                 "{\"t\":\"us\",\"comm\":\"aa\",\"rank\":0,\"n\":2,\"us\":10.000}\n"
@@ -272,6 +274,9 @@ START_TEST(rows_lines)
     ck_assert_double_eq_tol(ry_way_left(go), 300 / 640.0, 1e-9);
     ck_assert_uint_eq(ry_way_saved(go), 680);
     ck_assert_uint_eq(back->searched, 0);
+    ck_assert_uint_eq(back->summed, 1);
+    ck_assert_uint_eq(back->packed, 0);
+    ck_assert_uint_eq(ry_way_saved(back), 650);
     ck_assert_double_eq(ry_way_left(back), 1);
     ck_assert_double_eq(ry_way_repeated(back), 0);
     ck_assert_uint_eq(ry_way_could_save(back), 0);

@@ -9,11 +9,11 @@
 
 #define LINE 18.0 /* height of a line of the picture */
 
-/* Was anything searched at all? Directions alone say nothing. */
+/* Was anything searched or summed at all? Directions alone say nothing. */
 static bool any(const struct ry_trace_ways *w)
 {
     for (int i = 0; i < w->n; i++)
-        if (w->way[i].searched)
+        if (w->way[i].searched || w->way[i].summed)
             return true;
     return false;
 }
@@ -28,13 +28,16 @@ static void put_way(const struct ry_trace_way *way, char *out, size_t size)
 {
     char a[16], b[16], c[16];
     size_t n = (size_t)snprintf(out, size, "%s: %s across nodes", way->name, ry_report_bytes((double)way->cross, a));
+    if (way->summed)
+        n += (size_t)snprintf(out + n, size - n, "; %s crossed as %s, rows of one token added up",
+                              ry_report_bytes((double)way->summed_from, a), ry_report_bytes((double)way->summed_to, b));
     if (!way->searched) {
         snprintf(out + n, size - n, ", not searched");
         return;
     }
     n += (size_t)snprintf(out + n, size - n, "; of rows searched %.1f %% repeat, %.1f %% are padding",
                           100 * ry_way_repeated(way), 100 * ry_way_padding(way));
-    if (ry_way_saved(way))
+    if (way->packed_from > way->packed_to)
         n += (size_t)snprintf(out + n, size - n, "; %s crossed as %s", ry_report_bytes((double)way->packed_from, a),
                               ry_report_bytes((double)way->packed_to, b));
     if (ry_way_could_save(way) > ry_way_saved(way))
@@ -58,7 +61,10 @@ void ry_report_ways_text(const struct ry_summary *s)
         const struct ry_trace_way *way = &w->way[i];
         printf("             %-9s %12s", way->name, ry_report_bytes((double)way->cross, a));
         if (!way->searched) {
-            puts("      none");
+            printf("      none");
+            if (way->summed)
+                printf(" %9s %9s %10s %10s", "", "", "", ry_report_bytes((double)ry_way_saved(way), c));
+            puts("");
             continue;
         }
         printf(" %9s %7.1f %% %7.1f %% %8.1f %% %10s %10s\n", ry_report_bytes((double)way->from_bytes, b),
@@ -67,6 +73,11 @@ void ry_report_ways_text(const struct ry_summary *s)
     }
     for (int i = 0; i < w->n; i++) {
         const struct ry_trace_way *way = &w->way[i];
+        if (way->summed)
+            printf("             %s: rows of one token were added up before they crossed in %" PRIu64
+                   " sides of exchanges: %s as %s\n",
+                   way->name, way->summed, ry_report_bytes((double)way->summed_from, a),
+                   ry_report_bytes((double)way->summed_to, b));
         if (way->waited)
             printf("             %s: the job's threads waited for %" PRIu64 " of %" PRIu64 " searches, %s on average\n",
                    way->name, way->waited, way->searched, ry_report_us(way->waited_us / (double)way->waited, a));
@@ -100,9 +111,9 @@ static json_t *way_json(const struct ry_trace_way *way)
     if (way->estimated)
         estimate = json_pack("{s:o,s:f,s:f}", "exchanges", number(way->estimated), "plain_us",
                              way->plain_us / (double)way->estimated, "took_us", way->took_us / (double)way->estimated);
-    return json_pack("{s:s,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "direction", way->name, "lines", number(way->lines),
+    return json_pack("{s:s,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "direction", way->name, "lines", number(way->lines),
                      "bytes_cross_node", number(way->cross), "searched", searched, "packed", number(way->packed),
-                     "bytes_saved", number(ry_way_saved(way)), "bytes_could_save", number(ry_way_could_save(way)),
+                     "summed", number(way->summed), "bytes_saved", number(ry_way_saved(way)), "bytes_could_save", number(ry_way_could_save(way)),
                      "estimate", estimate);
 }
 
