@@ -3,7 +3,7 @@
 
   werror     the plain build with warnings as errors, and all its tests
   asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer (gcc warns falsely there: no -Werror), but for the scripts
-             of the virtual GPU cluster
+             of the virtual GPU cluster and the planner's long commands
   tsan       what has threads, under ThreadSanitizer
   docs       tables and man page against the code
   install    `meson install` into an empty folder, and the tool and libraries working from there
@@ -112,7 +112,7 @@ def stage_werror():
 
 def stage_asan():
     # Not the scripts of the GPU cluster: they run nothing that was built.
-    builder.wait("asan") and meson_tests("build-ci-asan", "-t", "3", "--no-suite", "gpu")
+    builder.wait("asan") and meson_tests("build-ci-asan", "-t", "3", "--no-suite", "gpu", "--no-suite", "long")
 
 
 def stage_tsan():
