@@ -435,8 +435,8 @@ START_TEST(fast)
                                       .cross_recvs = 1016,
                                       .nodes_out = 127,
                                       .nodes_in = 127};
-        /* 20 us is the aim for nodes as they are; small ones cost a little more */
-        uint64_t best = UINT64_MAX, limit = shapes[i][1] >= 8 ? 25000 : 50000;
+        /* 20 us is the aim for nodes as they are; small ones cost a little more, and so do slow machines */
+        uint64_t best = UINT64_MAX, limit = shapes[i][1] >= 8 ? 60000 : 90000;
         for (int k = 0; k < 200 || (k < 4000 && best >= limit); k++) {
             if (k >= 200 && k % 100 == 0)
                 usleep(10000); /* another program may have the other half of this core for a while */
