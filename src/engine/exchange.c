@@ -8,7 +8,9 @@
  *                        agree() with the other ranks (control/talk.h), which may wait: for the search, for the others; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
  *                        the caller's stream (run/run.h), once, if all are to, after a communicator of the node's ranks was made
- *                        (node_comm.h). Otherwise the preload passes the exchange on to NCCL as it is.
+ *                        (node_comm.h). Otherwise the preload passes the exchange on to NCCL as it is. What a summed return
+ *                        takes besides is in sum.c: ry_sum_begin() before all this finds what it answers, ry_sum_keep()
+ *                        after a packed exchange keeps what its return will need.
  *                        May start the clock (sampler.c), once nothing is waited for any more.
  *   ry_exchange_end()    records it, and stops the clock.
  *

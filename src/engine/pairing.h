@@ -4,7 +4,7 @@
  * Owns: RAILYARD_COMBINE's words; what a rank remembers of the exchanges that went out packed until they are answered;
  * how many copies of a token there are (K), told or learned; the rank's half of the rule when a return may be summed.
  * Not: which exchange a return answers (direction.h), counting copies and keeping index lists on the device
- * (run/run.h), whether the other ranks come to the same answer (sums.h, at the yardmaster).
+ * (run/run.h), whether the other ranks come to the same answer (returns.h, at the yardmaster).
  *
  * The rule. Where rows of one token come back and are only added up by whoever gets them, their sum may come in the
  * place of the first and zeros in the places of the others. That this is so the user says (RAILYARD_COMBINE=sum). Which

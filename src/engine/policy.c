@@ -8,7 +8,7 @@
 #include <string.h>
 
 #include "base/log.h"
-#include "sums.h"
+#include "returns.h"
 
 /* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
  * many. */
@@ -42,7 +42,7 @@ struct ry_chooser {
     int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
     uint64_t reissued;      /* exchanges, for verify */
     bool timed;             /* the exchange being decided is to be timed */
-    struct ry_sums sums;
+    struct ry_returns sums;
     bool said_unverified;
     double plain_us; /* what plain NCCL would take for it, not engaged */
     struct {
@@ -498,13 +498,13 @@ static bool choose_sum(struct ry_chooser *c, const struct ry_agreed *x, struct r
 {
     double us;
     const char *why = forced >= 0 && forced != RY_DEDUP ? ""
-                                                        : ry_sums_ask(&c->sums, c->sides, x->matrix, x->nranks, &us);
+                                                        : ry_returns_ask(&c->sums, c->sides, x->matrix, x->nranks, &us);
     if (why) {
         if (*why)
             ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not summed: %s", c->name, x->number, why);
         return false;
     }
-    us = ry_sums_estimate(&c->config.model, c->config.map, c->loads, us);
+    us = ry_returns_estimate(&c->config.model, c->config.map, c->loads, us);
     for (int s = 0; s < RY_SUM; s++)
         if (forced < 0 && !(us < choice->us[s] * (s == RY_DIRECT ? 1 - MARGIN : 1)))
             return false;
@@ -520,7 +520,7 @@ static bool choose_sum(struct ry_chooser *c, const struct ry_agreed *x, struct r
 static void note_dedup(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
 {
     double model = choice->model_us[RY_DEDUP], own = model - choice->search_us - c->config.model.agreement_us;
-    ry_sums_went(&c->sums, number, own * (choice->us[RY_DEDUP] / model));
+    ry_returns_went(&c->sums, number, own * (choice->us[RY_DEDUP] / model));
 }
 
 /* Every n-th reissued exchange, but for those that are meant to differ from plain NCCL. */

@@ -5,13 +5,15 @@
  * packing would save, and the decision whether the next exchange of the kind is searched for equal rows (run/rows.h),
  * and whether its job waits for the answer. Not: the search, nor whether packing pays (the yardmaster's cost model).
  *
- *   aside   The search is enqueued, nobody waits for it, a later exchange picks up what it found. This is how kinds are
- *           learned of: the first few exchanges of a communicator, then rarely: of each kind after 1, 2, 4, … and in
- * the end 1024 more of its exchanges, and never more than one of 64 exchanges in all, whatever the kinds. A search
- * reads what crosses once or twice at the speed of memory, a tenth of what the exchange takes at most; so this costs
- * well below 1 % of it. first   The rank waits for the answer before it tells the others about the exchange, which
- * therefore can go packed. Only while engaged, only kinds that are known to repeat, and only as long as the verdicts
- * make use of it: after RY_UNUSED verdicts for another strategy in a row just after 64, 128, … 1024 more.
+ * Aside: the search is enqueued, nobody waits for it, a later exchange picks up what it found. This is how kinds are
+ * learned of: the first few exchanges of a communicator, then rarely: of each kind after 1, 2, 4, … and in the end 1024
+ * more of its exchanges, and never more than one of 64 exchanges in all, whatever the kinds. A search reads what
+ * crosses once or twice at the speed of memory, a tenth of what the exchange takes at most; so this costs well below
+ * 1 % of it.
+ *
+ * First: the rank waits for the answer before it tells the others about the exchange, which therefore can go packed.
+ * Only while engaged, only kinds that are known to repeat, and only as long as the verdicts make use of it: after
+ * RY_UNUSED verdicts for another strategy in a row just after 64, 128, … 1024 more.
  *
  * Exchanges that send less than RY_LOOK_BYTES to other nodes from here are not looked at, nor rows so short that the
  * list of who is which would be as long. `always` (RAILYARD_STRATEGY=dedup) looks first at every exchange while

@@ -3,7 +3,7 @@
  *
  * Owns: on the way out, counting how often rows occur and keeping what the return will need; on the way back, finding
  * it again and building the plan, before the manifest, so that what cannot be planned is not offered. Not: the rule
- * (pairing.h, sums.h), what is kept on the device and the adding up (run/run.h), the plan (plan/sum.c).
+ * (pairing.h, returns.h), what is kept on the device and the adding up (run/run.h), the plan (plan/sum.c).
  *
  * Copies are counted in front of the search for equal rows, which is waited for anyway, so nobody ever waits for them;
  * and where the count says that the return will not be summed, nothing is kept.

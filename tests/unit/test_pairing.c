@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "engine/pairing.h"
-#include "engine/sums.h"
+#include "engine/returns.h"
 
 #define RANKS 4
 #define RANK 1
@@ -216,7 +216,7 @@ END_TEST
 
 /* ---- the yardmaster ---- */
 
-static struct ry_sums sums;
+static struct ry_returns sums;
 static struct ry_side sides[RANKS];
 static uint64_t matrix[RANKS * RANKS];
 static double us;
@@ -235,7 +235,7 @@ static void all_say(uint64_t d, uint64_t copies)
 static const char *ask(void)
 {
     us = -1;
-    return ry_sums_ask(&sums, sides, matrix, RANKS, &us);
+    return ry_returns_ask(&sums, sides, matrix, RANKS, &us);
 }
 
 START_TEST(all_agree)
@@ -243,8 +243,8 @@ START_TEST(all_agree)
     memset(&sums, 0, sizeof sums);
     all_say(0, 8);
     ck_assert(strstr(ask(), "did not go packed")); /* number 0 is not what an empty table says */
-    ry_sums_went(&sums, 0, 300);
-    ry_sums_went(&sums, 70, 400);
+    ry_returns_went(&sums, 0, 300);
+    ry_returns_went(&sums, 70, 400);
     ck_assert_ptr_null(ask());
     ck_assert_double_eq(us, 300);
     all_say(70, 8);
@@ -267,8 +267,8 @@ START_TEST(all_agree)
     ck_assert_str_eq(ask(), "");
     all_say(71, 8);
     ck_assert(strstr(ask(), "did not go packed"));
-    for (uint64_t i = 0; i < RY_SUMS; i++)
-        ry_sums_went(&sums, 100 + i, 1);
+    for (uint64_t i = 0; i < RY_RETURNS; i++)
+        ry_returns_went(&sums, 100 + i, 1);
     all_say(70, 8);
     ck_assert(strstr(ask(), "did not go packed")); /* too long ago */
 }
@@ -277,7 +277,7 @@ END_TEST
 START_TEST(equal_splits)
 {
     memset(&sums, 0, sizeof sums);
-    ry_sums_went(&sums, 5, 300);
+    ry_returns_went(&sums, 5, 300);
     all_say(5, 8);
     for (int i = 0; i < RANKS; i++)
         for (int j = 0; j < RANKS; j++)
@@ -293,11 +293,11 @@ START_TEST(estimated)
     struct ry_cost_model m = {.copy_us = 2, .copy_bytes_per_us = 1000, .group_us = 10, .agreement_us = 20};
     struct ry_load loads[RANKS] = {{0}};
     m.link[RY_LINK_LOCAL] = (struct ry_cost_link){.alpha_us = 5, .bytes_per_us = 500, .message_us = 1};
-    ck_assert_double_eq_tol(ry_sums_estimate(&m, map, loads, 100), 100 + 20 + 10 + 2, 1e-9);
+    ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + 2, 1e-9);
     loads[2].cross_out = 100000;
     loads[2].cross_sends = 2;
     /* half of it is given to the other rank of the node; all of it is read */
-    ck_assert_double_eq_tol(ry_sums_estimate(&m, map, loads, 100), 100 + 20 + 10 + (5 + 2 + 100) + 2 + 100, 1e-9);
+    ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (5 + 2 + 100) + 2 + 100, 1e-9);
 }
 END_TEST
 

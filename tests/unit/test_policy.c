@@ -650,6 +650,30 @@ START_TEST(node_comms)
 }
 END_TEST
 
+/* One rank without the kernels for packed messages: nobody packs, whatever others found. */
+START_TEST(one_that_cannot_pack)
+{
+    slow_nic = true;
+    begin(0, 1ull << 32, 50);
+    uniform(1 << 20, 1ull << 31);
+    duplicates(4096, 8);
+    atomic_store(&forced, RY_DEDUP);
+    ck_assert_int_eq(exchange(), RY_DEDUP);
+    sides[RANKS - 1].cannot_pack = 1;
+    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+    atomic_store(&forced, -1);
+    for (int i = 0; i < 40; i++)
+        ck_assert_int_ne(exchange(), RY_DEDUP);
+    sides[RANKS - 1].cannot_pack = 0;
+    memset(went, 0, sizeof went);
+    for (int i = 0; i < 40; i++)
+        exchange();
+    ck_assert_int_gt(went[RY_DEDUP], 20);
+    slow_nic = false;
+    end();
+}
+END_TEST
+
 /* Relaying that is slower than direct without the nodes' communicators and faster with them must be found faster: they are asked
    for early where the model expects it, and what was measured without them is forgotten. */
 START_TEST(node_comms_change_what_is_known)
@@ -761,6 +785,7 @@ int main(void)
     tcase_add_test(t, learns_from_the_busy);
     tcase_add_test(t, node_comms);
     tcase_add_test(t, node_comms_change_what_is_known);
+    tcase_add_test(t, one_that_cannot_pack);
     tcase_add_test(t, nonsense_from_a_rank_ends_it);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);

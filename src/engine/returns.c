@@ -1,11 +1,11 @@
-/* sums.c: see sums.h. */
-#include "sums.h"
+/* returns.c: see returns.h. */
+#include "returns.h"
 
-void ry_sums_went(struct ry_sums *s, uint64_t number, double us)
+void ry_returns_went(struct ry_returns *s, uint64_t number, double us)
 {
     s->went[s->next].number = number + 1;
     s->went[s->next].us = us;
-    s->next = (s->next + 1) % RY_SUMS;
+    s->next = (s->next + 1) % RY_RETURNS;
 }
 
 static bool own_transpose(const uint64_t *matrix, size_t n)
@@ -17,7 +17,7 @@ static bool own_transpose(const uint64_t *matrix, size_t n)
     return true;
 }
 
-const char *ry_sums_ask(const struct ry_sums *s, const struct ry_side *sides, const uint64_t *matrix, int nranks,
+const char *ry_returns_ask(const struct ry_returns *s, const struct ry_side *sides, const uint64_t *matrix, int nranks,
                         double *us)
 {
     uint64_t answers = sides[0].answers, copies = 0;
@@ -34,7 +34,7 @@ const char *ry_sums_ask(const struct ry_sums *s, const struct ry_side *sides, co
             return "the ranks do not agree on how many copies tokens have";
         copies = sides[r].copies ? sides[r].copies : copies;
     }
-    for (int i = 0; i < RY_SUMS; i++)
+    for (int i = 0; i < RY_RETURNS; i++)
         if (s->went[i].number == answers)
             found = i;
     if (found < 0)
@@ -47,7 +47,7 @@ const char *ry_sums_ask(const struct ry_sums *s, const struct ry_side *sides, co
     return NULL;
 }
 
-double ry_sums_estimate(const struct ry_cost_model *model, const struct ry_cluster *map, const struct ry_load *loads,
+double ry_returns_estimate(const struct ry_cost_model *model, const struct ry_cluster *map, const struct ry_load *loads,
                         double us)
 {
     const struct ry_cost_link *local = &model->link[RY_LINK_LOCAL];
