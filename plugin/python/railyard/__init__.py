@@ -1,0 +1,18 @@
+"""Railyard's adapter: what a Python framework must be asked, and nothing that C can do.
+
+Started by sitecustomize.py beside this package, never imported by a user. docs/live-placement.md is the picture; the parts:
+
+  hook.py       waits for modules to be imported, then patches them                     (standard library only, like all but those marked)
+  say.py        lines on stderr, "railyard: rank 3: …", by RAILYARD_LOG
+  library.py    librailyard-engine.so through ctypes: live placement, settings
+  board.py      the keys and values that all ranks share                                (torch)
+  job.py        this rank's part in the job: hello, off, the leader's check of all
+  batch.py      DataLoader and samplers: lists, windows, obeying the board              (torch)
+  planner.py    the leader's windows: reads tokens ahead, asks the library, claims
+  observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
+  experts.py    experts moved between ranks at start                                    (torch)
+  megatron.py   Megatron-core: what to wrap, what to refuse, who holds what             (megatron)
+  deepspeed.py  DeepSpeed: the same                                                     (deepspeed)
+"""
+
+VERSION = 1  # of what ranks tell each other; ranks of one job must agree
