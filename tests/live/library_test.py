@@ -21,7 +21,7 @@ sys.path.insert(0, PACKAGES)
 sys.dont_write_bytecode = True
 from railyard import library  # noqa: E402
 
-RAILYARD, ENGINE, PRELOAD = sys.argv[1:4]
+RAILYARD, ENGINE, PRELOAD = (os.path.abspath(a) for a in sys.argv[1:4])
 os.environ["RAILYARD_ENGINE"] = ENGINE
 SEED = int(os.environ.get("RY_TEST_SEED", time.time()))
 rng = random.Random(SEED)
@@ -283,7 +283,7 @@ try:
             with_numpy(numpy)
         except ImportError:
             other = os.environ.get("RY_TEST_PYTHON")
-            argv = [other or "", "-B", os.path.abspath(__file__), *sys.argv[1:4], "--numpy"]
+            argv = [other or "", "-B", os.path.abspath(__file__), RAILYARD, ENGINE, PRELOAD, "--numpy"]
             if other and not subprocess.run([other, "-c", "import numpy"], stderr=subprocess.DEVNULL).returncode:
                 check("with NumPy", subprocess.run(argv).returncode == 0)
             else:
