@@ -317,7 +317,7 @@ START_TEST(any_job)
 }
 END_TEST
 
-/* Long samples decide where they compete with short ones. */
+/* Long samples decide where they compete with short ones, though these are surer of what they want. */
 START_TEST(long_samples_first)
 {
     static struct world w;
@@ -335,6 +335,9 @@ START_TEST(long_samples_first)
             int n = i == longer ? 64 : 16;
             draw(&w, &s, 1);
             memcpy(x.tokens + x.first[i], s.tokens, (size_t)n * sizeof *s.tokens);
+            draw(&w, &s, 0);
+            if (i == longer)
+                memcpy(x.tokens + x.first[i], s.tokens, (size_t)(n / 4) * sizeof *s.tokens);
             x.first[i + 1] = x.first[i] + n;
         }
         place(&w, &x);
@@ -342,6 +345,37 @@ START_TEST(long_samples_first)
         ck_assert_msg((int)x.order[1] == longer, "%s", x.plan.why);
     }
     railyard_live_free(w.live);
+}
+END_TEST
+
+/* Nothing moves that need not: of twelve equal samples that want one place, those that are there stay. */
+START_TEST(few_moves)
+{
+    static struct world w;
+    static struct list x;
+    struct sample s[2];
+    for (int round = 0; round < 20; round++) {
+        make(&w, 4, 4, 2, 0);
+        for (int r = 0; r < 4; r++)
+            w.rank_place[r] = r / 2 == round % 2;
+        start(&w);
+        teach(&w, 200);
+        draw(&w, &s[0], 0);
+        draw(&w, &s[1], 1);
+        x.n = 16;
+        x.first[0] = 0;
+        for (int i = 0, other = 0; i < 16;
+             i++) { /* at place 0 are four that want place 1, and all others want place 0 */
+            bool wants = place_of(&w, i) == 0 && other < 4 && (below(2) || i % 8 >= 4);
+            other += wants;
+            memcpy(x.tokens + x.first[i], s[wants].tokens, 64 * sizeof *s[0].tokens);
+            x.first[i + 1] = x.first[i] + 64;
+        }
+        place(&w, &x);
+        check_lawful(&w, &x);
+        ck_assert_int_eq(x.plan.moved, 8);
+        railyard_live_free(w.live);
+    }
 }
 END_TEST
 
@@ -878,6 +912,7 @@ int main(void)
     tcase_add_test(t, as_dealt_when_not_sure);
     tcase_add_test(t, any_job);
     tcase_add_test(t, long_samples_first);
+    tcase_add_test(t, few_moves);
     tcase_add_test(t, saved_and_loaded);
     tcase_add_test(t, records);
     tcase_add_test(t, recordings_survive);
