@@ -298,6 +298,11 @@ START_TEST(estimated)
     loads[2].cross_sends = 2;
     /* half of it is given to the other rank of the node; all of it is read */
     ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (5 + 2 + 100) + 2 + 100, 1e-9);
+    /* over the node's own communicator, where there is one: the group stays inside the nodes */
+    m.link[RY_LINK_NODE] = (struct ry_cost_link){.alpha_us = 3, .bytes_per_us = 1000, .message_us = 0.5};
+    ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (5 + 2 + 100) + 2 + 100, 1e-9);
+    m.node_comm = true;
+    ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (3 + 1 + 50) + 2 + 100, 1e-9);
 }
 END_TEST
 
