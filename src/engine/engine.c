@@ -408,6 +408,16 @@ static void read_combine(void)
         ry_log(RY_LOG_ERROR, "RAILYARD_COMBINE: %s. Taken as exact: nothing is summed", err.msg);
 }
 
+static void read_chunks(void)
+{
+    uint64_t chunks = ry_engine.settings.chunks;
+    bool known = chunks <= 2 || chunks == RY_CHUNKS;
+    if (!known)
+        ry_warn("RAILYARD_CHUNKS: %llu is none of 0 (by the cost model), 1, 2 and %d. Taken as 0",
+                (unsigned long long)chunks, RY_CHUNKS);
+    ry_engine.chunks = known ? (int)chunks : 0;
+}
+
 static void open_record(void)
 {
     struct ry_record_config config = {.dir = ry_engine.settings.trace,
@@ -438,6 +448,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
     ry_log_set_level(ry_engine.settings.log);
     read_strategy();
     read_combine();
+    read_chunks();
     ry_run_staging_limit(ry_engine.settings.staging);
     ry_engine.settings_hash = hash_settings(&ry_engine.settings);
     ry_engine.rendezvous = ry_rendezvous_start(&err);

@@ -83,6 +83,7 @@ struct reissue {
     } promising;       /* the exchange since the last SEEN that packing would save most of */
     void *manifest;    /* room for what this rank adds to it */
     uint64_t staging_wanted; /* by the latest verdict */
+    int parts;               /* that messages are to be looked for in; 0: 1 */
     bool quit;               /* a mismatch was found: never again */
     _Atomic bool aborted;
     struct ry_waits waits;    /* for verdicts */
@@ -123,6 +124,7 @@ struct engine {
     struct ry_host host;
     struct ry_settings settings;
     struct ry_combine combine;
+    int chunks; /* RAILYARD_CHUNKS; 0: by the cost model */
     _Atomic int forced; /* strategy that RAILYARD_STRATEGY names, -1: auto */
     bool observe;       /* RAILYARD_STRATEGY=observe: nothing is ever reissued */
     uint32_t settings_hash;

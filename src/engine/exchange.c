@@ -36,6 +36,7 @@ static __thread struct {
     bool verify;
     enum ry_node_order node; /* with the verdict */
     double waited_us, late_us; /* for the verdict; of it for other ranks */
+    int chunks;                /* of the plan, as the yardmaster says */
     double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
     struct rows_seen rows;
     /* the latest all-gather of 64-bit integers since the exchange before */
@@ -147,6 +148,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
     side.cannot_pack = !ry_run_packs(r->runner);
     side.row_bytes = repeats ? now.rows.bytes : 0;
+    side.parts = repeats ? (uint64_t)ry_parts(&repeats[r->map->node[x->rank]]) : 0;
     ry_sum_offer(r, &side);
     seen = side;
     if (r->promising.saving > 0)
@@ -190,7 +192,8 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
                                .slice = slice,
                                .send_at = r->send_at,
                                .recv_at = r->recv_at,
-                               .repeats = repeats};
+                               .repeats = repeats,
+                               .chunks = now.chunks};
     return ry_plan_build(&in, err);
 }
 
@@ -204,6 +207,9 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     r->staging_wanted = order.staging_wanted;
     now.timed = order.timed;
     now.node = (enum ry_node_order)order.node_comm;
+    now.chunks = (int)order.chunks;
+    if (order.parts && !r->pairs.combine.sum) /* sums are not made of parts */
+        r->parts = (int)order.parts;
     now.plain_us = verdict->strategy == RY_DIRECT ? 0 : order.plain_us;
     for (int p = 0; p < r->map->nranks; p++) {
         sent += r->send[p];

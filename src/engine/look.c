@@ -95,7 +95,7 @@ bool ry_look(const struct comm *c, struct reissue *r, const struct ry_buffers *b
     s->aside = false; /* what nobody waited for is given up for what somebody waits for */
     if (look == RY_LOOK_FIRST)
         ry_sum_count(c, r, b, rows, number);
-    if (ry_run_scan(r->runner, r->map, b, rows->bytes, &err)) {
+    if (ry_run_scan(r->runner, r->map, b, rows->bytes, r->parts, &err)) {
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no search for equal rows: %s", c->id, number,
                err.msg);
         ry_habit_failed(rows->habit);

@@ -14,14 +14,14 @@
  * many. */
 #define FIRST_ACCOUNT 12
 #define ACCOUNT 64
-#define MOST_UNPAID 6 /* accounts in a row after which proposals do not become rarer any more */
-#define MARGIN 0.05   /* a strategy must promise as much over direct */
-#define RECENT 256    /* choices remembered until their duration is known */
-#define CHEAP 0.02    /* agreeing that costs no more than this share of an exchange is worth it just to find out */
-#define TRIES 6       /* exchanges measured to find out about a strategy, of twice as many made */
+#define MOST_UNPAID 6     /* accounts in a row after which proposals do not become rarer any more */
+#define MARGIN 0.05       /* a strategy must promise as much over direct */
+#define RECENT 256        /* choices remembered until their duration is known */
+#define CHEAP 0.02        /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define TRIES 6           /* exchanges measured to find out about a strategy, of twice as many made */
 #define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much, */
 #define NODE_COMM_PROMISING 1 /* unless by the model relaying is faster than direct, once they are there */
-#define CLOSE 1.5     /* where rows are equal, only what is estimated to come so close to the best is found out about */
+#define CLOSE 1.5 /* where rows are equal, only what is estimated to come so close to the best is found out about */
 
 /* A choice, until it is known how long it took. */
 struct recent {
@@ -45,8 +45,10 @@ struct ry_chooser {
     struct ry_returns sums;
     bool said_unverified;
     double plain_us; /* what plain NCCL would take for it, not engaged */
+    int chunks;      /* of its plans */
+    int parts;       /* that messages are to have from then on */
     struct {
-        int relayed;              /* verdicts, until it was asked for */
+        int relayed; /* verdicts, until it was asked for */
         bool asked, used;
         enum ry_node_order order; /* of the exchange being decided */
     } node_comm;
@@ -68,6 +70,27 @@ struct ry_chooser {
 
 /* ---- as it is sent ---- */
 
+#define PARTS_AT 56 /* bit of a row width on its way */
+
+/* Number `i` of a list of them. There are no more rows than 2^31. */
+static void put_counts(char *list, int i, const struct ry_repeats *r)
+{
+    uint32_t word[RY_CHUNKS] = {0};
+    for (int k = 0; r && k < RY_CHUNKS - 1; k++)
+        word[k] = (uint32_t)r->early[k];
+    word[RY_CHUNKS - 1] = r ? (uint32_t)r->distinct : 0;
+    memcpy(list + (size_t)i * sizeof word, word, sizeof word);
+}
+
+static void get_counts(const char *list, int i, struct ry_repeats *r)
+{
+    uint32_t word[RY_CHUNKS];
+    memcpy(word, list + (size_t)i * sizeof word, sizeof word);
+    for (int k = 0; k < RY_CHUNKS - 1; k++)
+        r->early[k] = word[k];
+    r->distinct = word[RY_CHUNKS - 1];
+}
+
 size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const struct ry_repeats *repeats)
 {
     struct ry_side s = *side;
@@ -75,9 +98,8 @@ size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const str
     memcpy(out, &s, sizeof s);
     if (!s.row_bytes)
         return sizeof s;
-    char *at = (char *)out + sizeof s;
-    for (int n = 0; n < nnodes; n++, at += sizeof(uint64_t))
-        memcpy(at, &(uint64_t){repeats[n].row_bytes ? repeats[n].distinct : 0}, sizeof(uint64_t));
+    for (int n = 0; n < nnodes; n++)
+        put_counts((char *)out + sizeof s, n, repeats[n].row_bytes ? &repeats[n] : NULL);
     return ry_side_most(nnodes);
 }
 
@@ -88,13 +110,13 @@ int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes,
     memcpy(side, extra, sizeof *side);
     if (bytes != (side->row_bytes ? ry_side_most(nnodes) : sizeof *side))
         return -1;
-    const char *at = (const char *)extra + sizeof *side;
     for (int n = 0; n < nnodes; n++) {
         repeats[n] = (struct ry_repeats){0};
         if (!side->row_bytes)
             continue;
         repeats[n].row_bytes = side->row_bytes;
-        memcpy(&repeats[n].distinct, at + (size_t)n * sizeof(uint64_t), sizeof(uint64_t));
+        repeats[n].parts = side->parts;
+        get_counts((const char *)extra + sizeof *side, n, &repeats[n]);
     }
     return 0;
 }
@@ -107,7 +129,7 @@ static size_t cells_bytes(const struct ry_slice *s)
 size_t ry_order_bytes(const struct ry_slice *slice)
 {
     return sizeof(struct ry_order) + (slice ? cells_bytes(slice) : 0) +
-           (slice && slice->repeats ? (size_t)slice->nrows * sizeof *slice->repeats : 0);
+           (slice && slice->repeats ? (size_t)slice->nrows * (sizeof(uint64_t) + RY_CHUNKS * sizeof(uint32_t)) : 0);
 }
 
 int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, struct ry_err *err)
@@ -117,8 +139,14 @@ int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, str
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", bytes, expected);
     if (cells)
         memcpy(slice->cells, (const char *)extra + order, cells);
-    if (slice->repeats)
-        memcpy(slice->repeats, (const char *)extra + order + cells, bytes - order - cells);
+    const char *widths = (const char *)extra + order + cells, *list = widths + (size_t)slice->nrows * sizeof(uint64_t);
+    for (int i = 0; slice->repeats && i < slice->nrows; i++) {
+        uint64_t width;
+        memcpy(&width, widths + (size_t)i * sizeof width, sizeof width);
+        slice->repeats[i].row_bytes = width & ~(UINT64_C(0xFF) << PARTS_AT);
+        slice->repeats[i].parts = width >> PARTS_AT;
+        get_counts(list, i, &slice->repeats[i]);
+    }
     return 0;
 }
 
@@ -128,6 +156,7 @@ static void see_node_comms(struct ry_chooser *c)
     c->config.model.node_comm = true;
     for (int r = 0; r < c->config.map->nranks; r++)
         c->config.model.node_comm &= c->sides[r].node_comm != RY_NODE_CANNOT;
+    c->config.model.chunks = c->config.chunks ? c->config.chunks : RY_CHUNKS;
 }
 
 static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
@@ -140,6 +169,15 @@ static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_
     }
     see_node_comms(c);
     return true;
+}
+
+/* No more distinct rows than rows, and no fewer later on. */
+static bool possible(const struct ry_repeats *r, uint64_t rows)
+{
+    bool good = r->distinct <= rows && r->row_bytes >> PARTS_AT == 0 && (r->parts <= 2 || r->parts == RY_CHUNKS);
+    for (int p = 0; good && p < ry_parts(r); p++)
+        good = ry_part_distinct(r, p) <= ry_part_distinct(r, p + 1);
+    return good;
 }
 
 /*
@@ -164,7 +202,7 @@ static bool check_found(struct ry_chooser *c, int from, const uint64_t *cells)
     for (int n = 0; n < map->nnodes; n++) {
         if (n == map->node[from])
             continue;
-        if (found[n].distinct > rows[n])
+        if (!possible(&found[n], rows[n]))
             return false;
         uint64_t crosses = ry_packs(found[n], rows[n], bytes[n]) ? ry_packed_bytes(found[n], rows[n]) : bytes[n];
         load->packed_out += crosses;
@@ -491,14 +529,32 @@ static void order_node_comms(struct ry_chooser *c, const struct ry_choice *choic
 }
 
 /*
- * May the exchange be summed, and is that the fastest? It is not tried to find out, nor learned of: the estimate is that of the
- * exchange it answers, which is. Under RAILYARD_STRATEGY=dedup it need not pay.
+ * A plan is in as many chunks as the messages have parts, which was decided before they were looked for. Once they were
+ * to be in several they stay so: it costs little, and exchanges of a layer differ.
+ */
+static void order_chunks(struct ry_chooser *c, const struct ry_choice *choice)
+{
+    bool dedup = choice->strategy == RY_DEDUP;
+    uint64_t parts = 0;
+    if (c->config.chunks)
+        c->parts = c->config.chunks;
+    else if (dedup && c->node_comm.order == RY_NODE_USE && choice->chunks > c->parts)
+        c->parts = choice->chunks;
+    for (int r = 0; r < c->config.map->nranks; r++)
+        if (c->sides[r].row_bytes)
+            parts = !parts || parts == c->sides[r].parts ? c->sides[r].parts : 1;
+    c->chunks = !dedup ? 0 : c->config.chunks || c->node_comm.order == RY_NODE_USE ? (int)parts : 1;
+}
+
+/*
+ * May the exchange be summed, and is that the fastest? It is not tried to find out, nor learned of: the estimate is
+ * that of the exchange it answers, which is. Under RAILYARD_STRATEGY=dedup it need not pay.
  */
 static bool choose_sum(struct ry_chooser *c, const struct ry_agreed *x, struct ry_choice *choice, int forced)
 {
     double us;
-    const char *why = forced >= 0 && forced != RY_DEDUP ? ""
-                                                        : ry_returns_ask(&c->sums, c->sides, x->matrix, x->nranks, &us);
+    const char *why =
+        forced >= 0 && forced != RY_DEDUP ? "" : ry_returns_ask(&c->sums, c->sides, x->matrix, x->nranks, &us);
     if (why) {
         if (*why)
             ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": not summed: %s", c->name, x->number, why);
@@ -511,8 +567,8 @@ static bool choose_sum(struct ry_chooser *c, const struct ry_agreed *x, struct r
     choice->us[RY_SUM] = us;
     choice->strategy = RY_SUM;
     choice->trial = false;
-    snprintf(choice->why, sizeof choice->why, "sum %.0f us, direct %.0f us: rows of one token are added up in their node", us,
-             choice->us[RY_DIRECT]);
+    snprintf(choice->why, sizeof choice->why,
+             "sum %.0f us, direct %.0f us: rows of one token are added up in their node", us, choice->us[RY_DIRECT]);
     return true;
 }
 
@@ -529,9 +585,10 @@ static bool verified(struct ry_chooser *c, enum ry_strategy strategy)
     if (strategy == RY_DIRECT || !c->config.verify || c->reissued++ % c->config.verify)
         return false;
     if (strategy == RY_SUM && !c->said_unverified)
-        ry_info("communicator %s: exchanges that are summed differ from plain NCCL, as RAILYARD_COMBINE allows: they are "
-                "not verified",
-                c->name);
+        ry_info(
+            "communicator %s: exchanges that are summed differ from plain NCCL, as RAILYARD_COMBINE allows: they are "
+            "not verified",
+            c->name);
     c->said_unverified |= strategy == RY_SUM;
     return strategy != RY_SUM;
 }
@@ -574,10 +631,14 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
         note_dedup(c, x->number, &choice);
     *last = forced < 0 && !trial && !pays(c, &choice);
     order_node_comms(c, &choice, *last);
+    order_chunks(c, &choice);
     *verify = verified(c, choice.strategy);
-    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s)%s%s", c->name, x->number,
-           ry_strategy_name(choice.strategy), choice.why, *verify ? ", verified" : "",
-           *last ? "; agreeing does not pay any more" : "");
+    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s (%s)%s%s", c->name, x->number,
+           ry_strategy_name(choice.strategy),
+           c->chunks > 2   ? " in 4 chunks"
+           : c->chunks > 1 ? " in 2 chunks"
+                           : "",
+           choice.why, *verify ? ", verified" : "", *last ? "; agreeing does not pay any more" : "");
     return (int)choice.strategy;
 }
 
@@ -585,9 +646,12 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
 {
     struct ry_chooser *c = context;
     const struct ry_slice *s = &c->slices[strategy][rank]; /* prepare()d; empty for direct */
-    struct ry_order order = {.staging_wanted = c->need[rank], .timed = c->timed,
+    struct ry_order order = {.staging_wanted = c->need[rank],
+                             .timed = c->timed,
                              .node_comm = c->node_comm.order,
-                             .plain_us = c->plain_us};
+                             .plain_us = c->plain_us,
+                             .chunks = (uint32_t)c->chunks,
+                             .parts = (uint32_t)c->parts};
     size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
     *size = 0;
     if (strategy == RY_DIRECT && !order.staging_wanted && !order.timed)
@@ -597,9 +661,12 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     for (int i = 0; i < s->nrows; i++)
         for (int j = 0; j < s->ncols; j++)
             *cell++ = x->matrix[(size_t)s->rows[i] * (size_t)x->nranks + (size_t)s->cols[j]];
-    struct ry_repeats *repeats = (struct ry_repeats *)cell;
-    for (int i = 0; s->repeats && i < s->nrows; i++)
-        repeats[i] = c->looked ? c->repeats[(size_t)s->rows[i] * nnodes + node] : (struct ry_repeats){0};
+    uint64_t *width = cell;
+    for (int i = 0; s->repeats && i < s->nrows; i++) {
+        const struct ry_repeats *its = c->looked ? &c->repeats[(size_t)s->rows[i] * nnodes + node] : NULL;
+        width[i] = its ? its->row_bytes | its->parts << PARTS_AT : 0;
+        put_counts((char *)(width + s->nrows), i, its);
+    }
     *size = ry_order_bytes(s);
     return c->order;
 }
@@ -613,6 +680,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     if (c) {
         open_account(c, FIRST_ACCOUNT);
         c->config = *config;
+        c->parts = 1;
         snprintf(c->name, sizeof c->name, "%s", config->name);
         for (int i = 0; i < RECENT; i++)
             c->recent[i].number = UINT64_MAX;

@@ -20,8 +20,8 @@ enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
 
 /*
  * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a
- * manifest followed by uint64_t distinct[nnodes], as in struct ry_repeats, where row_bytes is not 0 (0 for its own node
- * and for nodes that were not searched). In SEEN, load.scanned and packed_out may be an expectation from earlier
+ * manifest followed by uint32_t [nnodes][RY_CHUNKS], `early` and `distinct` of struct ry_repeats, where row_bytes is not
+ * 0 (0 for its own node and for nodes that were not searched). In SEEN, load.scanned and packed_out may be an expectation from earlier
  * exchanges, and nothing follows.
  */
 struct ry_side {
@@ -32,6 +32,7 @@ struct ry_side {
     double measured_us;           /* how long that took on the device, the search for equal rows not included */
     uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
     uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
+    uint64_t parts;               /* that it took them in */
     uint64_t node_comm;           /* enum ry_node_state */
     double messages_us;           /* what agreeing takes this rank, without waiting for others; 0: not known */
     uint64_t cannot_pack;         /* 1: it has no kernels to pack rows and write them out; nobody packs then */
@@ -41,7 +42,7 @@ struct ry_side {
 /** The most that ry_side_pack() writes, any row width. */
 static inline size_t ry_side_most(int nnodes)
 {
-    return sizeof(struct ry_side) + (size_t)nnodes * sizeof(uint64_t);
+    return sizeof(struct ry_side) + (size_t)nnodes * RY_CHUNKS * sizeof(uint32_t);
 }
 /** For the manifest: `side`, and behind it what was found ([nnodes]; NULL or side->row_bytes 0: nothing). `out` has
  * room for ry_side_most() bytes. Returns how many they are. */
@@ -49,12 +50,15 @@ size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const str
 /** The other way. repeats[nnodes]; all zero where it did not look. -1 where the size is wrong. */
 int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes);
 
-/* What a verdict adds, followed by the cells of the rank's slice (none for direct and sum), then its repeats (dedup). */
+/* What a verdict adds, followed by the cells of the rank's slice (none for direct and sum), then, dedup, its repeats: row widths
+ * as uint64_t, with the parts in the highest byte, and behind these numbers as in manifests. */
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */
     uint64_t node_comm;      /* enum ry_node_order; the same for all ranks. MAKE: before the plan, which does not use it yet */
     double plain_us;         /* what plain NCCL would take, not engaged, by all that is known */
+    uint32_t chunks;         /* of the plan; dedup only, else 0 */
+    uint32_t parts;          /* to look for equal rows in, from the next exchange on; 0: as before */
 };
 /** Bytes of an order for a slice as ry_slice_init() laid it out; NULL: none. */
 size_t ry_order_bytes(const struct ry_slice *slice);
@@ -66,6 +70,7 @@ struct ry_policy_config {
     const _Atomic int *forced;    /* enum ry_strategy, or -1: choose; may change */
     uint64_t verify;              /* every n-th engaged exchange, 0: never */
     uint64_t staging_limit;
+    int chunks; /* of plans by dedup; 0: by the model */
     struct ry_cost_model model;
     const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */
 };

@@ -120,6 +120,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                           .forced = &ry_engine.forced,
                                           .verify = ry_engine.settings.verify,
                                           .staging_limit = ry_engine.settings.staging,
+                                          .chunks = ry_engine.chunks,
                                           .name = c->id};
         load_model(&config.model, map);
         if (!(r->chooser = ry_chooser_new(&config, &err)))

@@ -50,13 +50,13 @@ const char *ry_returns_ask(const struct ry_returns *s, const struct ry_side *sid
 double ry_returns_estimate(const struct ry_cost_model *model, const struct ry_cluster *map, const struct ry_load *loads,
                         double us)
 {
-    const struct ry_cost_link *local = &model->link[RY_LINK_LOCAL];
+    const struct ry_cost_link *inside = &model->link[model->node_comm ? RY_LINK_NODE : RY_LINK_LOCAL];
     double most = 0, gather = 0;
     for (int r = 0; r < map->nranks; r++) {
         int size = map->node_size[map->node[r]];
         double given = (double)loads[r].cross_out * (size - 1) / size;
         double took =
-            given > 0 ? local->alpha_us + loads[r].cross_sends * local->message_us + given / local->bytes_per_us : 0;
+            given > 0 ? inside->alpha_us + loads[r].cross_sends * inside->message_us + given / inside->bytes_per_us : 0;
         most = (double)loads[r].cross_out > most ? (double)loads[r].cross_out : most;
         gather = took > gather ? took : gather;
     }

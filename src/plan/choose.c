@@ -128,7 +128,9 @@ static void say_gain(struct ry_choice *c, int best, const struct ry_cost_parts *
     if (best == RY_DEDUP)
         SAY(c, "NIC of node %d %s %s instead of %s", p->nic_node, p->nic_in ? "gets" : "sends",
             bytes_text(p->nic_bytes, text), bytes_text(direct->nic_bytes, before));
-    else
+    if (best == RY_DEDUP && p->chunks > 1)
+        SAY(c, ", in %d chunks", p->chunks);
+    if (best != RY_DEDUP)
         SAY(c, "NIC of node %d %s %s in %llu instead of %llu messages a rank", direct->nic_node,
             direct->nic_in ? "gets" : "sends", bytes_text(direct->nic_bytes, text), (unsigned long long)p->nic_messages,
             (unsigned long long)direct->nic_messages);
@@ -138,7 +140,8 @@ static void say_loss(struct ry_choice *c, int other, const struct ry_cost_parts 
 {
     char text[16];
     const struct ry_cost_parts *direct = &parts[RY_DIRECT], *p = &parts[other];
-    double extra = p->groups - direct->groups + p->search + p->copies + p->forward + p->overhead - direct->overhead;
+    double extra =
+        p->groups - direct->groups + p->search + p->copies + p->forward + p->overhead - direct->overhead - p->hidden;
     if (other == RY_DEDUP)
         SAY(c, "sending equal rows once costs %.0f us, saves %.0f us on the NIC of node %d", extra,
             direct->nic - p->nic, direct->nic_node);
@@ -198,6 +201,7 @@ void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model,
         choice->us[s] = choice->model_us[s] * exp(factor[s]);
     }
     choice->search_us = parts[RY_DEDUP].search;
+    choice->chunks = parts[RY_DEDUP].chunks;
     const struct ry_cost_parts *direct = &parts[RY_DIRECT];
     const double *us = choice->us, direct_us = us[RY_DIRECT];
     bool can[RY_STRATEGIES] = {[RY_DIRECT] = true,

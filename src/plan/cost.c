@@ -335,6 +335,49 @@ static inline uint64_t busiest_way(const struct ry_load *l)
     return l->self + more(l->local_out + l->cross_out, l->local_in + l->cross_in);
 }
 
+/*
+ * How much of the distinct rows are among the first `share` of all, with `copies` of each: whoever has as many at
+ * random places is not among them with (1 - share)^copies.
+ */
+static double early(double share, double copies)
+{
+    return 1 - pow(1 - share, copies);
+}
+
+/*
+ * Into the number of chunks that is the fastest. The transfers between nodes follow each other, as do the passing on
+ * and writing out inside the nodes, each chunk's after its transfer; the first chunks are the longest, as most rows are
+ * new there, while inside all are alike.
+ */
+static void cut(struct ry_cost_parts *p, const struct ry_cost_model *m, double copies)
+{
+    const struct ry_cost_link *nic = &m->link[RY_LINK_NIC], *node = &m->link[RY_LINK_NODE];
+    double across = larger(p->self, larger(p->local, p->nic)), inside = p->forward + p->written, once = p->total;
+    /* what does not become less with the bytes */
+    double messages = number(p->nic_messages), again = nic->alpha_us + messages * nic->message_us,
+           again_inside = node->alpha_us + messages * node->message_us + 2 * m->copy_us;
+    if (!m->node_comm || !(p->forward > 0))
+        return;
+    for (int chunks = 2; chunks <= m->chunks && chunks <= RY_CHUNKS; chunks *= 2) {
+        double crossed = 0, passed = 0;
+        for (int k = 0; k < chunks; k++) {
+            double share = early((k + 1.0) / chunks, copies) - early((double)k / chunks, copies);
+            crossed += larger(across - again, 0) * share + again + m->group_us;
+            passed = larger(passed, crossed) + larger(inside - again_inside, 0) / chunks + again_inside + m->group_us;
+        }
+        double total = once - p->groups - across - inside + passed;
+        if (total >= p->total)
+            continue;
+        p->total = total;
+        p->chunks = chunks;
+    }
+    if (p->chunks > 1) {
+        double groups = 2 * p->chunks * m->group_us;
+        p->hidden = once - p->groups + groups - p->total;
+        p->groups = groups;
+    }
+}
+
 uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
@@ -400,14 +443,17 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     hier->overhead += m->plan_us_per_rank * c->nranks;
     dedup->overhead = hier->overhead;
     dedup->copies = most_nodes * m->copy_us + number(most_packed) / m->copy_bytes_per_us + written;
+    dedup->written = written;
     if (most_scanned)
         dedup->search = SEARCH_KERNELS * m->copy_us + number(most_scanned) / m->copy_bytes_per_us;
     for (int s = 0; s < RY_STRATEGIES; s++) {
         struct ry_cost_parts *p = &parts[s];
         double links = larger(p->self, larger(p->local, p->nic));
+        p->chunks = 1;
         p->groups = m->group_us * ((links > 0) + (p->forward > 0));
         p->total = p->groups + links + p->copies + p->forward + p->overhead + p->search;
     }
+    cut(dedup, m, packed && packed < all ? number(all) / number(packed) : 1);
     if (packed >= all)
         dedup->total = INFINITY;
     parts[RY_SUM].total = INFINITY; /* not a matter of cost: plan.h */
@@ -505,25 +551,38 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
     int n = cluster->nranks, groups = n ? plans[0]->ngroups : 0;
     struct walker *walkers = calloc((size_t)(n ? n : 1), sizeof *walkers);
     double *node_bytes = calloc((size_t)(n ? n : 1), sizeof *node_bytes);
+    double *over = calloc((size_t)groups + 1, sizeof *over); /* when groups are over, of the first part */
     double us = NAN;
-    if (!walkers || !node_bytes)
+    if (!walkers || !node_bytes || !over)
         goto out;
-    us = model->agreement_us;
+    double first = model->agreement_us, second = 0;
     if (n && plans[0]->strategy != RY_DIRECT)
-        us += model->plan_us_per_rank * n;
+        first += model->plan_us_per_rank * n;
     for (int g = 0; g <= groups; g++) {
         double copies = 0;
+        int after = -1; /* of the second part's */
         for (int r = 0; r < n; r++) {
+            const struct ry_plan *p = plans[r];
+            bool beside = model->node_comm && walkers[r].next >= ry_second(p) && walkers[r].next < p->nsteps;
+            if (beside && p->steps[walkers[r].next].after > after)
+                after = p->steps[walkers[r].next].after;
             copies = larger(copies, copies_us(model, plans[r], &walkers[r]));
+            beside = model->node_comm && walkers[r].next >= ry_second(p) && walkers[r].next < p->nsteps;
+            if (beside && p->steps[walkers[r].next].after > after)
+                after = p->steps[walkers[r].next].after;
             take_group(cluster, plans[r], &walkers[r], g);
         }
-        us += copies;
+        double *now = after < 0 ? &first : &second;
         bool inside = model->node_comm && n && ry_inside(plans[0]->inside, g);
-        if (g < groups)
-            us += group_us(model, cluster, walkers, inside, node_bytes);
+        if (after >= 0)
+            second = larger(second, over[after]);
+        *now += copies + (g < groups ? group_us(model, cluster, walkers, inside, node_bytes) : 0);
+        over[g] = first;
     }
+    us = larger(first, second);
 out:
     free(walkers);
     free(node_bytes);
+    free(over);
     return us;
 }

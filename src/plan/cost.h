@@ -42,6 +42,8 @@ struct ry_cost_model {
     bool measured;           /* by railyard calibrate, at least in part, rather than guessed from the topology */
     bool node_comm; /* what is passed on inside nodes (group 1) goes over NODE, not LOCAL: the ranks have, or will have, such
                        communicators. No property of links: not kept in files, false at first, set by whoever knows */
+    int chunks; /* dedup's plans may be in so many chunks at most; 0: 1. As node_comm, without which they are never in more
+                   than 1: set by whoever knows */
 };
 
 /** A guess from what the seats say (NVLink and NIC bandwidth), conservative where they say nothing. */
@@ -69,7 +71,8 @@ struct ry_cost_matrix {
 /**
  * Estimate `strategy` for an exchange in which rank r has loads[r], agreement included (plain NCCL, not engaged: take
  * model->agreement_us off direct's). Dedup includes looking for equal rows, packing and writing out; it is INFINITY where
- * nobody looked or nothing was found. Sum always is: it is not chosen by cost. O(nranks), no allocation.
+ * nobody looked or nothing was found, and is in the fastest number of chunks, of which each is passed on inside the
+ * nodes while the next crosses. Sum always is INFINITY: it is not chosen by cost. O(nranks), no allocation.
  */
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
                         const struct ry_cost_matrix *matrix, enum ry_strategy strategy);
@@ -118,6 +121,7 @@ struct ry_choice {
     bool trial;               /* not the fastest by all that is known, but close to it and to be measured again */
     double model_us[RY_STRATEGIES]; /* what the model says: what ry_cost_learn() wants to be told as estimated */
     double us[RY_STRATEGIES]; /* corrected by what was learned */
+    int chunks;               /* of a plan by dedup: the fastest number */
     double search_us;         /* part of dedup's model_us: what the ranks searched, and would have for any other strategy */
     char why[160];            /* "hierarchical 310 us, direct 420 us: NIC of node 1 sends 24 MiB in 6 instead of 12 messages" */
 };

@@ -9,7 +9,10 @@
 /* Microseconds. Links of the first group work side by side; all else follows one after the other. */
 struct ry_cost_parts {
     double total, groups, self, local, nic, copies, forward, overhead;
-    double search; /* for equal rows; copies: packing them and writing them out as well */
+    double search;  /* for equal rows; copies: packing them and writing them out as well, */
+    double written; /* of which this is the latter */
+    double hidden;  /* what chunks save of all that; groups: of all of them */
+    int chunks;     /* 1 or more */
     /* the busiest NIC: bytes in that direction, messages of its rank that has most; -1 where nothing crosses */
     int nic_node;
     bool nic_in;

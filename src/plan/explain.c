@@ -258,11 +258,18 @@ void ry_plan_explain(const struct ry_plan *p, const struct ry_cluster *c, FILE *
     for (int i = 0, end; i < p->nsteps; i = end) {
         bool transfer = ry_is_transfer(&p->steps[i]);
         for (end = i;
-             end < p->nsteps && ry_is_transfer(&p->steps[end]) == transfer && p->steps[end].group == p->steps[i].group;)
+             end < p->nsteps && ry_is_transfer(&p->steps[end]) == transfer &&
+             p->steps[end].group == p->steps[i].group &&
+             (!p->beside || transfer || end == i || (end != ry_second(p) && p->steps[end].after == p->steps[i].after));)
             end++;
         for (; transfer && groups < p->steps[i].group; groups++)
             fprintf(f, "  group %d: nothing\n", groups);
-        if (!transfer)
+        if (p->beside && i == ry_second(p))
+            fprintf(f, "beside that, where the nodes have communicators of their own:\n");
+        if (!transfer && p->beside && i >= ry_second(p) &&
+            (i == ry_second(p) || p->steps[i - 1].after < p->steps[i].after))
+            fprintf(f, "  after group %d:\n", p->steps[i].after);
+        else if (!transfer)
             fprintf(f, "  %s:\n", groups ? "then" : "first");
         else
             fprintf(f, "  group %d%s:\n", groups, ry_inside(p->inside, groups) ? ", inside the node" : ""), groups++;

@@ -194,6 +194,9 @@ static int check(const struct ry_plan_input *in, struct ry_err *err)
     if (in->send[in->rank] != in->recv[in->rank])
         return ry_fail(err, "plan of rank %d: it sends itself %llu bytes, but receives %llu from itself", in->rank,
                        (unsigned long long)in->send[in->rank], (unsigned long long)in->recv[in->rank]);
+    if (in->strategy == RY_DEDUP && in->chunks && in->chunks != 1 && in->chunks != 2 && in->chunks != RY_CHUNKS)
+        return ry_fail(err, "plan of rank %d: a message is not cut into %d chunks, but into 1, 2 or %d", in->rank,
+                       in->chunks, RY_CHUNKS);
     uint64_t out = 0, back = 0;
     for (int r = 0; r < in->cluster->nranks; r++)
         if (__builtin_add_overflow(out, in->send[r], &out) || __builtin_add_overflow(back, in->recv[r], &back))
@@ -219,7 +222,17 @@ struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err
         members[start[c->node[r]] + c->local[r]] = r;
     int node = c->node[in->rank];
     struct ry_building b = {
-        in, c, in->rank, node, c->node_size[node], start, members, NULL, err, ops, ops->repeats ? in->repeats : NULL};
+        .in = in,
+        .cluster = c,
+        .rank = in->rank,
+        .node = node,
+        .size = c->node_size[node],
+        .start = start,
+        .members = members,
+        .err = err,
+        .ops = ops,
+        .repeats = ops->repeats ? in->repeats : NULL,
+        .chunks = in->strategy == RY_DEDUP && c->nnodes > 1 && c->nnodes < c->nranks && in->chunks ? in->chunks : 1};
 
     /* The plan and its steps are one block, cut to size when done. */
     struct ry_plan *plan = malloc(sizeof *plan + ops->most_steps(&b) * sizeof *plan->steps);

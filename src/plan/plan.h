@@ -19,6 +19,9 @@
  *                 packed message of run/rows.h, for every message where that is shorter (ry_packs()). The relay hands the
  *                 packed message on to those ranks of its node for which that is shorter than their rows, and writes
  *                 out the rows of the others; whoever holds the message writes its own rows straight into place.
+ *                 In several `chunks`, a message of as many parts crosses part by part, each in a group of its own, and what
+ *                 one brought is passed on inside the node while the next crosses. Each part has rows for all ranks of the
+ *                 node, so that all of them are at work all the time. Other messages go with the first.
  *   sum           of an exchange C that returns what an earlier one D brought by dedup, one row back for each and in the same
  *                 order, where the receiver only adds up the rows that are copies of one: for every pair of a rank s and a
  *                 node n for which D packed a message, the ranks of n give their rows for s to D's relay there, which adds up
@@ -53,10 +56,31 @@ int ry_relay(const struct ry_cluster *cluster, int from, int node);
  * rank, each cut into rows of row_bytes, the last of a segment perhaps shorter, so many rows differ from all before them.
  * Whatever the numbers, a plan is right as long as all ranks build theirs from the same ones.
  */
+#define RY_CHUNKS 4 /* that plans may be in, and parts that messages may be made of: 1, 2 or 4 */
 struct ry_repeats {
     uint64_t row_bytes; /* 0: it did not look; the message goes as it is */
     uint64_t distinct;
+    /*
+     * Parts that the rows were taken in, 0: 1. Part p has, of the rows of each segment, those from ry_part_at(rows, p, parts)
+     * on: the first parts of all segments come first, in ascending rank, then the second ones, and so on. In that order
+     * rows are listed in the message, and equal to those before them. early[p]: the distinct rows of the first p + 1 parts.
+     */
+    uint64_t parts, early[RY_CHUNKS - 1];
 };
+static inline int ry_parts(const struct ry_repeats *r)
+{
+    return r->parts > 1 ? (int)r->parts : 1;
+}
+/** Where part `i` of `parts` begins among the rows of a segment. */
+static inline uint64_t ry_part_at(uint64_t rows, int i, int parts)
+{
+    return rows / (unsigned)parts * (unsigned)i + rows % (unsigned)parts * (unsigned)i / (unsigned)parts;
+}
+/** How many distinct rows there are before part `i`. */
+static inline uint64_t ry_part_distinct(const struct ry_repeats *r, int i)
+{
+    return !i ? 0 : i == ry_parts(r) ? r->distinct : r->early[i - 1];
+}
 /** Rows of a segment: whole ones and the rest. */
 static inline uint64_t ry_rows_of(uint64_t bytes, uint64_t row_bytes)
 {
@@ -100,6 +124,7 @@ struct ry_plan_input {
        They change which bytes are packed first, never what crosses the wire. */
     const uintptr_t *send_at, *recv_at;
     const struct ry_repeats *repeats; /* [nnodes], dedup: what this rank found itself; NULL: it did not look. Sum: in D */
+    int chunks; /* dedup: 1 (or 0), 2 or 4, the same on all ranks. Where nothing is passed on there is one, whatever is asked */
 };
 
 /* Where bytes lie. */
@@ -122,7 +147,7 @@ enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV, RY_STEP_PACK, RY_S
  * EXPAND: `from` is a packed message of rank `peer` in staging memory; write `bytes` bytes to `to` (its receive segment, or
  * staging memory for a rank that it is passed on to): the rows that entries skip, skip + 1, … of the index list name, the last
  * perhaps shorter.
- * SUM: at `from` begin the rows that this node's ranks send to rank `peer` of another node, all of them whole, one rank's after
+ * SUM (of a message in one part): at `from` begin the rows that this node's ranks send to rank `peer` of another node, all of them whole, one rank's after
  * the other in ascending rank, `rows` rows of repeats.row_bytes: in staging memory, or this rank's send segment for `peer` where
  * all of them are its own (and aligned as the job's buffer is). `repeats` and `rows` are those of the message that `peer` packed
  * for this node in D, and row i belongs to the distinct row that entry i of that message's index list names: the runner
@@ -133,7 +158,7 @@ enum ry_step_kind { RY_STEP_COPY, RY_STEP_SEND, RY_STEP_RECV, RY_STEP_PACK, RY_S
  */
 
 /*
- * Steps are carried out in order. Consecutive SEND and RECV steps of the same `group` are one NCCL group: they start
+ * Steps are carried out in order, or in two orders side by side as struct ry_plan's `beside` allows. Consecutive SEND and RECV steps of the same `group` are one NCCL group: they start
  * together and none may depend on another. A step sees the results of all steps before it, other than those of its group.
  */
 struct ry_step {
@@ -143,7 +168,9 @@ struct ry_step {
     struct ry_at to;   /* COPY, RECV, PACK, EXPAND, SUM */
     struct ry_at from; /* COPY, SEND, EXPAND, SUM */
     uint64_t bytes;    /* > 0; SUM: of the message written */
-    struct ry_repeats repeats; /* PACK, EXPAND: of the message; SUM: of D's. RECV, dedup, on the relay: of what `peer` packed; else zeros */
+    int after;         /* of steps in the plan's second part (ry_second()): a group; else it means nothing */
+    struct ry_repeats repeats; /* PACK, EXPAND: of the message; SUM: of D's. RECV, dedup, on the relay, of the index list, alone
+                                  or with all of the message: of what `peer` packed, which begins at `from`; else zeros */
     uint64_t rows, skip;       /* PACK, RECV, SUM: rows of the message. EXPAND: its rows in all; entries of its index list before `to`'s */
 };
 
@@ -166,7 +193,14 @@ struct ry_plan {
     int nsteps;
     struct ry_step *steps;
     uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; by the map alone, equal on all ranks */
+    int beside;      /* so many steps at the end may also be carried out beside those before them, in their own order, each
+                        once the groups up to its `after` are over; their groups all stay inside the nodes */
 };
+/** Where the second part begins, that may overlap the first; nsteps: there is none. */
+static inline int ry_second(const struct ry_plan *plan)
+{
+    return plan->nsteps - plan->beside;
+}
 
 /**
  * Build rank `in->rank`'s plan. NULL with `err` when out of memory or if the input contradicts itself. O(nranks). Sum: O(cells)

@@ -24,6 +24,7 @@ struct ry_building {
     struct ry_err *err;
     const struct ry_strategy_ops *ops;
     const struct ry_repeats *repeats; /* those of `in`, where the strategy has to do with them */
+    int chunks;                       /* 1 or more */
 };
 
 struct ry_strategy_ops {
@@ -36,12 +37,14 @@ struct ry_strategy_ops {
     /* Fills plan->steps, nsteps, ngroups, stage_bytes; -1 with err. The input was checked by plan.c. */
     int (*build)(struct ry_building *b);
     /* See ry_plan_stage_relay(), _pack(), _all() (the results are zero before). NULL: no staging memory at all. */
-    uint64_t (*stage_relay)(const struct ry_cluster *cluster, int rank, const uint64_t *matrix, const struct ry_repeats *repeats);
+    uint64_t (*stage_relay)(const struct ry_cluster *cluster, int rank, const uint64_t *matrix,
+                            const struct ry_repeats *repeats);
     uint64_t (*stage_pack)(const struct ry_cluster *cluster, int rank, const uint64_t *send, const uintptr_t *send_at,
                            const struct ry_repeats *repeats);
-    int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_repeats *repeats, uint64_t *relay,
-                     uint64_t *pack, struct ry_err *err);
-    bool repeats; /* has to do with repeats: slices hold what the rows' ranks found. Without it, no operation gets any. */
+    int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_repeats *repeats,
+                     uint64_t *relay, uint64_t *pack, struct ry_err *err);
+    bool repeats; /* has to do with repeats: slices hold what the rows' ranks found. Without it, no operation gets any.
+                   */
 };
 extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_dedup_ops, ry_sum_ops;
 
@@ -54,7 +57,8 @@ static inline void ry_step_add(struct ry_plan *plan, struct ry_step step)
 
 static inline void ry_step_copy(struct ry_plan *plan, struct ry_at to, struct ry_at from, uint64_t bytes)
 {
-    ry_step_add(plan, (struct ry_step){.kind = RY_STEP_COPY, .group = -1, .peer = -1, .to = to, .from = from, .bytes = bytes});
+    ry_step_add(
+        plan, (struct ry_step){.kind = RY_STEP_COPY, .group = -1, .peer = -1, .to = to, .from = from, .bytes = bytes});
 }
 
 static inline void ry_step_send(struct ry_plan *plan, int group, int peer, struct ry_at from, uint64_t bytes)

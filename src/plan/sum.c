@@ -27,7 +27,7 @@ static int groups(const struct ry_cluster *c)
 /* What is written for a message of D: its sums and the row of zeros. */
 static struct ry_repeats sums_of(struct ry_repeats repeats)
 {
-    return (struct ry_repeats){repeats.row_bytes, repeats.distinct + 1};
+    return (struct ry_repeats){.row_bytes = repeats.row_bytes, .distinct = repeats.distinct + 1};
 }
 
 static uint64_t sums_bytes(const struct ry_message *m)
@@ -129,6 +129,12 @@ static int check_message(const struct ry_building *b, int from, int node, const 
 {
     if (m->repeats.row_bytes && m->repeats.distinct > m->rows)
         return refuse_distinct(b, from, node, m);
+    if (m->packed && ry_parts(&m->repeats) > 1)
+        return ry_fail(
+            b->err,
+            "plan of rank %d: what rank %d sent to node %d was a message in %d parts: rows that come back are in "
+            "another order than its list",
+            b->rank, from, node, ry_parts(&m->repeats));
     return m->packed && !divides(p, m->repeats.row_bytes) ? refuse_width(b, from, node, m->repeats.row_bytes) : 0;
 }
 

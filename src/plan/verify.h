@@ -5,7 +5,8 @@
  * each step. Finds: a byte of a receive buffer not written, written twice, or from the wrong source; reading what was
  * never written; overruns of segments and staging; sends and receives of a pair of ranks that differ in number, order
  * or size (NCCL matches them in order within each pair); two steps of one group that touch the same memory; waits in a
- * circle; a transfer between nodes in a group that is said to stay inside them.
+ * circle; a transfer between nodes in a group that is said to stay inside them; and, where a plan has a second part
+ * that may overlap the first, anything of this in whatever order the two meet.
  */
 #ifndef RY_PLAN_VERIFY_H
 #define RY_PLAN_VERIFY_H
@@ -44,11 +45,11 @@ int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *mat
                            const uintptr_t *const *recv_at, struct ry_err *err);
 
 /*
- * Plans by `sum`, of an exchange that returns what an earlier one brought: `matrix` is that of the return, `maps` are those
- * of the rows that went ([from * nnodes + node], by the earlier exchange's sender), as are the repeats that plans were built with.
- * What is proved: where rows went packed from rank s to node n, the first of equal rows gets, in s's receive segments from n's
- * ranks, the sum of what all of n's ranks send back for those rows, each once, and the others zeros; all else comes as it is. `maps` may be
- * NULL: nobody looked; and so may addresses: segments lie apart.
+ * Plans by `sum`, of an exchange that returns what an earlier one brought: `matrix` is that of the return, `maps` are
+ * those of the rows that went ([from * nnodes + node], by the earlier exchange's sender), as are the repeats that plans
+ * were built with. What is proved: where rows went packed from rank s to node n, the first of equal rows gets, in s's
+ * receive segments from n's ranks, the sum of what all of n's ranks send back for those rows, each once, and the others
+ * zeros; all else comes as it is. `maps` may be NULL: nobody looked; and so may addresses: segments lie apart.
  */
 int ry_plan_verify_sum(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,
                        struct ry_plan *const *plans, const uintptr_t *const *send_at, const uintptr_t *const *recv_at,

@@ -1,6 +1,6 @@
 /*
  * verify_internal.h: what the verifier's files share: verify_plan.c looks at each plan by itself, verify.c at all
- * together, verify_rows.c knows packed messages, verify_sum.c sums.
+ * together, verify_rows.c knows packed messages, verify_sum.c sums, verify_overlap.c plans in two parts.
  */
 #ifndef RY_PLAN_VERIFY_INTERNAL_H
 #define RY_PLAN_VERIFY_INTERNAL_H
@@ -23,7 +23,7 @@ enum {
     ZEROS,        /* whatever `off` is */
     SORTS
 };
-#define SEG(sort, node) (-3 - (sort) - SORTS * (node))
+#define SEG(sort, node) (-3 - (sort)-SORTS * (node))
 #define SORT_OF(seg) ((-3 - (seg)) % SORTS)
 #define NODE_OF(seg) ((-3 - (seg)) / SORTS)
 
@@ -51,7 +51,7 @@ struct machine {
     struct packed {
         const struct ry_row_map *map;
         uint64_t rows;
-        uint32_t *number;  /* [rows]: which of the distinct rows */
+        uint32_t *number;  /* [rows], as they are listed: which of the distinct rows */
         bool summed;       /* sums: what comes back for them */
     } * packed;            /* [n * nnodes] */
     uint64_t *rows_before; /* [n * n] */
@@ -100,6 +100,10 @@ struct text ry_verify_token_name(struct token is);
 int ry_verify_all(struct machine *m);
 /* The same, and what follows from the maps. */
 int ry_verify_with_rows(struct machine *m);
+
+/* Once more, for plans whose second part may overlap the first, in another order; after they were found right as
+ * listed. */
+int ry_verify_early(const struct machine *as_listed);
 
 /** Append to m->pieces. */
 int ry_verify_piece(struct machine *m, uint64_t bytes, struct token token);

@@ -215,8 +215,10 @@ int ry_verify_plan(struct machine *m, int rank)
                        ry_strategy_name(p->strategy), p->ngroups, ry_strategy_name(m->plans[0]->strategy),
                        m->plans[0]->ngroups);
     if (p->inside != m->plans[0]->inside || (p->ngroups < 64 && p->inside >> p->ngroups))
-        return ry_fail(m->err, "rank %d: groups 0x%" PRIx64 " of %d stay inside its node, on rank 0 groups 0x%" PRIx64, rank,
-                       p->inside, p->ngroups, m->plans[0]->inside);
+        return ry_fail(m->err, "rank %d: groups 0x%" PRIx64 " of %d stay inside its node, on rank 0 groups 0x%" PRIx64,
+                       rank, p->inside, p->ngroups, m->plans[0]->inside);
+    if (p->beside < 0 || p->beside > p->nsteps)
+        return ry_fail(m->err, "rank %d: %d of the %d steps of its plan may overlap others", rank, p->beside, p->nsteps);
     if (check_buffers(m, rank))
         return -1;
     for (int i = 0; i < p->nsteps; i++) {

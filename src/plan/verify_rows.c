@@ -37,54 +37,89 @@ struct text ry_verify_packed_name(struct token t)
     return s;
 }
 
-/* Where the next row begins that `from` sends to `node`, in the order of the message, after offset *at of rank *to's.
+/* A row that `from` sends to `node`, in the order of the message: of which segment, which of its rows, in which part.
  */
-static bool next_row(const struct machine *m, int from, int node, uint64_t row_bytes, int *to, uint64_t *at)
+struct at_row {
+    int part, to;
+    uint64_t row, bytes; /* from its beginning to the segment's end */
+};
+
+/* The first, then the next. */
+static bool next_row(const struct machine *m, int from, int node, const struct ry_repeats *r, struct at_row *at)
 {
-    if (*to >= 0)
-        *at += row_bytes;
-    while (*to < 0 || m->cluster->node[*to] != node || *at >= went(m, from, *to)) {
-        if (++*to == m->n)
-            return false;
-        *at = 0;
+    int parts = ry_parts(r);
+    at->row++;
+    for (; at->part < parts; at->part++, at->to = -1) {
+        for (;; at->row = 0) {
+            if (at->to >= 0 && m->cluster->node[at->to] == node) {
+                uint64_t bytes = went(m, from, at->to), rows = ry_rows_of(bytes, r->row_bytes),
+                         first = ry_part_at(rows, at->part, parts);
+                at->row = at->row < first ? first : at->row;
+                at->bytes = bytes - at->row * r->row_bytes;
+                if (at->row < ry_part_at(rows, at->part + 1, parts))
+                    return true;
+            }
+            if (++at->to == m->n)
+                break;
+        }
     }
-    return true;
+    return false;
 }
+#define BEFORE_ROWS ((struct at_row){.to = -1})
 
 /* Numbers the distinct rows as packing does. */
 static int read_map(struct machine *m, int from, int node)
 {
     struct packed *p = packed(m, from, node);
-    uint64_t row_bytes = p->map->repeats.row_bytes, rows = 0, bytes = 0, distinct = 0, at = 0;
+    const struct ry_repeats *r = &p->map->repeats;
+    uint64_t rows = 0, bytes = 0, distinct = 0, early[RY_CHUNKS] = {0};
     for (int to = 0; to < m->n; to++)
         if (m->cluster->node[to] == node) {
             *rows_before(m, from, to) = rows;
-            rows += ry_rows_of(went(m, from, to), row_bytes);
+            rows += ry_rows_of(went(m, from, to), r->row_bytes);
             bytes += went(m, from, to);
         }
     p->rows = rows;
-    p->summed = m->sums && ry_packs(p->map->repeats, rows, bytes);
+    p->summed = m->sums && ry_packs(*r, rows, bytes);
     p->number = malloc((size_t)(rows + 1) * sizeof *p->number);
-    bool *shorter = malloc((size_t)(rows + 1) * sizeof *shorter);
+    bool *shorter = calloc((size_t)(rows + 1), sizeof *shorter);
+    uint32_t *of_class = malloc((size_t)(rows + 1) * sizeof *of_class);
     uint64_t i = 0;
-    for (int to = -1; p->number && shorter && next_row(m, from, node, row_bytes, &to, &at); i++) {
-        uint64_t first = p->map->first ? p->map->first[i] : UINT64_MAX;
-        shorter[i] = went(m, from, to) - at < row_bytes;
-        if (first > i || p->map->first[first] != first || (first < i && (shorter[i] || shorter[first])))
+    bool fits = p->number && shorter && of_class && (r->parts <= 2 || r->parts == RY_CHUNKS);
+    for (uint64_t k = 0; fits && k < rows; k++)
+        of_class[k] = UINT32_MAX;
+    for (struct at_row at = BEFORE_ROWS; fits && next_row(m, from, node, r, &at); i++) {
+        uint64_t row = *rows_before(m, from, at.to) + at.row, first = p->map->first ? p->map->first[row] : UINT64_MAX;
+        shorter[row] = at.bytes < r->row_bytes;
+        if (first > row || p->map->first[first] != first)
             break;
-        p->number[i] = first == i ? (uint32_t)distinct++ : p->number[first];
+        if (of_class[first] == UINT32_MAX)
+            early[at.part] = distinct + 1, of_class[first] = (uint32_t)distinct++;
+        p->number[i] = of_class[first];
     }
-    bool memory = p->number && shorter;
+    for (uint64_t k = 0; fits && i == rows && k < rows; k++) /* equal rows are whole */
+        if (p->map->first[k] != k && (shorter[k] || shorter[p->map->first[k]]))
+            i = k;
+    bool memory = p->number && shorter && of_class;
     free(shorter);
+    free(of_class);
     if (!memory)
         return no_memory(m);
-    if (i < rows)
+    if (i < rows || !fits)
         return ry_fail(m->err, "the map of the rows that rank %d sends to node %d contradicts itself at row %" PRIu64,
                        from, node, i);
-    if (distinct != p->map->repeats.distinct)
+    if (distinct != r->distinct)
         return ry_fail(m->err,
                        "of the rows that rank %d sends to node %d, %" PRIu64 " are distinct by their map, not %" PRIu64,
-                       from, node, distinct, p->map->repeats.distinct);
+                       from, node, distinct, r->distinct);
+    for (int k = 1; k < ry_parts(r); k++) {
+        early[k] = early[k] > early[k - 1] ? early[k] : early[k - 1];
+        if (r->early[k - 1] != early[k - 1])
+            return ry_fail(m->err,
+                           "of the distinct rows that rank %d sends to node %d, %" PRIu64
+                           " are in the first %d of %d parts by their map, not %" PRIu64,
+                           from, node, early[k - 1], k, ry_parts(r), r->early[k - 1]);
+    }
     return 0;
 }
 
@@ -98,15 +133,15 @@ int ry_verify_pack(struct machine *m, int rank, int step)
 {
     const struct ry_step *s = &m->plans[rank]->steps[step];
     const struct packed *p = packed(m, rank, s->peer);
-    uint64_t at = 0, row = 0, row_bytes = s->repeats.row_bytes, filled = 0;
+    uint64_t entry = 0, row_bytes = s->repeats.row_bytes, filled = 0, distinct = 0;
     m->npieces = 0;
-    for (int to = -1; next_row(m, rank, s->peer, row_bytes, &to, &at); row++) {
-        uint64_t left = segment_bytes(m, RY_AT_SEND, rank, to) - at;
-        if (p->map->first[row] != row)
+    for (struct at_row at = BEFORE_ROWS; next_row(m, rank, s->peer, &p->map->repeats, &at); entry++) {
+        if (p->number[entry] < distinct)
             continue;
-        if (ry_verify_piece(m, left < row_bytes ? left : row_bytes, sent(m, rank, to, at)))
+        distinct++;
+        if (ry_verify_piece(m, at.bytes < row_bytes ? at.bytes : row_bytes, sent(m, rank, at.to, at.row * row_bytes)))
             return -1;
-        if (left < row_bytes && ry_verify_piece(m, row_bytes - left, (struct token){rank, FILLED_IN, filled++}))
+        if (at.bytes < row_bytes && ry_verify_piece(m, row_bytes - at.bytes, (struct token){rank, FILLED_IN, filled++}))
             return -1;
     }
     uint64_t gap = index_at(s->repeats) - row_bytes * s->repeats.distinct;
@@ -161,6 +196,11 @@ int ry_verify_message(struct machine *m, int rank, int step)
                        " of %" PRIu64 " of %" PRIu64 " bytes, packed",
                        ry_verify_name(m, rank, step).s, s->repeats.distinct, s->rows, s->repeats.row_bytes, is.distinct,
                        p->rows, is.row_bytes);
+    uint64_t bytes = ry_packed_bytes(is, p->rows);
+    if (s->from.place != RY_AT_STAGE || s->to.place != RY_AT_STAGE || s->to.offset < s->from.offset ||
+        s->to.offset - s->from.offset + s->bytes != bytes)
+        return ry_fail(m->err, "%s: the message does not begin at %" PRIu64, ry_verify_name(m, rank, step).s,
+                       s->from.offset);
     return 0;
 }
 
@@ -269,7 +309,12 @@ int ry_plan_verify_rows_at(const struct ry_cluster *cluster, const uint64_t *mat
                         .err = err,
                         .maps = maps,
                         .went = matrix};
-    return maps ? ry_verify_with_rows(&m) : ry_verify_all(&m);
+    bool overlap = false;
+    if (maps ? ry_verify_with_rows(&m) : ry_verify_all(&m))
+        return -1;
+    for (int r = 0; r < cluster->nranks; r++)
+        overlap |= plans[r]->beside > 0;
+    return overlap ? ry_verify_early(&m) : 0;
 }
 
 int ry_plan_verify_rows(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_row_map *maps,

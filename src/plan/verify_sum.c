@@ -21,7 +21,8 @@ int ry_verify_sum_step(struct machine *m, int rank, int step)
     int node = m->cluster->node[rank];
     struct text name = ry_verify_name(m, rank, step);
     uint64_t row_bytes = s->repeats.row_bytes,
-             bytes = ry_packed_bytes((struct ry_repeats){row_bytes, s->repeats.distinct + 1}, s->rows);
+             bytes = ry_packed_bytes((struct ry_repeats){.row_bytes = row_bytes, .distinct = s->repeats.distinct + 1},
+                                     s->rows);
     if (rank != ry_relay(m->cluster, s->peer, node))
         return ry_fail(m->err, "%s: rank %d knows which belong together", name.s, ry_relay(m->cluster, s->peer, node));
     for (int j = 0; j < m->n; j++)

@@ -1,5 +1,6 @@
 /*
- * internal.h: what the files of run/ share: the runner, batches of segments and of packed messages, comparisons under way.
+ * internal.h: what the files of run/ share: the runner, batches of segments and of packed messages, comparisons under
+ * way.
  */
 #ifndef RY_RUN_INTERNAL_H
 #define RY_RUN_INTERNAL_H
@@ -23,6 +24,14 @@ struct ry_runner {
     void *stage;
     uint64_t stage_bytes;
     struct ry_event *stage_used; /* recorded after each use of `stage` */
+    /* run.c: where steps of a plan are carried out beside the others; made when first needed */
+    struct {
+        bool tried;
+        void *stream; /* NULL: there is none, and all steps go one after the other */
+        struct ry_event *begun, *joined;
+        struct ry_event *over[RY_CHUNKS]; /* groups of the others, by their number, */
+        unsigned recorded;                /* those of this exchange */
+    } beside;
     /* checks.c: comparisons under way, oldest first */
     struct check *oldest, *newest;
     int nchecks;
@@ -30,13 +39,14 @@ struct ry_runner {
     struct ry_rows *rows; /* NULL: no kernels */
     struct {
         uint64_t row_bytes; /* 0: none */
+        uint64_t parts;
         int own_node, count;
-        bool known;    /* the result is here: */
-        int nnodes;    /* that there is room for */
+        bool known; /* the result is here: */
+        int nnodes; /* that there is room for */
         struct ry_repeats *repeats;
         uint64_t *rows;
         bool *scan_node;
-    } scan; /* the latest */
+    } scan;                   /* the latest */
     struct ry_rows *all_rows; /* the scanner of what goes to all ranks; NULL: there is none */
     int *one_node;            /* its map */
     int one_node_ranks;

@@ -31,7 +31,7 @@ uint64_t ry_run_sums_bytes(int type)
     return ry_sums_element(type);
 }
 
-/* A plan says so of what a relay receives. */
+/* A plan says so of what a relay receives: the whole message, or its list, and where it begins. */
 static bool is_packed(const struct ry_step *s)
 {
     return s->kind == RY_STEP_RECV && s->repeats.row_bytes && s->to.place == RY_AT_STAGE;
@@ -44,11 +44,13 @@ static int list_messages(const struct ry_runner *r, const struct ry_plan *plan, 
         const struct ry_step *s = &plan->steps[i];
         if (!is_packed(s))
             continue;
-        uint64_t bytes = ry_rows_message_bytes(s->repeats.row_bytes, s->repeats.distinct, s->rows);
-        if (s->bytes != bytes || bytes > r->stage_bytes || s->to.offset > r->stage_bytes - bytes)
+        uint64_t bytes = ry_rows_message_bytes(s->repeats.row_bytes, s->repeats.distinct, s->rows),
+                 skipped = s->to.offset - s->from.offset;
+        if (s->from.place != RY_AT_STAGE || s->to.offset < s->from.offset || s->bytes + skipped != bytes ||
+            bytes > r->stage_bytes || s->from.offset > r->stage_bytes - bytes)
             return ry_fail(err, "step %d of the plan receives a message that is none", i);
         kept->of[kept->n] = (struct of){s->peer, s->repeats, s->rows};
-        messages[kept->n++] = (struct ry_sums_message){.message = (const char *)r->stage + s->to.offset,
+        messages[kept->n++] = (struct ry_sums_message){.message = (const char *)r->stage + s->from.offset,
                                                        .row_bytes = s->repeats.row_bytes,
                                                        .distinct = s->repeats.distinct,
                                                        .rows = s->rows};

@@ -33,7 +33,7 @@ struct answers {
     const struct ry_device *device;
     struct ry_event *used;
     int nnodes;
-    volatile uint64_t *word; /* [2 + 2 nnodes]: errors, extremes, distinct, zero */
+    volatile uint64_t *word; /* [2 + RY_ROWS_ANSWERS nnodes]: errors, extremes, distinct, zero, … */
 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct answers *idle;
@@ -51,9 +51,10 @@ struct ry_rows {
     bool used, scanned;
     uint64_t *host;   /* the tables: pending counter, nodes, segments */
     uint64_t *nrows;  /* [nnodes]: of the last scan */
-    uint64_t *copies; /* [2 nnodes]: the answers, for the caller */
+    uint64_t *copies; /* [RY_ROWS_ANSWERS][nnodes]: the answers, for the caller */
     bool known;       /* they are there */
     bool counted;     /* copies of rows as well */
+    int parts;        /* of the last scan */
     void *memory;
     uint64_t capacity, held;  /* rows, bytes */
     struct ry_rows_scan scan; /* of the last scan; addresses from ry_rows_grow() */
@@ -62,7 +63,7 @@ struct ry_rows {
 static size_t table_words(const struct ry_rows *rows)
 {
     return 1 + (size_t)rows->nnodes * sizeof(struct ry_rows_node) / 8 +
-           (size_t)rows->nranks * sizeof(struct ry_rows_segment) / 8;
+           RY_ROWS_PARTS * (size_t)rows->nranks * sizeof(struct ry_rows_segment) / 8;
 }
 
 /* ---- life ---- */
@@ -90,7 +91,7 @@ static struct answers *take_answers(const struct ry_device *device, int nnodes, 
         free(a);
         return NULL;
     }
-    if (device->pinned_alloc(&word, (2 + 2 * (size_t)nnodes) * sizeof *a->word, err)) {
+    if (device->pinned_alloc(&word, (2 + RY_ROWS_ANSWERS * (size_t)nnodes) * sizeof *a->word, err)) {
         device->event_destroy(a->used);
         free(a);
         return NULL;
@@ -149,7 +150,8 @@ struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nra
         ry_rows_free(rows);
         return NULL;
     }
-    memset((void *)(uintptr_t)rows->answers->word, 0, (2 + 2 * (size_t)nnodes) * sizeof *rows->answers->word);
+    memset((void *)(uintptr_t)rows->answers->word, 0,
+           (2 + RY_ROWS_ANSWERS * (size_t)nnodes) * sizeof *rows->answers->word);
     ry_rows_for_tests(rows, ~UINT64_C(0), ~UINT64_C(0), 0);
     return rows;
 }
@@ -170,7 +172,7 @@ int ry_rows_layout(struct ry_rows *rows, int nranks, int nnodes, const int *node
     to.first_of = calloc((size_t)nnodes + 1, sizeof *to.first_of);
     to.host = calloc(table_words(&to), sizeof *to.host);
     to.nrows = calloc((size_t)nnodes + 1, sizeof *to.nrows);
-    to.copies = calloc(2 * (size_t)nnodes + 1, sizeof *to.copies);
+    to.copies = calloc(RY_ROWS_ANSWERS * (size_t)nnodes + 1, sizeof *to.copies);
     bool have = to.node && to.by_node && to.first_of && to.host && to.nrows && to.copies;
     /* Those in use go, or, if there is no memory for new ones, the new ones. */
     int **own[] = {&rows->node, &rows->by_node, &rows->first_of}, *new[] = {to.node, to.by_node, to.first_of};
@@ -342,28 +344,52 @@ uint32_t rows_lanes_for(uint64_t row_bytes)
     return all >= 32 ? 32 : (uint32_t)power_of_2(all);
 }
 
+static uint64_t rows_in(uint64_t bytes, uint64_t row_bytes)
+{
+    return bytes / row_bytes + (bytes % row_bytes != 0);
+}
+
+/* Part `p` of what goes to a rank: address and size. As plan.h's ry_part_at() has it. */
+static struct ry_rows_segment part_of(const void *send, uint64_t bytes, uint64_t row_bytes, int p, int parts)
+{
+    uint64_t rows = rows_in(bytes, row_bytes), all = (uint64_t)parts;
+    uint64_t from = rows / all * (uint64_t)p + rows % all * (uint64_t)p / all;
+    uint64_t to = rows / all * (uint64_t)(p + 1) + rows % all * (uint64_t)(p + 1) / all;
+    return (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)send + from * row_bytes,
+                                    .bytes = (to == rows ? bytes : to * row_bytes) -
+                                             (from == rows ? bytes : from * row_bytes)};
+}
+
 /* Fill the tables and what depends on them. Returns the words of the tables. */
 static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct ry_rows_input *in)
 {
     struct ry_rows_node *node = (struct ry_rows_node *)(rows->host + 1);
     struct ry_rows_segment *segment = (struct ry_rows_segment *)(node + rows->nnodes);
     uint64_t most = 0;
+    int parts = in->parts > 1 ? in->parts : 1;
     rows->host[0] = 0; /* none pending */
     s->nrows = 0;
     s->nsegments = 0;
     for (int n = 0; n < rows->nnodes; n++) {
+        bool scan = !in->scan_node || in->scan_node[n];
         node[n] = (struct ry_rows_node){.first_row = s->nrows};
-        for (int i = rows->first_of[n]; i < rows->first_of[n + 1] && (!in->scan_node || in->scan_node[n]); i++) {
-            uint64_t bytes = in->send_bytes[rows->by_node[i]];
-            if (!bytes)
-                continue;
-            segment[s->nsegments++] = (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)in->send[rows->by_node[i]],
-                                                               .bytes = bytes,
-                                                               .first_row = s->nrows,
-                                                               .node = (uint64_t)n};
-            s->nrows += bytes / in->row_bytes + (bytes % in->row_bytes ? 1 : 0);
+        for (int p = 0; p < parts; p++) {
+            if (p)
+                node[n].part[p - 1] = s->nrows - node[n].first_row;
+            for (int i = rows->first_of[n]; i < rows->first_of[n + 1] && scan; i++) {
+                int r = rows->by_node[i];
+                struct ry_rows_segment is = part_of(in->send[r], in->send_bytes[r], in->row_bytes, p, parts);
+                if (!is.bytes)
+                    continue;
+                is.first_row = s->nrows;
+                is.node = (uint64_t)n;
+                segment[s->nsegments++] = is;
+                s->nrows += rows_in(is.bytes, in->row_bytes);
+            }
         }
         node[n].rows = s->nrows - node[n].first_row;
+        for (int p = parts; p < (int)RY_ROWS_PARTS; p++)
+            node[n].part[p - 1] = node[n].rows;
         most = node[n].rows > most ? node[n].rows : most;
     }
     uint64_t tiles = rows->nnodes ? RY_ROWS_TILES / (uint64_t)rows->nnodes : 1, wanted = (most + 255) / 256;
@@ -400,6 +426,8 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
     struct ry_rows_scan s = rows->scan;
     if (!in->row_bytes)
         return ry_fail(err, "rows of no bytes");
+    if (in->parts < 0 || in->parts > (int)RY_ROWS_PARTS)
+        return ry_fail(err, "%d parts are more than %u", in->parts, RY_ROWS_PARTS);
     size_t words = lay_out(rows, &s, in);
     if (!rows->memory || s.nrows > rows->capacity)
         return ry_fail(err, "%llu rows are more than the %llu that there is memory for", (unsigned long long)s.nrows,
@@ -423,6 +451,7 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
     rows->scanned = true;
     rows->known = false;
     rows->counted = in->copies;
+    rows->parts = in->parts > 1 ? in->parts : 1;
     for (int n = 0; n < rows->nnodes; n++)
         rows->nrows[n] = ((struct ry_rows_node *)(rows->host + 1))[n].rows;
     return 0;
@@ -449,11 +478,19 @@ int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct
         else
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
-    for (int i = 0; i < 2 * rows->nnodes; i++)
+    for (int i = 0; i < (int)RY_ROWS_ANSWERS * rows->nnodes; i++)
         rows->copies[i] = rows->answers->word[2 + i];
+    const struct ry_rows_node *node = (const struct ry_rows_node *)(rows->host + 1);
+    for (int n = 0; n < rows->nnodes; n++)
+        for (int k = 0; k < (int)RY_ROWS_PARTS - 1; k++)
+            if (node[n].part[k] == node[n].rows) /* nothing is beyond */
+                rows->copies[(2 + k) * rows->nnodes + n] = rows->copies[n];
     rows->known = true;
     uint64_t extremes = rows->answers->word[1];
-    *found = (struct ry_rows_found){.rows = rows->nrows, .distinct = rows->copies, .zero = rows->copies + rows->nnodes};
+    *found = (struct ry_rows_found){.rows = rows->nrows,
+                                    .distinct = rows->copies,
+                                    .zero = rows->copies + rows->nnodes,
+                                    .early = rows->copies + 2 * rows->nnodes};
     if (rows->counted && (uint32_t)extremes) {
         found->most = (uint32_t)extremes;
         found->least = (uint32_t) ~(extremes >> 32);
@@ -477,12 +514,14 @@ bool ry_rows_scanned(const struct ry_rows *rows, int node, const void *const *se
         else
             high = middle;
     }
-    for (int i = rows->first_of[node]; i < rows->first_of[node + 1]; i++) {
-        int r = rows->by_node[i];
-        if (!send_bytes[r])
+    int size = rows->first_of[node + 1] - rows->first_of[node];
+    for (int i = 0; i < rows->parts * size; i++) {
+        int r = rows->by_node[rows->first_of[node] + i % size];
+        struct ry_rows_segment is = part_of(send[r], send_bytes[r], rows->scan.row_bytes, i / size, rows->parts);
+        if (!is.bytes)
             continue;
-        if (low >= rows->scan.nsegments || all[low].node != (uint64_t)node || all[low].bytes != send_bytes[r] ||
-            all[low].at != (uint64_t)(uintptr_t)send[r])
+        if (low >= rows->scan.nsegments || all[low].node != (uint64_t)node || all[low].bytes != is.bytes ||
+            all[low].at != is.at)
             return false;
         low++;
     }
@@ -535,11 +574,6 @@ int ry_rows_pack(struct ry_rows *rows, const struct ry_rows_packing *packings, i
     return pack_some(rows, &p, stream, err) ? -1 : rows_leave(rows, stream, err);
 }
 
-static uint64_t rows_in(const struct ry_rows_piece *piece)
-{
-    return piece->bytes / piece->row_bytes + (piece->bytes % piece->row_bytes != 0);
-}
-
 static int expand_some(struct ry_rows *rows, struct ry_rows_expand *e, void *stream, struct ry_err *err)
 {
     uint64_t units = e->first_row[e->n] * chunks_of(e->row_bytes);
@@ -557,14 +591,14 @@ int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int
             return ry_fail(err, "rows of no bytes");
         if ((uintptr_t)p->message % 16)
             return ry_fail(err, "a message at %p, which is no multiple of 16", p->message);
-        if (rows_in(p) > RY_ROWS_MOST || p->skip > RY_ROWS_MOST || p->distinct > RY_ROWS_MOST)
+        if (rows_in(p->bytes, p->row_bytes) > RY_ROWS_MOST || p->skip > RY_ROWS_MOST || p->distinct > RY_ROWS_MOST)
             return ry_fail(err, "piece %d: a message of more than %llu rows", i, (unsigned long long)RY_ROWS_MOST);
     }
     if (rows_enter(rows, stream, err))
         return -1;
     for (int i = 0; i < n; i++) {
         const struct ry_rows_piece *p = &pieces[i];
-        uint32_t count = (uint32_t)rows_in(p);
+        uint32_t count = (uint32_t)rows_in(p->bytes, p->row_bytes);
         if (!count)
             continue;
         if ((e.n == RY_ROWS_PIECES || UINT32_MAX - e.first_row[e.n] < count || e.row_bytes != p->row_bytes) &&

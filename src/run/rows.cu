@@ -305,6 +305,13 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_number_rows(const
                 AT(uint32_t, s.index)[row] = i;
                 AT(uint32_t, s.order)[first_row + i] = (uint32_t)row;
             }
+            if (lane < RY_ROWS_PARTS - 1) {
+                uint64_t begin = first_row + node->part[lane]; /* in one tile, if it is not the end */
+                if (begin >= some && begin < some + 32 && begin < tile.to)
+                    AT(uint64_t, s.found)
+                [(2 + lane) * s.nnodes + tile.node] =
+                    n + (uint32_t)__popc(which & ((1u << (uint32_t)(begin - some)) - 1));
+            }
             n += (uint32_t)__popc(which);
         }
     }

@@ -7,15 +7,15 @@
  * (plan/dedup.c).
  *
  * Equality. Rows are candidates when a 62-bit hash of 128 bytes sampled from them is equal, or, where such candidates turned out to
- * differ, a hash of all their bytes; a row counts as equal to the first row of its hash (in the order of destination rank,
- * then position) only after all bytes were compared. Rows whose hash collides without being equal stay distinct. So a
+ * differ, a hash of all their bytes; a row counts as equal to the first row of its hash (in the order of the message's list) only after all bytes were compared. Rows whose hash collides without being equal stay distinct. So a
  * hash can cost savings, never bytes. Segments that are no whole number of rows end in a shorter last row, which is
  * distinct; in the message it is filled up with zeros. The result is the same on every run and every backend.
  *
  * The message to a node, as ry_rows_pack() writes and ry_rows_expand() reads it, all ranks alike:
  *   distinct rows in order of their first appearance, row_bytes each, the first at offset 0;
  *   padding to 16 bytes;
- *   for every destination rank of the node in ascending order, for every row of its segment: uint32_t, the distinct row.
+ *   for every part (as a rule there is one), for every destination rank of the node in ascending order, for every row of its
+ *   segment: uint32_t, the distinct row.
  * Its size follows from the counts alone: ry_rows_message_bytes().
  *
  * Everything is enqueued on the caller's stream; nothing waits but ry_rows_found_wait() and, perhaps, ry_rows_new(). Memory is
@@ -59,6 +59,7 @@ struct ry_rows_input {
     uint64_t row_bytes;         /* > 0 */
     const bool *scan_node;      /* [nnodes]: nodes to look at; NULL: all */
     bool copies;                /* count how often rows occur, too */
+    int parts;                  /* that rows are taken in, as struct ry_repeats has it (plan/plan.h); 0: 1 */
 };
 /** Enqueue the search. -1 with `err`: too many rows for the capacity, or the device refused. */
 int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *stream, struct ry_err *err);
@@ -67,6 +68,7 @@ struct ry_rows_found {
     const uint64_t *rows;     /* [nnodes] rows sent to each node (of nodes scanned; 0 for others) */
     const uint64_t *distinct; /* [nnodes] of them distinct */
     const uint64_t *zero;     /* [nnodes] of them all zero bytes: padding, as a rule */
+    const uint64_t *early;    /* [3][nnodes] of the distinct ones, those in the first part, in the first two, in the first three */
     uint64_t least, most;     /* copies of a distinct row on its node, over all nodes but without rows of zero bytes. 0 and 0
                                  if there are none, or they were not to be counted */
 };

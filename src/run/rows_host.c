@@ -149,6 +149,9 @@ static void host_number(const void *param)
         struct ry_rows_node *node = AT(struct ry_rows_node, s->nodes) + n;
         uint64_t distinct = 0, zero = 0;
         for (uint64_t r = node->first_row; r < node->first_row + node->rows; r++) {
+            for (uint32_t k = 0; k < RY_ROWS_PARTS - 1; k++)
+                if (r == node->first_row + node->part[k])
+                    found[(2 + k) * s->nnodes + n] = distinct;
             zero += state[r] & RY_ROWS_ZERO ? 1 : 0;
             if (where[r] == r) {
                 index[r] = (uint32_t)distinct;

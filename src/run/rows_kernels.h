@@ -2,8 +2,9 @@
  * rows_kernels.h: what the kernels of rows.cu and their twins in rows_host.c share, in C and in CUDA C: their
  * parameters, the scanner's memory, and the hash.
  *
- * Rows that are scanned are numbered through: nodes in order, in each its ranks in order, in each the rows by position.
- * So a lower number is an earlier appearance, and a node's rows are a range.
+ * Rows that are scanned are numbered through: nodes in order, in each its parts in order, in each its ranks in order, in
+ * each the rows by position. So a lower number is an earlier appearance, and a node's rows are a range. A part of a
+ * rank's rows is a segment of its own.
  *
  * How equal rows are found, each step a kernel:
  *   sample     hash 128 bytes of each row; the first row with a hash leads all that have it, by atomicMin in a table
@@ -37,6 +38,8 @@
 #define RY_ROWS_PACKS 192u
 #define RY_ROWS_PIECES 112u
 #define RY_ROWS_EMPTY (~0ull)
+#define RY_ROWS_PARTS 4u          /* of a message, at most */
+#define RY_ROWS_ANSWERS (1u + RY_ROWS_PARTS) /* for each node */
 
 struct ry_rows_segment {
     uint64_t at, bytes; /* > 0 */
@@ -46,6 +49,7 @@ struct ry_rows_segment {
 struct ry_rows_node {
     uint64_t first_row, rows;
     uint64_t distinct; /* found */
+    uint64_t part[RY_ROWS_PARTS - 1]; /* where the second part begins, the third, …, among its rows; `rows`: there is none */
 };
 struct ry_rows_slot {
     uint64_t key; /* RY_ROWS_EMPTY: free */
@@ -69,7 +73,8 @@ struct ry_rows_scan {
     uint64_t state; /* uint8_t[nrows] */
     uint64_t npending; /* uint64_t: rows for recompare */
     uint64_t tiles;    /* uint64_t[nnodes * tiles_per_node]: distinct rows | zero rows << 32 */
-    uint64_t found;    /* uint64_t[2 nnodes], pinned: distinct rows of each node, zero rows of each node */
+    uint64_t found; /* uint64_t[RY_ROWS_ANSWERS][nnodes], pinned: distinct rows of each node; zero rows; of the distinct
+                       ones those before each part but the first, which is not written where it begins at the end */
     uint64_t row_bytes, nrows;
     uint64_t sample_mask, full_mask; /* bits of the hashes that count: all, but in tests */
     uint32_t nsegments, nnodes;

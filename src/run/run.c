@@ -63,6 +63,21 @@ struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_devi
     return r;
 }
 
+static void beside_free(struct ry_runner *r)
+{
+    struct ry_err err;
+    for (int k = 0; k < RY_CHUNKS; k++)
+        if (r->beside.over[k])
+            r->device->event_destroy(r->beside.over[k]);
+    if (r->beside.begun)
+        r->device->event_destroy(r->beside.begun);
+    if (r->beside.joined)
+        r->device->event_destroy(r->beside.joined);
+    if (r->beside.stream && r->device->stream_destroy(r->beside.stream, &err))
+        ry_debug("a stream is lost: %s", err.msg);
+    r->beside.stream = NULL;
+}
+
 void ry_runner_free(struct ry_runner *r, bool aborted)
 {
     if (!r)
@@ -74,6 +89,7 @@ void ry_runner_free(struct ry_runner *r, bool aborted)
     checks_free(r);
     scan_free(r);
     staging_free(r);
+    beside_free(r);
     free(r);
 }
 
@@ -173,6 +189,8 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
     if (plan->rank != b->rank || plan->nranks != b->nranks)
         return ry_fail(err, "a plan for rank %d of %d does not fit rank %d of %d", plan->rank, plan->nranks, b->rank,
                        b->nranks);
+    if (plan->beside < 0 || plan->beside > plan->nsteps)
+        return ry_fail(err, "a plan of %d steps, %d of which may overlap others", plan->nsteps, plan->beside);
     if (plan->stage_bytes > r->stage_bytes)
         return ry_fail(err, "the plan needs %llu bytes of staging memory, %llu are held",
                        (unsigned long long)plan->stage_bytes, (unsigned long long)r->stage_bytes);
@@ -192,6 +210,9 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
         if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= b->nranks)) ||
             (reads && !fits(plan, b, &s->from, s->bytes, false)) || (writes && !fits(plan, b, &s->to, s->bytes, true)))
             return ry_fail(err, "step %d of the plan does not fit the job's buffers", i);
+        if (plan->beside && i < ry_second(plan) ? s->group >= RY_CHUNKS
+                                                : i >= ry_second(plan) && (unsigned)s->after >= RY_CHUNKS)
+            return ry_fail(err, "step %d of the plan is in, or waits for, a group that nothing can wait for", i);
         if (node && ry_inside(plan->inside, s->group) && node->local[s->peer] < 0)
             return ry_fail(err, "step %d of the plan leaves the node in a group that stays inside", i);
     }
@@ -281,11 +302,6 @@ static int sum(struct copying *c, struct ry_runner *r, const struct ry_buffers *
     return packed_sum(&c->packed, s->peer, address(r, b, &s->from), address(r, b, &s->to), s->bytes, err);
 }
 
-static bool is_transfer(const struct ry_step *s)
-{
-    return s->kind == RY_STEP_SEND || s->kind == RY_STEP_RECV;
-}
-
 /* The steps of one group, from `first` on: returns how many. `local`: its ranks by other numbers, on `comm`. */
 static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first, void *comm,
                     const int *local, int *result)
@@ -294,7 +310,7 @@ static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struc
     int group = s->group;
     if ((*result = r->nccl.group_start()))
         return 0;
-    for (; s < end && is_transfer(s) && s->group == group; s++) {
+    for (; s < end && ry_is_transfer(s) && s->group == group; s++) {
         int peer = local ? local[s->peer] : s->peer;
         if (*result)
             continue;
@@ -323,24 +339,69 @@ static int transfer_inside(struct ry_runner *r, const struct ry_buffers *b, cons
     return done;
 }
 
-int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
-           int *result, struct ry_err *err)
+/* ---- some steps beside the others ---- */
+
+/*
+ * A stream of our own for the second part of the plan. Two communicators are then at work at once, which cannot hang as
+ * long as all ranks enqueue in the same order and one order suffices for all kernels: each rank enqueues the whole
+ * first part before the second, and nothing in the first waits for anything in the second. So even where the device
+ * runs kernels strictly in the order in which they were enqueued (CUDA_DEVICE_MAX_CONNECTIONS=1,
+ * CUDA_LAUNCH_BLOCKING=1), everything ends; it is then merely no faster. Whether a rank does so is its own affair: what
+ * is sent, and in which order on each communicator, is the same.
+ */
+static bool has_beside(struct ry_runner *r)
+{
+    struct ry_err why;
+    const struct ry_device *d = r->device;
+    if (r->beside.tried)
+        return r->beside.stream;
+    r->beside.tried = true;
+    int rc = d->stream_create(&r->beside.stream, &why) || d->event_create_untimed(&r->beside.begun, &why) ||
+             d->event_create_untimed(&r->beside.joined, &why);
+    for (int k = 0; !rc && k < RY_CHUNKS; k++)
+        rc = d->event_create_untimed(&r->beside.over[k], &why);
+    if (!rc)
+        return true;
+    ry_info("steps inside the node do not overlap those between nodes: %s", why.msg);
+    beside_free(r);
+    return false;
+}
+
+enum part { ALL, FIRST, SECOND };
+
+/* Before a step of the second part: what it comes after. A rank need not have a transfer in every group. */
+static int wait_for(struct ry_runner *r, void *stream, int after, int *waited, struct ry_err *err)
+{
+    int group = after;
+    while (group > *waited && !(r->beside.recorded >> group & 1))
+        group--;
+    if (group <= *waited)
+        return 0;
+    *waited = group;
+    return r->device->stream_wait(stream, r->beside.over[group], err);
+}
+
+/* Steps of one part, or all of them, on b->stream. */
+static int carry_out(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b,
+                     struct ry_run_node *node, enum part part, int *result, struct ry_err *err)
 {
     struct copying copying;
-    *result = 0;
-    if (check(r, plan, b, node, err))
-        return -1;
-    if (plan->stage_bytes && staging_enter(r, b->stream, err))
-        return -1;
+    int rc = 0, waited = -1, end = part == FIRST ? ry_second(plan) : plan->nsteps;
     start_batch(&copying, r, b);
-    int rc = 0;
-    for (int i = 0; i < plan->nsteps && !rc && !*result;) {
+    for (int i = part == SECOND ? ry_second(plan) : 0; i < end && !rc && !*result;) {
         const struct ry_step *s = &plan->steps[i];
-        if (is_transfer(s)) {
+        if (part == SECOND && s->after > waited &&
+            (end_batch(&copying, err) || wait_for(r, b->stream, s->after, &waited, err)))
+            return -1;
+        if (ry_is_transfer(s)) {
             bool inside = node && ry_inside(plan->inside, s->group);
-            if (!(rc = end_batch(&copying, err)))
-                i += inside ? transfer_inside(r, b, plan, i, node, result)
-                            : transfer(r, b, plan, i, r->comm, NULL, result);
+            if (end_batch(&copying, err))
+                return -1;
+            i += inside ? transfer_inside(r, b, plan, i, node, result) : transfer(r, b, plan, i, r->comm, NULL, result);
+            if (part == FIRST && !*result) {
+                rc = r->device->event_record(r->beside.over[s->group], b->stream, err);
+                r->beside.recorded |= 1u << s->group;
+            }
             continue;
         }
         rc = s->kind == RY_STEP_COPY   ? copy(&copying, r, b, s, err)
@@ -351,6 +412,37 @@ int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buff
     }
     if (!rc && !*result)
         rc = end_batch(&copying, err);
+    return rc ? -1 : 0;
+}
+
+/* Both parts, the second on its own stream, which begins with the first; the job's stream waits for it, even after a
+ * failure. */
+static int carry_out_beside(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b,
+                            struct ry_run_node *node, int *result, struct ry_err *err)
+{
+    struct ry_buffers own = *b;
+    own.stream = r->beside.stream;
+    r->beside.recorded = 0;
+    if (r->device->event_record(r->beside.begun, b->stream, err) ||
+        r->device->stream_wait(own.stream, r->beside.begun, err) || carry_out(r, plan, b, node, FIRST, result, err))
+        return -1;
+    int rc = *result ? 0 : carry_out(r, plan, &own, node, SECOND, result, err);
+    if (r->device->event_record(r->beside.joined, own.stream, rc ? NULL : err) ||
+        r->device->stream_wait(b->stream, r->beside.joined, rc ? NULL : err))
+        rc = -1;
+    return rc;
+}
+
+int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
+           int *result, struct ry_err *err)
+{
+    *result = 0;
+    if (check(r, plan, b, node, err))
+        return -1;
+    if (plan->stage_bytes && staging_enter(r, b->stream, err))
+        return -1;
+    int rc = plan->beside && node && has_beside(r) ? carry_out_beside(r, plan, b, node, result, err)
+                                                   : carry_out(r, plan, b, node, ALL, result, err);
     /* Even after a failure: what was enqueued may still use the memory. */
     if (plan->stage_bytes && staging_leave(r, b->stream, rc ? NULL : err))
         rc = -1;

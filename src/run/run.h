@@ -83,10 +83,10 @@ int ry_run_staging_grow(struct ry_runner *runner, uint64_t bytes, void *stream, 
  */
 /** Can this rank scan, pack and expand? If not (no kernels), it must not be given a plan that does. */
 bool ry_run_packs(const struct ry_runner *runner);
-/** Enqueue the search of what goes to other nodes of `map` on b->stream. -1 with `err`: not possible now (memory, too many rows);
+/** Enqueue the search of what goes to other nodes of `map` on b->stream, for messages in so many parts (0: 1). -1 with `err`: not possible now (memory, too many rows);
  *  nothing was enqueued, and the exchange goes without. */
 int ry_run_scan(struct ry_runner *runner, const struct ry_cluster *map, const struct ry_buffers *b, uint64_t row_bytes,
-                struct ry_err *err);
+                int parts, struct ry_err *err);
 /** Is the latest search over? Never blocks. */
 bool ry_run_scan_over(struct ry_runner *runner);
 /** Wait for it on the host. repeats[nnodes] is filled in; *rows, *distinct, *zero are sums over the nodes searched

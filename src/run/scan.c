@@ -10,6 +10,9 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "rows_kernels.h"
+
+_Static_assert(RY_ROWS_PARTS == RY_CHUNKS, "messages have as many parts as there may be chunks");
 
 void scan_prepare(struct ry_runner *r, int ordinal)
 {
@@ -103,7 +106,7 @@ static int make_room(struct ry_rows *rows, uint64_t nrows, void *stream, struct 
 }
 
 int ry_run_scan(struct ry_runner *r, const struct ry_cluster *map, const struct ry_buffers *b, uint64_t row_bytes,
-                struct ry_err *err)
+                int parts, struct ry_err *err)
 {
     uint64_t nrows = 0;
     r->scan.row_bytes = 0;
@@ -127,11 +130,15 @@ int ry_run_scan(struct ry_runner *r, const struct ry_cluster *map, const struct 
         }
     if (make_room(r->rows, nrows, b->stream, err))
         return -1;
-    struct ry_rows_input in = {
-        .send = b->send, .send_bytes = b->send_bytes, .row_bytes = row_bytes, .scan_node = r->scan.scan_node};
+    struct ry_rows_input in = {.send = b->send,
+                               .send_bytes = b->send_bytes,
+                               .row_bytes = row_bytes,
+                               .scan_node = r->scan.scan_node,
+                               .parts = parts};
     if (ry_rows_scan(r->rows, &in, b->stream, err))
         return -1;
     r->scan.row_bytes = row_bytes;
+    r->scan.parts = parts > 1 ? (uint64_t)parts : 1;
     r->scan.own_node = map->node[b->rank];
     r->scan.count = map->nnodes;
     return 0;
@@ -152,7 +159,11 @@ int ry_run_scan_wait(struct ry_runner *r, struct ry_repeats *repeats, struct ry_
     *sums = (struct ry_scan_sums){0, 0, 0};
     for (int n = 0; n < r->scan.count; n++) {
         bool own = n == r->scan.own_node;
-        r->scan.repeats[n] = (struct ry_repeats){own ? 0 : r->scan.row_bytes, found.distinct[n]};
+        struct ry_repeats *is = &r->scan.repeats[n];
+        *is = (struct ry_repeats){
+            .row_bytes = own ? 0 : r->scan.row_bytes, .distinct = found.distinct[n], .parts = r->scan.parts};
+        for (uint64_t k = 0; k + 1 < r->scan.parts; k++)
+            is->early[k] = found.early[k * (size_t)r->scan.count + (size_t)n];
         r->scan.rows[n] = found.rows[n];
         sums->rows += found.rows[n];
         sums->distinct += found.distinct[n];
@@ -166,7 +177,8 @@ int ry_run_scan_wait(struct ry_runner *r, struct ry_repeats *repeats, struct ry_
 bool scan_says(const struct ry_runner *r, int node, struct ry_repeats repeats, uint64_t rows)
 {
     return r->scan.known && node >= 0 && node < r->scan.count && repeats.row_bytes == r->scan.repeats[node].row_bytes &&
-           repeats.distinct == r->scan.repeats[node].distinct && rows == r->scan.rows[node];
+           repeats.distinct == r->scan.repeats[node].distinct && rows == r->scan.rows[node] &&
+           ry_parts(&repeats) == ry_parts(&r->scan.repeats[node]);
 }
 
 /* ---- copies ---- */

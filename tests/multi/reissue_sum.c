@@ -305,7 +305,8 @@ static void check_node(const struct side *s, const struct layer *l, const struct
             add_token(s, l, of, at, i, n, sum);
         summed &= !memcmp(at[i], sum, bytes);
     }
-    bool packs = other && ry_packs((struct ry_repeats){bytes, (uint64_t)distinct}, (uint64_t)n, (uint64_t)n * bytes);
+    bool packs = other && ry_packs((struct ry_repeats){.row_bytes = bytes, .distinct = (uint64_t)distinct}, (uint64_t)n,
+                                   (uint64_t)n * bytes);
     CHECK(exact || (packs && summed), "exchange %llu: %d rows from node %c are neither what was sent nor summed (%s)",
           (unsigned long long)s->number - 1, n, node, packs ? "packed" : "not packed");
     if (packs) {

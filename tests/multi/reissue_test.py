@@ -349,6 +349,20 @@ def case_dedup_loop():
     crosses(out, 0.05, 0.3)
 
 
+def case_dedup_chunks():
+    """What one chunk brought is passed on beside the next: over the nodes' communicators and without, and checked against plain."""
+    for shape, chunks, node_comm in (("aabb", 4, "yes"), ("aaaabbbb", 2, "yes"), ("abbca", 4, "yes"), ("abab", 4, "no")):
+        env = {"RAILYARD_CHUNKS": str(chunks), "RAILYARD_LOG": "plan", "RAILYARD_NODE_COMM": node_comm, "RAILYARD_VERIFY": "4"}
+        out, lines = dedup("loop", shape, 40, 16, env=env)
+        crosses(out, 0.05, 0.9)  # every fourth exchange is made both ways
+        expect(lines, rf": dedup in {chunks} chunks \(")
+    out, lines = dedup("loop", "aabb", 10, 16, env={"RAILYARD_CHUNKS": "1", "RAILYARD_LOG": "plan"})
+    expect(lines, "chunks", 0)
+    # sums come back in the order in which rows lie, not by parts
+    _, lines = sums("loop", "aabb", 12, 3, env={"RAILYARD_CHUNKS": "4", "RAILYARD_LOG": "plan"}, least=0.8, most=1)
+    expect(lines, "in . chunks", 0)
+
+
 def case_dedup_verify():
     out, lines = dedup("loop", "abba", 20, 16, env={"RAILYARD_VERIFY": "1"})
     crosses(out, 0.2, 1.6)  # each exchange is made both ways
@@ -451,7 +465,7 @@ def case_dedup_auto():
         fail(f"what goes is to go packed, what returns is not: {ways}")
     if not 0.7 < go["searched"]["repeated"] < 1 or back["searched"]["repeated"] > 0.01 or back["bytes_could_save"]:
         fail(f"the searches found something else: {ways}")
-    if not go["bytes_cross_node"] > go["bytes_could_save"] >= go["bytes_saved"] > 0.1 * go["bytes_cross_node"]:
+    if not go["bytes_cross_node"] > go["bytes_could_save"] >= go["bytes_saved"] > 0.02 * go["bytes_cross_node"]:
         fail(f"saved: {go}")
     if not go["estimate"] or not 0.2 < go["estimate"]["plain_us"] / go["estimate"]["took_us"] < 50:
         fail(f"nothing to compare with: {go}")
@@ -618,7 +632,7 @@ def node(case, shape="abab", victim=1, env=None):
 
 def case_node_used():
     """Made once, by all that have neighbours, and used from then on."""
-    for shape, env in (("abab", None), ("aabbc", None), ("abbab", {**DEDUP, "RAILYARD_ROW_BYTES": "20"}), ("aabb", {"RAILYARD_VERIFY": "3"})):
+    for shape, env in (("abab", None), ("aabbc", None), ("abbab", {**DEDUP, "RAILYARD_ROW_BYTES": "20"}), ("aabb", {"RAILYARD_VERIFY": "4"})):
         out, lines = node("used", shape, env=env)
         calm(lines)
         reissued(out, 1)

@@ -178,7 +178,7 @@ static void fill(uint64_t *matrix, int n)
 }
 
 static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t *matrix, const struct side *s,
-                               enum ry_strategy strategy, bool addresses, const struct ry_repeats *repeats)
+                               enum ry_strategy strategy, bool addresses, const struct ry_repeats *repeats, int chunks)
 {
     struct ry_slice slice;
     CHECK(!ry_slice_init(&slice, cluster, who.rank, strategy, &err), "%s", err.msg);
@@ -189,7 +189,8 @@ static struct ry_plan *plan_of(const struct ry_cluster *cluster, const uint64_t 
                                .send = s->b.send_bytes,
                                .recv = s->b.recv_bytes,
                                .slice = &slice,
-                               .repeats = repeats ? repeats + who.rank * cluster->nnodes : NULL};
+                               .repeats = repeats ? repeats + who.rank * cluster->nnodes : NULL,
+                               .chunks = chunks};
     if (addresses) {
         in.send_at = (const uintptr_t *)s->send;
         in.recv_at = (const uintptr_t *)s->recv;
@@ -215,20 +216,24 @@ static void count_steps(const struct ry_plan *plan, const struct ry_cluster *clu
     }
 }
 
-/* Every rank looks, or not, and all hear what each found: repeats[rank * nnodes + node]. */
-static struct ry_repeats *look(const struct ry_cluster *cluster, const struct side *s)
+/* Every rank looks, or not, for messages in as many parts as there are chunks or in others, and all hear what each
+ * found: repeats[rank * nnodes + node]. */
+static struct ry_repeats *look(const struct ry_cluster *cluster, const struct side *s, int chunks)
 {
+    int parts = 0;
     size_t n = (size_t)cluster->nnodes;
     struct ry_repeats *all = calloc((size_t)who.world * n, sizeof *all), *own = all + (size_t)who.rank * n;
     uint64_t width = 0, want = 0;
     for (int r = 0; r < who.world; r++) {
-        uint64_t kind = draw(10), wrong = 1 + draw(3 * rows.width);
+        uint64_t kind = draw(10), wrong = 1 + draw(3 * rows.width), other = draw(6), many = draw(3);
+        if (r == who.rank)
+            parts = other ? chunks : 1 << many;
         if (r == who.rank)
             width = kind == 0 ? 0 : kind == 1 ? wrong : rows.width;
     }
     if (width) {
         struct ry_scan_sums sums;
-        CHECK(!ry_run_scan(runner, cluster, &s->b, width, &err), "%s", err.msg);
+        CHECK(!ry_run_scan(runner, cluster, &s->b, width, parts, &err), "%s", err.msg);
         CHECK(!ry_run_scan_wait(runner, own, &sums, &err), "%s", err.msg);
         CHECK(ry_run_scan_over(runner), "%s", "the search is over, but is not");
         for (int p = 0; p < who.world; p++)
@@ -255,7 +260,8 @@ static void *find(const char *name)
 int main(int argc, char **argv)
 {
     start_rank();
-    int count = argc > 1 ? atoi(argv[1]) : 200, verified = 0, skipped = 0, spoiled = 0, found = 0, by_relay = 0;
+    int count = argc > 1 ? atoi(argv[1]) : 200, verified = 0, skipped = 0, spoiled = 0, found = 0, by_relay = 0,
+        in_chunks = 0;
     uint64_t equal = 0, *matrix = calloc((size_t)(who.world * who.world), sizeof *matrix);
     const char *given = getenv("RY_TEST_SEED");
     seed = given ? strtoull(given, NULL, 0) | 1 : ry_now_ns() | 1;
@@ -281,8 +287,10 @@ int main(int argc, char **argv)
         side_start(&s, matrix, who.world, draw(2) * draw(50), (uint64_t)x);
         CHECK(ry_run_safe(&s.b), "exchange %d", x);
         ry_run_staging_limit(UINT64_C(1) << 30);
-        struct ry_repeats *repeats = strategy == RY_DEDUP ? look(cluster, &s) : NULL;
-        struct ry_plan *plan = plan_of(cluster, matrix, &s, strategy, draw(2), repeats);
+        int chunks = 1 << draw(3);
+        struct ry_repeats *repeats = strategy == RY_DEDUP ? look(cluster, &s, chunks) : NULL;
+        struct ry_plan *plan = plan_of(cluster, matrix, &s, strategy, draw(2), repeats, chunks);
+        in_chunks += plan->beside > 0;
         count_steps(plan, cluster, matrix);
         CHECK(!ry_run_staging_grow(runner, plan->stage_bytes, NULL, &err), "%s", err.msg);
         by_relay += plan->stage_bytes > 0;
@@ -324,6 +332,7 @@ int main(int argc, char **argv)
           spoiled, (int)equal, verified - skipped - spoiled);
     CHECK(count < 40 || who.world < 4 || (packings && expansions), "%d messages packed, %d times expanded", packings,
           expansions);
+    CHECK(count < 40 || who.world < 4 || in_chunks, "%d plans in chunks", in_chunks);
     if (who.rank == 0)
         printf("rank 0 packed %d messages, %llu KiB in %llu KiB, and expanded %d times\n", packings,
                (unsigned long long)sent >> 10, (unsigned long long)packed >> 10, expansions);

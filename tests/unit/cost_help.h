@@ -118,6 +118,8 @@ static inline void near(double got, double expected, const char *what)
     ck_assert_msg(fabs(got - expected) <= 1e-6 * fabs(expected), "%s: %.6f instead of %.6f", what, got, expected);
 }
 
+static int plan_chunks; /* of the plans of from_plans() */
+
 /* What the steps cost, for all ranks' plans of a matrix; what each relays of plain bytes, and (may be NULL) what
    crosses into each node, zero before. */
 static inline double from_plans(const struct ry_cost_model *model, const struct ry_cluster *c, const uint64_t *m, const struct ry_repeats *repeats,
@@ -144,7 +146,8 @@ static inline double from_plans(const struct ry_cost_model *model, const struct 
                                    .recv = column,
                                    .slice = &slice,
                                    .send_at = at,
-                                   .repeats = repeats ? repeats + r * c->nnodes : NULL};
+                                   .repeats = repeats ? repeats + r * c->nnodes : NULL,
+                                   .chunks = plan_chunks};
         plans[r] = ry_plan_build(&in, &err);
         ck_assert_msg(plans[r] != NULL, "%s", err.msg);
         ry_slice_free(&slice);

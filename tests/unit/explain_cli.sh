@@ -64,6 +64,14 @@ also 'receive 4000 B from rank 1 in the node: packed, into staging'
 expect 0 'hierarchical, 0 copies' --uniform 25600 --nodes 2 --gpus 2 --row-bytes 64 --strategy hierarchical
 expect 0 'in 19 messages for other nodes' --uniform 1M --nodes 20 --gpus 2 --row-bytes 64
 also 'write out .* of 19 packed messages into place'
+# in chunks: of 7 rows to each of two ranks, of which the second's are equal to the first's, the first parts have 3 each
+expect 0 'send 1536 B to rank 2 (node 1, rail 0): 7 of 14 rows' --uniform 14336 --nodes 2 --gpus 2 --row-bytes 512 --chunks 2
+also 'send 2048 B to rank 2 \(node 1, rail 0\): 7 of 14 rows, packed in staging at 1536'
+also '^beside that'
+also '^  after group 1:'
+also 'across nodes +8, 28.7 kB +4, 28.7 kB +12, 14.6 kB$'
+expect 2 'into 1, 2 or 4 chunks' --uniform 1K --nodes 2 --gpus 2 --row-bytes 64 --chunks 3
+expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --chunks 2
 expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --strategy dedup
 expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --distinct 0.5
 expect 2 'no share of rows' --uniform 1K --nodes 2 --gpus 2 --row-bytes 64 --distinct 2

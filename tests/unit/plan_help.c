@@ -161,7 +161,8 @@ static struct ry_plan *build_one(const struct job *job, int r, enum ry_strategy 
                                .slice = &slice,
                                .send_at = job->send_at && !job->blind ? job->send_at[r] : NULL,
                                .recv_at = job->recv_at && !job->blind ? job->recv_at[r] : NULL,
-                               .repeats = job->repeats ? job->repeats + r * job->cluster->nnodes : NULL};
+                               .repeats = job->repeats ? job->repeats + r * job->cluster->nnodes : NULL,
+                               .chunks = job->chunks};
     struct ry_plan *plan = ry_plan_build(&in, err);
     if (plan && strategy == RY_SUM) {
         ck_assert_uint_eq(plan->stage_bytes, ry_plan_stage_sum(job->cluster, r, &slice, column, in.repeats));
@@ -295,7 +296,24 @@ static void map_rows(struct job *job, int from, int node, uint64_t row_bytes, in
         }
     free(of_label);
     int i = index_of(job, from, node);
-    job->maps[i] = (struct ry_row_map){{row_bytes, distinct}, first};
+    uint64_t parts = job->parts < 0 ? UINT64_C(1) << rnd(3) : job->parts ? (uint64_t)job->parts : 1;
+    struct ry_repeats *r = &job->maps[i].repeats;
+    job->maps[i] = (struct ry_row_map){{.row_bytes = row_bytes, .distinct = distinct, .parts = parts}, first};
+    bool *known = calloc(rows + 1, sizeof *known);
+    distinct = row = 0;
+    for (int part = 0; part < (int)parts - 1; part++) {
+        row = 0;
+        for (int p = 0; p < job->n; p++) {
+            uint64_t n = job->cluster->node[p] == node ? ry_rows_of(cell(job, from, p), row_bytes) : 0;
+            for (uint64_t k = ry_part_at(n, part, (int)parts); k < ry_part_at(n, part + 1, (int)parts); k++) {
+                distinct += !known[first[row + k]];
+                known[first[row + k]] = true;
+            }
+            row += n;
+        }
+        r->early[part] = distinct;
+    }
+    free(known);
     job->repeats[i] = job->maps[i].repeats;
 }
 
@@ -431,19 +449,28 @@ static unsigned char wanted(const struct job *job, int from, int to, uint64_t of
 static void pack(const struct job *job, int rank, const struct ry_step *s, unsigned char *to)
 {
     const struct ry_row_map *map = &job->maps[index_of(job, rank, s->peer)];
-    uint64_t row_bytes = map->repeats.row_bytes, row = 0, distinct = 0;
+    uint64_t row_bytes = map->repeats.row_bytes, row = 0, distinct = 0, entry = 0;
     unsigned char *list = to + (map->repeats.distinct * row_bytes + 15) / 16 * 16;
     uint32_t *number = malloc((s->rows + 1) * sizeof *number);
-    for (int p = 0; p < job->n; p++)
-        for (uint64_t at = 0; job->cluster->node[p] == s->peer && at < cell(job, rank, p); at += row_bytes, row++) {
-            uint64_t bytes = cell(job, rank, p) - at < row_bytes ? cell(job, rank, p) - at : row_bytes;
-            number[row] = map->first[row] == row ? (uint32_t)distinct : number[map->first[row]];
-            if (map->first[row] == row) {
-                memset(to + distinct * row_bytes, 0, row_bytes);
-                memcpy(to + distinct++ * row_bytes, (unsigned char *)job->send_at[rank][p] + at, bytes);
+    memset(number, 0xFF, s->rows * sizeof *number);
+    for (int part = 0; part < ry_parts(&map->repeats); part++) {
+        row = 0;
+        for (int p = 0; p < job->n; p++) {
+            uint64_t all = cell(job, rank, p), n = job->cluster->node[p] == s->peer ? ry_rows_of(all, row_bytes) : 0;
+            uint64_t k = ry_part_at(n, part, ry_parts(&map->repeats));
+            for (; k < ry_part_at(n, part + 1, ry_parts(&map->repeats)); k++, entry++) {
+                uint64_t at = k * row_bytes, bytes = all - at < row_bytes ? all - at : row_bytes;
+                uint32_t *it = &number[map->first[row + k]];
+                if (*it == UINT32_MAX) {
+                    *it = (uint32_t)distinct;
+                    memset(to + distinct * row_bytes, 0, row_bytes);
+                    memcpy(to + distinct++ * row_bytes, (unsigned char *)job->send_at[rank][p] + at, bytes);
+                }
+                memcpy(list + 4 * entry, it, 4);
             }
+            row += n;
         }
-    memcpy(list, number, row * sizeof *number);
+    }
     free(number);
 }
 
@@ -520,15 +547,25 @@ static int group_end(const struct ry_plan *p, int begin)
     return end;
 }
 
-/* "" or what went wrong. Ranks take turns at random; in a group, each turn does one transfer, in random order between
- * pairs. */
+/* May the step of the second part be begun, with the first part before step `at`? */
+static bool may_begin(const struct ry_plan *p, const struct ry_step *s, int at)
+{
+    for (; at < ry_second(p); at++)
+        if (ry_is_transfer(&p->steps[at]) && p->steps[at].group <= s->after)
+            return false;
+    return true;
+}
+
+/* "" or what went wrong. Both parts of all ranks' plans take turns at random; in a group, each turn does one transfer,
+ * in random order between pairs. */
 const char *interpret(const struct job *job, const struct memory *mem)
 {
     static char why[200];
-    int n = job->n, *at = calloc((size_t)n, sizeof *at), idle = 0;
+    int n = job->n, *at = calloc(2 * (size_t)n, sizeof *at), idle = 0;
     bool **done = calloc((size_t)n, sizeof *done);
     why[0] = 0;
     for (int r = 0; r < n; r++) {
+        at[n + r] = ry_second(job->plans[r]);
         done[r] = calloc((size_t)job->plans[r]->nsteps + 1, sizeof **done);
         mem->stage[r] = malloc(job->plans[r]->stage_bytes + 1);
         memset(mem->stage[r], 0xEE, job->plans[r]->stage_bytes + 1);
@@ -538,13 +575,13 @@ const char *interpret(const struct job *job, const struct memory *mem)
             memset((unsigned char *)job->recv_at[r][p], 0x55, job->matrix[p * n + r]);
         }
     }
-    while (idle < 200 * n) { /* that many turns in a row without progress: stuck, or through */
-        int r = (int)rnd((uint64_t)n);
+    while (idle < 400 * n) { /* that many turns in a row without progress: stuck, or through */
+        int part = (int)rnd(2), r = (int)rnd((uint64_t)n), *own = &at[part * n + r];
         const struct ry_plan *p = job->plans[r];
+        const struct ry_step *s = &p->steps[*own];
         idle++;
-        if (at[r] == p->nsteps)
+        if (*own == (part ? p->nsteps : ry_second(p)) || (part && !may_begin(p, s, at[r])))
             continue;
-        const struct ry_step *s = &p->steps[at[r]];
         if (!ry_is_transfer(s)) {
             if (s->kind == RY_STEP_COPY)
                 memcpy(place(job, mem, r, s->to), place(job, mem, r, s->from), s->bytes);
@@ -554,20 +591,23 @@ const char *interpret(const struct job *job, const struct memory *mem)
                 add_up(job, r, s, place(job, mem, r, s->from), place(job, mem, r, s->to));
             else
                 expand(s, place(job, mem, r, s->from), place(job, mem, r, s->to));
-            at[r]++;
+            ++*own;
             idle = 0;
             continue;
         }
-        int end = group_end(p, at[r]), left = 0, start = (int)rnd((uint64_t)(end - at[r]));
-        for (int k = 0; k < end - at[r]; k++) {
-            int i = at[r] + (start + k) % (end - at[r]), q = p->steps[i].peer;
+        int end = group_end(p, *own), left = 0, start = (int)rnd((uint64_t)(end - *own));
+        for (int k = 0; k < end - *own; k++) {
+            int i = *own + (start + k) % (end - *own), q = p->steps[i].peer;
             const struct ry_plan *pq = job->plans[q];
-            for (int j = at[r]; j < i; j++) /* only the first open one of its pair and direction */
+            for (int j = *own; j < i; j++) /* only the first open one of its pair and direction */
                 if (!done[r][j] && p->steps[j].peer == q && p->steps[j].kind == p->steps[i].kind)
                     i = j;
-            if (done[r][i] || at[q] == pq->nsteps || !ry_is_transfer(&pq->steps[at[q]]))
+            int its_part = at[n + q] < pq->nsteps && pq->steps[at[n + q]].group == p->steps[i].group;
+            int its_at = at[its_part * n + q];
+            if (done[r][i] || its_at == (its_part ? pq->nsteps : ry_second(pq)) ||
+                !ry_is_transfer(&pq->steps[its_at]) || (its_part && !may_begin(pq, &pq->steps[its_at], at[q])))
                 continue;
-            for (int j = at[q], e = group_end(pq, at[q]); j < e; j++) {
+            for (int j = its_at, e = group_end(pq, its_at); j < e; j++) {
                 const struct ry_step *mine = &p->steps[i], *its = &pq->steps[j];
                 if (done[q][j] || its->peer != r || its->kind == mine->kind)
                     continue;
@@ -580,16 +620,16 @@ const char *interpret(const struct job *job, const struct memory *mem)
                 break;
             }
         }
-        for (int k = at[r]; k < end; k++)
+        for (int k = *own; k < end; k++)
             left += !done[r][k];
         if (!left) {
-            at[r] = end;
+            *own = end;
             idle = 0;
         }
     }
     for (int r = 0; r < n; r++) {
-        if (at[r] < job->plans[r]->nsteps)
-            snprintf(why, sizeof why, "rank %d is stuck at step %d", r, at[r]);
+        if (at[r] < ry_second(job->plans[r]) || at[n + r] < job->plans[r]->nsteps)
+            snprintf(why, sizeof why, "rank %d is stuck at steps %d and %d", r, at[r], at[n + r]);
         for (int p = 0; p < n && !why[0]; p++)
             for (uint64_t k = 0; k < job->matrix[p * n + r]; k++)
                 if (((unsigned char *)job->recv_at[r][p])[k] != wanted(job, p, r, k)) {

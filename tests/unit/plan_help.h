@@ -33,8 +33,11 @@ struct job {
     /* Which rows are equal, and so what ranks found: [n * nnodes]; NULL: nobody looked. */
     struct ry_row_map *maps;
     struct ry_repeats *repeats;
-    /* The exchange returns one whose matrix was the other way round: of that are maps and repeats. Plans are by `sum`. */
+    /* The exchange returns one whose matrix was the other way round: of that are maps and repeats. Plans are by `sum`.
+     */
     bool sums;
+    int chunks;        /* of plans by dedup */
+    int parts;         /* of messages, to be set before their rows; 0: 1; -1: any */
     bool blind; /* plans are built without the addresses, and proved without them */
 };
 /** Any shape of cluster and matrix, cells up to `most`; with addresses (of memory that does not exist) unless `apart`.

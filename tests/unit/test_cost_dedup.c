@@ -4,6 +4,8 @@
 #include "base/clock.h"
 #include "cost_help.h"
 
+static int plan_parts; /* of the messages of found() */
+
 /* Each rank found, among what it sends to each node, that one row of `copies` is left. */
 static struct ry_repeats *found(const struct ry_cluster *c, const uint64_t *m, uint64_t row_bytes, double copies)
 {
@@ -13,8 +15,14 @@ static struct ry_repeats *found(const struct ry_cluster *c, const uint64_t *m, u
         struct ry_repeats *r = repeats + from * c->nnodes;
         for (int to = 0; to < n; to++)
             r[c->node[to]].distinct += c->node[to] != c->node[from] ? ry_rows_of(m[from * n + to], row_bytes) : 0;
-        for (int node = 0; node < c->nnodes; node++)
-            r[node] = (struct ry_repeats){row_bytes, (uint64_t)ceil((double)r[node].distinct / copies)};
+        for (int node = 0; node < c->nnodes; node++) {
+            r[node] = (struct ry_repeats){.row_bytes = row_bytes,
+                                          .distinct = (uint64_t)ceil((double)r[node].distinct / copies)};
+            r[node].parts = (uint64_t)plan_parts;
+            for (int k = 1; k < plan_parts; k++)
+                r[node].early[k - 1] =
+                    (uint64_t)((double)r[node].distinct * (1 - pow(1 - (double)k / plan_parts, copies)));
+        }
     }
     return repeats;
 }
@@ -24,7 +32,8 @@ START_TEST(loads)
     static const int at[] = {0, 1, 0, 2, 1}; /* scattered */
     struct ry_cluster *c = cluster_of(at, 5, "n");
     const uint64_t send[] = {10, 1000, 30, 0, 505}, recv[] = {10, 0, 0, 7, 9};
-    struct ry_repeats repeats[] = {{99, 99}, {100, 4}, {100, 0}};
+    struct ry_repeats repeats[] = {
+        {.row_bytes = 99, .distinct = 99}, {.row_bytes = 100, .distinct = 4}, {.row_bytes = 100}};
     struct ry_load l, same;
     ry_load_of(&l, c, 0, send, recv, repeats);
     ck_assert_uint_eq(l.scanned, 1505);
@@ -47,7 +56,7 @@ START_TEST(loads)
     for (int i = 0; i < N; i++) {
         many[i] = i;
         bytes[i] = 1600;
-        r[i] = (struct ry_repeats){160, i % 2 ? 2 : 10};
+        r[i] = (struct ry_repeats){.row_bytes = 160, .distinct = i % 2 ? 2 : 10};
     }
     c = cluster_of(many, N, "n");
     ry_load_of(&l, c, 600, bytes, bytes, r);
@@ -68,7 +77,7 @@ static void by_hand_with(uint64_t left, double packed, double forward)
     uint64_t *m = even(c, 1000000);
     struct ry_repeats *repeats = calloc(16, sizeof *repeats);
     for (int i = 0; i < 16; i++)
-        repeats[i] = (struct ry_repeats){1000, left};
+        repeats[i] = (struct ry_repeats){.row_bytes = 1000, .distinct = left};
     struct ry_load *l = loads_of(c, m, repeats);
     double search = 8 * 3 + 4 * mb / 1e6, pack = 3 + packed / 1e6, writes = 4 * 3 + 4 * mb / 1e6;
     double links = fmax(40 + 1 * 10 + 4 * packed / 3e3, 5 + 3 + 3 * mb / 200e3);
@@ -182,11 +191,14 @@ END_TEST
 START_TEST(against_plans)
 {
     double worst[2] = {0}, sum[2] = {0}, worst_alike = 0;
-    int rounds = 300, counted = 0;
+    int rounds = 320, counted = 0, cut = 0;
     struct ry_cost_model model = typical;
     for (int round = 0; round < rounds; round++) {
         bool alike = round % 2;
         model.node_comm = round % 4 < 2;
+        model.chunks = 4;
+        /* inside the nodes as slow as between them, or nearly, so that chunks pay */
+        model.link[RY_LINK_NODE].bytes_per_us = alike && round % 8 < 4 ? 4e3 : typical.link[RY_LINK_NODE].bytes_per_us;
         struct ry_cluster *c = alike ? regular(2 + rand() % 4, 1 + rand() % 6) : random_cluster(24);
         size_t n = (size_t)c->nranks;
         uint64_t *m = calloc(n * n, sizeof *m), *relayed = calloc(n, sizeof *relayed);
@@ -196,11 +208,20 @@ START_TEST(against_plans)
         for (size_t i = 0; i < n * n; i++)
             m[i] =
                 zeros && rand() % 4 < zeros ? 0 : (uint64_t)(size * (alike ? uniform(0.7, 1.3) : exp(uniform(-3, 3))));
-        struct ry_repeats *repeats = found(c, m, 1 + (uint64_t)rand() % 4096, exp(uniform(0.1, 3)));
+        uint64_t row_bytes = 1 + (uint64_t)rand() % 4096;
+        double copies = exp(uniform(0.1, 3));
+        struct ry_repeats *repeats = found(c, m, row_bytes, copies);
         struct ry_load *l = loads_of(c, m, repeats);
         for (size_t r = 0; r < n; r++)
             l[r].scanned = 0; /* the steps come after the search */
+        struct ry_choice choice;
+        ry_cost_choose(&choice, &model, NULL, c, l, NULL, 0.05);
+        plan_chunks = plan_parts = choice.chunks;
+        free(repeats);
+        repeats = found(c, m, row_bytes, copies);
+        cut += choice.chunks > 1;
         double steps = from_plans(&model, c, m, repeats, RY_DEDUP, relayed, packed_in), error[2];
+        plan_chunks = plan_parts = 0;
         struct ry_cost_matrix known = {.relayed = relayed, .packed_in = packed_in};
         double us = ry_cost_estimate(&model, c, l, NULL, RY_DEDUP);
         uint64_t crosses = 0, promised = 0;
@@ -208,7 +229,8 @@ START_TEST(against_plans)
             crosses += packed_in[node];
         for (size_t r = 0; r < n; r++)
             promised += l[r].packed_out;
-        ck_assert_uint_eq(crosses, promised); /* to the byte */
+        ck_assert(choice.chunks > 1 ? crosses <= promised && crosses + 16 * n * n > promised /* but for what fills up */
+                                    : crosses == promised);                                  /* to the byte */
         if (isfinite(us)) {
             error[0] = log(us / steps);
             error[1] = log(ry_cost_estimate(&model, c, l, &known, RY_DEDUP) / steps);
@@ -233,8 +255,57 @@ START_TEST(against_plans)
     printf(
         "dedup's estimate over steps, %d matrices, worst (mean): x%.2f (%.3f), matrix known x%.2f (%.3f), even x%.2f\n",
         counted, exp(worst[0]), exp(sum[0] / counted), exp(worst[1]), exp(sum[1] / counted), exp(worst_alike));
+    printf("%d of the plans were in chunks\n", cut);
     ck_assert_int_gt(counted, rounds / 3);
+    ck_assert_int_gt(cut, 2);
     ck_assert(worst_alike < log(4.0 / 3));
+}
+END_TEST
+
+/* Chunks where work inside the nodes is worth hiding, and nowhere else. */
+START_TEST(chunks)
+{
+    struct ry_cost_model m = typical;
+    struct ry_cluster *c = regular(2, 4);
+    double plain[3], cut[3];
+    int most[3];
+    for (int i = 0; i < 3; i++) {
+        uint64_t *matrix = even(c, i ? 4 << 20 : 4096);
+        struct ry_repeats *repeats = found(c, matrix, 4096, 4);
+        struct ry_load *l = loads_of(c, matrix, repeats);
+        struct ry_choice choice;
+        m.node_comm = true;
+        m.link[RY_LINK_NODE].bytes_per_us = i < 2 ? 6e3 : 800e3;
+        m.chunks = 1;
+        plain[i] = ry_cost_estimate(&m, c, l, NULL, RY_DEDUP);
+        m.chunks = 2;
+        cut[i] = ry_cost_estimate(&m, c, l, NULL, RY_DEDUP);
+        ck_assert(cut[i] <= plain[i]);
+        m.chunks = 4;
+        double more = ry_cost_estimate(&m, c, l, NULL, RY_DEDUP);
+        ck_assert(more <= cut[i]);
+        cut[i] = more;
+        ry_cost_choose(&choice, &m, NULL, c, l, NULL, 0.05);
+        most[i] = choice.chunks;
+        ck_assert_msg((choice.strategy == RY_DEDUP && choice.chunks == 4) ==
+                          (strstr(choice.why, "in 4 chunks") != NULL),
+                      "%s", choice.why);
+        m.node_comm = false; /* then one waits for the other whatever is done */
+        m.chunks = 1;
+        double alone = ry_cost_estimate(&m, c, l, NULL, RY_DEDUP);
+        m.chunks = 4;
+        ck_assert_double_eq(ry_cost_estimate(&m, c, l, NULL, RY_DEDUP), alone);
+        free(l);
+        free(matrix);
+        free(repeats);
+    }
+    printf("dedup in chunks: %.0f -> %.0f us, %.0f -> %.0f us, %.0f -> %.0f us\n", plain[0], cut[0], plain[1], cut[1],
+           plain[2], cut[2]);
+    ck_assert_int_eq(most[0], 1); /* small: each group costs more than there is to hide */
+    ck_assert_int_eq(most[1], 4);
+    ck_assert(cut[1] < 0.92 * plain[1]);
+    ck_assert(cut[2] > 0.95 * plain[2]); /* there is little to hide */
+    ry_cluster_free(c);
 }
 END_TEST
 
@@ -362,7 +433,7 @@ START_TEST(fast)
         struct ry_repeats *r = calloc(1024, sizeof *r);
         for (int k = 0; k < 1024; k++) {
             row[k] = 4096;
-            r[k] = (struct ry_repeats){256, 4};
+            r[k] = (struct ry_repeats){.row_bytes = 256, .distinct = 4};
         }
         for (int k = 0; k < 1024; k++)
             ry_load_of(&all[k], c, k, row, row, r);
@@ -402,6 +473,7 @@ int main(void)
     tcase_add_test(t, ranks_alone);
     tcase_add_test(t, fewer_is_faster);
     tcase_add_test(t, against_plans);
+    tcase_add_test(t, chunks);
     tcase_add_test(t, choices);
     tcase_add_test(t, learning);
     tcase_add_test(t, incumbents_stay);

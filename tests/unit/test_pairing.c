@@ -58,7 +58,7 @@ static struct ry_copies copies_of(uint64_t rows, uint64_t least, uint64_t most)
 static void add(uint64_t number, int type, uint64_t row_bytes, struct ry_copies copies)
 {
     struct ry_err err;
-    struct ry_repeats own[2] = {{0, 0}, {row_bytes, 3}};
+    struct ry_repeats own[2] = {[1] = {.row_bytes = row_bytes, .distinct = 3}};
     struct ry_pair d = {.number = number,
                         .type = type,
                         .send = (uint64_t *)out,
@@ -69,7 +69,7 @@ static void add(uint64_t number, int type, uint64_t row_bytes, struct ry_copies 
     handles[number] = 1;
     ck_assert_int_eq(ry_slice_init(&d.slice, map, RANK, RY_DEDUP, &err), 0);
     for (int i = 0; i < d.slice.nrows; i++) {
-        d.slice.repeats[i] = (struct ry_repeats){row_bytes, 2};
+        d.slice.repeats[i] = (struct ry_repeats){.row_bytes = row_bytes, .distinct = 2};
         for (int j = 0; j < d.slice.ncols; j++)
             d.slice.cells[i * d.slice.ncols + j] = d.slice.cols[j] == RANK ? in[d.slice.rows[i]] : 512;
     }
@@ -298,6 +298,11 @@ START_TEST(estimated)
     loads[2].cross_sends = 2;
     /* half of it is given to the other rank of the node; all of it is read */
     ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (5 + 2 + 100) + 2 + 100, 1e-9);
+    /* over the node's own communicator, where there is one: the group stays inside the nodes */
+    m.link[RY_LINK_NODE] = (struct ry_cost_link){.alpha_us = 3, .bytes_per_us = 1000, .message_us = 0.5};
+    ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (5 + 2 + 100) + 2 + 100, 1e-9);
+    m.node_comm = true;
+    ck_assert_double_eq_tol(ry_returns_estimate(&m, map, loads, 100), 100 + 20 + 10 + (3 + 1 + 50) + 2 + 100, 1e-9);
 }
 END_TEST
 

@@ -429,8 +429,8 @@ START_TEST(to_the_letter)
     struct job job = {.n = 4, .cluster = cluster_of(4, blocks, 2), .matrix = calloc(16, sizeof *job.matrix)};
     job.matrix[2] = 6400, job.matrix[3] = 3840, job.matrix[4 + 3] = 640, job.matrix[8 + 3] = 77;
     job.repeats = calloc(8, sizeof *job.repeats);
-    job.repeats[1] = (struct ry_repeats){64, 50};
-    job.repeats[2 + 1] = (struct ry_repeats){64, 5};
+    job.repeats[1] = (struct ry_repeats){.row_bytes = 64, .distinct = 50};
+    job.repeats[2 + 1] = (struct ry_repeats){.row_bytes = 64, .distinct = 5};
     turn_round(&job);
     build_all(&job, RY_SUM);
     const struct ry_step *s = job.plans[2]->steps;
@@ -558,7 +558,7 @@ START_TEST(build_time)
     for (size_t i = 0; i < N * N; i++)
         job.matrix[i] = 4096 * (10 + rnd(20));
     for (size_t i = 0; i < N * 128; i++)
-        repeats[i] = (struct ry_repeats){4096, 60};
+        repeats[i] = (struct ry_repeats){.row_bytes = 4096, .distinct = 60};
     for (size_t i = 0; i < N; i++)
         send[i] = job.matrix[i * N + RANK];
     send[RANK] = job.matrix[RANK * N + RANK];

@@ -192,10 +192,9 @@ static bool mutate(struct job *job, int rank, int i, int how)
 }
 
 static const char *const mutation_names[MUTATIONS] = {
-    "drop",      "drop both",   "duplicate",   "duplicate both", "shorter",      "shorter both", "longer",
-    "zero",      "peer",        "from offset", "to offset",      "from segment", "to segment",   "swap in pair",
-    "copy late", "swap groups", "one group",   "no group",       "ngroups",      "stage bytes",  "kind",
-    "inside",    "leaves"};
+    "drop",      "drop both",   "duplicate", "duplicate both", "shorter",    "shorter both", "longer",    "zero",
+    "peer",      "from offset", "to offset", "from segment",   "to segment", "swap in pair", "copy late", "swap groups",
+    "one group", "no group",    "ngroups",   "stage bytes",    "kind",       "inside",       "leaves"};
 
 /* Every way to break a plan, often; each must be found. */
 START_TEST(mutations)
@@ -301,7 +300,7 @@ static void expect_refused(int n, const uint64_t *matrix, struct ry_plan *plans,
     }
 #define PLAN(r, n, groups, stage, steps)                                                                               \
     {                                                                                                                  \
-        RY_DIRECT, r, n, groups, stage, (int)(sizeof steps / sizeof *steps), steps, 0                                     \
+        RY_DIRECT, r, n, groups, stage, (int)(sizeof steps / sizeof *steps), steps, 0, 0                               \
     }
 
 START_TEST(by_hand)
@@ -355,7 +354,7 @@ START_TEST(by_hand)
                               COPY(AT(RY_AT_STAGE, -1, 0), AT(RY_AT_SEND, 0, 4), 4),
                               COPY(AT(RY_AT_RECV, 0, 0), AT(RY_AT_SEND, 0, 0), 4),
                               COPY(AT(RY_AT_RECV, 0, 4), AT(RY_AT_STAGE, -1, 0), 4)};
-        struct ry_plan p[] = {PLAN(0, 2, 0, 8, a), {RY_DIRECT, 1, 2, 0, 0, 0, NULL, 0}};
+        struct ry_plan p[] = {PLAN(0, 2, 0, 8, a), {RY_DIRECT, 1, 2, 0, 0, 0, NULL, 0, 0}};
         expect_refused(2, m, p, NULL);
         a[3].from.offset = 4;
         expect_refused(2, m, p, NULL); /* the first copy left the same bytes there */

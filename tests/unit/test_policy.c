@@ -20,6 +20,7 @@ static struct ry_side sides[RANKS];
 static struct ry_repeats found[RANKS * NODES];
 static double message_us = 2; /* across, where the NIC is slow */
 static bool slow_nic;         /* and fast links in the nodes */
+static int asked_chunks;      /* RAILYARD_CHUNKS */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth */
 static int went[RY_STRATEGIES];
@@ -37,8 +38,12 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
     }
     map = ry_cluster_build(seats, RANKS, &err);
     ck_assert_ptr_nonnull(map);
-    struct ry_policy_config config = {
-        .map = map, .forced = &forced, .verify = verify_every, .staging_limit = staging_limit, .name = "test"};
+    struct ry_policy_config config = {.map = map,
+                                      .forced = &forced,
+                                      .verify = verify_every,
+                                      .staging_limit = staging_limit,
+                                      .chunks = asked_chunks,
+                                      .name = "test"};
     ry_cost_guess(&config.model, map);
     config.model.agreement_us = agreement_us;
     if (slow_nic) {
@@ -80,23 +85,33 @@ static void uniform(uint64_t bytes, uint64_t staging)
     }
 }
 
+/* In so many parts, among which distinct rows appear evenly. */
+static void spread(struct ry_repeats *r, int parts)
+{
+    r->parts = (uint64_t)parts;
+    for (int k = 1; k < parts; k++)
+        r->early[k - 1] = ry_part_at(r->distinct, k, parts);
+}
+
 /* On top of uniform(): every rank looked, and of `copies` rows one is left. */
 static void duplicates(uint64_t row_bytes, uint64_t copies)
 {
     for (int r = 0; r < RANKS; r++) {
         for (int n = 0; n < NODES; n++) {
-            found[r * NODES + n] = (struct ry_repeats){row_bytes, 0};
+            found[r * NODES + n] = (struct ry_repeats){.row_bytes = row_bytes, .distinct = 0};
             for (int p = n * GPUS; p < (n + 1) * GPUS; p++)
                 found[r * NODES + n].distinct += ry_rows_of(matrix[r * RANKS + p], row_bytes) / copies;
+            spread(&found[r * NODES + n], 4);
         }
         sides[r].row_bytes = row_bytes;
+        sides[r].parts = 4;
         ry_load_of(&sides[r].load, map, r, matrix + r * RANKS, matrix + r * RANKS, found + r * NODES);
     }
 }
 
 static struct ry_agreed agreed(const void **extra, size_t *bytes)
 {
-    static uint64_t room[RANKS][(sizeof(struct ry_side) + NODES * sizeof(uint64_t)) / sizeof(uint64_t)];
+    static uint64_t room[RANKS][(sizeof(struct ry_side) + NODES * RY_CHUNKS * sizeof(uint32_t)) / sizeof(uint64_t)];
     for (int r = 0; r < RANKS; r++) {
         extra[r] = room[r];
         bytes[r] = ry_side_pack(room[r], &sides[r], NODES, found + r * NODES);
@@ -325,8 +340,12 @@ START_TEST(slices_are_the_ranks_own)
             matrix[k] = 100 + (uint64_t)k;
         for (int r = 0; i < 2 && r < RANKS; r += 2) { /* each second one looked */
             sides[r].row_bytes = 8 + (uint64_t)r;
-            for (int n = 0; n < NODES; n++)
-                found[r * NODES + n] = (struct ry_repeats){sides[r].row_bytes, (uint64_t)(r + n)};
+            sides[r].parts = 4;
+            for (int n = 0; n < NODES; n++) {
+                found[r * NODES + n] =
+                    (struct ry_repeats){.row_bytes = sides[r].row_bytes, .distinct = (uint64_t)(r + n)};
+                spread(&found[r * NODES + n], 4);
+            }
         }
         ck_assert_int_eq(exchange(), strategy);
         for (int r = 0; r < RANKS; r++) {
@@ -340,7 +359,7 @@ START_TEST(slices_are_the_ranks_own)
             ry_slice_fill(&s, map, matrix, found);
             size_t cells = (size_t)s.nrows * (size_t)s.ncols, bytes = sizeof(struct ry_order) + n * sizeof *words;
             ck_assert_uint_gt(cells, 0);
-            ck_assert_uint_eq(n, cells + (s.repeats ? 2 * (size_t)s.nrows : 0));
+            ck_assert_uint_eq(n, cells + (s.repeats ? (1 + RY_CHUNKS / 2) * (size_t)s.nrows : 0));
             const void *extra = (const char *)words - sizeof(struct ry_order);
             ck_assert_msg(!ry_order_unpack(&got, extra, bytes, &err), "%s", err.msg);
             ck_assert_mem_eq(got.cells, s.cells, cells * sizeof *s.cells);
@@ -603,6 +622,79 @@ static void node_orders(int exchanges, enum ry_node_order wanted)
         ck_assert_int_eq(node_order(exchange()), wanted);
 }
 
+/* Everybody's messages are in so many parts now; the plan that is told, and the parts asked for from then on. */
+static void chunks_told(int parts, uint32_t chunks, uint32_t wanted)
+{
+    const uint64_t *cells;
+    size_t n;
+    for (int r = 0; parts && r < RANKS; r++) {
+        sides[r].parts = (uint64_t)parts;
+        for (int k = 0; k < NODES; k++)
+            spread(&found[r * NODES + k], parts);
+    }
+    int strategy = exchange();
+    for (int r = 0; r < RANKS; r++) {
+        struct ry_order order = order_of(strategy, r, &cells, &n);
+        ck_assert_msg(order.chunks == chunks && order.parts == wanted,
+                      "exchange %d by %s: rank %d: %u chunks, %u parts wanted", (int)number, ry_strategy_name(strategy),
+                      r, order.chunks, order.parts);
+    }
+}
+
+/* In chunks where passing on inside the nodes takes long, over communicators of the nodes' ranks, as soon as messages
+ * are in so many parts; and not before. */
+START_TEST(chunks)
+{
+    slow_nic = true;
+    begin(0, UINT64_C(1) << 34, 50);
+    uniform(8 << 20, UINT64_C(1) << 33);
+    duplicates(4096, 2);
+    all_say(RY_NODE_COULD);
+    atomic_store(&forced, RY_DEDUP);
+    chunks_told(1, 1, 1);
+    while (node_order(exchange()) != RY_NODE_MAKE)
+        ck_assert_int_lt((int)number, 50);
+    all_say(RY_NODE_HAS);
+    chunks_told(1, 1, 4);
+    chunks_told(4, 4, 4);
+    chunks_told(2, 2, 4);
+    chunks_told(4, 4, 4);
+    sides[3].parts = 2; /* one that was not told yet */
+    for (int k = 0; k < NODES; k++)
+        spread(&found[3 * NODES + k], 2);
+    chunks_told(0, 1, 4);
+    atomic_store(&forced, RY_DIRECT);
+    chunks_told(4, 0, 0); /* nothing is told */
+    atomic_store(&forced, RY_DEDUP);
+    sides[5].node_comm = RY_NODE_CANNOT;
+    chunks_told(4, 1, 4);
+    end();
+    /* asked for by the user, whatever the model says */
+    asked_chunks = 2;
+    begin(0, UINT64_C(1) << 34, 50);
+    uniform(64 << 10, UINT64_C(1) << 33);
+    duplicates(4096, 2);
+    atomic_store(&forced, RY_DEDUP);
+    chunks_told(1, 1, 2);
+    chunks_told(2, 2, 2);
+    end();
+    asked_chunks = 0;
+    /* little to hide */
+    begin(0, UINT64_C(1) << 34, 50);
+    uniform(64 << 10, UINT64_C(1) << 33);
+    duplicates(4096, 2);
+    all_say(RY_NODE_COULD);
+    atomic_store(&forced, RY_DEDUP);
+    while (node_order(exchange()) != RY_NODE_MAKE)
+        ck_assert_int_lt((int)number, 50);
+    all_say(RY_NODE_HAS);
+    for (int i = 0; i < 20; i++)
+        chunks_told(1, 1, 1);
+    end();
+    slow_nic = false;
+}
+END_TEST
+
 START_TEST(node_comms)
 {
     begin(0, 1 << 30, 50);
@@ -674,8 +766,8 @@ START_TEST(one_that_cannot_pack)
 }
 END_TEST
 
-/* Relaying that is slower than direct without the nodes' communicators and faster with them must be found faster: they are asked
-   for early where the model expects it, and what was measured without them is forgotten. */
+/* Relaying that is slower than direct without the nodes' communicators and faster with them must be found faster: they
+   are asked for early where the model expects it, and what was measured without them is forgotten. */
 START_TEST(node_comms_change_what_is_known)
 {
     const uint64_t *cells;
@@ -728,7 +820,7 @@ START_TEST(nonsense_from_a_rank_ends_it)
     ck_assert(!policy.worth(policy.context, 0, extra, bytes));
     end();
     /* of what it found */
-    for (int bad = 0; bad <= 7; bad++) {
+    for (int bad = 0; bad <= 9; bad++) {
         begin(0, 1 << 30, 50);
         uniform(10000, 1 << 20);
         duplicates(64, 3);
@@ -737,9 +829,13 @@ START_TEST(nonsense_from_a_rank_ends_it)
         if (bad == 2)
             found[3 * NODES].distinct = UINT64_MAX; /* own node's: nobody reads it, nobody minds */
         if (bad == 3)
-            found[3 * NODES + 1].distinct = 4 * 157; /* all of them */
+            found[3 * NODES + 1].distinct = 4 * 157, spread(&found[3 * NODES + 1], 4); /* all of them */
         if (bad == 4)
             sides[3].row_bytes = UINT64_MAX;
+        if (bad == 8)
+            found[3 * NODES + 1].early[1] = found[3 * NODES + 1].early[0] - 1; /* fewer, later */
+        if (bad == 9)
+            sides[3].parts = 3;
         found[4 * NODES].distinct = bad == 5 ? UINT64_MAX : found[4 * NODES].distinct;
         x = agreed(extra, bytes);
         if (bad == 6)
@@ -784,6 +880,7 @@ int main(void)
     tcase_add_test(t, does_not_flap);
     tcase_add_test(t, learns_from_the_busy);
     tcase_add_test(t, node_comms);
+    tcase_add_test(t, chunks);
     tcase_add_test(t, node_comms_change_what_is_known);
     tcase_add_test(t, one_that_cannot_pack);
     tcase_add_test(t, nonsense_from_a_rank_ends_it);

@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "on_devices.h"
 #include "run/internal.h"
+#include "plan/plan.h"
 #include "run/rows.h"
 #include "run/rows_kernels.h"
 
@@ -56,8 +57,9 @@ struct job {
     unsigned blocks;
     bool scan[RANKS];
     /* what the oracle says of each node */
-    uint64_t rows[RANKS], distinct[RANKS], zero[RANKS], least[RANKS], most[RANKS];
+    uint64_t rows[RANKS], distinct[RANKS], zero[RANKS], least[RANKS], most[RANKS], early[RANKS][3];
     bool copies; /* asked for, too */
+    int parts;
 };
 
 enum mix { ANY, EQUAL, DISTINCT, ZERO, TOKENS };
@@ -107,6 +109,7 @@ static void make(struct job *j, int nranks, int nnodes, uint64_t row_bytes, uint
     *j = (struct job){
         .nranks = nranks, .nnodes = nnodes, .row_bytes = row_bytes, .sample_mask = ~0ull, .full_mask = ~0ull};
     j->copies = draw(2);
+    j->parts = draw(2) ? 1 : 1 << draw(3);
     j->blocks = (unsigned)draw(4); /* often so few that each thread takes several rows */
     unsigned char *pool = malloc(tokens * row_bytes);
     noise(pool, tokens * row_bytes);
@@ -161,13 +164,18 @@ static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
     uint64_t n = 0, rows = 0, zero = 0;
     bool blind = !j->sample_mask && !j->full_mask;
     const unsigned char *leader = NULL, *second = NULL;
-    for (int r = 0; r < j->nranks && j->scan[node]; r++) {
-        uint64_t count = j->node[r] == node ? rows_of(j->bytes[r], j->row_bytes) : 0;
+    j->parts = j->parts ? j->parts : 1;
+    for (int turn = 0; turn < j->nranks * j->parts && j->scan[node]; turn++) {
+        int r = turn % j->nranks, part = turn / j->nranks;
+        uint64_t all = j->node[r] == node ? rows_of(j->bytes[r], j->row_bytes) : 0;
+        uint64_t first_row = ry_part_at(all, part, j->parts), count = ry_part_at(all, part + 1, j->parts) - first_row;
+        if (part && !r)
+            j->early[node][part - 1] = n;
         if (!count)
             continue;
         seen = realloc(seen, (rows + count) * sizeof *seen);
         list = realloc(list, (rows + count) * sizeof *list);
-        for (uint64_t i = 0; i < count; i++, rows++) {
+        for (uint64_t i = first_row; i < first_row + count; i++, rows++) {
             const unsigned char *row = j->data + j->at[r] + i * j->row_bytes;
             uint64_t left = j->bytes[r] - i * j->row_bytes, d = n;
             bool whole = left >= j->row_bytes, nothing = is_zero(row, whole ? j->row_bytes : left);
@@ -249,7 +257,7 @@ static void same(const unsigned char *got, const unsigned char *want, uint64_t n
 static void there_and_back(struct ry_rows *rows, const struct job *j, int node, const void *message)
 {
     uint64_t counts[RANKS], bytes[RANKS], at[RANKS], from[RANKS], size = 32, skip = 0;
-    struct ry_rows_piece pieces[RANKS];
+    struct ry_rows_piece pieces[4 * RANKS];
     int n = 0, npieces = 0;
     for (int r = 0; r < j->nranks; r++)
         if (j->node[r] == node) {
@@ -263,17 +271,21 @@ static void there_and_back(struct ry_rows *rows, const struct job *j, int node, 
     unsigned char *want = malloc(size);
     void *received = filled(device, size, stream);
     memset(want, 0xee, size);
-    for (int i = 0; i < n; skip += counts[i++]) {
-        if (!draw(8))
-            continue;
-        memcpy(want + at[i], j->data + from[i], bytes[i]);
-        pieces[npieces++] = (struct ry_rows_piece){.message = message,
-                                                   .row_bytes = j->row_bytes,
-                                                   .distinct = j->distinct[node],
-                                                   .skip = skip,
-                                                   .bytes = bytes[i],
-                                                   .to = (char *)received + at[i]};
-    }
+    for (int part = 0; part < j->parts; part++)
+        for (int i = 0; i < n; i++) {
+            uint64_t first = ry_part_at(counts[i], part, j->parts), rest = ry_part_at(counts[i], part + 1, j->parts);
+            uint64_t begin = first * j->row_bytes, end = rest == counts[i] ? bytes[i] : rest * j->row_bytes;
+            skip += rest - first;
+            if (rest == first || !draw(8))
+                continue;
+            memcpy(want + at[i] + begin, j->data + from[i] + begin, end - begin);
+            pieces[npieces++] = (struct ry_rows_piece){.message = message,
+                                                       .row_bytes = j->row_bytes,
+                                                       .distinct = j->distinct[node],
+                                                       .skip = skip - (rest - first),
+                                                       .bytes = end - begin,
+                                                       .to = (char *)received + at[i] + begin};
+        }
     ok(ry_rows_expand(rows, pieces, npieces, stream, &err));
     unsigned char *got = fetched(device, received, size, stream);
     same(got, want, size, "what was expanded", node);
@@ -304,8 +316,12 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
     for (int r = 0; r < j->nranks; r++)
         send[r] = j->bytes[r] ? (char *)buffer + j->at[r] : NULL;
     ry_rows_for_tests(rows, j->sample_mask, j->full_mask, j->blocks);
-    struct ry_rows_input in = {
-        .send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .scan_node = j->scan, .copies = j->copies};
+    struct ry_rows_input in = {.send = send,
+                               .send_bytes = j->bytes,
+                               .row_bytes = j->row_bytes,
+                               .scan_node = j->scan,
+                               .copies = j->copies,
+                               .parts = j->parts};
     ok(ry_rows_scan(rows, &in, s, &err));
     ok(ry_rows_found_wait(rows, &found, &err));
     ck_assert(ry_rows_found_ready(rows));
@@ -324,6 +340,8 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
                       (unsigned long long)found.distinct[n], (unsigned long long)found.zero[n],
                       (unsigned long long)j->rows[n], (unsigned long long)j->distinct[n],
                       (unsigned long long)j->zero[n]);
+        for (int p = 1; p < j->parts && j->scan[n]; p++)
+            ck_assert_uint_eq(found.early[(p - 1) * j->nnodes + n], j->early[n][p - 1]);
         bytes[n] = ry_rows_message_bytes(j->row_bytes, found.distinct[n], found.rows[n]);
         void *packed = filled(on, bytes[n] + 64, s);
         ok(ry_rows_pack(rows, &(struct ry_rows_packing){n, packed}, 1, s, &err));
@@ -467,6 +485,7 @@ START_TEST(few_bits)
     for (int round = 0; round < 12; round++) {
         make(&j, 5, 2, 1 + draw(1200), 40, ANY);
         j.copies = false;
+        j.parts = 1; /* what collides depends on what comes first */
         j.sample_mask = draw(16), j.full_mask = draw(16);
         unsigned char *message[2], *other[2];
         uint64_t bytes[2], least[2];

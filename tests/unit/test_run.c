@@ -62,13 +62,33 @@ static int tell_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, 
     const struct ry_segments *t = param;
     return tell(" %s%u", kernel->name + 3, t->n) ? ry_fail(e, "no launch") : 0;
 }
+/* Where streams and events are told apart: "+" is a stream that is not the job's (NULL); events are a, b, … as they
+ * come. */
+static bool named;
+static const char *name_of(const struct ry_event *ev, const void *stream)
+{
+    static const struct ry_event *known[16];
+    static char name[2][3];
+    static int turn;
+    int i = 0;
+    if (!named)
+        return memset(known, 0, sizeof known), "";
+    while (known[i] && known[i] != ev)
+        i++;
+    known[i] = ev;
+    char *to = name[turn ^= 1];
+    snprintf(to, sizeof name[0], "%c%s", 'a' + i % 16, stream ? "+" : "");
+    return to;
+}
 static int tell_record(struct ry_event *ev, void *stream, struct ry_err *e)
 {
+    if (named)
+        return tell(" !%s", name_of(ev, stream)) ? ry_fail(e, "no event") : 0;
     return tell(" e") ? ry_fail(e, "no event") : 0;
 }
 static int tell_wait(void *stream, struct ry_event *ev, struct ry_err *e)
 {
-    return tell(" w") ? ry_fail(e, "no wait") : 0;
+    return tell(named ? " ?%s" : " w", name_of(ev, stream)) ? ry_fail(e, "no wait") : 0;
 }
 static int host_event(struct ry_event **ev, struct ry_err *e)
 {
@@ -226,6 +246,68 @@ START_TEST(misfits)
 }
 END_TEST
 
+/* The second part of a plan on a stream of its own, behind the groups that it waits for; or after the first, where the
+ * groups inside the node have no communicator of their own. */
+START_TEST(beside)
+{
+    static const int local[] = {0, 1};
+    struct ry_run_node node = {.local = local, .comm = (void *)0x77};
+    struct ry_step steps[] = {SEND(0, 1, AT_SEND(1, 0), 1), SEND(1, 1, AT_SEND(1, 0), 2), SEND(2, 1, AT_SEND(1, 0), 3),
+                              SEND(3, 1, AT_SEND(1, 0), 4), SEND(4, 1, AT_SEND(1, 0), 5), SEND(5, 1, AT_SEND(1, 0), 6)};
+    struct ry_plan plan = {
+        .strategy = RY_DEDUP, .nranks = 2, .ngroups = 6, .nsteps = 6, .steps = steps, .inside = 7 << 3, .beside = 3};
+    const char *first[3] = {"( s1:1@200000/1)", "( s1:2@200000/1)", "( s1:3@200000/1)"};
+    char want[512];
+    int result;
+    telling_start();
+    named = false, name_of(NULL, NULL), named = true;
+    calls = 0, fails_at = -1;
+    struct ry_runner *r = ry_runner_new(&telling, &telling_device, 0, NULL, &err);
+    steps[3].after = 0, steps[4].after = 2, steps[5].after = 1;
+    *told = 0;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    /* begun a; groups are over b, c, d; joined e. The last step waited with the one before it. */
+    snprintf(want, sizeof want,
+             " !a ?a+%s !b%s !c%s !d ?b+( s1!:4@200000/1) ?d+( s1!:5@200000/1)( s1!:6@200000/1) !e+ ?e", first[0],
+             first[1], first[2]);
+    ck_assert_str_eq(told, want);
+    /* a group in which this rank has nothing: what comes after it waits for the one before */
+    steps[4].after = 1, steps[1].group = 0;
+    *told = 0;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    snprintf(
+        want, sizeof want,
+        " !a ?a+( s1:1@200000/1 s1:2@200000/1) !b%s !d ?b+( s1!:4@200000/1)( s1!:5@200000/1)( s1!:6@200000/1) !e+ ?e",
+        first[2]);
+    ck_assert_str_eq(told, want);
+    steps[1].group = 1;
+    /* without the node's communicator: one after the other, on the job's stream */
+    *told = 0;
+    ok(ry_run(r, &plan, &two, NULL, &result, &err));
+    snprintf(want, sizeof want, "%s%s%s( s1:4@200000/1)( s1:5@200000/1)( s1:6@200000/1)", first[0], first[1], first[2]);
+    ck_assert_str_eq(told, want);
+    /* a failure inside: the job's stream waits all the same */
+    *told = 0, calls = 0, fails_at = 17, fails_with = 5;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    ck_assert_int_eq(result, 5);
+    ck_assert_str_eq(told + strlen(told) - 8, ") !e+ ?e");
+    /* and between nodes: nothing of the second part is begun */
+    *told = 0, calls = 0, fails_at = 4;
+    ok(ry_run(r, &plan, &two, &node, &result, &err));
+    ck_assert_int_eq(result, 5);
+    ck_assert_str_eq(told, " !a ?a+( s1:1@200000/1) !e+ ?e");
+    fails_at = -1;
+    /* what nobody could wait for */
+    *told = 0, plan.beside = 7;
+    ck_assert_int_eq(ry_run(r, &plan, &two, &node, &result, &err), -1);
+    plan.beside = 3, steps[5].after = 4;
+    ck_assert_int_eq(ry_run(r, &plan, &two, &node, &result, &err), -1);
+    ck_assert_str_eq(told, "");
+    ry_runner_free(r, false);
+    named = false;
+}
+END_TEST
+
 /* Groups inside the node on the other communicator, by its numbers; the others where they were. */
 START_TEST(inside_the_node)
 {
@@ -233,7 +315,8 @@ START_TEST(inside_the_node)
     struct ry_run_node node = {.local = local, .comm = (void *)0x77};
     struct ry_step steps[] = {SEND(0, 1, AT_SEND(1, 0), 7), RECV(0, 1, AT_RECV(1, 0), 7), SEND(1, 0, AT_SEND(0, 0), 5),
                               RECV(1, 1, AT_RECV(0, 0), 5)};
-    struct ry_plan plan = {.strategy = RY_HIERARCHICAL, .nranks = 2, .ngroups = 2, .nsteps = 4, .steps = steps, .inside = 2};
+    struct ry_plan plan = {
+        .strategy = RY_HIERARCHICAL, .nranks = 2, .ngroups = 2, .nsteps = 4, .steps = steps, .inside = 2};
     const char *first = "( s1:7@200000/1 r1:7@3000000000/1)";
     char want[256];
     int result;
@@ -328,7 +411,8 @@ START_TEST(safe)
                     if ((k == 0 || p != q) && bytes[1][p] && bytes[k][q] && at[1][p] < at[k][q] + bytes[k][q] &&
                         at[k][q] < at[1][p] + bytes[1][p])
                         want = false;
-        struct ry_buffers b = {n, 0, (const void *const *)at[0], (void *const *)at[1], bytes[0], bytes[1], NULL, 0, NULL};
+        struct ry_buffers b = {n, 0,   (const void *const *)at[0], (void *const *)at[1], bytes[0], bytes[1], NULL,
+                               0, NULL};
         if (ry_run_safe(&b) != want)
             ck_abort_msg("round %d: %d segments are %ssafe", round, n, want ? "" : "not ");
     }
@@ -465,6 +549,7 @@ int main(void)
     tcase_add_test(t, what_nccl_is_told);
     tcase_add_test(t, batches);
     tcase_add_test(t, misfits);
+    tcase_add_test(t, beside);
     tcase_add_test(t, inside_the_node);
     tcase_add_test(t, find);
     tcase_add_test(t, safe);

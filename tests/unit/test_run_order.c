@@ -177,7 +177,7 @@ static void scan(struct world *w, const struct side *s, struct ry_repeats *repea
 {
     struct ry_runner *r = w->runners[s->b.rank];
     struct ry_scan_sums sums;
-    if (!ry_run_packs(r) || ry_run_scan(r, w->cluster, &s->b, draw(6) ? WIDTH : 1 + draw(50), &err))
+    if (!ry_run_packs(r) || ry_run_scan(r, w->cluster, &s->b, draw(6) ? WIDTH : 1 + draw(50), 1, &err))
         return;
     while (!ry_run_scan_over(r))
         sim_run(3);

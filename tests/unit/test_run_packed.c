@@ -116,7 +116,7 @@ static void end(void)
 
 static void scan(uint64_t width)
 {
-    ok(ry_run_scan(t.runner, &map, &t.b, width, &err));
+    ok(ry_run_scan(t.runner, &map, &t.b, width, 1, &err));
     ok(ry_run_scan_wait(t.runner, t.repeats, &t.sums, &err));
     ck_assert(ry_run_scan_over(t.runner));
 }
@@ -157,7 +157,7 @@ static struct ry_step pack(int n)
                             .peer = n,
                             .to = {RY_AT_STAGE, -1, at[n]},
                             .bytes = message(n),
-                            .repeats = {W, distinct[n]},
+                            .repeats = {.row_bytes = W, .distinct = distinct[n]},
                             .rows = all[n]};
 }
 
@@ -171,7 +171,7 @@ static struct ry_step expand(int rank, uint64_t skip)
                             .from = {RY_AT_STAGE, -1, at[n]},
                             .to = {RY_AT_RECV, rank, 0},
                             .bytes = t.bytes[rank],
-                            .repeats = {W, distinct[n]},
+                            .repeats = {.row_bytes = W, .distinct = distinct[n]},
                             .rows = all[n],
                             .skip = skip};
 }
@@ -286,7 +286,7 @@ START_TEST(refusals)
                *inside = "its rows are not in the message", *rows_fit = "its rows do not fit";
     start();
     refused(pack(1), found); /* nothing was searched */
-    ok(ry_run_scan(t.runner, &map, &t.b, W, &err));
+    ok(ry_run_scan(t.runner, &map, &t.b, W, 1, &err));
     refused(pack(1), found); /* the result was not waited for */
     scan(W);
     refused(BUT(pack(1), peer = 4), found);
@@ -337,7 +337,7 @@ START_TEST(refusals)
     struct ry_step good[] = {pack(1), pack(2), pack(3)};
     ok(run(good, 3));
     /* A scan that fails leaves nothing to pack. */
-    ck_assert_int_eq(ry_run_scan(t.runner, &map, &t.b, 0, &err), -1);
+    ck_assert_int_eq(ry_run_scan(t.runner, &map, &t.b, 0, 1, &err), -1);
     ck_assert_int_eq(ry_run_scan_wait(t.runner, t.repeats, &t.sums, &err), -1);
     ck_assert(!ry_run_scan_over(t.runner));
     refused(pack(1), found);
@@ -388,7 +388,7 @@ START_TEST(memory)
     start();
     uint64_t stage = ry_run_staging(t.runner), big = 30000;
     ry_run_staging_limit(stage + 1000);
-    ck_assert_int_eq(ry_run_scan(t.runner, &map, &t.b, W, &err), -1);
+    ck_assert_int_eq(ry_run_scan(t.runner, &map, &t.b, W, 1, &err), -1);
     ck_assert_msg(strstr(err.msg, "RAILYARD_STAGING"), "%s", err.msg);
     ck_assert_str_eq(launched, "");
     uint64_t need = ry_rows_memory(t.runner->rows, 21);
@@ -396,7 +396,7 @@ START_TEST(memory)
     scan(W);
     ck_assert_uint_eq(ry_rows_held(t.runner->rows), need);
     struct ry_cluster two = {.nranks = RANKS, .nnodes = 2, .node = (int[RANKS]){0, 1, 1, 1, 1, 1}};
-    ok(ry_run_scan(t.runner, &two, &t.b, W, &err)); /* another map, of the same ranks */
+    ok(ry_run_scan(t.runner, &two, &t.b, W, 1, &err)); /* another map, of the same ranks */
     ok(ry_run_scan_wait(t.runner, t.repeats, &t.sums, &err));
     ck_assert_uint_eq(t.sums.rows, 21);
     ck_assert_uint_eq(t.sums.distinct, 8); /* A, ..., E, X, zeros, the short one */
@@ -405,7 +405,7 @@ START_TEST(memory)
     ok(device->alloc(&segment, big, &err));
     ok(device->fill(segment, 1, big, t.stream, &err));
     t.send[3] = segment, t.bytes[3] = big;
-    ck_assert_int_eq(ry_run_scan(t.runner, &map, &t.b, 1, &err), -1);
+    ck_assert_int_eq(ry_run_scan(t.runner, &map, &t.b, 1, 1, &err), -1);
     ck_assert_msg(strstr(err.msg, "RAILYARD_STAGING"), "%s", err.msg);
     ry_run_staging_limit(64 * M);
     scan(1);
@@ -470,8 +470,9 @@ static void relay(struct ry_step *steps, int peer, int n)
     steps[1] = (struct ry_step){.kind = RY_STEP_RECV,
                                 .peer = peer,
                                 .to = {RY_AT_STAGE, -1, GOT + at[n]},
+                                .from = {RY_AT_STAGE, -1, GOT + at[n]},
                                 .bytes = message(n),
-                                .repeats = {W, distinct[n]},
+                                .repeats = {.row_bytes = W, .distinct = distinct[n]},
                                 .rows = all[n]};
 }
 
@@ -498,7 +499,7 @@ static struct ry_step sum_of(int peer, int n)
                             .from = {RY_AT_STAGE, -1, BACK + at[n]},
                             .to = {RY_AT_STAGE, -1, SUMS + 2 * at[n]},
                             .bytes = ry_rows_message_bytes(W, distinct[n] + 1, all[n]),
-                            .repeats = {W, distinct[n]},
+                            .repeats = {.row_bytes = W, .distinct = distinct[n]},
                             .rows = all[n]};
 }
 
@@ -511,7 +512,7 @@ static struct ry_step out_of(const struct ry_step *sum, int rank)
                             .from = sum->to,
                             .to = {RY_AT_RECV, rank, 0},
                             .bytes = sum->rows * W,
-                            .repeats = {W, sum->repeats.distinct + 1},
+                            .repeats = {.row_bytes = W, .distinct = sum->repeats.distinct + 1},
                             .rows = sum->rows};
 }
 

@@ -27,6 +27,7 @@ static struct {
     uint64_t bytes; /* of UNIFORM, ZIPF: what each rank sends */
     uint64_t row_bytes;
     double distinct; /* share of the rows for each node */
+    int chunks;
     int nodes, gpus, nsizes, sizes[MAX_RANKS];
     bool dealt, apart, all;
     int rank;
@@ -104,6 +105,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (end == arg || *end || !(args.distinct > 0 && args.distinct <= 1))
             argp_error(state, "'%s' is no share of rows above 0, up to 1", arg);
         return 0;
+    case 'k':
+        args.chunks = number(arg, state, 1, RY_CHUNKS);
+        if (args.chunks == 3)
+            argp_error(state, "messages are cut into 1, 2 or %d chunks", RY_CHUNKS);
+        return 0;
     case 'r':
         args.rank = number(arg, state, 0, MAX_RANKS - 1);
         return 0;
@@ -130,6 +136,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "dedup depends on which rows are equal: tell how long they are by --row-bytes");
         if (args.distinct > 0 && !args.row_bytes)
             argp_error(state, "--distinct is a share of rows: tell how long they are by --row-bytes");
+        if (args.chunks > 1 && !args.row_bytes)
+            argp_error(state, "only messages of rows are cut into chunks: tell how long rows are by --row-bytes");
         if (!args.nodes != !args.gpus)
             argp_error(state, "--nodes and --gpus go together");
         for (int i = 0; i < args.nodes && !args.nsizes; i++)
@@ -291,6 +299,31 @@ static int lay_out(struct job *job, struct ry_err *err)
     return job->send_at && job->recv_at ? 0 : ry_fail(err, "out of memory");
 }
 
+/* How many of the rows differ from all before them in the first parts of the message that rank `from` sends to `node`.
+ */
+static int count_early(const struct job *job, size_t from, size_t node, const uint32_t *first, uint64_t rows,
+                       struct ry_repeats *r)
+{
+    size_t n = (size_t)job->cluster->nranks;
+    bool *known = calloc(rows + 1, sizeof *known);
+    uint64_t distinct = 0;
+    for (int p = 0; known && p + 1 < ry_parts(r); p++) {
+        const uint32_t *of = first; /* a rank's rows */
+        for (size_t to = 0; to < n; to++) {
+            uint64_t bytes = (size_t)job->cluster->node[to] == node ? job->matrix[from * n + to] : 0,
+                     all = ry_rows_of(bytes, r->row_bytes);
+            for (uint64_t i = ry_part_at(all, p, ry_parts(r)); i < ry_part_at(all, p + 1, ry_parts(r)); i++) {
+                distinct += !known[of[i]];
+                known[of[i]] = true;
+            }
+            of += all;
+        }
+        r->early[p] = distinct;
+    }
+    free(known);
+    return known ? 0 : -1;
+}
+
 /* Rows as --row-bytes and --distinct assume: for each node as many distinct ones, which then come again and again. */
 static int assume_rows(struct job *job, struct ry_err *err)
 {
@@ -326,8 +359,12 @@ static int assume_rows(struct job *job, struct ry_err *err)
                     nth[whole - 1] = (uint32_t)row;
                 distinct += first[row] == row;
             }
-        job->repeats[k] = (struct ry_repeats){args.row_bytes, distinct};
-        job->maps[k] = (struct ry_row_map){job->repeats[k], first};
+        struct ry_repeats *found = &job->repeats[k];
+        *found = (struct ry_repeats){.row_bytes = args.row_bytes, .distinct = distinct, .parts = (uint64_t)args.chunks};
+        int rc = count_early(job, from, node, first, rows, found);
+        job->maps[k] = (struct ry_row_map){*found, first};
+        if (rc)
+            return ry_fail(err, "out of memory");
     }
     return job->maps && job->repeats ? 0 : ry_fail(err, "out of memory");
 }
@@ -353,7 +390,8 @@ static int build(struct job *job, enum ry_strategy strategy, struct ry_err *err)
                                    .slice = &slice,
                                    .send_at = job->send_at ? job->send_at[r] : NULL,
                                    .recv_at = job->recv_at ? job->recv_at[r] : NULL,
-                                   .repeats = job->repeats ? job->repeats + r * (size_t)job->cluster->nnodes : NULL};
+                                   .repeats = job->repeats ? job->repeats + r * (size_t)job->cluster->nnodes : NULL,
+                                   .chunks = args.chunks};
         if (!rc && !(plans[r] = ry_plan_build(&in, err)))
             rc = -1;
         ry_slice_free(&slice);
@@ -509,6 +547,8 @@ int cmd_explain(int argc, char **argv)
         {"row-bytes", 'b', "BYTES", 0,
          "What goes to other nodes are rows of BYTES, of which some are equal: shows what dedup makes of it", 2},
         {"distinct", 'D', "SHARE", 0, "So many of a rank's rows for a node differ from all before them (0.5)", 2},
+        {"chunks", 'k', "N", 0,
+         "Cut packed messages into N (1, 2 or 4): what one brought is passed on while the next crosses", 2},
         {0, 0, 0, 0, "What to show:", 3},
         {"strategy", 's', "NAME", 0, "direct, hierarchical (the default; with --row-bytes dedup is), or dedup", 3},
         {"rank", 'r', "RANK", 0, "Whose plan (0)", 3},
@@ -530,6 +570,7 @@ int cmd_explain(int argc, char **argv)
         "  railyard explain --uniform 1M --nodes 4 --gpus 8 --svg plan.svg\n"
         "  railyard explain --zipf 64K --node-sizes 4,4,2 --all\n"
         "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --distinct 0.3\n"
+        "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --chunks 4\n"
         "  railyard explain trace --rank 3",
         0,
         0,
@@ -541,6 +582,7 @@ int cmd_explain(int argc, char **argv)
     if (args.strategy == RY_STRATEGIES)
         args.strategy = args.row_bytes ? RY_DEDUP : RY_HIERARCHICAL;
     args.distinct = args.distinct > 0 ? args.distinct : 0.5;
+    args.chunks = args.chunks ? args.chunks : 1;
     struct job job = {0};
     struct ry_err err = {""};
     int rc = explain(&job, &err);
