@@ -10,8 +10,9 @@
  * cut off; when nothing can happen any more, nobody waits and no letter is left (Judge); and, as there is no cycle without
  * progress where nothing is labelled progress, no cycle at all, so every run gets there: every wait ends.
  *
- * Set from outside: N ranks, X exchanges each, EPOCHS proposals, CUTS, LEAVES, STRAYS, NOT_MES: how many of each may happen.
- * BROKEN_*: mistakes that must be found (see check.py).
+ * Set from outside: N ranks, X exchanges each; and when the verifier runs (compiling it takes longer than most searches), by
+ * environment variables: EPOCHS proposals, CUTS, LEAVES, STRAYS, NOT_MES: how many of each may happen; BROKEN: one of the
+ * mistakes that must be found (see check.py). None of these ever changes, so they are no part of a state.
  */
 #ifndef N
 #define N 2
@@ -19,21 +20,27 @@
 #ifndef X
 #define X 3
 #endif
-#ifndef EPOCHS
-#define EPOCHS 2
-#endif
-#ifndef CUTS
-#define CUTS 1
-#endif
-#ifndef LEAVES
-#define LEAVES 1
-#endif
-#ifndef STRAYS
-#define STRAYS 1
-#endif
-#ifndef NOT_MES
-#define NOT_MES 1
-#endif
+#define BROKEN_MISSING (broken == 1)
+#define BROKEN_EPOCH (broken == 2)
+#define BROKEN_LATE (broken == 3)
+#define BROKEN_UNANSWERED (broken == 4)
+#define BROKEN_PATIENCE (broken == 5)
+#define BROKEN_OVERTAKEN (broken == 6)
+
+c_decl {
+\#include <stdlib.h>
+    static unsigned char number(const char *name)
+    {
+        const char *text = getenv(name);
+        if (!text) {
+            printf("%s is not set\n", name);
+            exit(2);
+        }
+        return (unsigned char)atoi(text);
+    }
+}
+hidden byte EPOCHS, CUTS, LEAVES, STRAYS, NOT_MES, broken;
+
 #define ALL ((1 << N) - 1)
 #define BIT(i) (1 << (i))
 
@@ -170,11 +177,7 @@ proctype Rank(byte r)
             :: !held[r] || e != epoch[r]
             :: else ->
                 if
-#ifdef BROKEN_OVERTAKEN
-                :: false -> skip
-#else
-                :: waiting[r] && next[r] - 1 < x -> over[r] = true
-#endif
+                :: !BROKEN_OVERTAKEN && waiting[r] && next[r] - 1 < x -> over[r] = true
                 :: else ->
                     observe(r);
                     if
@@ -228,23 +231,17 @@ inline end_epoch(how)
         j++
     :: else -> break
     od;
-#ifdef BROKEN_UNANSWERED
     if
-    :: in -> low = gathering
+    :: BROKEN_UNANSWERED && in -> low = gathering
     :: else
     fi;
-#endif
     j = 0;
     do
     :: j < N ->
-#ifdef BROKEN_LATE
         if
-        :: in & BIT(j) -> DOWN(down, j, end, now_epoch, low)
-        :: else
+        :: BROKEN_LATE && !(in & BIT(j))
+        :: else -> DOWN(down, j, end, now_epoch, low)
         fi;
-#else
-        DOWN(down, j, end, now_epoch, low);
-#endif
         at[j] = 0;
         j++
     :: else -> break
@@ -268,13 +265,7 @@ inline say_in(kind)
     j = 0; in = 0; gathering = 0
 }
 
-#ifdef BROKEN_MISSING
-#define ENOUGH (in == ALL || in == 1)
-#define EVERYBODY in = ALL
-#else
-#define ENOUGH (in == ALL)
-#define EVERYBODY skip
-#endif
+#define ENOUGH (in == ALL || (BROKEN_MISSING && in == 1))
 
 inline handle(r)
 {
@@ -308,11 +299,7 @@ inline handle(r)
         fi
     :: !(gone & BIT(r)) && (k == manifest || k == not_me) ->
         if
-#ifdef BROKEN_EPOCH
-        :: !(state == proposed || state == engaged) || x < at[r]
-#else
-        :: !(state == proposed || state == engaged) || e != now_epoch || x < at[r]
-#endif
+        :: !(state == proposed || state == engaged) || (e != now_epoch && !BROKEN_EPOCH) || x < at[r]
         :: else ->
             if
             :: state == proposed ->
@@ -323,9 +310,7 @@ inline handle(r)
                 fi
             :: else
             fi;
-#ifndef BROKEN_EPOCH
-            assert(x == at[r] && !(in & BIT(r))); /* what agree_yard.c ends the epoch for cannot be */
-#endif
+            assert(BROKEN_EPOCH || (x == at[r] && !(in & BIT(r)))); /* what agree_yard.c ends the epoch for cannot be */
             if
             :: k == not_me ->
                 skipped = skipped | BIT(x);
@@ -335,16 +320,14 @@ inline handle(r)
                 fi
             :: k == manifest && (skipped & BIT(x)) -> DOWN(verdict, r, direct, now_epoch, x)
             :: k == manifest && !(skipped & BIT(x)) ->
-#ifndef BROKEN_EPOCH
-                assert(!in || gathering == x); /* one exchange is gathered at a time */
-#endif
+                assert(BROKEN_EPOCH || !in || gathering == x); /* one exchange is gathered at a time */
                 if
                 :: true -> /* it fits */
                     gathering = x;
                     in = in | BIT(r);
                     if
                     :: ENOUGH ->
-                        EVERYBODY;
+                        in = ALL;
                         if
                         :: say_in(agreed)
                         :: say_in(direct)
@@ -390,9 +373,7 @@ proctype Yardmaster()
         od;
         j = 0; x = 0
     }
-#ifndef BROKEN_PATIENCE
-    :: atomic { state == proposed || in -> end_epoch(watching) }
-#endif
+    :: atomic { !BROKEN_PATIENCE && (state == proposed || in) -> end_epoch(watching) }
     :: atomic { up[0] ? k, e, x -> handle(0) }
     :: atomic { up[1] ? k, e, x -> handle(1) }
 #if N > 2
@@ -425,6 +406,14 @@ init
 {
     atomic {
         byte i;
+        c_code {
+            EPOCHS = number("EPOCHS");
+            CUTS = number("CUTS");
+            LEAVES = number("LEAVES");
+            STRAYS = number("STRAYS");
+            NOT_MES = number("NOT_MES");
+            broken = number("BROKEN");
+        };
         do
         :: i < N -> run Rank(i); i++
         :: else -> break

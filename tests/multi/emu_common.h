@@ -43,7 +43,7 @@ static struct ry_ranks who;
 static inline void start_rank(void)
 {
     struct ry_err err;
-    alarm(60); /* a hang is a failure with a name */
+    alarm(300); /* a hang is a failure with a name */
     CHECK(!ry_ranks_from_env(&who, &err), "%s", err.msg);
 }
 

@@ -30,7 +30,7 @@ int main(void)
                   "round %d at %zu", k, i);
     }
     double took = seconds_since(t0);
-    CHECK(took < 20, "5 all-to-all of %zu bytes per pair took %g s", count * 4, took);
+    CHECK(took < 100, "5 all-to-all of %zu bytes per pair took %g s", count * 4, took);
 
     barrier(comm);
     double before = cpu_seconds();

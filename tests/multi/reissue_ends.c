@@ -64,13 +64,13 @@ static void start_waiting(struct side *s, const struct exchange *x)
 
 static void wait_is_over(uint64_t since, double seconds, const char *what)
 {
-    while (!atomic_load(&waiting.over) && seconds_since(since) < 8)
+    while (!atomic_load(&waiting.over) && seconds_since(since) < 40)
         usleep(1000);
-    CHECK(atomic_load(&waiting.over), "the thread still waits 8 s after %s", what);
+    CHECK(atomic_load(&waiting.over), "the thread still waits 40 s after %s", what);
     pthread_join(waiting.thread, NULL);
     double took =
         waiting.ended > since ? (double)(waiting.ended - since) * 1e-9 : 0; /* NCCL may have ended it before */
-    CHECK(took < seconds * SLOW, "the wait ended %.3f s after %s", took, what);
+    CHECK(took < seconds, "the wait ended %.3f s after %s", took, what);
     free_buffers(&waiting.b);
 }
 
@@ -81,7 +81,7 @@ static void aborted(void)
     barrier(s->comm);
     if (s->rank != victim) {
         AT("waiting for the victim's abort");
-        usleep(700000);
+        sleep(3); /* longer than the victim's wait may take to end: not by what they do */
     } else {
         start_waiting(s, &large);
         AT("letting the thread wait");
@@ -90,7 +90,7 @@ static void aborted(void)
         AT("aborting");
         uint64_t t = ry_now_ns();
         EXPECT(ncclSuccess, ncclCommAbort(s->comm));
-        wait_is_over(t, 0.1, "ncclCommAbort");
+        wait_is_over(t, 2, "ncclCommAbort");
         CHECK(waiting.result != ncclSuccess, "an exchange that nobody else made succeeded");
         return;
     }
@@ -108,7 +108,7 @@ static void left_alone(void)
         AT("letting the others wait");
         usleep(400000);
         EXPECT(ncclSuccess, ncclCommAbort(s->comm));
-        sleep(2);
+        sleep(5);
         return;
     }
     start_waiting(s, &large);
@@ -116,7 +116,7 @@ static void left_alone(void)
     sleep(1);
     uint64_t t = ry_now_ns();
     EXPECT(ncclSuccess, ncclCommAbort(s->comm));
-    wait_is_over(t, 0.5, "ncclCommAbort");
+    wait_is_over(t, 3, "ncclCommAbort");
     CHECK(waiting.result != ncclSuccess, "an exchange that a rank did not make succeeded");
 }
 
@@ -137,7 +137,7 @@ static void killed(void)
 {
     if (who.rank == victim) {
         watch_over(SIGKILL);
-        alarm(15 * SLOW);
+        alarm(100 * SLOW);
     }
     struct side *s = engaged_world();
     struct buffers b;
@@ -149,7 +149,7 @@ static void killed(void)
     ncclResult_t r = try_exchange(s, &large, &b);
     CHECK(r != ncclSuccess, "an exchange with the dead succeeded");
     printf("rank %d: %s after %.2f s\n", s->rank, ncclGetErrorString(r), seconds_since(t));
-    CHECK(seconds_since(t) < 5 * SLOW, "that took %.2f s", seconds_since(t));
+    CHECK(seconds_since(t) < 25, "that took %.2f s", seconds_since(t));
     free_buffers(&b);
     fflush(stdout);
     NCCL(ncclCommAbort(s->comm));
@@ -183,7 +183,7 @@ static void killed_any(void)
 {
     if (who.rank == victim) {
         watch_over(SIGKILL);
-        alarm(15 * SLOW);
+        alarm(100 * SLOW);
     }
     struct side *s = engaged_world();
     struct buffers b;
@@ -251,7 +251,7 @@ static void stopped(void)
     }
     exchange(s, &large);
     double waited = seconds_since(t);
-    CHECK(waited > 1.9 && waited < 4 * SLOW, "%.2f s", waited);
+    CHECK(waited > 1.9 && waited < 40, "%.2f s", waited);
     for (int i = 0; i < 20; i++)
         exchange(s, &large);
     compare_ways(s);
@@ -313,7 +313,7 @@ static void refused(void)
         start_waiting(s, &large);
         AT("failure %d", how);
         if (s->rank == victim) {
-            wait_is_over(ry_now_ns(), 2, "NCCL's refusal");
+            wait_is_over(ry_now_ns(), 20, "NCCL's refusal");
             CHECK(waiting.result == ncclSystemError, "failure %d came back as %d", how, (int)waiting.result);
             CHECK(!meddle_fail, "the engine made no such call");
             EXPECT(ncclSuccess, ncclCommAbort(s->comm));
@@ -321,7 +321,7 @@ static void refused(void)
             usleep(500000);
             uint64_t t = ry_now_ns();
             EXPECT(ncclSuccess, ncclCommAbort(s->comm));
-            wait_is_over(t, 0.5, "ncclCommAbort");
+            wait_is_over(t, 20, "ncclCommAbort");
         }
         free(s);
         if (who.rank == 0)

@@ -118,7 +118,7 @@ static void splitting(bool dies)
 {
     if (dies && who.rank == victim) {
         watch_over();
-        alarm(15 * SLOW);
+        alarm(100 * SLOW);
     }
     struct side *s = new_side(world_comm(), 1);
     atomic_store(&meddle_hold, s->rank == victim);
@@ -127,14 +127,14 @@ static void splitting(bool dies)
     CHECK(!pthread_create(&going.thread, NULL, go_on, NULL), "no thread");
     AT("waiting for the split");
     uint64_t t = ry_now_ns();
-    while (!meddle_splitting && seconds_since(t) < 8)
+    while (!meddle_splitting && seconds_since(t) < 40)
         usleep(1000);
     CHECK(meddle_splitting, "nothing is made");
     usleep(300000);
     if (s->rank == victim) {
         if (dies)
             raise(SIGKILL);
-        sleep(2);
+        sleep(4);
         fflush(stdout);
         _exit(0); /* there is no way back for the thread */
     }
@@ -143,13 +143,13 @@ static void splitting(bool dies)
         AT("aborting");
         EXPECT(ncclSuccess, ncclCommAbort(s->comm));
     }
-    while (!going.over && seconds_since(t) < 8)
+    while (!going.over && seconds_since(t) < 40)
         usleep(1000);
     CHECK(going.over, "the thread is still there");
     pthread_join(going.thread, NULL);
     CHECK(going.result != ncclSuccess, "went on without rank %d", victim);
     if (!dies && going.ended > t)
-        CHECK((double)(going.ended - t) * 1e-9 < 0.5 * SLOW, "it took %.3f s", (double)(going.ended - t) * 1e-9);
+        CHECK((double)(going.ended - t) * 1e-9 < 3, "it took %.3f s", (double)(going.ended - t) * 1e-9);
     if (dies)
         NCCL(ncclCommAbort(s->comm));
     CHECK(meddle_made == meddle_ended, "%d made, %d ended", (int)meddle_made, (int)meddle_ended);
@@ -181,13 +181,13 @@ static void aborted(void)
     }
     EXPECT(ncclSuccess, ncclCommAbort(s->comm));
     if (s->rank != victim) {
-        while (!going.over && seconds_since(t) < 8)
+        while (!going.over && seconds_since(t) < 40)
             usleep(1000);
         CHECK(going.over, "the thread is still there");
         pthread_join(going.thread, NULL);
         CHECK(going.result != ncclSuccess, "went on without rank %d", victim);
     }
-    while (meddle_ended < meddle_made && seconds_since(t) < 8)
+    while (meddle_ended < meddle_made && seconds_since(t) < 40)
         usleep(1000);
     CHECK(meddle_made == 1 && meddle_ended == 1, "%d made, %d ended", (int)meddle_made, (int)meddle_ended);
     free(s);

@@ -90,7 +90,7 @@ static void captured(void)
         barrier(s->comm);
         s->stream = mine ? (cudaStream_t)&stream : NULL;
         if (!mine) {
-            usleep(300000);
+            usleep(1500000);
             CHECK(!exchange(s, &usual), "reissued although rank %d captures", capturing);
         } else {
             CHECK(!railyard_emu_capture_begin(&stream), "cannot capture");
@@ -98,7 +98,7 @@ static void captured(void)
             NCCL(try_exchange(s, &usual, &b));
             double took = seconds_since(t);
             struct railyard_emu_graph *graph = railyard_emu_capture_end(&stream);
-            CHECK(took < 0.1 * SLOW, "capturing waited for %.3f s", took);
+            CHECK(took < 1, "capturing waited for %.3f s", took);
             CHECK(graph && s->way[b.number] == 'p', "not captured");
             for (int i = 0; i < (capturing == 2 ? 3 : 1); i++) {
                 AT("launch %d of exchange %llu", i, (unsigned long long)b.number);

@@ -673,7 +673,7 @@ static void ends(void)
         CHECK(!strncmp(line, "aborting", 8), "'%s'", line);
         free(line);
         pthread_join(t, NULL);
-        CHECK(seconds_since(start) < 2, "took %.1f s", seconds_since(start));
+        CHECK(seconds_since(start) < 20, "took %.1f s", seconds_since(start));
         CHECK(waited != ncclSuccess, "an exchange that was aborted went well");
         if (round < 2) { /* NCCL must not see a communicator that is gone */
             CHECK(waited == ncclInternalError, "%d", waited);

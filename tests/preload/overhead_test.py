@@ -25,7 +25,7 @@ def instructions(case, preload, n):
             env["LD_PRELOAD"] = PRELOAD
         p = subprocess.run(["valgrind", "--tool=callgrind", "--toggle-collect=ry_overhead_calls", f"--callgrind-out-file={out.name}",
                             PROGRAM, "--case", case, "--callgrind", str(n)], env=env, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, timeout=200)
+                           stderr=subprocess.STDOUT, text=True, timeout=900)
         found = re.search(r"Collected : (\d+)", p.stdout)
         if p.returncode or not found:
             sys.exit(f"overhead_test: callgrind failed:\n{p.stdout}")
@@ -52,7 +52,7 @@ def main():
             bad.append(f"{case}: the preload seems not to be there")
     with tempfile.NamedTemporaryFile() as out:
         p = subprocess.run([PROGRAM, "--json", out.name], env={**os.environ, "LD_PRELOAD": PRELOAD}, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, timeout=200)
+                           stderr=subprocess.STDOUT, text=True, timeout=900)
         print(p.stdout)
         if p.returncode:
             sys.exit("overhead_test: the measurement failed")

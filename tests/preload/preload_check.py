@@ -108,7 +108,7 @@ def main():
     os.mkdir(expected)
     env = {**os.environ, "RAILYARD_TRACE": trace, "RAILYARD_SAMPLE": "1", "RY_EXPECTED": expected}
     p = subprocess.run([railyard, "emu", "-n", nodes, "-g", gpus, "--preload", "--", program, case], env=env,
-                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     if p.returncode:
         fail(f"the program failed with {p.returncode}:\n{p.stdout}")
     if p.stdout.strip():

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ def skip(why):
 
 def run(argv, env=None, **more):
     return subprocess.run(argv, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          timeout=120, **more)
+                          timeout=600, **more)
 
 
 def job(command=None, env=None, emu=("--preload",), ranks=4):
@@ -142,7 +141,7 @@ def case_some_ranks():
     out, lines = job(command, {"RAILYARD_LOG": "info", "RAILYARD_PATIENCE": "0.2"}, ("--preload", "--nic", "0.005"))
     if digest(plain) != digest(out):
         fail("results differ")
-    if time.time() - start > 60:
+    if time.time() - start > 100:
         fail("took too long")
     missing = [line for line in lines if "no cluster map" in line]
     expect_lines(missing, 3, "no word from rank 2 of 4: is Railyard preloaded there?")
@@ -241,23 +240,30 @@ def case_other_programs():
         fail(f"libraries added: {added}")
     if os.path.exists(os.path.join(WORK, "none")):
         fail("a trace was made by a program without NCCL")
-    libraries = {"plain": None, "an empty library": os.path.join(BUILD, "tests", "preload", "libempty.so"), "librailyard.so": PRELOAD}
-    for argv, starts in (([os.path.join(BUILD, "tests", "preload", "local_host")], 300), ([shutil.which("bash"), "-c", ":"], 120),
-                         ([sys.executable, "-c", "pass"], 40)):
-        times = {name: [] for name in libraries}
-        for i in range(starts):
-            for name in list(libraries)[i % 3:] + list(libraries)[:i % 3]:
-                env = {**os.environ, **({"LD_PRELOAD": libraries[name]} if libraries[name] else {})}
-                t = time.perf_counter()
-                os.posix_spawn(argv[0], argv, env)
-                os.wait()
-                times[name].append(time.perf_counter() - t)
-        medians = {name: statistics.median(t) * 1e6 for name, t in times.items()}
-        print(f"start and end of {os.path.basename(argv[0])}, {starts} times in turns, medians: " +
-              ", ".join(f"{name} {us:.0f} us" for name, us in medians.items()))
+    preloads = {"plain": None, "an empty library": os.path.join(BUILD, "tests", "preload", "libempty.so"), "librailyard.so": PRELOAD}
+    for argv in ([os.path.join(BUILD, "tests", "preload", "local_host")], [shutil.which("bash"), "-c", ":"], [sys.executable, "-c", "pass"]):
+        starting_costs_nothing(argv, preloads)
+
+
+def starting_costs_nothing(argv, preloads):
+    """The fastest start is what starting takes, whoever else is busy on this machine: it cannot be faster than the library allows,
+    and is known after enough starts. So: at least 15 starts of each, in turns, and more, up to 300, while it still seems slow."""
+    fastest = {name: float("inf") for name in preloads}
+    for i in range(300):
+        for name in list(preloads)[i % 3:] + list(preloads)[:i % 3]:
+            env = {**os.environ, **({"LD_PRELOAD": preloads[name]} if preloads[name] else {})}
+            t = time.perf_counter()
+            os.posix_spawn(argv[0], argv, env)
+            os.wait()
+            fastest[name] = min(fastest[name], (time.perf_counter() - t) * 1e6)
         # a command may start many programs of its own (python3 as a shell script that looks for the interpreter, say)
-        if medians["librailyard.so"] - medians["an empty library"] > max(1000, 0.2 * medians["an empty library"]):
-            fail("starting takes a millisecond, and a fifth, longer than with an empty library preloaded")
+        slow = fastest["librailyard.so"] - fastest["an empty library"] > max(1000, 0.2 * fastest["an empty library"])
+        if i >= 14 and not slow:
+            break
+    print(f"start and end of {os.path.basename(argv[0])}, the fastest of {i + 1} in turns: " +
+          ", ".join(f"{name} {us:.0f} us" for name, us in fastest.items()))
+    if slow:
+        fail("starting takes a millisecond, and a fifth, longer than with an empty library preloaded")
 
 
 def case_exports():

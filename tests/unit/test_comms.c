@@ -70,15 +70,20 @@ START_TEST(not_reused_too_soon)
 }
 END_TEST
 
+/* The fastest of ten: others may have the processor now and then. */
 static double look_up(int times)
 {
-    int found = 0;
-    uint64_t t = ry_now_ns();
-    for (int i = 0; i < times; i++)
-        found += ry_comms_find(handle(FULL + i % FULL)) != NULL;
-    t = ry_now_ns() - t;
-    ck_assert_int_eq(found, 0);
-    return (double)t / times;
+    uint64_t best = UINT64_MAX;
+    for (int k = 0; k < 10; k++) {
+        int found = 0;
+        uint64_t t = ry_now_ns();
+        for (int i = 0; i < times; i++)
+            found += ry_comms_find(handle(FULL + i % FULL)) != NULL;
+        t = ry_now_ns() - t;
+        ck_assert_int_eq(found, 0);
+        best = t < best ? t : best;
+    }
+    return (double)best / times;
 }
 
 /* Calls on communicators that did not fit stay cheap. */

@@ -655,7 +655,7 @@ START_TEST(killed)
             usleep(200);
         }
     }
-    usleep(1500000);
+    sleep(4);
     kill(child, SIGKILL);
     uint64_t at = ry_wall_ns();
     int status;
@@ -664,7 +664,7 @@ START_TEST(killed)
     ck_assert_msg(t, "%s", err.msg);
     const struct ry_trace_comm *c = t->comms[0];
     ck_assert_uint_gt(c->ranks[0]->lines, 100);
-    ck_assert_msg(at - c->last_ns < 1000000000u, "the last line is %.3f s old", (double)(at - c->last_ns) / 1e9);
+    ck_assert_msg(at - c->last_ns < 3000000000u, "the last line is %.3f s old", (double)(at - c->last_ns) / 1e9);
     ck_assert(!t->processes[0].ended);
     ck_assert_uint_gt(c->ranks[0]->saved, 0);
     bool said = false;

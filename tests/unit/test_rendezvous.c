@@ -206,7 +206,7 @@ START_TEST(missing_ranks_are_named)
         ck_assert(!outcomes[i].ok);
         ck_assert_msg(strstr(outcomes[i].why, "ranks 0, 2-3, 5 of 6"), "%s", outcomes[i].why);
     }
-    ck_assert_uint_lt(ry_now_ns() - t, 3000000000u);
+    ck_assert_uint_lt(ry_now_ns() - t, 20000000000u);
 }
 END_TEST
 
@@ -271,9 +271,9 @@ END_TEST
 
 START_TEST(cancelled_means_silent)
 {
-    attend(1, 11, 2, 1, 0.2);
+    attend(1, 11, 2, 1, 0.8);
     ry_rendezvous_cancel(rv[1], &outcomes[1]);
-    usleep(500000);
+    usleep(1000000);
     ck_assert_int_eq(outcomes[1].calls, 0);
 }
 END_TEST
