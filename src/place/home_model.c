@@ -94,7 +94,7 @@ uint64_t ry_home_map_id(const int *expert_node, int layers, int experts)
     return XXH64(expert_node, (size_t)layers * (size_t)experts * sizeof *expert_node, (uint64_t)layers);
 }
 
-static unsigned bucket_of(const struct ry_home_model *m, uint16_t token)
+static unsigned bucket_of(const struct ry_home_model *m, uint32_t token)
 {
     uint64_t state = m->o.seed ^ (uint64_t)token << 20;
     return (unsigned)(ry_random(&state) & (uint64_t)(m->o.buckets - 1));
@@ -102,7 +102,7 @@ static unsigned bucket_of(const struct ry_home_model *m, uint16_t token)
 
 /* The sample as a vector: bucket[] and value[] (room for n or all buckets each, whichever is less); returns how many.
  */
-static int features(const struct ry_home_model *m, const uint16_t *tokens, int n, uint16_t *bucket, float *value)
+static int features(const struct ry_home_model *m, const uint32_t *tokens, int n, uint16_t *bucket, float *value)
 {
     uint32_t count[MOST_BUCKETS];
     int used = 0;
@@ -121,13 +121,25 @@ static int features(const struct ry_home_model *m, const uint16_t *tokens, int n
 static void apply(const struct ry_home_model *m, const double *weight, const uint16_t *bucket, const float *value,
                   int n, double *out)
 {
-    const double *row = weight + (size_t)m->o.buckets * (size_t)m->nodes;
-    for (int k = 0; k < m->nodes; k++)
-        out[k] = row[k];
-    for (int i = 0; i < n; i++) {
-        row = weight + (size_t)bucket[i] * (size_t)m->nodes;
-        for (int k = 0; k < m->nodes; k++)
-            out[k] += (double)value[i] * row[k];
+    enum { BLOCK = 8 }; /* nodes whose sums stay in registers: most of the time that a prediction takes */
+    size_t nodes = (size_t)m->nodes;
+    const double *constant = weight + (size_t)m->o.buckets * nodes;
+    size_t k = 0;
+    for (; k + BLOCK <= nodes; k += BLOCK) {
+        double sum[BLOCK];
+        memcpy(sum, constant + k, sizeof sum);
+        for (int i = 0; i < n; i++) {
+            const double *row = weight + bucket[i] * nodes + k;
+            for (int j = 0; j < BLOCK; j++)
+                sum[j] += (double)value[i] * row[j];
+        }
+        memcpy(out + k, sum, sizeof sum);
+    }
+    for (; k < nodes; k++) {
+        double sum = constant[k];
+        for (int i = 0; i < n; i++)
+            sum += (double)value[i] * weight[bucket[i] * nodes + k];
+        out[k] = sum;
     }
 }
 
@@ -181,7 +193,7 @@ static void judge(struct ry_home_model *m, const double *seen, const double *pre
     m->sums.got += rate * (seen[at] - m->sums.got);
 }
 
-int ry_home_model_observe(struct ry_home_model *m, const uint16_t *tokens, int n, const double *rows,
+int ry_home_model_observe(struct ry_home_model *m, const uint32_t *tokens, int n, const double *rows,
                           struct ry_err *err)
 {
     double total = 0, share[RY_HOME_NODES], predicted[RY_HOME_NODES];
@@ -278,7 +290,7 @@ double ry_home_model_settle(struct ry_home_model *m, int rounds, double toleranc
     return most;
 }
 
-void ry_home_model_predict(const struct ry_home_model *m, const uint16_t *tokens, int n, float *shares)
+void ry_home_model_predict(const struct ry_home_model *m, const uint32_t *tokens, int n, float *shares)
 {
     double out[RY_HOME_NODES];
     uint16_t bucket[MOST_BUCKETS];
@@ -300,7 +312,8 @@ void ry_home_model_trust(const struct ry_home_model *m, struct ry_home_trust *t)
                  SURE_SAMPLES);
     else
         snprintf(t->why, sizeof t->why,
-                 "%s: the node that tokens tell keeps %.1f %% more than an even share, the best one %.1f %%",
+                 "%s: at the node that its tokens tell, a sample keeps %.1f %% more of its traffic than by lot, at its best "
+                 "one %.1f %%",
                  t->sure ? "sure" : "not sure", 100 * m->sums.got, 100 * m->sums.best);
 }
 
