@@ -168,6 +168,73 @@ def confusion():
     assert live.recording is None  # nobody asked for it
 
 
+def library():
+    """To the real library: what was sent is what is recorded and counted. RAILYARD_ENGINE names the engine."""
+    import json
+    import os
+    import shutil
+    import tempfile
+    from railyard import library as lib
+    try:
+        lib.setting("RAILYARD_PLACEMENT")
+    except lib.Error as e:
+        print("skipped: %s" % e)
+        sys.exit(77)
+    r = help.seeded()
+    g = np.random.default_rng(r.randrange(1 << 30))
+    layers, experts, places, b, s, dp_size, k, micro = 3, 8, 2, 2, 32, 4, 2, 10
+    place_of = [[r.randrange(places) if e > 1 else e for e in range(experts)] for _ in range(layers)]
+    work = tempfile.mkdtemp(prefix="railyard-observe")
+    live = lib.Live(ranks=dp_size, samples=b, layers=layers, experts=experts, topk=k, places=places, distinct=1, rank_place=[0, 0, 1, 1],
+                    expert_place=place_of)
+    board, say = help.Board(), help.Say()
+    folder = os.path.join(work, "routing")
+    collector = Collector(board, dp_size, live, layers, experts, places, [0, 0, 1, 1], place_of, record=folder, say=say)
+    want, left = {}, 0
+    for dp in range(dp_size):
+        for n in range(micro):
+            choice = np.argsort(g.random((layers, b, s, experts)), axis=3)[..., :k]
+            counts = np.zeros((layers, b, experts), np.int64)
+            distinct = np.zeros((layers, b, places), np.int64)
+            for l in range(layers):
+                for i in range(b):
+                    for t in range(s):
+                        counts[l, i, choice[l, i, t]] += 1
+                        distinct[l, i, sorted({place_of[l][e] for e in choice[l, i, t]})] += 1
+            tokens = g.integers(0, 1 << 31, (b, s)).astype(np.uint32)
+            tokens[:, 0] = [dp * micro + n, dp * micro + n + 1000]
+            for i in range(b):
+                want[int(tokens[i, 0])] = (tokens[i], counts[:, i])
+                left += int(sum(distinct[l, i, 1 - dp // 2] for l in range(layers)))
+            board.put("seen/%d/%d" % (dp, n), Seen(n, 0, dp, b, range(layers), [s] * layers, counts, distinct, tokens).encode())
+    assert collector.collect() == dp_size * micro * b and not say.lines, say.lines
+    live.flush()
+    state = live.state()
+    total = sum(int(c.sum()) for _, c in want.values())
+    assert state.samples == len(want) and 0 < state.crossed < 1, state
+    counts, tokens = np.load(os.path.join(folder, "counts.npy")), np.load(os.path.join(folder, "tokens.npy"))
+    with open(os.path.join(folder, "meta.json")) as f:
+        assert json.load(f)["samples"] == len(want)
+    assert len(counts) == len(tokens) == len(want)
+    for c, t in zip(counts, tokens):
+        a, b_ = want.pop(int(t[0]))
+        same(t, a, "tokens")
+        same(c, b_, "counts")
+    assert not want and total == dp_size * micro * b * layers * s * k
+    # A folder that cannot be recorded into ends the recording alone.
+    collector = Collector(help.Board(), 1, live, layers, experts, places, [0, 0, 1, 1], place_of, record=os.path.join(folder, "counts.npy"), say=say)
+    collector.board.put("seen/0/0", Seen(0, 0, 0, 1, range(layers), [s] * layers, np.full((layers, 1, experts), 4), None,
+                                         np.zeros((1, s), np.uint32)).encode())
+    assert collector.collect() == 1 and len(say.lines) == 1 and "not recorded" in say.lines[0], say.lines
+    # And so does a sample that the library refuses: more copies than its tokens can have.
+    collector.board.put("seen/0/1", Seen(1, 0, 0, 1, range(layers), [s] * layers, np.full((layers, 1, experts), 9 * k), None,
+                                         np.zeros((1, s), np.uint32)).encode())
+    collector.collect()
+    assert len(say.lines) == 2 and "copies" in say.lines[1] and live.state().samples == state.samples + 1, say.lines
+    live.close()
+    shutil.rmtree(work)
+
+
 def reference(routing, b, batch_first, expert_place, places):
     """Plainly: [b][experts] and [b][places] of routing[T][experts]."""
     total, experts = routing.shape
@@ -424,5 +491,5 @@ def guard():
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (wire, rule, collect, confusion, device, bounded, guard)}[sys.argv[1]]()
+    {f.__name__: f for f in (wire, rule, collect, confusion, library, device, bounded, guard)}[sys.argv[1]]()
     print("%s: as it must be" % sys.argv[1])

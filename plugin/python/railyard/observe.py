@@ -29,6 +29,7 @@ QUEUE = 8  # messages waiting for the board
 UNREAD = 256  # messages of a rank that the leader may leave unread
 SHAPES = 8  # shapes of micro-batches, beyond which a job counts as one of variable lengths
 PATIENCE = 60.0  # seconds until parts whose others never came are forgotten
+FLUSH = 30.0  # seconds between two times that a recording's head is written
 RETELL = 2.0  # seconds between two looks for the places
 
 
@@ -499,7 +500,7 @@ class Collector:
         board.put("places", places_text(places, expert_place))
 
     def collect(self, most: int = 1024) -> int:
-        """Reads what is there, at most so many messages; returns the samples told. Errors of `live` go to the caller."""
+        """Reads what is there, at most so many messages; returns the samples told. The board's errors go to the caller."""
         told, read = 0, 0
         progress = True
         while progress and read < most:
@@ -521,9 +522,9 @@ class Collector:
                 break
             del self._partial[at]
             self.dropped += 1
-        if self._recording and now - self._flushed > 30:
+        if self._recording and now - self._flushed > FLUSH:
             self._flushed = now
-            self.live.flush()
+            self._guarded(self.live.flush)
         return told
 
     def _take(self, rank: int, message: bytes) -> int:
@@ -551,17 +552,26 @@ class Collector:
         self.samples += partial.b
         return partial.b
 
+    def _guarded(self, record: Callable[[], None]) -> bool:
+        """What concerns the recording: failing ends that alone."""
+        try:
+            record()
+            return True
+        except Exception as e:
+            self.say.error("routing is not recorded any more: %s" % e)
+            self.record, self._recording = "", False
+            return False
+
     def _tell(self, partial: _Partial, place: int) -> None:
         tokens, counts = partial.tokens(), partial.counts
         if self.numbers is not None:
             counts = np.take_along_axis(counts, np.broadcast_to(self.numbers, counts.shape), axis=2)
         if self.record and not self._recording:
-            try:
-                self.live.record(self.record, tokens.shape[1], 0)
-                self._recording = True
-            except Exception as e:
-                self.say.error("routing is not recorded: %s" % e)
-                self.record = ""
+            self._recording = self._guarded(lambda: self.live.record(self.record, tokens.shape[1], 0))
         for i in range(partial.b):
             distinct = None if partial.distinct is None else np.ascontiguousarray(partial.distinct[i])
-            self.live.observe(tokens[i], np.ascontiguousarray(counts[i]), distinct, place)
+            try:
+                self.live.observe(tokens[i], np.ascontiguousarray(counts[i]), distinct, place)
+            except Exception as e:  # one sample's, or the recording's: the next is learned from all the same
+                self.dropped += 1
+                self.say.warn_once("observe", "an observation is left out: %s" % e)
