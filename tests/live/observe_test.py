@@ -82,7 +82,7 @@ def collect():
         zigzag = r.random() < 0.5
         s = 2 * pieces * tp * r.randint(1, 4)
         numbers = None if r.random() < 0.5 else [r.sample(range(experts), experts) for _ in range(layers)]
-        knows = r.random() < 0.7
+        knows = r.choice([0.0, 0.8, 1.0, 1.0])  # how many parts have distinct tokens: of a sample all must
         micro = r.randint(1, 5)
         lost = {(dp, n) for dp in range(dp_size) for n in range(micro) if r.random() < 0.2}
         want, queues = {}, {}
@@ -91,7 +91,7 @@ def collect():
                 tokens = g.integers(0, 1 << 31, (b, s)).astype(np.uint32)
                 counts = np.zeros((layers, b, experts), np.int64)
                 distinct = np.zeros((layers, b, places), np.int64)
-                forgotten = False
+                forgotten, every = False, True
                 for stage in range(stages):
                     mine = [l for l in range(layers) if l * stages // layers == stage]
                     for cp in range(pieces):
@@ -109,8 +109,10 @@ def collect():
                             if (dp, n) in lost and not forgotten:
                                 forgotten = True
                                 continue
+                            d = d if r.random() < knows else None
+                            every = every and d is not None
                             queues.setdefault(rank, []).append(Seen(
-                                n, 0, dp, b, mine, [s // pieces // tp] * len(mine), c, d if knows else None,
+                                n, 0, dp, b, mine, [s // pieces // tp] * len(mine), c, d,
                                 part if stage == 0 and t == 0 else None, (cp, pieces), "zigzag" if zigzag else "plain").encode())
                 if (dp, n) not in lost:
                     if numbers is not None:
@@ -118,7 +120,7 @@ def collect():
                         for l in range(layers):
                             there[l][:, numbers[l]] = counts[l]
                         counts = there
-                    want[tokens.tobytes()] = (tokens, counts, distinct if knows else None, dp % places)
+                    want[tokens.tobytes()] = (tokens, counts, distinct if every else None, dp % places)
         now = [0.0]
         board, live, say = help.Board(), help.Live(), help.Say()
         collector = Collector(board, dp_size * stages * pieces * tp, live, layers, experts, places, [d % places for d in range(dp_size)],

@@ -9,8 +9,10 @@ buffer made beforehand, copied to pinned memory behind the kernels, and sent by 
 Where nothing is free to take them, they are forgone: memory is bounded, and watching is a sample anyway.
 """
 
+import atexit
 import collections
 import json
+import os
 import queue
 import struct
 import threading
@@ -192,6 +194,7 @@ class Observer:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._back: queue.SimpleQueue = queue.SimpleQueue()  # slots that the thread has read
         self._thread: Optional[threading.Thread] = None
+        self._pid, self._ending = os.getpid(), False
         self._told: Optional[np.ndarray] = None  # [layers][experts][places], once the leader has told the places
         self._masks = {}  # device -> the same there
 
@@ -226,6 +229,7 @@ class Observer:
             self.over = why
             self.say.warn("no more watching of routing on this rank: " + why)
         self._abandon()
+        self._pools = {}
 
     def open(self, tokens=None, chunk: int = 0) -> None:
         """A training forward pass of a micro-batch begins; tokens: integers [b, s] where this rank has them."""
@@ -306,6 +310,7 @@ class Observer:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_all, name="railyard-seen", daemon=True)
                 self._thread.start()
+                atexit.register(self.finish, 3.0)  # a thread inside the store's client when the interpreter goes away could abort the process
             self._queue.put(slot)
         try:
             while True:
@@ -314,8 +319,10 @@ class Observer:
             pass
 
     def finish(self, seconds: float = 10.0) -> None:
-        """For tests and orderly ends: sends what is under way and ends the thread."""
-        end = time.monotonic() + seconds
+        """At the end of the process: sends what is under way and ends the thread."""
+        if self._pid != os.getpid():
+            return
+        end, self._ending = time.monotonic() + seconds, True
         while time.monotonic() < end:
             self.poll()
             if not self._flying:
@@ -325,6 +332,7 @@ class Observer:
             self._queue.put(None)
             self._thread.join(max(0.0, end - time.monotonic()))
             self._thread = None
+            atexit.unregister(self.finish)
 
     # Inside
 
@@ -412,7 +420,7 @@ class Observer:
                         self._told = places_of(text, self.layers, self.experts)
         except Exception as e:  # the job goes on, unwatched
             self.over = self.over or "sending failed"
-            self.say.warn("no more watching of routing on this rank: %s: %s" % (type(e).__name__, e))
+            (self.say.info if self._ending else self.say.warn)("no more watching of routing on this rank: %s: %s" % (type(e).__name__, e))
 
     def _read(self, slot: _Slot) -> Seen:
         flat = slot.host.numpy()
