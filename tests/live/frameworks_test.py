@@ -526,6 +526,101 @@ def deepspeed():
     ranks(2, work)
 
 
+def autoep():
+    """The real engine with layers that its AutoEP put in the place of a model's own, on 2 ranks over gloo."""
+    help.needs("torch", "numpy", "deepspeed")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+    torch.set_num_threads(1)
+    r = help.seeded()
+    seed = r.randrange(1 << 30)
+    import deepspeed as ds
+    from torch import nn
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    ds.utils.logger.setLevel("ERROR")
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(0.1 * torch.randn(4, 32, 16))
+            self.down_proj = nn.Parameter(0.1 * torch.randn(4, 16, 16))
+
+    class Block(nn.Module):  # by its names AutoEP knows it for Mixtral's; it is replaced, and never run
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(16, 4, bias=False), Experts()
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Block()
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layers = nn.Embedding(50, 16), nn.ModuleList([Layer() for _ in range(2)])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Inner()
+            self.config = types.SimpleNamespace(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, hidden_size=16, intermediate_size=16)
+
+        def forward(self, input_ids, attention_mask):
+            x = self.model.embed(input_ids)
+            for layer in self.model.layers:
+                y = layer.mlp(x)
+                x = x + (y[0] if isinstance(y, tuple) else y)
+            return x.square().mean()
+
+    def work(rank):
+        import numpy as np
+        from railyard import deepspeed as adapter
+        from railyard import observe
+        import observe_test
+        generator = torch.Generator().manual_seed(seed + rank)
+        batches = [torch.randint(0, 50, (3, 8), generator=generator) for _ in range(3)]
+
+        def run():
+            torch.manual_seed(seed)
+            engine = ds.initialize(model=Model(), config={
+                "train_micro_batch_size_per_gpu": 3, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_optimization": {"stage": 0},
+                "expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False}})[0]
+            taken, losses = [], []
+            for layer, module in enumerate(engine.module.model.layers):
+                module.mlp.router.register_forward_hook(lambda m, a, o, layer=layer: taken.append((layer, o[1].clone())))
+            for tokens in batches:
+                loss = engine(tokens, attention_mask=torch.ones_like(tokens))
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach().clone())
+            return losses, {n: p.detach().clone() for n, p in engine.module.named_parameters()}, taken
+
+        losses, weights, _ = run()
+        for name, patch in adapter.WATCHES.items():
+            patch(sys.modules[name])
+        job = Job(rank, help.Board())
+        install(job)
+        patched_losses, patched_weights, taken = run()
+        assert not job.stops and len(job.described) == 1, job.stops
+        want = dict(dp=rank, dp_size=2, share=(0, 1), ep_ranks=[0, 1], experts=[2 * rank, 2 * rank + 1], layers=2, n_experts=4, topk=2)
+        assert {k: job.described[0][k] for k in want} == want, job.described
+        assert all(torch.equal(a, b) for a, b in zip(losses, patched_losses)) and all(torch.equal(weights[n], patched_weights[n]) for n in weights)
+        observer = adapter._watch.observer
+        observer.finish()
+        assert observer.over is None and observer.sent == 3, (observer.over, observer.sent)
+        for n in range(3):
+            seen = observe.Seen.decode(job.board.get("seen/%d/%d" % (rank, n)))
+            assert np.array_equal(seen.tokens, batches[n].numpy()) and seen.layers == [0, 1]
+            for layer, selected in taken[2 * n:2 * n + 2]:
+                routing = np.zeros((24, 4), bool)
+                routing[np.arange(24)[:, None], selected.numpy()] = True
+                counts, _ = observe_test.reference(routing, 3, True, [0] * 4, 1)
+                assert np.array_equal(seen.counts[layer], counts)
+
+    ranks(2, work)
+
+
 if __name__ == "__main__":
-    {f.__name__: f for f in (numbering, findings, shapes, megatron, megatron_groups, deepspeed)}[sys.argv[1]]()
+    {f.__name__: f for f in (numbering, findings, shapes, megatron, megatron_groups, deepspeed, autoep)}[sys.argv[1]]()
     print("%s: as it must be" % sys.argv[1])

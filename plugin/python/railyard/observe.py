@@ -156,6 +156,7 @@ class _Slot:
         self.rows: Dict[int, int] = {}  # layer -> positions counted
         self.has_tokens = self.tokens_on_host = False
         self.n = self.chunk = 0
+        self.stream = None
 
     @staticmethod
     def _part(flat, at, shape):
@@ -214,6 +215,11 @@ class Observer:
         import torch
         return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
+    def stream(self, tensor):
+        """The stream on which kernels are issued now; None without a device."""
+        import torch
+        return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
     def to_device(self, array: np.ndarray, device):
         import torch
         host = torch.from_numpy(array)
@@ -259,6 +265,8 @@ class Observer:
         slot = self._slot or self._take(b, routing)
         if slot is None or not self.opened:
             return
+        if self.stream(routing) != slot.stream:  # sums and the copy to the host would not be in order
+            return self.stop("its layers run on several streams")
         with torch.no_grad():
             routing = routing.detach()
             if routing.dtype in (torch.int32, torch.int64):
@@ -295,6 +303,9 @@ class Observer:
             return
         if slot.event is not None:
             n = slot.n_counts + slot.n_distinct if slot.tokens_on_host else slot.device.numel()
+            if self.stream(slot.device) != slot.stream:
+                self._give_back(slot)
+                return self.stop("a forward pass ends on another stream than its layers run on")
             slot.host[:n].copy_(slot.device[:n], non_blocking=True)
             slot.event.record()
         self._flying.append(slot)
@@ -373,7 +384,7 @@ class Observer:
             pool[0].append(_Slot(self, key))
         slot = pool[0].pop()
         slot.rows, slot.n, slot.chunk = {}, self._n, self._chunk
-        slot.has_tokens, slot.tokens_on_host = tokens is not None, False
+        slot.has_tokens, slot.tokens_on_host, slot.stream = tokens is not None, False, self.stream(tensor)
         if tokens is not None:
             if slot.event is not None and tokens.device.type == "cpu":
                 slot.host_tokens.copy_(tokens)
