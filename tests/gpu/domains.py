@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Text of several domains, for jobs whose routing shall have something to learn: programming and natural languages, as a machine's packages bring them.
+"""Text of several domains, for jobs whose routing shall have something to learn: programming and natural languages, as a
+machine's packages bring them.
 
-    tests/gpu/domains.py --into DIR [--each 2M] [--vocabulary 4096]     finds text here, writes tokens; DIR can be carried elsewhere
-    tests/gpu/megatron_moe.py --loader DIR …                            trains on it, through PyTorch's DataLoader and DistributedSampler
+    tests/gpu/domains.py --into DIR [--each 2M] [--vocabulary 4096]   finds text here; DIR can be carried elsewhere
+    tests/gpu/megatron_moe.py --loader DIR …                          trains on it, through DataLoader and DistributedSampler
 
-Owns: finding text, turning it into tokens (frequent words are one, the rest is spelled in bytes), the map-style dataset of windows, the loader. Not:
-training. More languages: `apt-get install manpages-de manpages-fr manpages-ja manpages-ru …`.
+Owns: finding text, turning it into tokens (frequent words are one, the rest is spelled in bytes), the map-style dataset of
+windows, the loader. Not: training. More languages: `apt-get install manpages-de manpages-fr manpages-ja manpages-ru …`.
 """
 import argparse
 import collections
@@ -21,12 +22,15 @@ import sysconfig
 # Domain: (folders, endings). What a folder does not have is another machine's.
 SOURCES = {
     "python": ([sysconfig.get_path("stdlib")], (".py",)),
-    "c": (["/usr/include/linux", "/usr/include/" + (sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"), "/usr/include"], (".h",)),
-    "c++": (["/usr/include/c++", "/usr/local/cuda/include"] + [os.path.join(d, "torch", "include") for d in site.getsitepackages()],
+    "c": (["/usr/include/linux", "/usr/include/" + (sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"), "/usr/include"],
+          (".h",)),
+    "c++": (["/usr/include/c++", "/usr/local/cuda/include"] + [os.path.join(d, "torch", "include")
+                                                               for d in site.getsitepackages()],
             (".hpp", ".cuh", ".tcc", ".h", "")),
     "javascript": (["/usr/share/nodejs", "/usr/lib/node_modules", "/usr/local/lib/node_modules"], (".js",)),
     "perl": (glob.glob("/usr/share/perl*/*") + ["/usr/share/perl5"], (".pm", ".pl")),
-    "rust": (glob.glob(os.path.expanduser("~/.rustup/toolchains/*/lib/rustlib/src")) + glob.glob(os.path.expanduser("~/.cargo/registry/src/*")),
+    "rust": (glob.glob(os.path.expanduser("~/.rustup/toolchains/*/lib/rustlib/src"))
+             + glob.glob(os.path.expanduser("~/.cargo/registry/src/*")),
              (".rs",)),
     "go": (glob.glob("/usr/lib/go*/src") + glob.glob("/usr/share/go*/src") + ["/usr/local/go/src"], (".go",)),
 }
@@ -51,7 +55,8 @@ def manual(data):
             continue
         line = re.sub(r"^[.'][A-Za-z]{1,2} ?", "", line)
         line = re.sub(r"\\f(\[[A-Z]*\]|[A-Z]|\([A-Z]{2})|\\&|\\c|\\s[-+]?\d", "", line)
-        out.append(re.sub(r"\\\[?\(?(aq|dq|cq|oq)\]?", "'", line).replace("\\-", "-").replace("\\ ", " ").replace("\\e", "\\").strip('"'))
+        line = re.sub(r"\\\[?\(?(aq|dq|cq|oq)\]?", "'", line).replace("\\-", "-").replace("\\ ", " ").replace("\\e", "\\")
+        out.append(line.strip('"'))
     return "\n".join(out)
 
 
@@ -145,7 +150,8 @@ def write(into, each, size):
 
 
 class Windows:
-    """Map-style: sample i is a window of one domain, {"tokens", "labels"} of `seq` tokens each and its number. held_out: the last sixteenth of each."""
+    """Map-style: sample i is a window of one domain, {"tokens", "labels"} of `seq` tokens each and its number. held_out: the
+    last sixteenth of each."""
 
     def __init__(self, folder, seq, held_out=False):
         import numpy as np

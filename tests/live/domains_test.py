@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Text of several domains as jobs get it: tokens spell the text, windows cover it once, ranks share an epoch's samples and nothing else."""
+"""Text of several domains as jobs get it: tokens spell the text, windows cover it once, ranks share an epoch's samples and
+nothing else."""
 import os
 import sys
 import tempfile
@@ -39,7 +40,8 @@ with tempfile.TemporaryDirectory() as folder:
             assert b["tokens"].shape == b["labels"].shape == (batch, seq) and (b["tokens"][:, 1:] == b["labels"][:, :-1]).all()
             for i, s in enumerate(b["sample"].tolist()):
                 d, at = dataset.at[s]
-                assert np.array_equal(b["tokens"][i].numpy(), np.load(os.path.join(folder, dataset.names[d] + ".npy"))[at:at + seq])
+                assert np.array_equal(b["tokens"][i].numpy(),
+                                      np.load(os.path.join(folder, dataset.names[d] + ".npy"))[at:at + seq])
         assert again != drawn[rank][0], "a second epoch in the first one's order"
     flat = [s for rank in drawn for b in rank for s in b]
     assert len(set(flat)) == len(flat) and len(flat) > 0.9 * len(dataset), "samples twice, or left out"

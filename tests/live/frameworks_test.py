@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The adapters of Megatron-core and DeepSpeed. One case per run: frameworks_test.py CASE.
 
-Pure: numbering, findings (each is in the table of docs/live-placement.md, and the other way round), shapes. With the real frameworks, on the CPU: Megatron's
-GPTModel and TopKRouter, with the allgather dispatcher, since the alltoall one needs CUDA streams (what routers choose is the same with
-either); DeepSpeed's engine, MoE and TopKGate over gloo. What only a GPU can show: alltoall, pinned buffers and events, CUDA graphs being noticed.
+Pure: numbering, findings (each is in the table of docs/live-placement.md, and the other way round), shapes. With the real
+frameworks, on the CPU: Megatron's GPTModel and TopKRouter, with the allgather dispatcher, since the alltoall one needs CUDA
+streams (what routers choose is the same with either); DeepSpeed's engine, MoE and TopKGate over gloo. What only a GPU can
+show: alltoall, pinned buffers and events, CUDA graphs being noticed.
 """
 import contextlib
 import copy
@@ -70,8 +71,10 @@ def numbering():
         raise SystemExit("a pattern of another length was taken")
 
 
-MEGATRON = dict(moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, cuda_graph_impl="none",
-                cuda_graph_scope=[], moe_expert_capacity_factor=None, moe_pad_expert_input_to_capacity=False, variable_seq_lengths=False)
+MEGATRON = dict(moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+                cuda_graph_impl="none",
+                cuda_graph_scope=[], moe_expert_capacity_factor=None, moe_pad_expert_input_to_capacity=False,
+                variable_seq_lengths=False)
 MEGATRON_FACTS = {"version": (0, 16, 1), "ep": 4, "dp": 4}
 # What is changed, and what must be found: kind and option (None: nothing).
 MEGATRON_CASES = [
@@ -80,7 +83,8 @@ MEGATRON_CASES = [
     ({}, {"ep": 1}, ("refuse", "expert_model_parallel_size=1")), ({}, {"dp": 1}, ("refuse", "data-parallel size 1")),
     ({"moe_token_dispatcher_type": "allgather"}, {}, ("refuse", "moe_token_dispatcher_type=allgather")),
     ({"moe_token_dispatcher_type": "flex"}, {}, None),
-    ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, {}, ("refuse", "moe_pad_expert_input_to_capacity")),
+    ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, {},
+     ("refuse", "moe_pad_expert_input_to_capacity")),
     ({"moe_router_force_load_balancing": True}, {}, ("refuse", "moe_router_force_load_balancing")),
     ({"hybrid_context_parallel": True}, {}, ("refuse", "hybrid_context_parallel")),
     ({"moe_enable_routing_replay": True}, {}, ("refuse", "moe_enable_routing_replay")),
@@ -91,10 +95,12 @@ MEGATRON_CASES = [
     ({"cuda_graph_impl": None, "enable_cuda_graph": True}, {}, ("blind", "cuda_graph_impl")),
     ({"overlap_moe_expert_parallel_comm": True}, {}, ("blind", "overlap_moe_expert_parallel_comm")),
     ({"variable_seq_lengths": True}, {}, ("blind", "variable_seq_lengths")),
-    ({"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}, {}, ("warn", "moe_router_load_balancing_type=aux_loss")),
+    ({"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}, {},
+     ("warn", "moe_router_load_balancing_type=aux_loss")),
     ({"moe_router_load_balancing_type": ["seq_aux_loss", "aux_loss"], "moe_aux_loss_coeff": [0.1, 0.1]}, {},
      ("warn", "moe_router_load_balancing_type=aux_loss")),
-    ({"moe_router_load_balancing_type": "aux_loss"}, {}, None), ({"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1}, {}, None),
+    ({"moe_router_load_balancing_type": "aux_loss"}, {}, None),
+    ({"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1}, {}, None),
     ({"moe_router_load_balancing_type": "sinkhorn"}, {}, ("warn", "moe_router_load_balancing_type=sinkhorn")),
     ({"moe_expert_capacity_factor": 1.25}, {}, ("warn", "moe_expert_capacity_factor")),
 ]
@@ -103,7 +109,8 @@ DEEPSPEED_CASES = [
     ({}, None), ({"dp": 1}, ("refuse", "data-parallel size 1")), ({"ep": [1, 1]}, ("refuse", "ep_size=1")),
     ({"pipeline": 2}, ("refuse", "pipeline parallelism")), ({"pipeline_engine": True}, ("refuse", "pipeline parallelism")),
     ({"sequence": 2}, ("refuse", "sequence parallelism")), ({"tp": 2}, ("refuse", "AutoEP folded with tensor parallelism")),
-    ({"experts": [8, 16]}, ("refuse", "MoE layers of several numbers of experts")), ({"ep": [2, 4]}, ("refuse", "MoE layers of several expert-parallel sizes")),
+    ({"experts": [8, 16]}, ("refuse", "MoE layers of several numbers of experts")),
+    ({"ep": [2, 4]}, ("refuse", "MoE layers of several expert-parallel sizes")),
     ({"topk": [1, 2]}, ("refuse", "MoE layers of several k")), ({"random_ltd": True}, ("blind", "random_ltd")),
     ({"curriculum": True}, ("blind", "curriculum_learning")), ({"compiled": True}, ("blind", "deepcompile")),
     ({"drop_tokens": True}, ("warn", "drop_tokens=True")), ({"autoep": False}, ("warn", "l_aux")),
@@ -111,7 +118,8 @@ DEEPSPEED_CASES = [
 
 
 def findings():
-    """Each option alone gives its finding and no other; strict refuses what is else warned about; the documentation's table has these rows."""
+    """Each option alone gives its finding and no other; strict refuses what is else warned about; the documentation's table
+    has these rows."""
     from railyard import adapt, deepspeed, megatron
     seen = set()
 
@@ -119,12 +127,14 @@ def findings():
         assert [(f.kind, f.option) for f in found] == ([want] if want else []), (what, found)
         for f in found:
             assert "\n" not in f.text() and f.option in f.text() and len(f.text()) < 200
-            seen.add((framework, re.sub(r"megatron-core 0\.12\.3", "megatron-core < 0.13", re.sub(r"several .*", "several kinds", f.option)), f.kind))
+            seen.add((framework, re.sub(r"megatron-core 0\.12\.3", "megatron-core < 0.13",
+                                        re.sub(r"several .*", "several kinds", f.option)), f.kind))
         assert adapt.refusals(found) == [f.text() for f in found if f.kind == "refuse"]
         assert adapt.refusals(found, strict=True) == [f.text() for f in found if f.kind in ("refuse", "warn")]
 
     for change, facts, want in MEGATRON_CASES:
-        check(megatron.findings(types.SimpleNamespace(**{**MEGATRON, **change}), {**MEGATRON_FACTS, **facts}), want, "Megatron-core", change or facts)
+        check(megatron.findings(types.SimpleNamespace(**{**MEGATRON, **change}), {**MEGATRON_FACTS, **facts}), want,
+              "Megatron-core", change or facts)
     for facts, want in DEEPSPEED_CASES:
         check(deepspeed.findings({**DEEPSPEED_FACTS, **facts}), want, "DeepSpeed", facts)
     rows = set()
@@ -158,7 +168,8 @@ def shapes():
 
 
 def no_gpu():
-    """Megatron on the CPU: its current device is the CPU, and no random states of a GPU are kept (no dropout here, so none are used)."""
+    """Megatron on the CPU: its current device is the CPU, and no random states of a GPU are kept (no dropout here, so none are
+    used)."""
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.transformer.moe import moe_utils
@@ -175,8 +186,10 @@ def no_gpu():
 def megatron_config(**more):
     from megatron.core.transformer.transformer_config import TransformerConfig
     return TransformerConfig(**{**dict(
-        num_layers=3, hidden_size=32, num_attention_heads=2, ffn_hidden_size=32, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=32,
-        moe_token_dispatcher_type="allgather", moe_layer_freq=[0, 1, 1], add_bias_linear=False, moe_router_load_balancing_type="none",
+        num_layers=3, hidden_size=32, num_attention_heads=2, ffn_hidden_size=32, num_moe_experts=8, moe_router_topk=2,
+        moe_ffn_hidden_size=32,
+        moe_token_dispatcher_type="allgather", moe_layer_freq=[0, 1, 1], add_bias_linear=False,
+        moe_router_load_balancing_type="none",
         moe_router_dtype="fp32", hidden_dropout=0.0, attention_dropout=0.0, masked_softmax_fusion=False, persist_layer_norm=False,
         bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False,
         use_cpu_initialization=True), **more})
@@ -187,14 +200,16 @@ def megatron_model(config, seed, **more):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     torch.manual_seed(seed)
-    return GPTModel(config, get_gpt_decoder_block_spec(config, use_transformer_engine=False), vocab_size=100, max_sequence_length=16,
+    return GPTModel(config, get_gpt_decoder_block_spec(config, use_transformer_engine=False), vocab_size=100,
+                    max_sequence_length=16,
                     position_embedding_type="rope", **more)
 
 
 def forward(model, tokens, **more):
     import torch
     s = tokens.shape[1]
-    return model(tokens, torch.arange(s).expand(tokens.shape[0], -1), torch.triu(torch.ones(1, 1, s, s), 1).bool(), labels=tokens, **more)
+    return model(tokens, torch.arange(s).expand(tokens.shape[0], -1), torch.triu(torch.ones(1, 1, s, s), 1).bool(), labels=tokens,
+                 **more)
 
 
 def alone():
@@ -210,14 +225,16 @@ def patch_megatron():
     from megatron.core.transformer.moe import router
     from railyard import megatron
     assert set(megatron.WATCHES) == {gpt_model.__name__, router.__name__}
-    before = {c: inspect.signature(getattr(*c)) for c in ((gpt_model.GPTModel, "forward"), (gpt_model.GPTModel, "__init__"), (router.TopKRouter, "forward"))}
+    before = {c: inspect.signature(getattr(*c))
+              for c in ((gpt_model.GPTModel, "forward"), (gpt_model.GPTModel, "__init__"), (router.TopKRouter, "forward"))}
     originals = {c: getattr(*c) for c in before}
     for _ in range(2):  # twice is as once
         megatron.patch_model(gpt_model)
         megatron.patch_router(router)
     for c, signature in before.items():
         patched = getattr(*c)
-        assert inspect.signature(patched) == signature and patched.__wrapped__ is originals[c] and patched.__qualname__ == originals[c].__qualname__
+        assert inspect.signature(patched) == signature and patched.__wrapped__ is originals[c]
+        assert patched.__qualname__ == originals[c].__qualname__
     return megatron
 
 
@@ -267,7 +284,8 @@ def check_seen(board, n_messages, batches, taken, places, expert_place, at_layer
 
 
 def megatron():
-    """The real model unpatched and patched: bit-equal; what is seen is what routers chose; recomputation, evaluation, inference are not seen."""
+    """The real model unpatched and patched: bit-equal; what is seen is what routers chose; recomputation, evaluation,
+    inference are not seen."""
     help.needs("torch", "numpy", "megatron")
     import torch
     torch.set_num_threads(1)
@@ -386,7 +404,8 @@ def ranks(n, work):
 
 
 def megatron_groups():
-    """What describe() says in a job of 4 ranks: pipeline of 2, data- and expert-parallel 2; and which numbers the stages' routers have."""
+    """What describe() says in a job of 4 ranks: pipeline of 2, data- and expert-parallel 2; and which numbers the stages'
+    routers have."""
     help.needs("torch", "numpy", "megatron")
     import torch
     torch.set_num_threads(1)
@@ -394,18 +413,21 @@ def megatron_groups():
     no_gpu()
 
     def work(rank):
-        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2, expert_model_parallel_size=2, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2, expert_model_parallel_size=2,
+                                                 create_gloo_process_groups=False)
         adapter = patch_megatron()
         job = Job(rank, help.Board())
         job.settings["RAILYARD_PLACEMENT"] = "watch"
         install(job)
         stage, dp = rank // 2, rank % 2
-        config = megatron_config(num_layers=4, moe_layer_freq=[0, 1, 1, 1], pipeline_model_parallel_size=2, expert_model_parallel_size=2,
+        config = megatron_config(num_layers=4, moe_layer_freq=[0, 1, 1, 1], pipeline_model_parallel_size=2,
+                                 expert_model_parallel_size=2,
                                  pipeline_dtype=torch.float32)
         model = megatron_model(config, 1, pre_process=stage == 0, post_process=stage == 1)
         assert not job.stops, job.stops
         d = job.described[0]
-        want = dict(dp=dp, dp_size=2, share=(stage, 2), ep_ranks=[2 * stage, 2 * stage + 1], experts=[4 * dp + i for i in range(4)], layers=3,
+        want = dict(dp=dp, dp_size=2, share=(stage, 2), ep_ranks=[2 * stage, 2 * stage + 1],
+                    experts=[4 * dp + i for i in range(4)], layers=3,
                     n_experts=8, topk=2)
         assert {k: d[k] for k in want} == want, (d, want)
         numbers = [adapter._numbers.get(layer.mlp.router) for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
@@ -420,7 +442,8 @@ def megatron_groups():
 
 
 def deepspeed():
-    """The real engine with classic MoE layers on 2 ranks over gloo: patched bit-equal to unpatched, and what is seen is what gates chose."""
+    """The real engine with classic MoE layers on 2 ranks over gloo: patched bit-equal to unpatched, and what is seen is what
+    gates chose."""
     help.needs("torch", "numpy", "deepspeed")
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
@@ -437,7 +460,8 @@ def deepspeed():
         def __init__(self, k, sequence_first):
             super().__init__()
             self.embed = nn.Embedding(50, 16)
-            self.moes = nn.ModuleList([MoE(16, nn.Linear(16, 16), num_experts=4, ep_size=2, k=k, capacity_factor=1.0, min_capacity=1, use_rts=False,
+            self.moes = nn.ModuleList([MoE(16, nn.Linear(16, 16), num_experts=4, ep_size=2, k=k, capacity_factor=1.0,
+                                           min_capacity=1, use_rts=False,
                                            drop_tokens=k < 3, top2_2nd_expert_sampling=False) for _ in range(2)])
             self.sequence_first = sequence_first
 
@@ -457,13 +481,15 @@ def deepspeed():
         import numpy as np
         generator = torch.Generator().manual_seed(seed + rank)
         batches = [torch.randint(0, 50, (3, 8), generator=generator) for _ in range(3)]
-        config = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        config = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1,
+                  "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
                   "zero_optimization": {"stage": 0}}
 
         def run(k, sequence_first):
             torch.manual_seed(seed)
             model = Model(k, sequence_first)
-            engine, _, _, _ = ds.initialize(model=model, model_parameters=[p for p in model.parameters()], config=copy.deepcopy(config))
+            engine, _, _, _ = ds.initialize(model=model, model_parameters=[p for p in model.parameters()],
+                                            config=copy.deepcopy(config))
             taken = []
             for i, moe in enumerate(model.moes):
                 moe.deepspeed_moe.gate.register_forward_hook(lambda m, a, o, i=i: taken.append((1 - i, o[3].clone())))
@@ -482,7 +508,8 @@ def deepspeed():
         plain = [run(*c)[1:3] for c in cases]
         importlib.import_module("deepspeed.moe.ep_router")
         importlib.import_module("deepspeed.module_inject.auto_ep_layer")
-        methods = [(ds.runtime.engine.DeepSpeedEngine, "forward"), (ds.runtime.engine.DeepSpeedEngine, "__init__"), (MoE, "forward"),
+        methods = [(ds.runtime.engine.DeepSpeedEngine, "forward"), (ds.runtime.engine.DeepSpeedEngine, "__init__"),
+                   (MoE, "forward"),
                    (ds.moe.sharded_moe.TopKGate, "forward"), (ds.module_inject.auto_ep_layer.AutoEPMoELayer, "forward"),
                    (ds.moe.ep_router.TokenChoiceTopKRouter, "forward")]
         before = [(getattr(*m), inspect.signature(getattr(*m))) for m in methods]
@@ -499,7 +526,8 @@ def deepspeed():
             engine, patched_losses, patched_weights, taken = run(*c)
             assert not job.stops and len(job.described) == 1, job.stops
             d = job.described[0]
-            want = dict(dp=rank, dp_size=2, share=(0, 1), ep_ranks=[0, 1], experts=[2 * rank, 2 * rank + 1], layers=2, n_experts=4, topk=c[0])
+            want = dict(dp=rank, dp_size=2, share=(0, 1), ep_ranks=[0, 1], experts=[2 * rank, 2 * rank + 1], layers=2,
+                        n_experts=4, topk=c[0])
             assert {k: d[k] for k in want} == want, d
             assert all(torch.equal(a, b) for a, b in zip(losses, patched_losses))
             assert all(torch.equal(weights[n], patched_weights[n]) for n in weights)
@@ -564,7 +592,8 @@ def autoep():
         def __init__(self):
             super().__init__()
             self.model = Inner()
-            self.config = types.SimpleNamespace(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, hidden_size=16, intermediate_size=16)
+            self.config = types.SimpleNamespace(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, hidden_size=16,
+                                                intermediate_size=16)
 
         def forward(self, input_ids, attention_mask):
             x = self.model.embed(input_ids)
@@ -584,7 +613,8 @@ def autoep():
         def run():
             torch.manual_seed(seed)
             engine = ds.initialize(model=Model(), config={
-                "train_micro_batch_size_per_gpu": 3, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_optimization": {"stage": 0},
+                "train_micro_batch_size_per_gpu": 3, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+                "zero_optimization": {"stage": 0},
                 "expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False}})[0]
             taken, losses = [], []
             for layer, module in enumerate(engine.module.model.layers):
@@ -603,9 +633,11 @@ def autoep():
         install(job)
         patched_losses, patched_weights, taken = run()
         assert not job.stops and len(job.described) == 1, job.stops
-        want = dict(dp=rank, dp_size=2, share=(0, 1), ep_ranks=[0, 1], experts=[2 * rank, 2 * rank + 1], layers=2, n_experts=4, topk=2)
+        want = dict(dp=rank, dp_size=2, share=(0, 1), ep_ranks=[0, 1], experts=[2 * rank, 2 * rank + 1], layers=2, n_experts=4,
+                    topk=2)
         assert {k: job.described[0][k] for k in want} == want, job.described
-        assert all(torch.equal(a, b) for a, b in zip(losses, patched_losses)) and all(torch.equal(weights[n], patched_weights[n]) for n in weights)
+        assert all(torch.equal(a, b) for a, b in zip(losses, patched_losses))
+        assert all(torch.equal(weights[n], patched_weights[n]) for n in weights)
         observer = adapter._watch.observer
         observer.finish()
         assert observer.over is None and observer.sent == 3, (observer.over, observer.sent)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Observations: the message, adding up parts, counting on a device, and never waiting for it. One case per run: observe_test.py CASE."""
+"""Observations: the message, adding up parts, counting on a device, and never waiting for it. One case per run:
+observe_test.py CASE."""
 import sys
 
 import watch_help as help
@@ -60,7 +61,8 @@ def wire():
 
 
 def rule():
-    """Dense until about DENSE samples of the job, then one of SPARSE; dense from the start where that is less than one micro-batch."""
+    """Dense until about DENSE samples of the job, then one of SPARSE; dense from the start where that is less than one
+    micro-batch."""
     for dp_size, b in ((1, 1), (8, 4), (64, 1), (4096, 2)):
         dense = -(-observe.DENSE // (dp_size * b))
         for n in range(dense + 100):
@@ -97,7 +99,8 @@ def collect():
                     for cp in range(pieces):
                         if zigzag:
                             h = s // (2 * pieces)
-                            part = np.concatenate([tokens[:, cp * h:(cp + 1) * h], tokens[:, s - (cp + 1) * h:s - cp * h]], axis=1)
+                            part = np.concatenate([tokens[:, cp * h:(cp + 1) * h], tokens[:, s - (cp + 1) * h:s - cp * h]],
+                                                  axis=1)
                         else:
                             part = tokens[:, cp * s // pieces:(cp + 1) * s // pieces]
                         for t in range(tp):
@@ -123,8 +126,10 @@ def collect():
                     want[tokens.tobytes()] = (tokens, counts, distinct if every else None, dp % places)
         now = [0.0]
         board, live, say = help.Board(), help.Live(), help.Say()
-        collector = Collector(board, dp_size * stages * pieces * tp, live, layers, experts, places, [d % places for d in range(dp_size)],
-                              [[e % places for e in range(experts)]] * layers, numbers, record="somewhere", say=say, clock=lambda: now[0])
+        collector = Collector(board, dp_size * stages * pieces * tp, live, layers, experts, places,
+                              [d % places for d in range(dp_size)],
+                              [[e % places for e in range(experts)]] * layers, numbers, record="somewhere", say=say,
+                              clock=lambda: now[0])
         assert board.get("places") == b'{"places":2,"expert_place":[[%s]]}' % b",".join(b"%d" % (e % 2) for e in range(experts))
         sent = {rank: 0 for rank in queues}
         while any(sent[k] < len(queues[k]) for k in queues):
@@ -187,7 +192,8 @@ def library():
     layers, experts, places, b, s, dp_size, k, micro = 3, 8, 2, 2, 32, 4, 2, 10
     place_of = [[r.randrange(places) if e > 1 else e for e in range(experts)] for _ in range(layers)]
     work = tempfile.mkdtemp(prefix="railyard-observe")
-    live = lib.Live(ranks=dp_size, samples=b, layers=layers, experts=experts, topk=k, places=places, distinct=1, rank_place=[0, 0, 1, 1],
+    live = lib.Live(ranks=dp_size, samples=b, layers=layers, experts=experts, topk=k, places=places, distinct=1,
+                    rank_place=[0, 0, 1, 1],
                     expert_place=place_of)
     board, say = help.Board(), help.Say()
     folder = os.path.join(work, "routing")
@@ -224,7 +230,8 @@ def library():
         same(c, b_, "counts")
     assert not want and total == dp_size * micro * b * layers * s * k
     # A folder that cannot be recorded into ends the recording alone.
-    collector = Collector(help.Board(), 1, live, layers, experts, places, [0, 0, 1, 1], place_of, record=os.path.join(folder, "counts.npy"), say=say)
+    collector = Collector(help.Board(), 1, live, layers, experts, places, [0, 0, 1, 1], place_of,
+                          record=os.path.join(folder, "counts.npy"), say=say)
     collector.board.put("seen/0/0", Seen(0, 0, 0, 1, range(layers), [s] * layers, np.full((layers, 1, experts), 4), None,
                                          np.zeros((1, s), np.uint32)).encode())
     assert collector.collect() == 1 and len(say.lines) == 1 and "not recorded" in say.lines[0], say.lines
@@ -266,7 +273,8 @@ def device():
         expert_place = [[r.randrange(places) for _ in range(experts)] for _ in range(layers)]
         board, live, say = help.Board(), help.Live(), help.Say()
         world = dp_size * tp * cp * stages
-        collector = Collector(board, world, live, layers, experts, places, [d % places for d in range(dp_size)], expert_place, say=say)
+        collector = Collector(board, world, live, layers, experts, places, [d % places for d in range(dp_size)], expert_place,
+                              say=say)
         want = []
         for dp in range(dp_size):
             # All micro-batches' tokens and routing of this index, then each of its ranks in turn.
@@ -327,7 +335,8 @@ def device():
 
 
 def bounded():
-    """A board that does not take, a leader that does not read, ever new shapes, an error in forward: nothing piles up, nothing raises."""
+    """A board that does not take, a leader that does not read, ever new shapes, an error in forward: nothing piles up, nothing
+    raises."""
     help.needs("torch")
     import threading
     import torch
@@ -405,17 +414,22 @@ def bounded():
 
 
 def guard():
-    """On tensors that say they are on a GPU (PyTorch's fake tensors, which refuse whatever would need their values): no operation of watching
-    waits, changes devices but by copy_ into the host buffer without blocking, or has a result whose shape depends on values."""
+    """On tensors that say they are on a GPU (PyTorch's fake tensors, which refuse whatever would need their values): no
+    operation of watching waits, changes devices but by copy_ into the host buffer without blocking, or has a result whose
+    shape depends on values."""
     help.needs("torch")
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    allowed = {"aten.sum.IntList_out", "aten.sum.dim_IntList", "aten.add_.Tensor", "aten.mm.default", "aten.gt.Scalar", "aten.ne.Scalar",
-               "aten.lt.Scalar", "aten.where.ScalarSelf", "aten.where.self", "aten.scalar_tensor.default", "aten._to_copy.default", "aten.zeros.default",
-               "aten.scatter_.value", "aten.copy_.default", "aten.view.default", "aten.slice.Tensor", "aten.select.int", "aten.t.default",
-               "aten.detach.default", "aten._unsafe_view.default", "aten.clone.default", "aten.lift_fresh.default", "aten.expand.default",
+    allowed = {"aten.sum.IntList_out", "aten.sum.dim_IntList", "aten.add_.Tensor", "aten.mm.default", "aten.gt.Scalar",
+               "aten.ne.Scalar",
+               "aten.lt.Scalar", "aten.where.ScalarSelf", "aten.where.self", "aten.scalar_tensor.default",
+               "aten._to_copy.default", "aten.zeros.default",
+               "aten.scatter_.value", "aten.copy_.default", "aten.view.default", "aten.slice.Tensor", "aten.select.int",
+               "aten.t.default",
+               "aten.detach.default", "aten._unsafe_view.default", "aten.clone.default", "aten.lift_fresh.default",
+               "aten.expand.default",
                "prim.device.default", "aten.alias.default"}
 
     class Watch(TorchDispatchMode):
@@ -432,7 +446,8 @@ def guard():
                 raise AssertionError("%s while watching" % name)
             if name == "aten.copy_.default" and args[0].device != args[1].device:
                 assert args[0].device.type == "cpu" and len(args) > 2 and args[2] is True, "a copy that waits"
-                assert args[0].dtype == args[1].dtype and args[0].is_contiguous() and args[1].is_contiguous(), "a copy through a third buffer"
+                assert args[0].dtype == args[1].dtype and args[0].is_contiguous() and \
+                    args[1].is_contiguous(), "a copy through a third buffer"
                 self.down += 1
             if name == "aten._to_copy.default":
                 assert kwargs.get("device") in (None, args[0].device), "moved by _to_copy"
@@ -465,7 +480,8 @@ def guard():
     with FakeTensorMode():
         # The guard guards: each of these is what it must catch.
         x = torch.zeros(4, 3, device="cuda")
-        for wrong in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu(), lambda: torch.zeros(4, 3).copy_(x)):
+        for wrong in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.cpu(),
+                      lambda: torch.zeros(4, 3).copy_(x)):
             try:
                 with Watch():
                     wrong()
@@ -490,7 +506,8 @@ def guard():
                     o.layer(2, index, 2)
                     o.close()
             assert o.over is None and not say.lines, say.lines
-            assert w.down == observe.SLOTS and o.forgone == 6 - observe.SLOTS, (w.down, o.forgone)  # events never come: slots run out
+            assert w.down == observe.SLOTS and o.forgone == 6 - observe.SLOTS, (w.down,
+                                                                                o.forgone)  # events never come: slots run out
             assert all(s.event.recorded == 1 for s in o._flying)
             print("operations: %s" % ", ".join(sorted(w.seen)))
 

@@ -1,6 +1,8 @@
-"""What the tests of watching have in common: which Python they run in, the adapter's folder, and stand-ins for the board and the leader's library.
+"""What the tests of watching have in common: which Python they run in, the adapter's folder, and stand-ins for the board and
+the leader's library.
 
-RY_TEST_PYTHON names an interpreter that has torch and the frameworks; a test that needs them runs itself there, and skips (77) where they are not.
+RY_TEST_PYTHON names an interpreter that has torch and the frameworks; a test that needs them runs itself there, and skips (77)
+where they are not.
 """
 import importlib.util
 import os

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""From end to end, on the CPU: a job that knows nothing of Railyard (DeepSpeed's engine and MoE layers, PyTorch's DataLoader and DistributedSampler, 4 ranks
-over gloo on two nodes by NCCL_HOSTID) is run as it is, and with the adapter: watched, recorded, and placed once homes can be told.
+"""From end to end, on the CPU: a job that knows nothing of Railyard (DeepSpeed's engine and MoE layers, PyTorch's DataLoader
+and DistributedSampler, 4 ranks over gloo on two nodes by NCCL_HOSTID) is run as it is, and with the adapter: watched,
+recorded, and placed once homes can be told.
 
-Its gates send tokens below 32 to the first node's experts and others to the second's, and each sample is mostly of one kind: what should come of
-that is known. Usage: watched_job.py; RAILYARD_ENGINE names the engine.
+Its gates send tokens below 32 to the first node's experts and others to the second's, and each sample is mostly of one kind:
+what should come of that is known. Usage: watched_job.py; RAILYARD_ENGINE names the engine.
 """
 import json
 import os
@@ -66,7 +67,8 @@ def train(rank, out):
         def __init__(self):
             super().__init__()
             self.embed = nn.Embedding(64, 16)
-            self.moes = nn.ModuleList([MoE(16, nn.Linear(16, 16), num_experts=8, ep_size=RANKS, k=2, drop_tokens=False, use_rts=False,
+            self.moes = nn.ModuleList([MoE(16, nn.Linear(16, 16), num_experts=8, ep_size=RANKS, k=2, drop_tokens=False,
+                                           use_rts=False,
                                            top2_2nd_expert_sampling=False) for _ in range(2)])
             with torch.no_grad():
                 self.embed.weight.mul_(0.1)
@@ -88,7 +90,8 @@ def train(rank, out):
     loader = DataLoader(dataset, batch_size=BATCH, sampler=sampler, drop_last=True)
     model = Model()
     engine = deepspeed.initialize(model=model, model_parameters=[p for p in model.parameters()], config={
-        "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 1, "optimizer": {"type": "SGD", "params": {"lr": 1e-4}}})[0]
+        "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-4}}})[0]
     had, step = [], 0
     epoch = 0
     while step < STEPS:
@@ -112,12 +115,14 @@ def run(work, name, **settings):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1", PYTHONWARNINGS="ignore",
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1",
+               PYTHONWARNINGS="ignore",
                RAILYARD_LOG="info", **settings)
     if settings:
         env["PYTHONPATH"] = help.ADAPTER + os.pathsep + os.environ.get("PYTHONPATH", "")
     out = os.path.join(work, name)
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "job", out], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=150)
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), "job", out], env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=150)
     text = done.stdout.decode("utf-8", "replace")
     lines = [line for line in text.splitlines() if line.startswith("railyard:")]
     print("--- %s\n%s" % (name, "\n".join(lines)))
@@ -156,14 +161,17 @@ def main():
         routing = os.path.join(work, "routing")
         placed, lines = run(work, "placed", RAILYARD_PLACEMENT="batch", RAILYARD_ROUTING=routing)
         for step in range(STEPS):
-            assert sorted(sum((plain[r][step] for r in range(RANKS)), [])) == sorted(sum((placed[r][step] for r in range(RANKS)), [])), step
+            assert sorted(sum((plain[r][step] for r in range(RANKS)), [])) == sorted(sum((placed[r][step] for r in range(RANKS)),
+                                                                                         [])), step
         last = STEPS - 50
-        print("samples at home in the last 50 steps: %.2f plain, %.2f placed" % (at_home(plain, last, STEPS), at_home(placed, last, STEPS)))
+        print("samples at home in the last 50 steps: %.2f plain, %.2f placed" %
+              (at_home(plain, last, STEPS), at_home(placed, last, STEPS)))
         assert any("samples are placed" in line for line in lines)
         assert at_home(placed, last, STEPS) > at_home(plain, last, STEPS) + 0.2
         counts = np.load(os.path.join(routing, "counts.npy")).astype(int)
         tokens = np.load(os.path.join(routing, "tokens.npy"))
-        assert counts.shape[1:] == (2, 8) and tokens.shape == (len(counts), SEQ) and len(counts) >= 0.7 * RANKS * BATCH * STEPS, counts.shape
+        assert counts.shape[1:] == (2, 8) and tokens.shape == (len(counts),
+                                                               SEQ) and len(counts) >= 0.7 * RANKS * BATCH * STEPS, counts.shape
         for c, t in zip(counts, tokens):
             low = int((t < 32).sum())
             assert c[0].sum() == c[1].sum() == 2 * SEQ and c[0][:4].sum() == 2 * low, (c, low)

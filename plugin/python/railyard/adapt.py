@@ -33,7 +33,8 @@ class Unknown(Exception):
 
 
 def positions(function: Callable, *names: str) -> Dict[str, int]:
-    """Where a method's arguments are among its positional ones, self not counted (-1: by keyword only). Unknown where one is missing."""
+    """Where a method's arguments are among its positional ones, self not counted (-1: by keyword only). Unknown where one is
+    missing."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     found = {}
     for i, p in enumerate(parameters):
@@ -124,5 +125,6 @@ def join(job: Any, findings: Sequence[Finding], description: Dict[str, Any], **o
                 say.warn("routing is not watched, and nothing learned: " + f.text())
         return None
     until = None if record else job.stopped
-    return Observer(job.board, job.rank, description["dp"], description["dp_size"], description["layers"], description["n_experts"], until=until,
+    return Observer(job.board, job.rank, description["dp"], description["dp_size"], description["layers"],
+                    description["n_experts"], until=until,
                     **observer)

@@ -1,11 +1,11 @@
 """DeepSpeed: where a micro-batch begins and ends, what its gates chose, who holds what, and which options forbid placing.
 
-Owns: wrapping DeepSpeedEngine.__init__ (the job is known) and .forward (a micro-batch), MoE.forward and TopKGate.forward (a layer of the classic kind),
-AutoEPMoELayer.forward and TokenChoiceTopKRouter.forward (one of AutoEP); the findings. Not: data (batch.py), counting (observe.py). Jobs that use MoE
-layers without DeepSpeed's engine are not seen.
+Owns: wrapping DeepSpeedEngine.__init__ (the job is known) and .forward (a micro-batch), MoE.forward and TopKGate.forward (a
+layer of the classic kind), AutoEPMoELayer.forward and TokenChoiceTopKRouter.forward (one of AutoEP); the findings. Not: data
+(batch.py), counting (observe.py). Jobs that use MoE layers without DeepSpeed's engine are not seen.
 
-DeepSpeed knows neither layers' numbers nor which dimension samples lie along: layers are numbered in the order in which the first watched forward pass
-uses them, and the dimension is told by the shapes of tokens and hidden states.
+DeepSpeed knows neither layers' numbers nor which dimension samples lie along: layers are numbered in the order in which the
+first watched forward pass uses them, and the dimension is told by the shapes of tokens and hidden states.
 """
 
 import weakref
@@ -28,8 +28,8 @@ _warnings: List[Finding] = []
 
 
 def findings(facts: Dict[str, Any]) -> List[Finding]:
-    """facts: dp, ep (size, or list of sizes), experts (list: of each layer), topk (list), pipeline, sequence (sizes), autoep, tp, random_ltd, curriculum, compiled,
-    drop_tokens. docs/live-placement.md has the table."""
+    """facts: dp, ep (size, or list of sizes), experts (list: of each layer), topk (list), pipeline, sequence (sizes), autoep,
+    tp, random_ltd, curriculum, compiled, drop_tokens. docs/live-placement.md has the table."""
     found = []
 
     def find(kind: str, option: str, why: str) -> None:
@@ -56,7 +56,8 @@ def findings(facts: Dict[str, Any]) -> List[Finding]:
         find(BLIND, "deepcompile", "layers do not run in Python")
     # One sample per rank: none of these matters.
     if facts.get("drop_tokens"):
-        find(WARN, "drop_tokens=True", "which tokens are dropped depends on the samples of a rank's micro-batch, and alike ones now share it")
+        find(WARN, "drop_tokens=True",
+             "which tokens are dropped depends on the samples of a rank's micro-batch, and alike ones now share it")
     if not facts.get("autoep"):
         find(WARN, "l_aux", "DeepSpeed's balance loss is not linear in the samples of a rank's micro-batch")
     return found
@@ -73,7 +74,8 @@ def _moe_modules(root: Any) -> List[Tuple[str, Any]]:
     """("classic" | "autoep", module): MoE layers anywhere in a model."""
     import sys
     found = []
-    for kind, module, name in (("classic", "deepspeed.moe.layer", "MoE"), ("autoep", "deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer")):
+    for kind, module, name in (("classic", "deepspeed.moe.layer", "MoE"),
+                               ("autoep", "deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer")):
         cls = getattr(sys.modules.get(module), name, None)
         if cls is not None:
             found += [(kind, m) for m in root.modules() if isinstance(m, cls)]
@@ -91,7 +93,8 @@ def _asked(engine: Any, question: str) -> bool:
 
 
 def describe(engine: Any) -> Optional[Tuple[Dict[str, Any], Dict[str, Any]]]:
-    """(facts of findings(), what Job.describe() takes and under "observer" what Observer takes); None for a model without experts."""
+    """(facts of findings(), what Job.describe() takes and under "observer" what Observer takes); None for a model without
+    experts."""
     import deepspeed
     import torch.distributed as dist
     from deepspeed.utils import groups
@@ -100,7 +103,8 @@ def describe(engine: Any) -> Optional[Tuple[Dict[str, Any], Dict[str, Any]]]:
     moes = _moe_modules(engine.module)
     if not moes:
         return None
-    tp, tps = bwc_tensor_model_parallel_rank(groups.mpu) if groups.mpu is not None else 0, bwc_tensor_model_parallel_world_size(groups.mpu)
+    tps = bwc_tensor_model_parallel_world_size(groups.mpu)
+    tp = bwc_tensor_model_parallel_rank(groups.mpu) if tps > 1 else 0
     experts, topk, eps, drops = [], [], [], False
     for kind, moe in moes:
         inner = moe.deepspeed_moe if kind == "classic" else moe
@@ -110,7 +114,8 @@ def describe(engine: Any) -> Optional[Tuple[Dict[str, Any], Dict[str, Any]]]:
         drops = drops or (kind == "classic" and inner.gate.drop_tokens)
     dp, dp_size = groups._get_data_parallel_rank(), groups._get_data_parallel_world_size()
     facts = {"dp": dp_size, "ep": eps, "experts": experts, "topk": topk, "drop_tokens": drops, "tp": tps,
-             "pipeline": bwc_pipeline_parallel_world_size(groups.mpu), "pipeline_engine": type(engine).__name__ == "PipelineEngine",
+             "pipeline": bwc_pipeline_parallel_world_size(groups.mpu),
+             "pipeline_engine": type(engine).__name__ == "PipelineEngine",
              "sequence": groups._get_sequence_parallel_world_size(), "autoep": any(kind == "autoep" for kind, _ in moes),
              "random_ltd": _asked(engine, "random_ltd_enabled"), "curriculum": _asked(engine, "curriculum_enabled_legacy"),
              "compiled": _asked(engine, "is_deepcompile_enabled")}
@@ -152,7 +157,8 @@ def _built(engine: Any) -> None:
 
 
 def find_tokens(args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
-    """The tokens among a forward pass' inputs: by name, else the first tensor of integers with two dimensions; None where there is none."""
+    """The tokens among a forward pass' inputs: by name, else the first tensor of integers with two dimensions; None where
+    there is none."""
     import torch
 
     def is_tokens(x):
@@ -164,7 +170,9 @@ def find_tokens(args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
             if name in mapping and is_tokens(mapping[name]):
                 return mapping[name]
     for a in args:
-        for x in a if isinstance(a, (list, tuple)) else (a.values() if hasattr(a, "values") and callable(a.values) and hasattr(a, "keys") else (a,)):
+        if not isinstance(a, (list, tuple)):
+            a = a.values() if hasattr(a, "keys") else [a]
+        for x in a:
             if is_tokens(x):
                 return x
     for x in kwargs.values():
@@ -205,7 +213,8 @@ def _begin(engine: Any, args: Sequence[Any], kwargs: Dict[str, Any]) -> bool:
 def _routed(gate: Any, routing: Any, total: int) -> None:
     batch_first, sure = samples_along(_tokens, _hidden if _hidden is not None else [total, 0])
     if not sure:
-        say.warn_once("batch first", "samples are taken to lie along the first dimension of MoE layers' inputs: shapes do not tell")
+        say.warn_once("batch first",
+                      "samples are taken to lie along the first dimension of MoE layers' inputs: shapes do not tell")
     number = _gates.get(gate)
     if number is None:
         number = _gates[gate] = len(_gates)
@@ -305,8 +314,8 @@ def patch_gate(module: Any) -> None:
 
 
 def chosen(result: Any) -> Tuple[Any, int]:
-    """(what a gate decided, as Observer.layer() takes it; tokens) of a gate's result: (l_aux, capacity, experts, indices[k, T], …), from 0.19.4 on and of Tutel, or
-    (l_aux, weights[T, E, C], mask[T, E, C], counts)."""
+    """(what a gate decided, as Observer.layer() takes it; tokens) of a gate's result: (l_aux, capacity, experts, indices[k,
+    T], …), from 0.19.4 on and of Tutel, or (l_aux, weights[T, E, C], mask[T, E, C], counts)."""
     import torch
     if len(result) >= 6:
         indices = result[3]

@@ -1,10 +1,12 @@
-"""Megatron-core 0.13 and later: where a micro-batch begins and ends, what its routers chose, who holds what, and which options forbid placing.
+"""Megatron-core 0.13 and later: where a micro-batch begins and ends, what its routers chose, who holds what, and which options
+forbid placing.
 
-Owns: wrapping GPTModel.__init__ (the job is known), GPTModel.forward (a micro-batch) and TopKRouter.forward (a layer's routing); the findings. Not:
-data (batch.py wraps PyTorch's loader, and Megatron's sampler through it), counting (observe.py).
+Owns: wrapping GPTModel.__init__ (the job is known), GPTModel.forward (a micro-batch) and TopKRouter.forward (a layer's
+routing); the findings. Not: data (batch.py wraps PyTorch's loader, and Megatron's sampler through it), counting (observe.py).
 
-A micro-batch is a forward pass of a model in training with gradients on. What runs inside without gradients is part of it (full recomputation's first
-pass); what runs outside of it is not (recomputation in backward, evaluation, inference). docs/live-placement.md has the findings in a table.
+A micro-batch is a forward pass of a model in training with gradients on. What runs inside without gradients is part of it
+(full recomputation's first pass); what runs outside of it is not (recomputation in backward, evaluation, inference).
+docs/live-placement.md has the findings in a table.
 """
 
 import weakref
@@ -16,7 +18,7 @@ from .adapt import BLIND, REFUSE, WARN, Finding, Unknown
 OLDEST = (0, 13)
 
 _watch = adapt.Watch()
-_numbers: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()  # router -> its number among all layers with experts
+_numbers: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()  # router -> number among layers with experts
 _chunks: Dict[int, Any] = {}  # virtual pipeline stage -> the model that is watched there (weak)
 _facts: Dict[str, Any] = {}  # of the job, once a model was built
 _warnings: List[Finding] = []  # to be said once a micro-batch of several samples is seen
@@ -49,7 +51,8 @@ def graphed(config: Any) -> bool:
 
 
 def findings(config: Any, facts: Dict[str, Any]) -> List[Finding]:
-    """All that this configuration (a TransformerConfig) has of what docs/live-placement.md lists. facts: version (tuple), ep, dp (sizes)."""
+    """All that this configuration (a TransformerConfig) has of what docs/live-placement.md lists. facts: version (tuple), ep,
+    dp (sizes)."""
     found = []
 
     def get(name: str, default: Any = None) -> Any:
@@ -59,7 +62,8 @@ def findings(config: Any, facts: Dict[str, Any]) -> List[Finding]:
         found.append(Finding(kind, option, why))
 
     if tuple(facts["version"][:2]) < OLDEST:
-        find(REFUSE, "megatron-core %s" % ".".join(map(str, facts["version"])), "older than %d.%d, whose parts this adapter knows" % OLDEST)
+        find(REFUSE, "megatron-core %s" % ".".join(map(str, facts["version"])),
+             "older than %d.%d, whose parts this adapter knows" % OLDEST)
     # Nothing to gain.
     if facts["ep"] == 1:
         find(REFUSE, "expert_model_parallel_size=1", "tokens stay where they are wherever a sample is")
@@ -87,11 +91,13 @@ def findings(config: Any, facts: Dict[str, Any]) -> List[Finding]:
     kinds = get("moe_router_load_balancing_type", "none")
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if "aux_loss" in kinds and _any(get("moe_aux_loss_coeff", 0)):
-        find(WARN, "moe_router_load_balancing_type=aux_loss", "it is not linear in the samples of a rank's micro-batch; seq_aux_loss and global_aux_loss do not mind")
+        find(WARN, "moe_router_load_balancing_type=aux_loss",
+             "it is not linear in the samples of a rank's micro-batch; seq_aux_loss and global_aux_loss do not mind")
     if "sinkhorn" in kinds:
         find(WARN, "moe_router_load_balancing_type=sinkhorn", "it routes by all samples of a rank's micro-batch")
     if get("moe_expert_capacity_factor") is not None and not get("moe_pad_expert_input_to_capacity"):
-        find(WARN, "moe_expert_capacity_factor", "which tokens are dropped depends on the samples of a rank's micro-batch, and alike ones now share it")
+        find(WARN, "moe_expert_capacity_factor",
+             "which tokens are dropped depends on the samples of a rank's micro-batch, and alike ones now share it")
     return found
 
 
@@ -112,7 +118,8 @@ def version() -> Sequence[int]:
 
 
 def describe(config: Any) -> Dict[str, Any]:
-    """What Job.describe() takes, and, under "observer", what Observer takes, of this rank: from parallel_state and the model's configuration."""
+    """What Job.describe() takes, and, under "observer", what Observer takes, of this rank: from parallel_state and the model's
+    configuration."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
     if not ps.is_initialized():
@@ -129,11 +136,12 @@ def describe(config: Any) -> Dict[str, Any]:
         "dp": ps.get_data_parallel_rank(), "dp_size": ps.get_data_parallel_world_size(),  # without context-parallel peers
         "share": ((pp * cps + cp) * tps + tp, tps * cps * pps),
         "ep_ranks": ep_ranks, "experts": [ep * held + i for i in range(held)],
-        "layers": len(moe_layers(config.moe_layer_freq, config.num_layers)), "n_experts": n_experts, "topk": config.moe_router_topk,
+        "layers": len(moe_layers(config.moe_layer_freq, config.num_layers)), "n_experts": n_experts,
+        "topk": config.moe_router_topk,
         "framework": "megatron-core " + ".".join(map(str, version())),
         "observer": {
-            # With tensor parallelism in training Megatron demands sequence parallelism: peers route different tokens. Without it they
-            # would all route the same, and one counts.
+            # With tensor parallelism in training Megatron demands sequence parallelism: peers route different tokens. Without
+            # it they would all route the same, and one counts.
             "gives_counts": tp == 0 or bool(config.sequence_parallel), "gives_tokens": tp == 0 and pp == 0,
             "piece": (cp, cps), "deal": "zigzag",
         },
@@ -203,7 +211,7 @@ def patch_model(module: Any) -> None:
         import torch
         if not self.training or not torch.is_grad_enabled():
             return False
-        if argument(where, "inference_context", args, kwargs) is not None or argument(where, "inference_params", args, kwargs) is not None:
+        if any(argument(where, name, args, kwargs) is not None for name in ("inference_context", "inference_params")):
             return False
         chunk = getattr(self, "vp_stage", None) or 0
         mine = _chunks.get(chunk)

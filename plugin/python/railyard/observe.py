@@ -36,7 +36,8 @@ RETELL = 2.0  # seconds between two looks for the places
 
 
 def watched(n: int, dp_size: int, b: int) -> bool:
-    """Whether micro-batch n (from 0, of each data-parallel rank) is watched: the same on all ranks, by nothing but these numbers."""
+    """Whether micro-batch n (from 0, of each data-parallel rank) is watched: the same on all ranks, by nothing but these
+    numbers."""
     return n * dp_size * b < DENSE or n % SPARSE == 0
 
 
@@ -51,16 +52,17 @@ def _narrow(a: np.ndarray) -> np.ndarray:
 class Seen:
     """One rank's part of one micro-batch.
 
-    n: number of the micro-batch; chunk: of the model (virtual pipeline stages); dp: data-parallel index. positions[i]: tokens of each sample
-    that were counted for layers[i]. counts[layers][b][experts]; distinct[layers][b][places] or None; tokens[b][s] or None: part
-    `piece` = (index, of) of the samples' tokens, dealt as `deal` says ("plain": one after the other; "zigzag": Megatron's, chunk i and chunk
-    2 · of − 1 − i).
+    n: number of the micro-batch; chunk: of the model (virtual pipeline stages); dp: data-parallel index. positions[i]: tokens
+    of each sample that were counted for layers[i]. counts[layers][b][experts]; distinct[layers][b][places] or None;
+    tokens[b][s] or None: part `piece` = (index, of) of the samples' tokens, dealt as `deal` says ("plain": one after the
+    other; "zigzag": Megatron's, chunk i and chunk 2 · of − 1 − i).
     """
 
     __slots__ = ("n", "chunk", "dp", "b", "layers", "positions", "counts", "distinct", "tokens", "piece", "deal")
 
     def __init__(self, n: int, chunk: int, dp: int, b: int, layers: Sequence[int], positions: Sequence[int], counts: np.ndarray,
-                 distinct: Optional[np.ndarray], tokens: Optional[np.ndarray], piece: Tuple[int, int] = (0, 1), deal: str = "plain"):
+                 distinct: Optional[np.ndarray], tokens: Optional[np.ndarray], piece: Tuple[int, int] = (0, 1),
+                 deal: str = "plain"):
         self.n, self.chunk, self.dp, self.b = n, chunk, dp, b
         self.layers, self.positions = list(layers), list(positions)
         self.counts, self.distinct, self.tokens = counts, distinct, tokens
@@ -75,7 +77,8 @@ class Seen:
             a = _narrow(a)
             shapes.append([a.dtype.str, list(a.shape)])
             arrays.append(a.tobytes())
-        head = json.dumps({"n": self.n, "chunk": self.chunk, "dp": self.dp, "b": self.b, "layers": self.layers, "positions": self.positions,
+        head = json.dumps({"n": self.n, "chunk": self.chunk, "dp": self.dp, "b": self.b, "layers": self.layers,
+                           "positions": self.positions,
                            "piece": self.piece, "deal": self.deal, "arrays": shapes}, separators=(",", ":")).encode()
         return b"".join([MAGIC, struct.pack("<HI", VERSION, len(head)), head] + arrays)
 
@@ -103,7 +106,8 @@ class Seen:
                 a = np.frombuffer(message, shape[0], n, at).reshape(shape[1])
                 at += a.nbytes
                 arrays.append(a)
-            seen = Seen(head["n"], head["chunk"], head["dp"], head["b"], head["layers"], head["positions"], arrays[0], arrays[1], arrays[2],
+            seen = Seen(head["n"], head["chunk"], head["dp"], head["b"], head["layers"], head["positions"], arrays[0], arrays[1],
+                        arrays[2],
                         head["piece"], head["deal"])
         except (KeyError, IndexError, TypeError, UnicodeDecodeError) as e:
             raise ValueError("a malformed observation: %s" % e)
@@ -130,8 +134,10 @@ def places_of(text: bytes, layers: int, experts: int) -> np.ndarray:
     """[layers][experts][places] of 0 and 1, float32. ValueError where the text is for another model."""
     told = json.loads(bytes(text))
     rows = np.asarray(told["expert_place"], dtype=np.int64)
-    if rows.ndim != 2 or rows.shape[0] not in (1, layers) or rows.shape[1] != experts or rows.min() < 0 or rows.max() >= told["places"]:
-        raise ValueError("places of %s experts by layer; this model has %d layers of %d experts" % (list(rows.shape), layers, experts))
+    fits = rows.ndim == 2 and rows.shape[0] in (1, layers) and rows.shape[1] == experts
+    if not fits or rows.min() < 0 or rows.max() >= told["places"]:
+        raise ValueError("places of %s experts by layer; this model has %d layers of %d experts" %
+                         (list(rows.shape), layers, experts))
     one = (rows[:, :, None] == np.arange(told["places"])).astype(np.float32)
     return np.array(np.broadcast_to(one, (layers, experts, told["places"])), order="C")
 
@@ -140,7 +146,8 @@ def places_of(text: bytes, layers: int, experts: int) -> np.ndarray:
 
 
 class _Slot:
-    """Buffers for one micro-batch: counts [layers][b][experts], distinct [layers][b][places], tokens [b][s], one after the other in int32."""
+    """Buffers for one micro-batch: counts [layers][b][experts], distinct [layers][b][places], tokens [b][s], one after the
+    other in int32."""
 
     def __init__(self, observer: "Observer", key):
         device, b, s, places = key
@@ -169,9 +176,10 @@ class _Slot:
 class Observer:
     """A rank's observations. Called from the thread that runs forward passes; only the sending is another thread's.
 
-    layers, experts: of the whole model; gives_counts: False where a peer counts the same tokens (tensor parallelism without sequence
-    parallelism); gives_tokens: False where a peer sends the same tokens; piece, deal: which part of each sample's sequence its tokens are (Seen).
-    until(): text where there is no use in watching any more, else None; called by the sending thread. say: module with info, warn.
+    layers, experts: of the whole model; gives_counts: False where a peer counts the same tokens (tensor parallelism without
+    sequence parallelism); gives_tokens: False where a peer sends the same tokens; piece, deal: which part of each sample's
+    sequence its tokens are (Seen). until(): text where there is no use in watching any more, else None; called by the sending
+    thread. say: module with info, warn.
     """
 
     def __init__(self, board, rank: int, dp: int, dp_size: int, layers: int, experts: int, gives_counts: bool = True,
@@ -252,8 +260,8 @@ class Observer:
     def layer(self, number: int, routing, b: int, batch_first: bool = False) -> None:
         """Routing of layer `number` (of those with experts, from 0) of the open micro-batch; ignored where none is open.
 
-        routing: [T, experts], not zero where a token goes; or integers [k, T]: experts, negative where there is none. Of b samples, whose tokens lie
-        at s · b + sample, or, batch_first, at sample · (T / b) + s.
+        routing: [T, experts], not zero where a token goes; or integers [k, T]: experts, negative where there is none. Of b
+        samples, whose tokens lie at s · b + sample, or, batch_first, at sample · (T / b) + s.
         """
         if not self.opened or self.over is not None or not self.gives_counts:
             return
@@ -278,7 +286,8 @@ class Observer:
                 chosen = routing if routing.dtype == torch.bool else routing.ne(0)
             total = chosen.shape[0]
             if chosen.shape[1] != self.experts or slot.b != b or total % b:
-                return self.stop("routing of shape %s for %d samples and %d experts" % (tuple(chosen.shape), slot.b, self.experts))
+                return self.stop("routing of shape %s for %d samples and %d experts" %
+                                 (tuple(chosen.shape), slot.b, self.experts))
             positions = total // b
             shape = (b, positions, -1) if batch_first else (positions, b, -1)
             along = 1 if batch_first else 0
@@ -321,7 +330,8 @@ class Observer:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_all, name="railyard-seen", daemon=True)
                 self._thread.start()
-                atexit.register(self.finish, 3.0)  # a thread inside the store's client when the interpreter goes away could abort the process
+                # A thread inside the store's client when the interpreter goes away could abort the process.
+                atexit.register(self.finish, 3.0)
             self._queue.put(slot)
         try:
             while True:
@@ -431,7 +441,8 @@ class Observer:
                         self._told = places_of(text, self.layers, self.experts)
         except Exception as e:  # the job goes on, unwatched
             self.over = self.over or "sending failed"
-            (self.say.info if self._ending else self.say.warn)("no more watching of routing on this rank: %s: %s" % (type(e).__name__, e))
+            tell = self.say.info if self._ending else self.say.warn
+            tell("no more watching of routing on this rank: %s: %s" % (type(e).__name__, e))
 
     def _read(self, slot: _Slot) -> Seen:
         flat = slot.host.numpy()
@@ -440,8 +451,11 @@ class Observer:
         distinct = None
         if slot.places:
             distinct = flat[slot.n_counts:slot.n_counts + slot.n_distinct].reshape(self.layers, slot.b, slot.places)[layers]
-        tokens = flat[slot.n_counts + slot.n_distinct:].reshape(slot.b, slot.s).view(np.uint32).copy() if slot.has_tokens else None
-        return Seen(slot.n, slot.chunk, self.dp, slot.b, layers, [slot.rows[l] for l in layers], counts, distinct, tokens, self.piece, self.deal)
+        tokens = None
+        if slot.has_tokens:
+            tokens = flat[slot.n_counts + slot.n_distinct:].reshape(slot.b, slot.s).view(np.uint32).copy()
+        return Seen(slot.n, slot.chunk, self.dp, slot.b, layers, [slot.rows[l] for l in layers], counts, distinct, tokens,
+                    self.piece, self.deal)
 
 
 # --- The leader ---
@@ -497,12 +511,13 @@ class _Partial:
 class Collector:
     """The leader's reading of observations: adds parts up and tells whole samples to `live`. One thread.
 
-    rank_place[dp]: place of each data-parallel index; expert_place[layers][experts]: by the numbers that routers use; numbers[layers][experts]: what these
-    are in the checkpoint (None: the same). record: folder to record into ("": none).
+    rank_place[dp]: place of each data-parallel index; expert_place[layers][experts]: by the numbers that routers use;
+    numbers[layers][experts]: what these are in the checkpoint (None: the same). record: folder to record into ("": none).
     """
 
     def __init__(self, board, world: int, live, layers: int, experts: int, places: int, rank_place: Sequence[int],
-                 expert_place: Sequence[Sequence[int]], numbers: Optional[Sequence[Sequence[int]]] = None, record: str = "", say=None,
+                 expert_place: Sequence[Sequence[int]], numbers: Optional[Sequence[Sequence[int]]] = None, record: str = "",
+                 say=None,
                  clock: Callable[[], float] = time.monotonic):
         if say is None:
             from . import say
