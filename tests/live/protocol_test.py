@@ -166,7 +166,7 @@ class FakeLive:
 
     def __init__(self, world, samples, ranks, **_):
         self.world, self.n, self.random = world, samples * ranks, random.Random(world.sim.random.random())
-        self.sure_at = world.sim.now + self.random.choice([0, 0, 0.2, 2])
+        self.sure_at = world.sim.now + self.random.choice([0, 0, 0, 1])
 
     def state(self):
         self.world.fail("live.state")
@@ -189,11 +189,11 @@ class World:
         r = self.random = random.Random(seed + 1)
         self.size, self.mbs = r.choice([2, 2, 3, 4]), r.choice([1, 1, 2])
         self.lists = r.choice([1, 2, 2, 3])
-        self.epochs, self.abandon = r.choice([1, 2, 2]), r.choice([None, None, r.randrange(1, 20)])
+        self.epochs, self.abandon = r.choice([1, 2, 2]), r.choice([None, None, None, r.randrange(1, 30)])
         self.kind = r.choice(["sequential", "sequential", "shuffled", "sharded"])
-        self.total = self.mbs * self.size * r.randrange(6, 24) + r.randrange(self.mbs * self.size)
+        self.total = self.mbs * self.size * r.choice([8, 16, 40]) + r.randrange(self.mbs * self.size)
         self.consumed, self.drop_last = r.choice([0, 0, self.mbs * self.size * 2]), r.random() < 0.7
-        self.step = r.choice([0, 0.1, 0.3, 1])
+        self.step = r.choice([0, 0.3, 1, 3])
         self.ahead = r.randrange(1, 5)  # lists that a rank may be ahead of another
         self.trouble = r.choice([None, None, None, "once", "once", "once", "always", "always", "no adapter", "kill", "kill thread", "late", "settings", "late hello"])
         self.victim = r.randrange(self.size)
@@ -395,7 +395,7 @@ def main():
     for trouble in sorted(runs, key=str):
         print(f"  {str(trouble):12} {runs[trouble]:5} schedules, {with_placed[trouble]:5} of them with lists placed ({lists[trouble]})")
     # Or the test would show nothing.
-    enough = runs[None] < 50 or (with_placed[None] > runs[None] // 2 and with_placed["once"] > runs["once"] // 4)
+    enough = runs[None] < 50 or (with_placed[None] > runs[None] // 4 and with_placed["once"] > runs["once"] // 8)
     never = [t for t in ("no adapter", "settings") if lists[t]]
     if not enough or never:
         sys.exit(f"too little was placed, or something where nothing may be: {never}")
