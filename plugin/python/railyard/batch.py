@@ -26,16 +26,20 @@ AS_DEALT = b'{"order": null}'
 
 
 class Window:
-    """Consecutive lists of an iteration, planned at once. Known by its digest: whoever draws the same lists obeys the same decision."""
+    """Consecutive lists of an iteration, planned at once. Known by a digest of them, and of how often this process has run through lists before: whoever
+    draws the same lists obeys the same decision, and no decision is obeyed twice. A rank that has run through more than the others has other
+    digests, and nothing is ordered."""
 
-    __slots__ = ("stream", "iteration", "number", "first", "lists", "n", "digest", "order", "tokens", "reader", "closed", "plan")
+    __slots__ = ("stream", "iteration", "number", "first", "lists", "n", "digest", "value", "waited", "order", "tokens", "reader", "closed", "plan")
 
-    def __init__(self, stream: int, iteration: int, number: int, first: int, lists: List[List[int]], dealing: Dealing) -> None:
+    def __init__(self, stream: int, iteration: int, number: int, first: int, lists: List[List[int]], dealing: Dealing, turn: int) -> None:
         self.stream, self.iteration, self.number, self.first, self.lists = stream, iteration, number, first, lists
         self.n = dealing.mbs * dealing.size
         words = array("q", [k for one in lists for k in one])
-        head = f"{dealing.kind} {dealing.mbs} {dealing.size} {dealing.samples} {len(lists)} "
+        head = f"{dealing.kind} {dealing.mbs} {dealing.size} {dealing.samples} {first} {len(lists)} {turn} "
         self.digest = hashlib.blake2b(head.encode() + words.tobytes(), digest_size=15).hexdigest()
+        self.value: Optional[bytes] = None  # the decision that stands, once it was read
+        self.waited = 0.0  # seconds, for the decision
         self.order: Optional[List[List[int]]] = None
         self.tokens: List[List[bytes]] = []  # of the lists, as far as the leader has read them
         self.reader: Any = None
@@ -78,6 +82,7 @@ class Iteration:
     def __init__(self, placed: "PlacedSampler", job: jobs.Job) -> None:
         self.job, self.dealing, self.source = job, placed.dealing, placed.source
         self.stream, self.number = placed.stream, placed.iterations
+        self.turn = job.turns
         self.lists = Lists(self.dealing.lists())
         self.window: Optional[Window] = None
         self.position = 0  # in the window: of the next list drawn
@@ -125,7 +130,7 @@ class Iteration:
             if one is None:
                 break
             lists.append(one)
-        return Window(self.stream, self.number, number, first, lists, self.dealing) if lists else None
+        return Window(self.stream, self.number, number, first, lists, self.dealing, self.turn) if lists else None
 
     def _look_ahead(self) -> None:
         """Gets the next window's lists and says so: from there on this rank can obey whatever is decided."""
@@ -143,15 +148,20 @@ class Iteration:
         """Reads what was decided of this window. The first one of an iteration is as dealt on every rank: nobody can have planned it."""
         if window.number == 0:
             return
+        if window.value is not None:
+            return  # the second try
+        if window.number == 1:
+            self.job.turns = max(self.job.turns, self.turn + 1)
         leader, claim = self.leader, AS_DEALT if self.job.rank == 0 else None
         if leader is not None:
             claim = leader.reached(window)
         value = self._decision(window, claim)
         window.order = decode(value, len(window.lists), window.n)
+        window.value = value
         if ends(value) is not None:
             self.over = True
         if leader is not None:
-            leader.settled(window, value)
+            leader.settled(window)
 
     def _decision(self, window: Window, claim: Optional[bytes]) -> bytes:
         """What stands of this window: `claim` at the latest, for the leader; the others wait for him, but not for ever."""
@@ -160,7 +170,7 @@ class Iteration:
             try:
                 value = board.get(key)
                 if value is None and claim is None:
-                    value = self._wait(key)
+                    value = self._wait(key, window)
                 return value if value is not None else board.claim(key, claim or AS_DEALT)
             except Exception as e:
                 if left == 0:
@@ -168,19 +178,18 @@ class Iteration:
                 say.debug(f"the board does not answer, asked again: {say.failure(e)}")
         raise AssertionError
 
-    def _wait(self, key: str) -> Optional[bytes]:
+    def _wait(self, key: str, window: Window) -> Optional[bytes]:
         """Waits for the leader until he answers, placement is off, or patience is over: twice in a row, then not any more."""
         job = self.job
         patience = job.patience() if job.waited_in_vain < 2 else 0.0
-        waited = 0.0
-        while waited < patience and job.stopped(now=waited > 0) is None:
-            part = min(1.0 if waited else 0.1, patience - waited)
+        while window.waited < patience and job.stopped(now=window.waited > 0) is None:
+            part = min(1.0 if window.waited else 0.1, patience - window.waited)
+            window.waited += part
             value = job.board.wait(key, part)
             if value is not None:
                 job.waited_in_vain = 0
                 return value
-            waited += part
-        if patience and waited >= patience:
+        if 0 < patience <= window.waited:
             job.waited_in_vain += 1
             say.warn(f"the leader (rank 0) has not decided on a window in {patience:g} s (RAILYARD_PATIENCE): samples stay as they are dealt there")
         return None

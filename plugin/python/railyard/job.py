@@ -100,6 +100,7 @@ class Job:
         self.hello: Optional[Dict[str, Any]] = None  # once it was said
         self._described = False
         self.leader: Any = None  # planner.Leader, on rank 0 from describe() on
+        self.turns = 0  # of iterations that came to a window about which the board was asked
         self.streams = 0  # data loaders that samples were drawn from
         self.waited_in_vain = 0  # times in a row that the leader did not answer
         self._off: Optional[str] = None

@@ -19,7 +19,7 @@ from . import job as jobs
 from . import say, tokens
 from .batch import AS_DEALT, Iteration, Window, encode
 
-KEPT = 256  # windows whose decisions stay on the board. No rank of a job is so many behind another.
+KEPT = 64  # windows whose decisions stay on the board: no rank of a job is so far behind another
 SAVE = 60.0  # seconds between two savings of the home model
 COLLECT = 1.0  # seconds between two looks for observations
 WITHOUT = 15.0  # seconds that observations wait for a data loader, which knows how many samples a rank has in a list
@@ -43,11 +43,11 @@ class Leader:
         self._patience = job.patience()
         self._lock = threading.Lock()
         self._open: List[Tuple[Iteration, Window]] = []
-        self._done: Deque[Tuple[Window, bytes]] = collections.deque()
+        self._done: Deque[Window] = collections.deque()
         self._iterations: List[Iteration] = []  # that have readers
         self._streams: Dict[int, Dict[int, Dict[str, Any]]] = {}
         self._bad_streams: Dict[int, str] = {}
-        self._kept: "collections.OrderedDict[str, None]" = collections.OrderedDict()
+        self._kept: Deque[str] = collections.deque()  # their digests
         self._samples: Optional[int] = None
         self._began = self._collected = self._saved = self._told = clock()
         self._seen_at: Optional[float] = None
@@ -94,9 +94,9 @@ class Leader:
             return AS_DEALT
         return json.dumps({"end": off or self.why}).encode()
 
-    def settled(self, window: Window, value: bytes) -> None:
-        """What stands of a window, once rank 0 knows."""
-        self._done.append((window, value))
+    def settled(self, window: Window) -> None:
+        """What stands of a window is known to rank 0."""
+        self._done.append(window)
         self._wake.set()
 
     # ---- the thread ----
@@ -343,14 +343,11 @@ class Leader:
 
     def _finish_windows(self) -> None:
         while self._done:
-            window, value = self._done.popleft()
-            fresh = window.digest not in self._kept
-            self._kept[window.digest] = None
-            self._kept.move_to_end(window.digest)
-            while len(self._kept) > KEPT:
-                self.job.board.drop(f"window/{self._kept.popitem(last=False)[0]}")
-            if fresh or window.order is not None:
-                self._count(window)
+            window = self._done.popleft()
+            self._kept.append(window.digest)
+            if len(self._kept) > KEPT:
+                self.job.board.drop(f"window/{self._kept.popleft()}")
+            self._count(window)
             if self._record and self._places:
                 self._write(window)
 
