@@ -13,6 +13,7 @@ int cmd_calibrate(int argc, char **argv);
 int cmd_emu(int argc, char **argv);
 int cmd_env(int argc, char **argv);
 int cmd_plan(int argc, char **argv);
+int cmd_run(int argc, char **argv);
 int cmd_sim(int argc, char **argv);
 int cmd_topo(int argc, char **argv);
 int cmd_explain(int argc, char **argv);

@@ -17,6 +17,7 @@ static const struct command {
     {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
     {"plan", "what placing samples where their experts are would save, on recorded routing", cmd_plan},
+    {"run", "run a job with Railyard preloaded, and with its part in Python: torchrun and the like", cmd_run},
     {"sim", "what a job's exchanges would take on another cluster, by placement and strategy", cmd_sim},
     {"topo", "show this node's topology, or a saved one: text, JSON, hwloc XML or a picture", cmd_topo},
     {"explain", "show the plan of an exchange in words and as a picture, and what it changes", cmd_explain},

@@ -2,6 +2,7 @@
 #include "where.h"
 
 #include <limits.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
@@ -16,6 +17,7 @@ int ry_where(enum ry_where what, char out[4096], struct ry_err *err)
         [RY_WHERE_BENCH] = {RY_BIN_TO_LIBEXEC "/railyard/railyard-bench", "../bench/railyard-bench"},
         [RY_WHERE_CALIBRATE] = {RY_BIN_TO_LIBEXEC "/railyard/railyard-calibrate", "../calibrate/railyard-calibrate"},
         [RY_WHERE_TOOL_DIR] = {".", "."},
+        [RY_WHERE_PYTHON] = {RY_BIN_TO_LIB "/railyard/python", RY_SOURCES "/plugin/python"}, /* in a build: of the sources */
     };
     char dir[PATH_MAX], tried[2][PATH_MAX + 128];
     ssize_t n = readlink("/proc/self/exe", dir, sizeof dir - 1);
@@ -24,7 +26,8 @@ int ry_where(enum ry_where what, char out[4096], struct ry_err *err)
     dir[n] = 0;
     *strrchr(dir, '/') = 0;
     for (int i = 0; i < 2; i++) {
-        snprintf(tried[i], sizeof tried[i], "%s/%s", dir, places[what][i]);
+        bool absolute = places[what][i][0] == '/';
+        snprintf(tried[i], sizeof tried[i], "%s%s%s", absolute ? "" : dir, absolute ? "" : "/", places[what][i]);
         char real[PATH_MAX];
         if (realpath(tried[i], real) && !access(real, R_OK)) {
             snprintf(out, 4096, "%s", real);

@@ -11,6 +11,7 @@ Started by sitecustomize.py beside this package, never imported by a user. docs/
   planner.py    the leader's windows: reads tokens ahead, asks the library, claims
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
   experts.py    experts moved between ranks at start                                    (torch)
+  adapt.py      what the adapters of frameworks share: findings, wrapping, joining
   megatron.py   Megatron-core: what to wrap, what to refuse, who holds what             (megatron)
   deepspeed.py  DeepSpeed: the same                                                     (deepspeed)
 """
