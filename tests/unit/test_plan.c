@@ -62,8 +62,8 @@ static void check_job(struct job *job)
 
 START_TEST(random_jobs)
 {
-    for (int round = 0; round < 400; round++) {
-        int n = round < 200 ? 1 + (int)rnd(12) : 1 + (int)rnd(64);
+    for (int round = 0; round < ROUNDS_OF(400); round++) {
+        int n = round % 2 ? 1 + (int)rnd(12) : 1 + (int)rnd(64);
         static const uint64_t most[] = {1, 7, 4099, UINT64_C(1) << 33, (UINT64_C(1) << 40) + 3};
         struct job job = random_job(n, most[rnd(5)], rnd(3) == 0);
         check_job(&job);
@@ -161,7 +161,7 @@ END_TEST
 
 START_TEST(real_memory)
 {
-    for (int round = 0; round < 120; round++) {
+    for (int round = 0; round < ROUNDS_OF(120); round++) {
         struct memory mem;
         struct ry_err err = {""};
         struct job job = random_job(1 + (int)rnd(16), 1 + rnd(rnd(2) ? 9 : 700), true);

@@ -46,7 +46,7 @@ static struct ry_workload random_workload(const struct ry_cluster *c, int per_ra
 /* The loads, relays and distinct rows are what the matrix gives by the engine's own functions, on any cluster. */
 START_TEST(same_loads_as_the_engine)
 {
-    for (int round = 0; round < 60; round++) {
+    for (int round = 0; round < ROUNDS_OF(60); round++) {
         int n = 2 + (int)rnd(14), topk = 1 + (int)rnd(3), samples = 1 + (int)rnd(20), tokens = 1 + (int)rnd(30);
         struct ry_cluster *c = random_cluster(n);
         struct ry_workload w = random_workload(c, 2, samples, tokens, topk > 2 * n ? 1 : topk);
@@ -117,7 +117,7 @@ END_TEST
 START_TEST(same_times_as_plans)
 {
     double worst = 0;
-    for (int round = 0; round < 30; round++) {
+    for (int round = 0; round < ROUNDS_OF(30); round++) {
         struct ry_fabric f = small;
         f.nodes = 2 + (int)rnd(4);
         f.gpus = 1 + (int)rnd(4);
