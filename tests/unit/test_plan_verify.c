@@ -192,16 +192,15 @@ static bool mutate(struct job *job, int rank, int i, int how)
 }
 
 static const char *const mutation_names[MUTATIONS] = {
-    "drop",      "drop both",   "duplicate",   "duplicate both", "shorter",      "shorter both", "longer",
-    "zero",      "peer",        "from offset", "to offset",      "from segment", "to segment",   "swap in pair",
-    "copy late", "swap groups", "one group",   "no group",       "ngroups",      "stage bytes",  "kind",
-    "inside",    "leaves"};
+    "drop",      "drop both",   "duplicate", "duplicate both", "shorter",    "shorter both", "longer",    "zero",
+    "peer",      "from offset", "to offset", "from segment",   "to segment", "swap in pair", "copy late", "swap groups",
+    "one group", "no group",    "ngroups",   "stage bytes",    "kind",       "inside",       "leaves"};
 
 /* Every way to break a plan, often; each must be found. */
 START_TEST(mutations)
 {
     int tried[MUTATIONS] = {0};
-    for (int round = 0; round < 6000; round++) {
+    for (int round = 0; round < ROUNDS_OF(6000) || (round < 10 * 6000 && fewest(tried, MUTATIONS) < 5); round++) {
         struct ry_err err = {""};
         struct job job = random_job(2 + (int)rnd(11), 1 + rnd(600), rnd(2));
         int rank = (int)rnd((uint64_t)job.n), how = round % MUTATIONS;
@@ -301,7 +300,7 @@ static void expect_refused(int n, const uint64_t *matrix, struct ry_plan *plans,
     }
 #define PLAN(r, n, groups, stage, steps)                                                                               \
     {                                                                                                                  \
-        RY_DIRECT, r, n, groups, stage, (int)(sizeof steps / sizeof *steps), steps, 0                                     \
+        RY_DIRECT, r, n, groups, stage, (int)(sizeof steps / sizeof *steps), steps, 0                                  \
     }
 
 START_TEST(by_hand)

@@ -397,7 +397,8 @@ static void run(struct ry_sim_result *out, int nodes, double locality, struct ry
 START_TEST(locality_helps)
 {
     static struct ry_sim_result at[5], again;
-    for (int i = 0; i < 5; i++) {
+    const int step = ROUNDS_OF(5) < 5 ? 2 : 1;
+    for (int i = 0; i < 5; i += step) {
         run(&at[i], 4, i / 4.0, NULL);
         const struct ry_sim_placed *p = at[i].at;
         ck_assert(p[RY_PLACE_IN_ORDER].done && p[RY_PLACE_COPLACED].done && !p[RY_PLACE_NETMOE_PREDICTED].done);
@@ -420,9 +421,9 @@ START_TEST(locality_helps)
         ck_assert_double_lt(p[RY_PLACE_IN_ORDER].by[RY_SIM_DEDUP].cross_bytes,
                             p[RY_PLACE_IN_ORDER].by[RY_SIM_PLAIN].cross_bytes);
         if (i)
-            ck_assert_double_lt(p[RY_PLACE_COPLACED].cross, at[i - 1].at[RY_PLACE_COPLACED].cross);
+            ck_assert_double_lt(p[RY_PLACE_COPLACED].cross, at[i - step].at[RY_PLACE_COPLACED].cross);
         if (i)
-            ck_assert_double_lt(p[RY_PLACE_HOMES].cross, at[i - 1].at[RY_PLACE_HOMES].cross + 0.01);
+            ck_assert_double_lt(p[RY_PLACE_HOMES].cross, at[i - step].at[RY_PLACE_HOMES].cross + 0.01);
     }
     ck_assert_double_gt(at[0].at[RY_PLACE_COPLACED].cross, 0.85); /* nothing to gain but chance */
     ck_assert_double_lt(at[4].at[RY_PLACE_COPLACED].cross, 0.1);
