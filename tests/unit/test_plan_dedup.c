@@ -266,7 +266,7 @@ static bool mutate(struct job *job, int rank, int i, int how)
 START_TEST(mutations)
 {
     int tried[MUTATIONS] = {0};
-    for (int round = 0; round < ROUNDS_OF(4000) || (round < 10 * 4000 && fewest(tried, MUTATIONS) < 10); round++) {
+    for (int round = 0; round < ROUNDS_OF(4000) || (round < 10 * 4000 && fewest(tried, MUTATIONS) < ROUNDS_OF(10)); round++) {
         struct ry_err err = {""};
         struct job job = random_job(2 + (int)rnd(9), 20 + rnd(3000), true);
         int rank = (int)rnd((uint64_t)job.n), how = round % MUTATIONS;
@@ -288,7 +288,7 @@ START_TEST(mutations)
         free_job(&job);
     }
     for (int how = 0; how < MUTATIONS; how++)
-        ck_assert_msg(tried[how] >= 10, "'%s' was tried %d times only", mutation_names[how], tried[how]);
+        ck_assert_msg(tried[how] >= ROUNDS_OF(10), "'%s' was tried %d times only", mutation_names[how], tried[how]);
 }
 END_TEST
 
