@@ -12,8 +12,8 @@ static char *buf;
 
 enum { BYTES = 2000000 };
 
-/* Milliseconds that this rank's receive (or send) took: best of five, all ranks starting together but for a few ms; of more,
- * while one of them has not been within `enough` and others may have had the processors. */
+/* Milliseconds that this rank's receive (or send) took: best of five, all ranks starting together but for a few ms; of
+ * more, while one of them has not been within `enough` and others may have had the processors. */
 static double timed(const int (*pairs)[2], int npairs, size_t bytes, double enough)
 {
     double best = 1e9, slowest = 1e9;

@@ -137,8 +137,8 @@ def case_some_ranks():
     start = time.time()
     command[-1:] = ["--digest", "--iterations", "6"]
     plain, _ = job(command, emu=())
-    # slow links, so that the job outlasts the patience
-    out, lines = job(command, {"RAILYARD_LOG": "info", "RAILYARD_PATIENCE": "0.2"}, ("--preload", "--nic", "0.005"))
+    # slow links, so that the job outlasts the patience, within which the others must have met
+    out, lines = job(command, {"RAILYARD_LOG": "info", "RAILYARD_PATIENCE": "2"}, ("--preload", "--nic", "0.001"))
     if digest(plain) != digest(out):
         fail("results differ")
     if time.time() - start > 100:

@@ -12,6 +12,7 @@
 #include "cluster.h"
 #include "plan/plan.h"
 #include "plan/verify.h"
+#include "rounds.h"
 
 /** Below `below`, which is not 0. */
 uint64_t rnd(uint64_t below);

@@ -8,6 +8,7 @@
 
 #include "place/assign.h"
 #include "place/random.h"
+#include "rounds.h"
 
 static uint64_t rng;
 static struct ry_assign *ws;
@@ -99,7 +100,7 @@ static void brute(struct brute *b, int i, int64_t sum, int moves)
 
 START_TEST(exact_equals_brute_force)
 {
-    for (int round = 0; round < 6000; round++) {
+    for (int round = 0; round < ROUNDS_OF(6000); round++) {
         int n = 1 + below(7), p = 1 + below(n > 5 ? 3 : 5);
         struct ry_assign_problem q = random_problem(n, p, below(3) ? 0 : below(4));
         struct brute b = {.p = &q, .most = n, .best = INT64_MAX};
@@ -117,7 +118,7 @@ END_TEST
 
 START_TEST(exact_equals_kuhn_munkres)
 {
-    for (int round = 0; round < 60; round++) {
+    for (int round = 0; round < ROUNDS_OF(60); round++) {
         int n = 20 + below(SAMPLES - 20), p = 2 + below(PLACES - 1);
         struct ry_assign_problem q = random_problem(n, p, below(2) ? 0 : below(60));
         int64_t exact = ry_assign(ws, RY_SOLVE_EXACT, &q, place);
@@ -133,7 +134,7 @@ END_TEST
 START_TEST(the_others_are_valid_and_never_better)
 {
     int64_t greedy = 0, heuristic = 0, best = 0;
-    for (int round = 0; round < 200; round++) {
+    for (int round = 0; round < ROUNDS_OF(200); round++) {
         struct ry_assign_problem q = random_problem(1 + below(SAMPLES), 1 + below(PLACES), below(10));
         int64_t exact = ry_assign(ws, RY_SOLVE_EXACT, &q, place);
         for (int s = 0; s < RY_SOLVERS; s++) {

@@ -387,7 +387,7 @@ START_TEST(killed_ranks_are_lost)
     publish();
     for (int r = 1; r < 4; r++)
         wait_until(atomic_load(&shared->step[r]), 20);
-    uint64_t best = UINT64_MAX; /* others may have the processors now and then */
+    uint64_t best = UINT64_MAX;   /* others may have the processors now and then */
     for (int r = 1; r < 4; r++) { /* not waited for: a zombie is dead, too */
         uint64_t t = ry_now_ns();
         kill(kids[r], SIGKILL);

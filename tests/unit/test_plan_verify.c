@@ -200,7 +200,7 @@ static const char *const mutation_names[MUTATIONS] = {
 START_TEST(mutations)
 {
     int tried[MUTATIONS] = {0};
-    for (int round = 0; round < 6000; round++) {
+    for (int round = 0; round < ROUNDS_OF(6000) || (round < 10 * 6000 && fewest(tried, MUTATIONS) < ROUNDS_OF(5)); round++) {
         struct ry_err err = {""};
         struct job job = random_job(2 + (int)rnd(11), 1 + rnd(600), rnd(2));
         int rank = (int)rnd((uint64_t)job.n), how = round % MUTATIONS;
@@ -221,7 +221,7 @@ START_TEST(mutations)
         free_job(&job);
     }
     for (int how = 0; how < MUTATIONS; how++)
-        ck_assert_msg(tried[how] >= 5, "'%s' was tried %d times only", mutation_names[how], tried[how]);
+        ck_assert_msg(tried[how] >= ROUNDS_OF(5), "'%s' was tried %d times only", mutation_names[how], tried[how]);
 }
 END_TEST
 
