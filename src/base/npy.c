@@ -26,8 +26,7 @@ static const struct {
 };
 static const char magic[6] = {'\x93', 'N', 'U', 'M', 'P', 'Y'};
 
-/* Written headers are padded so that the elements start here; four dimensions of 20 digits each still fit. */
-#define HEADER_BYTES 192
+#define HEADER_BYTES RY_NPY_HEADER_BYTES /* padded to it; four dimensions of 20 digits each still fit */
 
 const char *ry_npy_type_name(enum ry_npy_type type)
 {
@@ -284,7 +283,7 @@ static int write_all(int fd, const void *data, size_t n)
     return 0;
 }
 
-static void build_header(char h[HEADER_BYTES], enum ry_npy_type type, int ndim, const size_t *shape)
+void ry_npy_header(char h[HEADER_BYTES], enum ry_npy_type type, int ndim, const size_t *shape)
 {
     memcpy(h, magic, sizeof magic);
     h[6] = 1;
@@ -309,7 +308,7 @@ int ry_npy_save(int dirfd, const char *path, enum ry_npy_type type, int ndim, co
         return ry_fail(err, "%s: cannot be written: %s", path,
                        ndim > RY_NPY_DIMS ? "too many dimensions" : "the path is too long");
     }
-    build_header(header, type, ndim, shape);
+    ry_npy_header(header, type, ndim, shape);
     int fd = openat(dirfd, tmp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     int bad = fd < 0 || write_all(fd, header, sizeof header) ||
               write_all(fd, data, elements(ndim, shape) * types[type].bytes);

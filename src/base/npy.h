@@ -47,6 +47,12 @@ uint64_t ry_npy_get(const struct ry_npy *npy, size_t i);
  */
 int ry_npy_save(int dirfd, const char *path, enum ry_npy_type type, int ndim, const size_t *shape, const void *data,
                 struct ry_err *err);
+/* Headers written here have this length, whatever the shape: one can be written over when an array has grown. */
+#define RY_NPY_HEADER_BYTES 192
+
+/** The header of an array, for who writes elements in pieces. */
+void ry_npy_header(char out[RY_NPY_HEADER_BYTES], enum ry_npy_type type, int ndim, const size_t *shape);
+
 /** Bytes of the file that ry_npy_save() makes. */
 size_t ry_npy_file_bytes(enum ry_npy_type type, int ndim, const size_t *shape);
 

@@ -77,6 +77,16 @@ static bool parse_level(const char *s, enum ry_log_level *out)
     return false;
 }
 
+static const char *const placements[] = {"off", "watch", "batch"};
+
+static bool parse_placement(const char *s, enum ry_placement *out)
+{
+    for (int i = 0; i <= RY_PLACEMENT_BATCH; i++)
+        if (!strcasecmp(s, placements[i]))
+            return *out = (enum ry_placement)i, true;
+    return false;
+}
+
 static void show_bool(bool v, char *buf, size_t n)
 {
     snprintf(buf, n, "%d", v);
@@ -107,6 +117,11 @@ static void show_level(enum ry_log_level v, char *buf, size_t n)
     snprintf(buf, n, "%s", names[v]);
 }
 
+static void show_placement(enum ry_placement v, char *buf, size_t n)
+{
+    snprintf(buf, n, "%s", placements[v]);
+}
+
 /* What each type accepts, for the message about a malformed value. */
 #define EXPECT_bool "0 or 1"
 #define EXPECT_count "a whole number"
@@ -114,6 +129,7 @@ static void show_level(enum ry_log_level v, char *buf, size_t n)
 #define EXPECT_seconds "seconds, such as 10 or 0.5"
 #define EXPECT_text "text"
 #define EXPECT_level "error, warn, info, plan or debug"
+#define EXPECT_placement "off, watch or batch"
 
 static void add_problem(char *problems, size_t size, int *n, const char *text)
 {
@@ -199,6 +215,30 @@ int ry_settings_parse(struct ry_settings *out, char *const *env, char *problems,
         add_problem(problems, size, &n, text);
     }
     return n;
+}
+
+int ry_settings_get(const char *name, char *const *env, char *out, size_t size, struct ry_err *err)
+{
+    const char *value = NULL;
+    size_t len = strlen(name);
+    for (char *const *e = env; e && *e && !value; e++)
+        if (!strncmp(*e, name, len) && (*e)[len] == '=')
+            value = *e + len + 1;
+    char now[4096]; /* longer than any path can be */
+#define RY_SETTING(field, env_name, type, def, help)                                                                   \
+    if (!strcmp(name, env_name)) {                                                                                     \
+        ry_type_##type v;                                                                                              \
+        if (!parse_##type(value ? value : def, &v))                                                                    \
+            return ry_fail(err, env_name "='%s' is not %s", value ? value : def, EXPECT_##type);                       \
+        show_##type(v, now, sizeof now);                                                                               \
+        if (strlen(now) >= size || (value && strlen(value) >= sizeof now))                                             \
+            return ry_fail(err, env_name " is longer than %zu bytes", size < sizeof now ? size : sizeof now);          \
+        memcpy(out, now, strlen(now) + 1);                                                                             \
+        return (int)strlen(now);                                                                                       \
+    }
+#include "settings.def"
+#undef RY_SETTING
+    return ry_fail(err, "there is no setting %s", name);
 }
 
 void ry_settings_print(const struct ry_settings *s, FILE *f, bool markdown)

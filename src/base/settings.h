@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "error.h"
 #include "log.h"
 
 typedef bool ry_type_bool;
@@ -23,6 +24,7 @@ typedef uint64_t ry_type_size;
 typedef double ry_type_seconds;
 typedef const char *ry_type_text; /* points into the environment given to ry_settings_parse, or at the default */
 typedef enum ry_log_level ry_type_level;
+typedef enum ry_placement { RY_PLACEMENT_OFF, RY_PLACEMENT_WATCH, RY_PLACEMENT_BATCH } ry_type_placement;
 
 struct ry_settings {
 #define RY_SETTING(field, name, type, def, help) ry_type_##type field;
@@ -36,6 +38,10 @@ struct ry_settings {
  * Returns the number of problems.
  */
 int ry_settings_parse(struct ry_settings *out, char *const *env, char *problems, size_t size);
+
+/** One setting, by its RAILYARD_ name, as text into out[size]: its value in `env`, else its default. Returns the text's
+ * length; -1 with `err` where there is no such setting, `env` has a malformed value, or the text does not fit. */
+int ry_settings_get(const char *name, char *const *env, char *out, size_t size, struct ry_err *err);
 
 /** Print the table (name, type, default, value in force, help) of `s` to `f`: as aligned text, or as Markdown rows. */
 void ry_settings_print(const struct ry_settings *s, FILE *f, bool markdown);

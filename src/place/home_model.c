@@ -94,7 +94,7 @@ uint64_t ry_home_map_id(const int *expert_node, int layers, int experts)
     return XXH64(expert_node, (size_t)layers * (size_t)experts * sizeof *expert_node, (uint64_t)layers);
 }
 
-static unsigned bucket_of(const struct ry_home_model *m, uint16_t token)
+static unsigned bucket_of(const struct ry_home_model *m, uint32_t token)
 {
     uint64_t state = m->o.seed ^ (uint64_t)token << 20;
     return (unsigned)(ry_random(&state) & (uint64_t)(m->o.buckets - 1));
@@ -102,7 +102,7 @@ static unsigned bucket_of(const struct ry_home_model *m, uint16_t token)
 
 /* The sample as a vector: bucket[] and value[] (room for n or all buckets each, whichever is less); returns how many.
  */
-static int features(const struct ry_home_model *m, const uint16_t *tokens, int n, uint16_t *bucket, float *value)
+static int features(const struct ry_home_model *m, const uint32_t *tokens, int n, uint16_t *bucket, float *value)
 {
     uint32_t count[MOST_BUCKETS];
     int used = 0;
@@ -181,7 +181,7 @@ static void judge(struct ry_home_model *m, const double *seen, const double *pre
     m->sums.got += rate * (seen[at] - m->sums.got);
 }
 
-int ry_home_model_observe(struct ry_home_model *m, const uint16_t *tokens, int n, const double *rows,
+int ry_home_model_observe(struct ry_home_model *m, const uint32_t *tokens, int n, const double *rows,
                           struct ry_err *err)
 {
     double total = 0, share[RY_HOME_NODES], predicted[RY_HOME_NODES];
@@ -278,7 +278,7 @@ double ry_home_model_settle(struct ry_home_model *m, int rounds, double toleranc
     return most;
 }
 
-void ry_home_model_predict(const struct ry_home_model *m, const uint16_t *tokens, int n, float *shares)
+void ry_home_model_predict(const struct ry_home_model *m, const uint32_t *tokens, int n, float *shares)
 {
     double out[RY_HOME_NODES];
     uint16_t bucket[MOST_BUCKETS];
@@ -300,7 +300,8 @@ void ry_home_model_trust(const struct ry_home_model *m, struct ry_home_trust *t)
                  SURE_SAMPLES);
     else
         snprintf(t->why, sizeof t->why,
-                 "%s: the node that tokens tell keeps %.1f %% more than an even share, the best one %.1f %%",
+                 "%s: at the node that its tokens tell, a sample keeps %.1f %% more of its traffic than by lot, at its best "
+                 "one %.1f %%",
                  t->sure ? "sure" : "not sure", 100 * m->sums.got, 100 * m->sums.best);
 }
 

@@ -50,7 +50,7 @@ uint64_t ry_home_map_id(const int *expert_node, int layers, int experts);
 
 /** Learn from one sample: rows that it exchanged with each node, in any unit. -1 with `err` where one is negative, no
  * number, or all are 0; the model is then as it was. */
-int ry_home_model_observe(struct ry_home_model *model, const uint16_t *tokens, int n, const double *rows,
+int ry_home_model_observe(struct ry_home_model *model, const uint32_t *tokens, int n, const double *rows,
                           struct ry_err *err);
 
 /** Solve the window's regression: conjugate gradients until no multiplier is off by more than `tolerance` (shares; 1e-6
@@ -59,7 +59,7 @@ double ry_home_model_settle(struct ry_home_model *model, int rounds, double tole
 
 /** Expected shares[nodes] of the sample's traffic; they sum to 1 or nearly so. Even shares before anything is learned.
  */
-void ry_home_model_predict(const struct ry_home_model *model, const uint16_t *tokens, int n, float *shares);
+void ry_home_model_predict(const struct ry_home_model *model, const uint32_t *tokens, int n, float *shares);
 
 /** How sure it is, from the last thousand samples or so, each predicted before it was learned from. */
 struct ry_home_trust {

@@ -54,13 +54,13 @@ static const char *index_text(const struct ry_npy *a, size_t i, char out[128])
     return out;
 }
 
-/* All elements as whole numbers up to `most`, of `bytes` (1, 2) each: in place if they are so already. */
+/* All elements as whole numbers up to `most`, of `bytes` (1, 2, 4) each: in place if they are so already. */
 static const void *elements(struct ry_npy *a, const char *path, const char *key, uint64_t most, size_t bytes,
                             void **owned, struct ry_err *err)
 {
     char at[128];
-    bool in_place = (bytes == 1 && a->type == RY_NPY_U8) || (bytes == 2 && a->type == RY_NPY_U16);
-    uint64_t limit = bytes == 1 ? UINT8_MAX : UINT16_MAX;
+    bool in_place = a->type == (bytes == 1 ? RY_NPY_U8 : bytes == 2 ? RY_NPY_U16 : RY_NPY_U32);
+    uint64_t limit = bytes == 1 ? UINT8_MAX : bytes == 2 ? UINT16_MAX : UINT32_MAX;
     if (!in_place) {
         *owned = malloc(a->count * bytes + 1);
         if (!*owned) {
@@ -92,10 +92,14 @@ static const void *elements(struct ry_npy *a, const char *path, const char *key,
                 return NULL;
             }
         }
-        if (!in_place && bytes == 1)
+        if (in_place)
+            continue;
+        if (bytes == 1)
             ((uint8_t *)*owned)[i] = (uint8_t)v;
-        else if (!in_place)
+        else if (bytes == 2)
             ((uint16_t *)*owned)[i] = (uint16_t)v;
+        else
+            ((uint32_t *)*owned)[i] = (uint32_t)v;
     }
     return in_place ? a->data : *owned;
 }
@@ -116,6 +120,10 @@ static int open_array(const struct meta *m, const char *key, int ndim, const siz
     if (ry_npy_open(out, path, m->err))
         return -1;
     bool same = out->ndim == ndim;
+    if (same && json_is_true(json_object_get(m->json, "growing")) && out->shape[0] > shape[0]) {
+        out->count = out->count / out->shape[0] * shape[0];
+        out->shape[0] = shape[0];
+    }
     for (int d = 0; d < ndim && same; d++)
         same = out->shape[d] == shape[d];
     if (same)
@@ -223,10 +231,18 @@ static int read_arrays(struct ry_routing *r, const struct meta *m)
     got = open_array(m, "tokens", 2, (size_t[]){S, T}, path, &r->maps[TOKENS]);
     if (got < 0)
         return -1;
-    if (!got &&
-        !(r->tokens = elements(&r->maps[TOKENS], path, "tokens",
-                               r->vocabulary ? (uint64_t)r->vocabulary - 1 : UINT16_MAX, 2, &r->owned[TOKENS], m->err)))
-        return -1;
+    if (!got) {
+        bool narrow = r->maps[TOKENS].type == RY_NPY_U8 || r->maps[TOKENS].type == RY_NPY_U16;
+        const void *t =
+            elements(&r->maps[TOKENS], path, "tokens", r->vocabulary ? (uint64_t)r->vocabulary - 1 : UINT32_MAX,
+                     narrow ? 2 : 4, &r->owned[TOKENS], m->err);
+        if (!t)
+            return -1;
+        if (narrow)
+            r->tokens16 = t;
+        else
+            r->tokens32 = t;
+    }
     got = open_array(m, "domain", 1, (size_t[]){S}, path, &r->maps[DOMAIN]);
     if (got < 0)
         return -1;
@@ -241,10 +257,10 @@ static int read_meta(struct ry_routing *r, const struct meta *m)
 {
     if (!json_is_object(m->json))
         return ry_fail(m->err, "%s: is no JSON object", m->path);
-    if (read_int(m, "samples", 1, 1 << 28, true, &r->samples) || read_int(m, "layers", 1, 65536, true, &r->layers) ||
-        read_int(m, "experts", 1, 65536, true, &r->experts) ||
+    if (read_int(m, "samples", 1, RY_ROUTING_SAMPLES, true, &r->samples) || read_int(m, "layers", 1, RY_ROUTING_LAYERS, true, &r->layers) ||
+        read_int(m, "experts", 1, RY_ROUTING_EXPERTS, true, &r->experts) ||
         read_int(m, "topk", 1, RY_ROUTING_TOPK < r->experts ? RY_ROUTING_TOPK : r->experts, true, &r->topk) ||
-        read_int(m, "tokens_per_sample", 1, 1 << 24, true, &r->tokens_per_sample) ||
+        read_int(m, "tokens_per_sample", 1, RY_ROUTING_TOKENS, true, &r->tokens_per_sample) ||
         read_int(m, "choice_samples", 0, r->samples, false, &r->choice_samples) ||
         read_int(m, "vocabulary", 1, 1 << 30, false, &r->vocabulary))
         return -1;
@@ -338,7 +354,8 @@ int ry_routing_save(const struct ry_routing *r, const char *dir, struct ry_err *
     SAVE("counts.npy", RY_NPY_U16, 3, r->counts, S, L, (size_t)r->experts)
     SAVE("choices.npy", RY_NPY_U8, 4, r->choices8, (size_t)r->choice_samples, L, T, (size_t)r->topk)
     SAVE("choices.npy", RY_NPY_U16, 4, r->choices16, (size_t)r->choice_samples, L, T, (size_t)r->topk)
-    SAVE("tokens.npy", RY_NPY_U16, 2, r->tokens, S, T)
+    SAVE("tokens.npy", RY_NPY_U16, 2, r->tokens16, S, T)
+    SAVE("tokens.npy", RY_NPY_U32, 2, r->tokens32, S, T)
     SAVE("domain.npy", RY_NPY_U8, 1, r->domain, S)
 #undef SAVE
     if (failed) {
@@ -351,8 +368,8 @@ int ry_routing_save(const struct ry_routing *r, const char *dir, struct ry_err *
         json_object_set_new(meta, "choice_samples", json_integer(r->choice_samples));
         json_object_set_new(meta, "choices", json_string("choices.npy [sample][layer][token][k]: experts chosen"));
     }
-    if (r->tokens)
-        json_object_set_new(meta, "tokens", json_string("tokens.npy uint16 [sample][token]: token ids"));
+    if (ry_has_tokens(r))
+        json_object_set_new(meta, "tokens", json_string("tokens.npy [sample][token]: token ids"));
     if (r->domain)
         json_object_set_new(meta, "domain", json_string("domain.npy uint8 [sample]: index into domains"));
     if (r->ndomains) {

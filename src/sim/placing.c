@@ -68,6 +68,7 @@ struct ry_placer {
     float *ranks;       /* [samples][ranks] */
     uint16_t *recorded; /* [layers][recorded experts]: one sample's counts */
     float *next;        /* [recorded experts] */
+    uint32_t *tokens;   /* [tokens]: one sample's */
 };
 
 size_t ry_placer_memory(const struct ry_cluster *c, const struct ry_workload *w)
@@ -93,8 +94,9 @@ struct ry_placer *ry_placer_new(const struct ry_cluster *c, const struct ry_work
     p->ranks = malloc(I * R * sizeof *p->ranks);
     p->recorded = malloc(L * base * sizeof *p->recorded);
     p->next = malloc(base * sizeof *p->next);
+    p->tokens = malloc((size_t)w->tokens * sizeof *p->tokens);
     if (!p->contiguous || !p->coplaced || !p->capacity || !p->home || !p->nodes || !p->ranks || !p->recorded ||
-        !p->next) {
+        !p->next || !p->tokens) {
         ry_fail(err, "out of memory for placing %d samples on %d GPUs: it takes %.1f GB", w->samples, c->nranks,
                 (double)ry_placer_memory(c, w) / 1e9);
     } else if (!ry_experts_contiguous(p->contiguous, w->layers, w->experts, c->nranks, err) &&
@@ -121,6 +123,7 @@ void ry_placer_free(struct ry_placer *p)
     free(p->ranks);
     free(p->recorded);
     free(p->next);
+    free(p->tokens);
     free(p);
 }
 
@@ -206,7 +209,7 @@ static int learn_homes(struct ry_placer *p, struct ry_err *err)
     const struct ry_workload *w = p->w;
     const struct ry_routing *r = w->source.routing;
     int N = p->cluster->nnodes;
-    if (!r || !r->tokens)
+    if (!r || !ry_has_tokens(r))
         return ry_fail(err, "the routing has no token ids"), 1;
     if (N > RY_HOME_NODES)
         return ry_fail(err, "homes are told from tokens for up to %d nodes", RY_HOME_NODES), 1;
@@ -223,8 +226,7 @@ static int learn_homes(struct ry_placer *p, struct ry_err *err)
             for (int e = 0; e < w->experts; e++)
                 rows[p->cluster->node[rank[e]]] += (double)counts[e / w->split] / w->split;
         }
-        if (ry_home_model_observe(p->model, r->tokens + (size_t)(w->fit_first + i) * (size_t)w->tokens, w->tokens, rows,
-                                  err))
+        if (ry_home_model_observe(p->model, ry_tokens_at(r, w->fit_first + i, p->tokens), w->tokens, rows, err))
             return -1;
     }
     return 0;
@@ -308,7 +310,7 @@ static void want_from_tokens(struct ry_placer *p)
     double copies = (double)w->layers * w->tokens * w->topk;
     for (int i = 0; i < w->samples; i++) {
         float share[RY_HOME_NODES];
-        ry_home_model_predict(p->model, r->tokens + (size_t)w->recorded[i] * (size_t)w->tokens, w->tokens, share);
+        ry_home_model_predict(p->model, ry_tokens_at(r, (int)w->recorded[i], p->tokens), w->tokens, share);
         for (int n = 0; n < c->nnodes; n++)
             p->nodes[(size_t)i * (size_t)c->nnodes + (size_t)n] = share[n] > 0 ? (float)(share[n] * copies) : 0;
     }

@@ -49,11 +49,11 @@ static struct ry_home_model *fresh(struct ry_home_options o)
 }
 
 /* A sample that likes one node, its tokens telling which, all but `noise` of 256 of them. */
-static int sample(uint16_t *tokens, double *rows, int noise)
+static int sample(uint32_t *tokens, double *rows, int noise)
 {
     int node = below(NODES);
     for (int i = 0; i < TOKENS; i++)
-        tokens[i] = (uint16_t)(below(256) < noise ? below(90) : node * 30 + below(30));
+        tokens[i] = (uint32_t)(below(256) < noise ? below(90) : node * 30 + below(30));
     for (int k = 0; k < NODES; k++)
         rows[k] = k == node ? 60 + below(20) : 20 + below(20);
     return node;
@@ -76,12 +76,12 @@ static void find_buckets(int *bucket, int tokens, uint64_t seed)
         if (bucket[t] >= 0)
             continue;
         struct ry_home_model *m = fresh((struct ry_home_options){.buckets = BUCKETS, .seed = seed, .replay = 0});
-        uint16_t one = (uint16_t)t;
+        uint32_t one = (uint32_t)t;
         float self[NODES], other[NODES];
         ck_assert_int_eq(ry_home_model_observe(m, &one, 1, (double[NODES]){1, 0, 0}, &err), 0);
         ry_home_model_predict(m, &one, 1, self);
         for (int u = t; u < tokens; u++) {
-            uint16_t two = (uint16_t)u;
+            uint32_t two = (uint32_t)u;
             ry_home_model_predict(m, &two, 1, other);
             if (other[0] == self[0])
                 bucket[u] = found;
@@ -118,7 +118,7 @@ static void solve(struct direct *d, double ridge)
             d->w[i][k] = a[i][n + k];
 }
 
-static void vector(double *x, const uint16_t *tokens, const int *bucket)
+static void vector(double *x, const uint32_t *tokens, const int *bucket)
 {
     memset(x, 0, (BUCKETS + 1) * sizeof *x);
     for (int i = 0; i < TOKENS; i++)
@@ -138,7 +138,7 @@ START_TEST(reaches_the_ridge_regression)
     find_buckets(bucket, 90, seed);
     struct ry_home_model *m =
         fresh((struct ry_home_options){.buckets = BUCKETS, .window = 150, .ridge = ridge, .seed = seed});
-    uint16_t tokens[TOKENS];
+    uint32_t tokens[TOKENS];
     double rows[NODES];
     d.n = 0;
     for (int s = 0; s < 150; s++) {
@@ -180,7 +180,7 @@ START_TEST(knows_how_sure_it_is)
     for (int noise = 0; noise <= 256; noise += 128) {
         struct ry_home_model *m = fresh((struct ry_home_options){.seed = rng});
         struct ry_home_trust t;
-        uint16_t tokens[TOKENS];
+        uint32_t tokens[TOKENS];
         double rows[NODES], total;
         ry_home_model_trust(m, &t);
         ck_assert(!t.sure);
@@ -217,7 +217,7 @@ END_TEST
 START_TEST(refuses_what_is_no_sample)
 {
     struct ry_home_model *m = fresh((struct ry_home_options){.seed = rng});
-    uint16_t tokens[TOKENS];
+    uint32_t tokens[TOKENS];
     double rows[NODES];
     float before[NODES], after[NODES];
     for (int i = 0; i < 20; i++) {
@@ -257,7 +257,7 @@ static void damage(long at, int xor)
 START_TEST(file)
 {
     struct ry_home_model *m = fresh((struct ry_home_options){.seed = rng, .map = 77}), *l;
-    uint16_t tokens[TOKENS];
+    uint32_t tokens[TOKENS];
     double rows[NODES];
     for (int i = 0; i < 300; i++) {
         sample(tokens, rows, 64);
@@ -319,14 +319,15 @@ START_TEST(recorded_traces)
     }
     struct ry_home_model *m = fresh((struct ry_home_options){0});
     struct ry_home_trust t;
+    uint32_t *room = malloc((size_t)r->tokens_per_sample * sizeof *room);
     for (int s = 0; s < 1024; s++) {
         double rows[NODES] = {1, 1, 1};
         for (int e = 0; e < r->experts; e++)
             rows[e % NODES] += ry_counts_at(r, s, 3)[e];
-        ck_assert_int_eq(ry_home_model_observe(m, r->tokens + (size_t)s * (size_t)r->tokens_per_sample,
-                                               r->tokens_per_sample, rows, &err),
-                         0);
+        ck_assert_int_eq(
+            ry_home_model_observe(m, ry_tokens_at(r, s, room), r->tokens_per_sample, rows, &err), 0);
     }
+    free(room);
     ry_home_model_trust(m, &t);
     ck_assert_msg(t.sure && t.explained > 0.7, "%s: explained %g", t.why, t.explained);
     ry_home_model_free(m);

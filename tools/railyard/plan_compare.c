@@ -71,7 +71,8 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
         .seed = s->study->seed, .window = fit, .map = ry_home_map_id(node, r->layers, r->experts)};
     struct ry_home_model *m = ry_home_model_new(nodes, &o, err);
     uint32_t *affinity = malloc((size_t)r->layers * (size_t)nodes * sizeof *affinity);
-    bool failed = !m || !affinity;
+    uint32_t *tokens = malloc((size_t)r->tokens_per_sample * sizeof *tokens);
+    bool failed = !m || !affinity || !tokens;
     for (int i = 0; i < fit && !failed; i++) {
         double rows[RY_HOME_NODES] = {0};
         if (i >= skip && i < end)
@@ -79,10 +80,10 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
         ry_affinity_by(r, i, node, nodes, RY_COPIES, affinity);
         for (int j = 0; j < r->layers * nodes; j++)
             rows[j % nodes] += affinity[j];
-        failed = ry_home_model_observe(m, r->tokens + (size_t)i * (size_t)r->tokens_per_sample, r->tokens_per_sample,
-                                       rows, err);
+        failed = ry_home_model_observe(m, ry_tokens_at(r, i, tokens), r->tokens_per_sample, rows, err);
     }
     free(affinity);
+    free(tokens);
     if (failed || !isfinite(ry_home_model_settle(m, 200, 1e-6))) {
         if (!failed)
             ry_fail(err, "out of memory for homes from tokens");
@@ -101,15 +102,16 @@ static int cross(struct scene *s, const int *which, int n, const int *expert_ran
     struct ry_batches b = {r, which, n, (int)nodes, s->share, nodes_of(s, expert_rank), counting};
     double *crossing = malloc((size_t)n * sizeof *crossing);
     int32_t *guess = calloc((size_t)n * nodes, sizeof *guess);
+    uint32_t *tokens = malloc((size_t)r->tokens_per_sample * sizeof *tokens);
     int done = -1;
-    for (int i = 0; guess && homes == RY_HOMES_GUESSED && i < n; i++) {
+    for (int i = 0; guess && tokens && homes == RY_HOMES_GUESSED && i < n; i++) {
         float shares[RY_HOME_NODES];
-        ry_home_model_predict(model, r->tokens + (size_t)which[i] * (size_t)r->tokens_per_sample, r->tokens_per_sample,
-                              shares);
+        ry_home_model_predict(model, ry_tokens_at(r, which[i], tokens), r->tokens_per_sample, shares);
         for (size_t k = 0; k < nodes; k++)
             guess[(size_t)i * nodes + k] = (int32_t)lrintf(shares[k] * 1e6f);
     }
-    if (!crossing || !guess)
+    free(tokens);
+    if (!crossing || !guess || !tokens)
         ry_fail(err, "out of memory for %d samples", n);
     else if ((done = ry_study_cross(&b, homes, guess, crossing, err)) >= 0)
         *sum = total(crossing, done);
@@ -206,7 +208,7 @@ static int copies(struct scene *s, struct table *t, json_t *why, const char *map
         if (cross(s, which, n, p->expert_rank, RY_COPIES, RY_HOMES_KNOWN, NULL, &sum, err))
             goto out;
         put(t, k->keys[0], k->names[0], sum / base);
-        if (r->tokens) {
+        if (ry_has_tokens(r)) {
             if (!(m = model_of(s, p->expert_rank, y->fit, 0, 0, err)) ||
                 cross(s, which, n, p->expert_rank, RY_COPIES, RY_HOMES_GUESSED, m, &sum, err))
                 goto out;
@@ -336,7 +338,7 @@ static int one_size(const struct ry_study *study, const struct ry_routing *anew,
         ry_fail(err, "homes are told from tokens for up to %d nodes, not %d", RY_HOME_NODES, nodes);
     else if (!ry_experts_contiguous(s.blocks, r->layers, r->experts, s.cluster->nranks, err) && !netmoe(&s, t, err) &&
              !copies(&s, t, why, map_file, err) && !shuffled(&s, anew, shuffle, err))
-        rc = r->choice_samples >= 64 && r->tokens ? distinct(&s, t, err) : 0;
+        rc = r->choice_samples >= 64 && ry_has_tokens(r) ? distinct(&s, t, err) : 0;
 out:
     ry_cluster_free(s.cluster);
     free(s.blocks);

@@ -29,12 +29,13 @@ import re
 import weakref
 from typing import Dict, List, Optional
 
-from . import experts, hook, job, library, say
+from . import experts, job, library, say
 from .experts import Holding, Layer, Refused
 
 torch_optimizers: "weakref.WeakSet" = weakref.WeakSet()
 megatron_optimizers: "weakref.WeakSet" = weakref.WeakSet()
-mover: Optional[experts.Mover] = None
+# With RAILYARD_EXPERTS unset, experts stay, but a checkpoint's note is passed on to the next checkpoint.
+mover = experts.Mover(library.setting("RAILYARD_EXPERTS"), library.expert_map, experts.PATIENCES * float(library.setting("RAILYARD_PATIENCE")))
 
 ROUTER_ROWS = ("weight", "bias", "expert_bias", "local_tokens_per_expert", "global_tokens_per_expert")
 ROUTER_OTHERS = ("ga_steps",)  # one number for all experts
@@ -242,6 +243,8 @@ def _fully_sharded(models) -> None:
 
 def look(models) -> Holding:
     import torch
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise Refused("--cuda-graph-impl (the first step is being captured)")
     models = [model for model in (models if isinstance(models, (list, tuple)) else [models]) if model is not None]
     held = _moe_layers(models)
     config = next((m.config for m in held.values()), None) or next(m.config for model in models for m in model.modules() if hasattr(m, "config"))
@@ -297,7 +300,7 @@ def watch_schedules(module) -> None:
 def _stepping(original):
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
-        if mover is not None and mover.due and not kwargs.get("forward_only", False) and "model" in kwargs:
+        if mover.due and not kwargs.get("forward_only", False) and "model" in kwargs:
             _before_step(kwargs["model"])
         return original(*args, **kwargs)
     return wrapper
@@ -309,7 +312,7 @@ def watch_model(module) -> None:
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        if mover is not None and mover.due and self.training and torch.is_grad_enabled():
+        if mover.due and self.training and torch.is_grad_enabled():
             def alone():
                 if self.config.pipeline_model_parallel_size > 1:
                     raise Refused("a training loop without Megatron-core's schedules and with --pipeline-model-parallel-size above 1")
@@ -354,15 +357,14 @@ def watch_checkpoints(module) -> None:
     @functools.wraps(save)
     def noted_save(sharded_state_dict, checkpoint_dir, *args, **kwargs):
         result = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        if mover is not None and _local_first():
+        if _local_first():
             mover.saved(str(checkpoint_dir))
         return result
 
     @functools.wraps(load)
     def noted_load(sharded_state_dict, checkpoint_dir, *args, **kwargs):
         result = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        if mover is not None:
-            mover.loaded(str(checkpoint_dir))
+        mover.loaded(str(checkpoint_dir))
         return result
 
     module.save, module.load = noted_save, noted_load
@@ -375,7 +377,7 @@ def watch_training_checkpoints(module) -> None:
     @functools.wraps(save)
     def noted_save(iteration, *args, **kwargs):
         result = save(iteration, *args, **kwargs)
-        if mover is not None and _local_first():
+        if _local_first():
             options = module.get_args()
             if not getattr(options, "use_dist_ckpt", False):
                 mover.saved(os.path.join(options.save, f"iter_{iteration:07d}"))
@@ -388,7 +390,7 @@ def watch_training_checkpoints(module) -> None:
     def noted_base(load_dir, args, rank0=False, *rest, **kwargs):
         result = base(load_dir, args, rank0, *rest, **kwargs)
         name = result[1] if isinstance(result, tuple) and len(result) > 1 else ""
-        if mover is not None and not rank0 and isinstance(name, str) and name.endswith(".pt") and result[0] is not None:
+        if not rank0 and isinstance(name, str) and name.endswith(".pt") and result[0] is not None:
             folder = os.path.dirname(name)
             mover.loaded(folder if os.path.exists(os.path.join(folder, experts.NOTE)) else os.path.dirname(folder))
         return result
@@ -406,14 +408,6 @@ WATCHES = {
 }
 
 
-def start() -> None:
-    """Called by hook.start(). With RAILYARD_EXPERTS unset, experts stay, but a checkpoint's note is passed on to the next checkpoint."""
-    global mover
-    mover = experts.Mover(library.setting("RAILYARD_EXPERTS"), library.expert_map, experts.PATIENCES * float(library.setting("RAILYARD_PATIENCE")))
-    for module, function in WATCHES.items():
-        hook.when_imported(module, function)
-
-
 def order() -> Optional[experts.Order]:
     """What slots hold: order()[layer][slot] is the checkpoint's number of the expert; None: experts are where the checkpoint has them."""
-    return mover.order if mover is not None else None
+    return mover.order
