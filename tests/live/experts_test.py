@@ -1,0 +1,859 @@
+#!/usr/bin/env python3
+"""Experts moved at start: the agreement (no torch needed), and real Megatron-core models, optimizers, schedules and checkpoints on CPUs, over gloo.
+
+Megatron-core has no CPU mode: `on_cpu` below stands in for the device (streams, events, current_device, type names), for the RNG tracker of a GPU, and
+for Transformer Engine's absence; routers, dispatchers, experts (SequentialMLP), DDP buffers, optimizers and schedules are its own. TEGroupedMLP and
+GroupedMLP need a GPU to be made: modules of ours have their parameters' names and layouts, and compute what they compute in plain torch.
+
+usage: experts_test.py CASE [librailyard-engine.so]
+"""
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CASE = sys.argv[1] if len(sys.argv) > 1 else "agreement"
+if len(sys.argv) > 2:
+    os.environ["RAILYARD_ENGINE"] = sys.argv[2]
+WANTED = os.environ.get("RY_TEST_PYTHON")
+if CASE != "agreement" and WANTED and os.path.abspath(WANTED) != sys.executable and "RY_TEST_AGAIN" not in os.environ:
+    os.environ["RY_TEST_AGAIN"] = "1"
+    os.execv(WANTED, [WANTED] + sys.argv)
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ.setdefault("RAILYARD_LOG", "info")
+os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+sys.path.insert(0, os.path.join(HERE, "..", "..", "plugin", "python"))
+
+from railyard import experts  # noqa: E402
+
+SEED = int(os.environ.get("RY_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
+PATIENCE = 6.0
+FOLDER = ""  # of the case
+
+
+def check(right, what):
+    if not right:
+        raise AssertionError(what)
+
+
+# ---- the agreement, without torch
+
+class MemoryBoard:
+    def __init__(self):
+        self.values, self.condition = {}, threading.Condition()
+
+    def put(self, key, value):
+        with self.condition:
+            self.values[key] = value
+            self.condition.notify_all()
+
+    def get(self, key):
+        with self.condition:
+            return self.values.get(key)
+
+    def wait(self, key, seconds):
+        with self.condition:
+            self.condition.wait_for(lambda: key in self.values, seconds)
+            return self.values.get(key)
+
+    def claim(self, key, value):
+        with self.condition:
+            self.values.setdefault(key, value)
+            self.condition.notify_all()
+            return self.values[key]
+
+
+def an_offer(layers=(0, 1), group=(0, 1), tensor=0, signature="s", **more):
+    return {"no": "", "model": [2, 8, 2], "want": "w", "have": "h", "moves": True,
+            "layers": {str(i): [list(group), tensor, signature] for i in layers}, **more}
+
+
+def case_agreement():
+    four = {r: an_offer(group=(0, 1) if r < 2 else (2, 3)) for r in range(4)}
+    check(experts.judge(four, 4) == {"move": True, "why": ""}, experts.judge(four, 4))
+    stages = {r: an_offer(layers=(r // 2,), group=(r // 2 * 2, r // 2 * 2 + 1)) for r in range(4)}
+    check(experts.judge(stages, 4)["move"], "pipeline stages")
+    none = {r: an_offer(group=(0, 1) if r < 2 else (2, 3), moves=False, layers=()) for r in range(4)}
+    check(experts.judge(none, 4) == {"move": False, "why": "", "there": True}, "nothing to move")
+    for what, rank, bad in (
+            ("rank 2 did not come", 2, None), ("rank 1: --use", 1, an_offer(no="--use-distributed-optimizer")),
+            ("another expert map", 3, an_offer(group=(2, 3), want="x")), ("another order", 3, an_offer(group=(2, 3), have="x")),
+            ("other numbers", 1, an_offer(model=[2, 8, 4])), ("not the same for all", 1, an_offer(group=(1, 0))),
+            ("not the same for all", 2, an_offer(group=(2,))), ("tensor-parallel positions", 1, an_offer(tensor=1)),
+            ("other tensors", 3, an_offer(group=(2, 3), signature="t")), ("not the same for all", 3, an_offer(layers=(0,), group=(2, 3)))):
+        verdict = experts.judge({**four, rank: bad}, 4)
+        check(not verdict["move"] and what in verdict["why"], f"{what}: {verdict}")
+    verdict = experts.judge({r: an_offer(layers=(0,), group=(0, 1) if r < 2 else (2, 3)) for r in range(4)}, 4)
+    check("no rank holds the 2. layer" in verdict["why"], verdict)
+
+    def together(ranks, offers, patience=0.6, board=None, late=()):
+        board, said = board or MemoryBoard(), {}
+
+        def one(rank):
+            if rank in late:
+                time.sleep(2 * patience)
+            said[rank] = experts.agree(board, rank, 4, 0, offers[rank], patience)
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+        began = time.monotonic()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(20)
+        check(len(said) == len(ranks), "somebody hangs")
+        check(all(verdict == said[ranks[0]] for verdict in said.values()), f"not all do the same: {said}")
+        return said[ranks[0]], time.monotonic() - began
+
+    verdict, took = together([0, 1, 2, 3], four)
+    check(verdict["move"] and took < 0.5, f"{verdict} after {took:.2f} s")
+    check("rank 1 did not come" in together([0, 2, 3], four)[0]["why"], "a rank that is not there")
+    check("for rank 0 in vain" in together([1, 2, 3], four)[0]["why"], "no rank 0")
+    check(not together([0, 1, 2, 3], four, late=(0,))[0]["move"], "rank 0 comes too late")
+    check(not together([0, 1, 2, 3], four, late=(2,))[0]["move"], "rank 2 comes too late")
+
+    class Broken(MemoryBoard):
+        def put(self, key, value):
+            if key == "experts/0/2":
+                raise OSError("the board cannot be reached")
+            super().put(key, value)
+    board, said = Broken(), {}
+    threads = [threading.Thread(target=lambda r=r: said.update({r: experts.agree(board, r, 4, 0, four[r], 0.5)})) for r in range(4)]
+    [t.start() for t in threads], [t.join(20) for t in threads]
+    check(len(said) == 4 and not any(v["move"] for v in said.values()), f"a board that one rank cannot write to: {said}")
+
+    class Deaf(MemoryBoard):
+        def wait(self, key, seconds):
+            raise OSError("the board cannot be reached")
+
+        claim = wait
+    try:
+        experts.agree(Deaf(), 1, 4, 0, four[1], 0.2)
+        check(False, "a rank that said yes and hears nothing must not go on")
+    except experts.Doubt as e:
+        check("cannot learn" in str(e), e)
+
+    pick = random.Random(SEED)
+    for _ in range(50):
+        layers, number = pick.randint(1, 4), pick.choice([2, 4, 8, 12])
+        have, want = ([pick.sample(range(number), number) for _ in range(layers)] for _ in range(2))
+        source = experts.sources(have, want)
+        check([[now[s] for s in row] for now, row in zip(have, source)] == want, "sources")
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        check(experts.write_note(folder, want, 2) and experts.read_note(folder) == (want, 2), "note")
+        check(experts.write_note(folder, None, 2) and experts.read_note(folder) == (None, 0), "no note")
+        check(os.listdir(folder) == [], "something is left")
+    check(not experts.write_note(os.path.join(FOLDER, "nowhere"), want, 2), "a folder that is not there")
+    with open(os.path.join(folder, experts.NOTE), "w", encoding="utf-8") as file:
+        file.write('{"version": 1, "layers": 1, "experts": 2, "ranks": 1, "permutation": [[0, 0]]}')
+    mover = experts.Mover("plan.json", None, 1)
+    mover.loaded(folder)
+    check(mover.due and mover.order is None and "not 1 permutations" in mover.trouble, mover.trouble)
+
+
+# ---- Megatron-core on CPUs
+
+def on_cpu():
+    """What a GPU would be asked, answered for a CPU."""
+    import torch
+    import torch.distributed as dist
+
+    class Stream:
+        cuda_stream = 0
+
+        def __init__(self, *_, **__):
+            pass
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return lambda *_, **__: Stream()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+    torch.cuda.Stream = torch.cuda.Event = Stream
+    torch.cuda.current_stream = torch.cuda.stream = lambda *_: Stream()
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.set_device = torch.cuda.synchronize = lambda *_: None
+    torch.Tensor.record_stream = lambda self, stream: None
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    kind = torch.Tensor.type
+
+    def cuda_type(self, *args, **kwargs):
+        name = kind(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.") if isinstance(name, str) else name
+    torch.Tensor.type = cuda_type
+    for name in ("tensor", "zeros", "empty", "ones", "full", "arange"):
+        def make(*args, original=getattr(torch, name), **kwargs):
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return original(*args, **kwargs)
+        setattr(torch, name, make)
+    exchange = dist.all_to_all_single
+
+    def lists(output, given, output_split_sizes=None, input_split_sizes=None, **kwargs):  # a GPU's splits come as lists already
+        sizes = [s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes)]
+        return exchange(output, given, *sizes, **kwargs)
+    dist.all_to_all_single = torch.distributed.all_to_all_single = lists
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    tracker = importlib.import_module("megatron.core.tensor_parallel.random").CudaRNGStatesTracker
+    tracker.fork = lambda self, name=None: contextlib.nullcontext()
+
+
+def patched():
+    """The adapter's patches on Megatron-core, as hook.py applies them."""
+    if importlib.util.find_spec("railyard.job") is None:
+        sys.modules["railyard.job"] = types.ModuleType("railyard.job")
+    from railyard import megatron_experts
+    for name, function in megatron_experts.WATCHES.items():
+        if not name.startswith("megatron.training"):
+            function(importlib.import_module(name))
+    return megatron_experts
+
+
+class StoreBoard:
+    """The board of one scenario: keys of others do not disturb it."""
+
+    def __init__(self, store, prefix):
+        import torch.distributed as dist
+        self.store = dist.PrefixStore(prefix, store)
+
+    def put(self, key, value):
+        self.store.set(key, value)
+
+    def wait(self, key, seconds):
+        import datetime
+        try:
+            self.store.wait([key], datetime.timedelta(seconds=seconds))
+        except Exception:
+            return None
+        return bytes(self.store.get(key))
+
+    def claim(self, key, value):
+        return bytes(self.store.compare_set(key, "", value.decode()))
+
+
+class Rank:
+    """One rank: groups, models, scenarios."""
+
+    LAYERS, EXPERTS, HIDDEN, LENGTH, VOCABULARY = 3, 8, 32, 12, 48
+
+    def __init__(self, rank, world, port, parallel, adapter):
+        import torch
+        import torch.distributed as dist
+        self.rank, self.world, self.adapter, self.parallel, self.scenarios = rank, world, adapter, parallel, 0
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        self.store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+        dist.init_process_group("gloo", store=self.store, rank=rank, world_size=world)
+        from megatron.core import parallel_state
+        parallel_state.initialize_model_parallel(1, parallel.get("pp", 1), expert_model_parallel_size=parallel["ep"])
+        self.group = parallel_state.get_expert_model_parallel_group()
+        self.torch, self.dist, self.state = torch, dist, parallel_state
+
+    def say(self, text):
+        if self.rank == 0:
+            print(f"{CASE}: {text}", flush=True)
+
+    def model(self, bf16=False, sharded=False, seed=5, **more):
+        """(model in DDP, optimizer): the same weights for the same seed, replicas equal, experts all different."""
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+        from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.module import Float16Module
+        torch = self.torch
+        torch.manual_seed(seed)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        config = TransformerConfig(**{**dict(
+            num_layers=self.LAYERS, hidden_size=self.HIDDEN, num_attention_heads=2, num_moe_experts=self.EXPERTS, moe_router_topk=2,
+            expert_model_parallel_size=self.parallel["ep"], pipeline_model_parallel_size=self.parallel.get("pp", 1), pipeline_dtype=dtype,
+            moe_token_dispatcher_type="alltoall", moe_ffn_hidden_size=40, add_bias_linear=False,
+            moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
+            hidden_dropout=0., attention_dropout=0., use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+            bias_dropout_fusion=False, apply_rope_fusion=False, bf16=bf16, params_dtype=dtype, gated_linear_unit=True), **more})
+        stage, stages = self.state.get_pipeline_model_parallel_rank(), self.parallel.get("pp", 1)
+        frequency = more.get("moe_layer_freq")
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False) if frequency else \
+            get_gpt_layer_local_spec(num_experts=self.EXPERTS, moe_grouped_gemm=False)
+        module = GPTModel(config, spec, vocab_size=self.VOCABULARY, max_sequence_length=self.LENGTH, position_embedding_type="rope",
+                          pre_process=stage == 0, post_process=stage == stages - 1)
+        for name, moe in self.layers(module):
+            for local, expert in enumerate(moe.experts.local_experts):
+                number = moe.local_expert_indices[local]
+                for i, p in enumerate(expert.parameters()):
+                    generator = torch.Generator().manual_seed(seed * 1000003 + moe.layer_number * 10007 + number * 101 + i)
+                    p.data.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+            generator = torch.Generator().manual_seed(seed * 7919 + moe.layer_number)
+            moe.router.weight.data.copy_(torch.randn(moe.router.weight.shape, generator=generator) * 0.3)
+            if moe.router.expert_bias is not None:
+                moe.router.expert_bias.copy_(torch.randn(moe.router.expert_bias.shape, generator=generator) * 0.01)
+        config.finalize_model_grads_func = finalize_model_grads
+        if bf16:
+            module = Float16Module(config, module)
+        ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=sharded), module)
+        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, bf16=bf16, params_dtype=dtype,
+                                                           use_distributed_optimizer=sharded), [ddp])
+        return ddp, optimizer
+
+    def layers(self, model):
+        return [(name, m) for name, m in model.named_modules() if type(m).__name__ == "MoELayer"]
+
+    def batch(self, step):
+        torch = self.torch
+        replica = self.state.get_data_parallel_rank()
+        generator = torch.Generator().manual_seed(SEED % 1000 + step * 1000 + replica)
+        return torch.randint(0, self.VOCABULARY, (2, self.LENGTH), generator=generator)
+
+    def train(self, model, optimizer, steps, first=0):
+        """Losses of these steps, through Megatron's own schedule."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        losses = []
+        positions = self.torch.arange(self.LENGTH)[None].expand(2, -1)
+        for step in range(first, first + steps):
+            tokens = self.batch(step)
+
+            def forward_step(_, module):
+                output = module(tokens, positions, None, labels=tokens)
+                return output, lambda x: (x.float().mean(), {"loss": x.detach().float().mean()})
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            out = get_forward_backward_func()(forward_step_func=forward_step, data_iterator=None, model=model, num_microbatches=1,
+                                              seq_length=self.LENGTH, micro_batch_size=2)
+            optimizer.step()
+            losses += [float(one["loss"]) for one in out]
+        return losses
+
+    def logits(self, model, step=1000):
+        model.eval()
+        with self.torch.no_grad():
+            out = model(self.batch(step), self.torch.arange(self.LENGTH)[None].expand(2, -1), None)
+        model.train()
+        return out.float()
+
+    def tensors(self, model, optimizer):
+        """{layer: (by local slot, by row)} of everything that belongs to experts: independent of the adapter's own looking."""
+        main, state = {}, {}
+        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+            for ours, theirs in zip(getattr(one, "float16_groups", []), getattr(one, "fp32_from_float16_groups", [])):
+                main.update({id(p): m for p, m in zip(ours, theirs)})
+            state.update({id(p): s for p, s in one.optimizer.state.items()})
+
+        def of(p):
+            m = main.get(id(p), p)
+            return [p.data] + ([m.data] if m is not p else []) + [v for k, v in sorted(state.get(id(m), {}).items()) if k.startswith("exp_avg")]
+        result = {}
+        for _, moe in self.layers(model):
+            slots = [[t.clone() for p in one.parameters() for t in of(p)] for one in moe.experts.local_experts]
+            rows = [t.clone() for t in of(moe.router.weight)] + [moe.router.expert_bias.clone()]
+            result[moe.layer_number] = (slots, rows)
+        return result
+
+    def everything(self, model, optimizer):
+        """The same with the slots of the whole expert-parallel group."""
+        result = {}
+        for number, (slots, rows) in self.tensors(model, optimizer).items():
+            parts = [None] * self.parallel["ep"]
+            self.dist.all_gather_object(parts, slots, group=self.group)
+            result[number] = ([slot for part in parts for slot in part], rows)
+        return result
+
+    def scenario(self, want=None, read=None, patience=PATIENCE, path="plan.json"):
+        """A fresh mover on a board of its own, as a process that starts has it."""
+        self.scenarios += 1
+        board = StoreBoard(self.store, f"scenario{self.scenarios}")
+        job = types.SimpleNamespace(rank=self.rank, world=self.world, board=board)
+        sys.modules["railyard.job"].current = lambda: job
+        self.adapter.mover = experts.Mover(path, read or (lambda *_: [list(row) for row in want]), patience)
+        return self.adapter.mover
+
+    def step(self, model, mover):
+        """What the adapter does before a step, without the step."""
+        mover.due = True
+        model.zero_grad_buffer()  # as every step begins
+        self.adapter._before_step(model)
+
+    def some_order(self, salt=0, layers=None):
+        pick = random.Random(SEED + salt)
+        return [pick.sample(range(self.EXPERTS), self.EXPERTS) for _ in range(layers or self.LAYERS)]
+
+    def equal(self, a, b, order=None, exact=True):
+        """b is a, moved by order."""
+        check(a.keys() == b.keys() and a, "no layers")
+        for i, number in enumerate(sorted(a)):
+            row = order[number - 1] if order else list(range(self.EXPERTS))
+            for slot, expert in enumerate(row):
+                check(len(a[number][0][expert]) == len(b[number][0][slot]), "other tensors")
+                for x, y in zip(a[number][0][expert], b[number][0][slot]):
+                    right = self.torch.equal(x, y) if exact else self.torch.allclose(x.float(), y.float(), rtol=1e-3, atol=2e-5)
+                    check(right, f"layer {number}, slot {slot}: not expert {expert}: off by {(x.float() - y.float()).abs().max()}")
+            for x, y in zip(a[number][1], b[number][1]):
+                x = x[self.torch.tensor(row)]
+                check(self.torch.equal(x, y) if exact else self.torch.allclose(x.float(), y.float(), rtol=1e-3, atol=2e-5), f"layer {number}: router rows")
+
+
+def close(a, b, most):
+    check(len(a) == len(b) and all(abs(x - y) <= most for x, y in zip(a, b)), f"{a}\n{b}")
+
+
+def run_function(self: Rank):
+    """The same logits before and after, to the last bits; everything where the map wants it; and back again, bit by bit."""
+    for kind in (dict(), dict(bf16=True), dict(moe_layer_freq=[0, 1, 1])):
+        model, optimizer = self.model(**kind)
+        moe = [moe.layer_number for _, moe in self.layers(model)]
+        self.train(model, optimizer, 2)
+        before, weights = self.logits(model), self.everything(model, optimizer)
+        want = self.some_order(layers=len(moe))
+        mover = self.scenario(want)
+        self.step(model, mover)
+        after = self.logits(model)
+        by_number = dict(zip(moe, want))
+        order = [by_number.get(n + 1, list(range(self.EXPERTS))) for n in range(self.LAYERS)]
+        self.equal(weights, self.everything(model, optimizer), order)
+        check(mover.order == want, "the order is not remembered")
+        most = (before - after).abs().max().item()
+        check(most < (0.05 if kind.get("bf16") else 1e-5) and before.std() > 0.01, f"logits differ by {most}")
+        self.say(f"{kind or 'fp32'}: logits differ by at most {most:.2e}, {mover.sent} bytes sent by rank 0")
+        mover.read = lambda *_, n=len(moe): experts.identity(n, self.EXPERTS)
+        self.step(model, mover)
+        self.equal(weights, self.everything(model, optimizer))
+        check(mover.order is None, "home again")
+
+
+def run_training(self: Rank):
+    """Moved amid training, with what Adam remembers: the same losses and the same weights in the end as without."""
+    for kind in (dict(), dict(bf16=True)):
+        model, optimizer = self.model(**kind)
+        self.scenario(self.some_order(), path="")
+        plain = self.train(model, optimizer, 9)
+        end = self.everything(model, optimizer)
+        model, optimizer = self.model(**kind)
+        mover = self.scenario(self.some_order(), path="")
+        moved = self.train(model, optimizer, 4)
+        check(moved == plain[:4], "not deterministic")
+        mover = self.scenario(self.some_order(1))
+        moved += self.train(model, optimizer, 5, first=4)
+        check(mover.order == self.some_order(1) and not mover.due and mover.sent > 0, "nothing was moved")
+        close(plain, moved, 2e-2 if kind.get("bf16") else 2e-5)
+        if self.parallel.get("pp", 1) == 1 or plain:
+            check(self.parallel.get("pp", 1) > 1 or plain[-1] < plain[0] - 0.1, f"nothing is learned: {plain}")
+        if not kind.get("bf16"):
+            self.equal(end, self.everything(model, optimizer), self.some_order(1), exact=False)
+        if plain:
+            self.say(f"{kind or 'fp32'}: losses {plain[0]:.4f} to {plain[-1]:.4f}, differ by at most {max(abs(a - b) for a, b in zip(plain, moved)):.1e}")
+
+
+def run_refusals(self: Rank):
+    """Where one rank cannot, or something is not known, nobody moves anything."""
+    from megatron.core.optimizer import optimizer as megatron_optimizer
+    torch, adapter = self.torch, self.adapter
+    model, optimizer = self.model()
+    self.train(model, optimizer, 1) if self.scenario(path="", want=None) else None
+    weights = self.everything(model, optimizer)
+    order = self.some_order()
+
+    def stays(what, expected, want=order, config=None, read=None, undo=None):
+        lines = []
+        real, adapter.say.warn = adapter.say.warn, lambda text: lines.append(text)
+        saved = {key: getattr(self.layers(model)[0][1].config, key) for key in (config or {})}
+        try:
+            for key, value in (config or {}).items():
+                setattr(self.layers(model)[0][1].config, key, value)
+            mover = self.scenario(want, read=read)
+            self.step(model, mover)
+        finally:
+            adapter.say.warn = real
+            for key, value in saved.items():
+                setattr(self.layers(model)[0][1].config, key, value)
+            if undo:
+                undo()
+        self.equal(weights, self.everything(model, optimizer))
+        check(mover.order is None and not mover.due, what)
+        check(self.rank or (len(lines) == 1 and expected in lines[0]), f"{what}: {lines}")
+
+    stays("fp8", "--fp8-format", config={"fp8": "e4m3"} if self.rank == self.world - 1 else None)
+    stays("replay", "--moe-enable-routing-replay", config={"moe_enable_routing_replay": True})
+    stays("groups", "--moe-router-num-groups", config={"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+          want=[[0, 2, 1, 3, 4, 5, 6, 7]] * self.LAYERS)
+    stays("another map on one rank", "another expert map", want=self.some_order(self.rank == 1))
+
+    def unreadable(*_):
+        raise OSError("plan.json: no such file")
+    stays("a map that is not there", "no such file", read=unreadable if self.rank == 1 else None)
+    stays("no permutation", "not 3 permutations", want=[[0] * 8] * 3)
+    moe = self.layers(model)[0][1]
+    moe.router.register_parameter("odd", torch.nn.Parameter(torch.zeros(self.EXPERTS)))
+    stays("something unknown in the router", "the router has odd", undo=lambda: moe.router.__delattr__("odd"))
+    moe.experts.linear = torch.nn.Linear(2, 2)
+    stays("something unknown in the experts", "some of its own", undo=lambda: moe.experts.__delattr__("linear"))
+    seen = list(adapter.torch_optimizers)
+    adapter.torch_optimizers.clear()
+    stays("an optimizer that was not seen", "no optimizer that Railyard has seen", undo=lambda: adapter.torch_optimizers.update(seen))
+    p = next(moe.experts.parameters())
+    inner = next(o for o in seen if any(q is p for g in o.param_groups for q in g["params"]))
+    keep = dict(inner.state[p])
+    if self.rank == 1:
+        inner.state[p]["factor"] = torch.zeros(3)
+    stays("a factored state", "not of the parameter's shape", undo=lambda: inner.state[p].pop("factor", None))
+    if self.rank == 1:
+        inner.state[p]["step"] = torch.tensor(77.0)
+    stays("another step on one rank", "not at the same step" if self.EXPERTS // self.parallel["ep"] > 1 else "other tensors",
+          undo=lambda: inner.state[p].update(keep))
+    zero, model.zero_grad_buffer = model.zero_grad_buffer, lambda: p.main_grad[0].fill_(1)
+    stays("gradients", "in the midst of a step")
+    model.zero_grad_buffer = zero
+    # The same, but what changes is within the groups: not refused.
+    config = moe.config
+    config.moe_router_num_groups, config.moe_router_group_topk = 4, 2
+    mover = self.scenario([[6, 7, 1, 0, 2, 3, 5, 4]] * self.LAYERS)
+    self.step(model, mover)
+    check(mover.order is not None, "whole groups may move")
+    config.moe_router_num_groups = config.moe_router_group_topk = None
+    # An optimizer of a kind that is not known.
+    model, optimizer = self.model(seed=6)
+    weights = self.everything(model, optimizer)
+
+    class Unheard(megatron_optimizer.FP32Optimizer):
+        pass
+    others = [Unheard(one.optimizer, one.config, None) for one in optimizer.chained_optimizers]
+    stays("an unknown wrapper", "Unheard holds")
+    check(others, "kept until here")
+
+
+def run_sharded(self: Rank):
+    """The distributed optimizer: moved while it is fresh, its copies made anew; refused once it remembers something; nothing to do, nothing refused."""
+    order = self.some_order(3)
+    model, optimizer = self.model(bf16=True, sharded=True)
+    self.scenario(path="")
+    plain = self.train(model, optimizer, 5)
+    model, optimizer = self.model(bf16=True, sharded=True)
+    mover = self.scenario(order)
+    moved = self.train(model, optimizer, 5)
+    check(mover.order == order and mover.sent > 0, "nothing was moved")
+    close(plain, moved, 2e-2)
+    self.say(f"fresh: losses {plain[0]:.4f} to {plain[-1]:.4f}, differ by at most {max(abs(a - b) for a, b in zip(plain, moved)):.1e}")
+    lines = []
+    real, self.adapter.say.warn = self.adapter.say.warn, lambda text: lines.append(text)
+    mover = self.scenario(self.some_order(4))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    self.step(model, mover)
+    self.adapter.say.warn = real
+    check(all(self.torch.equal(before[n], p) for n, p in model.named_parameters()), "something was moved")
+    check(self.rank or "--use-distributed-optimizer" in lines[0], lines)
+    mover = self.scenario(order)
+    mover.order = order
+    self.step(model, mover)
+    check(mover.order == order and not hasattr(mover, "sent"), "a job that is resumed in the right order")
+
+
+def run_checkpoints(self: Rank):
+    """Saved, the checkpoint has a note; loaded again, nothing is moved twice; without the note it is moved; another map moves the difference."""
+    from megatron.core import dist_checkpointing
+    dist = self.dist
+
+    def save(model, optimizer, folder):
+        if self.rank == 0:
+            os.makedirs(folder)
+        dist.barrier()
+        state = model.module.sharded_state_dict()
+        dist_checkpointing.save({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, folder)
+        dist.barrier()
+
+    def load(model, optimizer, folder):
+        state = model.module.sharded_state_dict()
+        got = dist_checkpointing.load({"model": state, "optimizer": optimizer.sharded_state_dict(state, is_loading=True)}, folder)
+        model.module.load_state_dict(got["model"])
+        optimizer.load_state_dict(got["optimizer"])
+
+    order, other, folder = self.some_order(5), self.some_order(6), os.path.join(FOLDER, "moved")
+    os.environ["LOCAL_RANK"] = str(self.rank)
+    plan = os.path.join(FOLDER, "plan.json")
+    if self.rank == 0:
+        with open(plan, "w", encoding="utf-8") as file:
+            json.dump({"version": 1, "layers": self.LAYERS, "experts": self.EXPERTS, "ranks": self.parallel["ep"], "permutation": order, "more": 1}, file)
+    dist.barrier()
+    from railyard import library
+    read = library.expert_map if os.environ.get("RAILYARD_ENGINE") else None  # the C reader where there is one
+    model, optimizer = self.model()
+    self.scenario(path="")
+    self.train(model, optimizer, 2)
+    own = os.path.join(FOLDER, "own")
+    save(model, optimizer, own)
+    check(not os.path.exists(os.path.join(own, experts.NOTE)), "a note without anything moved")
+    weights = self.everything(model, optimizer)
+    plain = self.train(model, optimizer, 4, first=2)
+
+    model, optimizer = self.model(seed=9)
+    mover = self.scenario(order, read=read, path=plan)
+    load(model, optimizer, own)
+    check(mover.order is None and mover.due, "its own order")
+    moved = self.train(model, optimizer, 2, first=2)
+    check(mover.order == order, "not moved after loading")
+    save(model, optimizer, folder)
+    moved += self.train(model, optimizer, 2, first=4)
+    close(plain, moved, 2e-5)
+    check(experts.read_note(folder) == (order, self.parallel["ep"]), "the note")
+
+    model, optimizer = self.model(seed=10)
+    mover = self.scenario(order, read=read, path=plan)
+    load(model, optimizer, folder)
+    check(mover.order == order and mover.due, "the note was not read")
+    resumed = self.train(model, optimizer, 2, first=4)
+    check(mover.order == order and not hasattr(mover, "sent"), "moved twice")
+    close(plain[2:], resumed, 2e-5)
+
+    model, optimizer = self.model(seed=11)
+    mover = self.scenario(other)
+    load(model, optimizer, folder)
+    resumed = self.train(model, optimizer, 2, first=4)
+    check(mover.order == other and mover.sent > 0, "another map")
+    close(plain[2:], resumed, 2e-5)
+
+    model, optimizer = self.model(seed=12)  # loaded without Railyard's knowing: a valid model, renumbered
+    self.scenario(path="")
+    load(model, optimizer, folder)
+    close(plain[2:], self.train(model, optimizer, 2, first=4), 2e-5)
+    model, optimizer = self.model(seed=13)
+    mover = self.scenario(experts.identity(self.LAYERS, self.EXPERTS))
+    load(model, optimizer, own)
+    self.step(model, mover)
+    self.equal(weights, self.everything(model, optimizer))
+    self.say("saved, resumed with the note, with another map, and without Railyard")
+
+
+def run_killed(self: Rank):
+    """A rank that dies before it has offered anything: the others go on as they are, soon."""
+    model, optimizer = self.model()
+    weights = self.tensors(model, optimizer)
+    mover = self.scenario(self.some_order(), patience=2.0)
+    self.dist.barrier()
+    if self.rank == 1:
+        os._exit(0)
+    began = time.monotonic()
+    self.step(model, mover)
+    took = time.monotonic() - began
+    check(mover.order is None and took < 6, f"{took:.1f} s")
+    self.equal_local(weights, self.tensors(model, optimizer))
+    self.say(f"went on after {took:.1f} s")
+    self.store.add("done", 1)
+    while self.rank == 0 and self.store.add("done", 0) < self.world - 1:  # it is the store's host
+        time.sleep(0.05)
+    os._exit(0)
+
+
+def equal_local(self, a, b):
+    for number in a:
+        check(all(self.torch.equal(x, y) for s, t in zip(a[number][0], b[number][0]) for x, y in zip(s, t)), "something was moved")
+        check(all(self.torch.equal(x, y) for x, y in zip(a[number][1], b[number][1])), "rows were moved")
+
+
+Rank.equal_local = equal_local
+
+
+def run_layouts(self: Rank):
+    """TEGroupedMLP's and GroupedMLP's layouts, plain torch Adam, a training loop without schedules: everything is where it must be."""
+    torch, adapter = self.torch, self.adapter
+    each, hidden, ffn = self.EXPERTS // self.parallel["ep"], 16, 24
+    position = self.dist.get_rank(self.group)
+    config = types.SimpleNamespace(num_moe_experts=self.EXPERTS, num_layers=2, moe_layer_freq=1, expert_model_parallel_size=self.parallel["ep"],
+                                   pipeline_model_parallel_size=1)
+
+    class TEGroupedMLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear_fc1, self.linear_fc2 = torch.nn.Module(), torch.nn.Module()
+            for i in range(each):
+                self.linear_fc1.register_parameter(f"weight{i}", torch.nn.Parameter(torch.empty(ffn, hidden)))
+                self.linear_fc1.register_parameter(f"bias{i}", torch.nn.Parameter(torch.empty(ffn)))
+                self.linear_fc2.register_parameter(f"weight{i}", torch.nn.Parameter(torch.empty(hidden, ffn)))
+
+        def expert(self, i):
+            return [getattr(self.linear_fc1, f"weight{i}"), getattr(self.linear_fc1, f"bias{i}"), getattr(self.linear_fc2, f"weight{i}")]
+
+        def compute(self, i, x):
+            w1, b1, w2 = self.expert(i)
+            return torch.relu(x @ w1.t() + b1) @ w2.t()
+
+    class GroupedMLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight1 = torch.nn.Parameter(torch.empty(hidden, each * ffn))
+            self.weight2 = torch.nn.Parameter(torch.empty(each * ffn, hidden))
+
+        def expert(self, i):  # as GroupedMLP.forward cuts them
+            return [self.weight1.view(each, hidden, -1)[i], self.weight2.view(each, -1, hidden)[i]]
+
+        def compute(self, i, x):
+            w1, w2 = self.expert(i)
+            return torch.relu(x @ w1) @ w2
+
+    class BaseMoELayer(torch.nn.Module):
+        def __init__(self, number, group, kind):
+            super().__init__()
+            self.layer_number, self.ep_group, self.num_local_experts, self.config = number, group, each, config
+            self.experts, self.router = kind(), torch.nn.Module()
+            self.router.weight = torch.nn.Parameter(torch.randn(config.num_moe_experts, hidden, generator=torch.Generator().manual_seed(number)))
+            for i in range(each):
+                generator = torch.Generator().manual_seed(number * 100 + position * each + i)
+                for t in self.experts.expert(i):
+                    t.data.copy_(torch.randn(t.shape, generator=generator) * 0.2)
+
+    def forward(layer, x):
+        """A mixture of experts in plain torch: every rank's tokens go to all ranks, each adds what its experts make of them."""
+        probs = torch.softmax(x @ layer.router.weight.t(), dim=-1)
+        weight, chosen = probs.topk(2, dim=-1)
+        gates = torch.zeros_like(probs).scatter(1, chosen, weight)
+        from torch.distributed.nn.functional import all_gather, reduce_scatter
+        tokens, all_gates = torch.cat(all_gather(x, group=self.group)), torch.cat(all_gather(gates, group=self.group))
+        out = sum(layer.experts.compute(i, tokens) * all_gates[:, position * each + i:position * each + i + 1] for i in range(each))
+        parts = torch.distributed.nn.functional.all_reduce(out, group=self.group)
+        check(reduce_scatter is not None, "")
+        return x + parts[position * len(x):(position + 1) * len(x)]
+
+    class Model(torch.nn.Module):
+        def __init__(self, group, kind):
+            super().__init__()
+            self.config = config
+            self.one, self.two = BaseMoELayer(1, group, kind), BaseMoELayer(2, group, kind)
+
+        def forward(self, x):
+            return forward(self.two, forward(self.one, x))
+
+    gpt = types.SimpleNamespace(GPTModel=Model)
+    adapter.watch_model(gpt)
+    for kind in (TEGroupedMLP, GroupedMLP):
+        def train(steps, order_at=None, order=None):
+            mover = self.scenario(order, path="")
+            model = Model(self.group, kind)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+            losses = []
+            for step in range(steps):
+                if step == order_at:
+                    mover = self.scenario(order)
+                x = torch.randn(10, hidden, generator=torch.Generator().manual_seed(step * 10 + self.rank))
+                optimizer.zero_grad()
+                loss = (model(x) - x.roll(1, 1)).square().mean()
+                loss.backward()
+                for layer in (model.one, model.two):
+                    self.dist.all_reduce(layer.router.weight.grad)
+                optimizer.step()
+                losses.append(float(loss))
+            return losses, mover, model, optimizer
+        order = self.some_order(8, 2)
+        plain, _, _, _ = train(8)
+        moved, mover, model, optimizer = train(8, 3, order)
+        check(mover.order == order and mover.sent > 0, "nothing was moved")
+        close(plain, moved, 1e-4)
+        check(plain[-1] < plain[0], "nothing is learned")
+        weights = [[t.detach().clone() for i in range(each) for t in layer.experts.expert(i)] for layer in (model.one, model.two)]
+        states = [v.clone() for p in model.parameters() for v in optimizer.state[p].values()]
+        swap = [[1, 0, 3, 2, 7, 6, 5, 4], [7, 6, 5, 4, 3, 2, 1, 0]]  # an involution, applied twice
+        for again in (False, True):
+            self.scenario(swap)
+            optimizer.zero_grad()
+            model(torch.zeros(4, hidden))
+            now = [[t.detach().clone() for i in range(each) for t in layer.experts.expert(i)] for layer in (model.one, model.two)]
+            same = all(torch.equal(a, b) for x, y in zip(weights, now) for a, b in zip(x, y))
+            check(same == again, f"twice the same swap: {same}")
+        check(all(torch.equal(a, b) for a, b in zip(states, [v for p in model.parameters() for v in optimizer.state[p].values()])), "states")
+        self.say(f"{kind.__name__}: losses {plain[0]:.4f} to {plain[-1]:.4f}, differ by at most {max(abs(a - b) for a, b in zip(plain, moved)):.1e}")
+    size, experts.STAGING = experts.STAGING, 4096  # pieces
+    try:
+        staging = experts.exchange.__defaults__
+        experts.exchange.__defaults__ = (1 << 10,)
+        close(train(8)[0], train(8, 3, order)[0], 1e-4)
+    finally:
+        experts.STAGING, experts.exchange.__defaults__ = size, staging
+
+
+# ---- running it
+
+CASES = {  # name: [(world, parallelism, scenario)]
+    "agreement": None,
+    "function": [(2, {"ep": 2}, run_function)],
+    "training": [(2, {"ep": 2}, run_training)],
+    "replicas": [(4, {"ep": 2}, run_training)],
+    "four": [(4, {"ep": 4}, run_function)],
+    "pipeline": [(4, {"ep": 2, "pp": 2}, run_training)],
+    "refusals": [(2, {"ep": 2}, run_refusals)],
+    "sharded": [(4, {"ep": 2}, run_sharded)],
+    "checkpoints": [(2, {"ep": 2}, run_checkpoints)],
+    "layouts": [(2, {"ep": 2}, run_layouts), (4, {"ep": 4}, run_layouts)],
+    "killed": [(3, {"ep": 3}, run_killed)],
+}
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def child(rank, world, port, parallel, adapter, scenario):
+    try:
+        scenario(Rank(rank, world, port, parallel, adapter))
+        sys.stdout.flush()
+        os._exit(0)
+    except BaseException:
+        print(f"rank {rank} (seed {SEED}):\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def main():
+    global FOLDER
+    if CASE not in CASES:
+        sys.exit(f"experts_test: no case {CASE!r}: {', '.join(CASES)}")
+    FOLDER = tempfile.mkdtemp(prefix="railyard-experts-")
+    print(f"{CASE}: seed {SEED}", flush=True)
+    try:
+        if CASE == "agreement":
+            case_agreement()
+            return
+        try:
+            import torch
+            import megatron.core  # noqa: F401
+        except ImportError as e:
+            print(f"skipped: {e} (RY_TEST_PYTHON names an interpreter that has torch and megatron-core)")
+            sys.exit(77)
+        import warnings
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        if not os.environ.get("RAILYARD_ENGINE"):
+            from railyard import library
+            library.setting = {"RAILYARD_EXPERTS": "", "RAILYARD_PATIENCE": "30"}.__getitem__
+        on_cpu()
+        adapter = patched()
+        for world, parallel, scenario in CASES[CASE]:
+            if scenario is run_killed:
+                Rank.EXPERTS = 6
+            port = free_port()
+            fork = multiprocessing.get_context("fork")
+            ranks = [fork.Process(target=child, args=(rank, world, port, parallel, adapter, scenario)) for rank in range(world)]
+            [p.start() for p in ranks]
+            ends = time.monotonic() + 150
+            while time.monotonic() < ends and any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks):
+                time.sleep(0.05)
+            bad = [r for r, p in enumerate(ranks) if p.exitcode]
+            alive = [r for r, p in enumerate(ranks) if p.is_alive()]
+            [p.kill() for p in ranks if p.is_alive()]
+            if bad or alive:
+                sys.exit(f"experts_test: {CASE}: ranks {bad} failed, {alive} were still running")
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+main()
