@@ -26,7 +26,7 @@ CASE = sys.argv[1] if len(sys.argv) > 1 else "agreement"
 if len(sys.argv) > 2:
     os.environ["RAILYARD_ENGINE"] = sys.argv[2]
 WANTED = os.environ.get("RY_TEST_PYTHON")
-if CASE != "agreement" and WANTED and os.path.abspath(WANTED) != sys.executable and "RY_TEST_AGAIN" not in os.environ:
+if __name__ == "__main__" and CASE != "agreement" and WANTED and os.path.abspath(WANTED) != sys.executable and "RY_TEST_AGAIN" not in os.environ:
     os.environ["RY_TEST_AGAIN"] = "1"
     os.execv(WANTED, [WANTED] + sys.argv)
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -279,7 +279,7 @@ class Rank:
         torch.manual_seed(seed)
         dtype = torch.bfloat16 if bf16 else torch.float32
         config = TransformerConfig(**{**dict(
-            num_layers=self.LAYERS, hidden_size=self.HIDDEN, num_attention_heads=2, num_moe_experts=self.EXPERTS, moe_router_topk=2,
+            num_layers=self.LAYERS, hidden_size=self.HIDDEN, num_attention_heads=2, num_moe_experts=self.EXPERTS, moe_router_topk=3,
             expert_model_parallel_size=self.parallel["ep"], pipeline_model_parallel_size=self.parallel.get("pp", 1), pipeline_dtype=dtype,
             moe_token_dispatcher_type="alltoall", moe_ffn_hidden_size=40, add_bias_linear=False,
             moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
@@ -384,7 +384,7 @@ class Rank:
         """What the adapter does before a step, without the step."""
         mover.due = True
         model.zero_grad_buffer()  # as every step begins
-        self.adapter._before_step(model)
+        self.adapter._before_step(lambda: self.adapter.look(model))
 
     def some_order(self, salt=0, layers=None):
         pick = random.Random(SEED + salt)
@@ -804,6 +804,8 @@ def free_port():
 
 
 def child(rank, world, port, parallel, adapter, scenario):
+    import faulthandler
+    faulthandler.dump_traceback_later(35, exit=True)
     try:
         scenario(Rank(rank, world, port, parallel, adapter))
         sys.stdout.flush()
@@ -840,6 +842,7 @@ def main():
         for world, parallel, scenario in CASES[CASE]:
             if scenario is run_killed:
                 Rank.EXPERTS = 6
+            Rank.LAYERS = 4 if "pp" in parallel else 3
             port = free_port()
             fork = multiprocessing.get_context("fork")
             ranks = [fork.Process(target=child, args=(rank, world, port, parallel, adapter, scenario)) for rank in range(world)]
@@ -856,4 +859,5 @@ def main():
         shutil.rmtree(FOLDER, ignore_errors=True)
 
 
-main()
+if __name__ == "__main__":  # checkpoints are written by processes that import this file
+    main()

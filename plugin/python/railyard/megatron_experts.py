@@ -278,15 +278,17 @@ def look(models) -> Holding:
 
 # ---- when
 
-def _before_step(models) -> None:
-    """Never raises but experts.Doubt, which must end the job."""
+def _before_step(see) -> None:
+    """see() → Holding. Never raises but experts.Doubt, which must end the job."""
     try:
         current = job.current()
+        if current is None:
+            raise Refused("torch.distributed is not set up")
     except Exception as e:
         mover.due = False
         say.error(f"RAILYARD_EXPERTS: experts stay where they are: {e}")
         return
-    mover.step(current, lambda: look(models))
+    mover.step(current, see)
 
 
 def watch_schedules(module) -> None:
@@ -301,7 +303,7 @@ def _stepping(original):
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
         if mover.due and not kwargs.get("forward_only", False) and "model" in kwargs:
-            _before_step(kwargs["model"])
+            _before_step(lambda: look(kwargs["model"]))
         return original(*args, **kwargs)
     return wrapper
 
@@ -317,13 +319,7 @@ def watch_model(module) -> None:
                 if self.config.pipeline_model_parallel_size > 1:
                     raise Refused("a training loop without Megatron-core's schedules and with --pipeline-model-parallel-size above 1")
                 return look(self)
-            try:
-                current = job.current()
-            except Exception as e:
-                mover.due = False
-                say.error(f"RAILYARD_EXPERTS: experts stay where they are: {e}")
-            else:
-                mover.step(current, alone)
+            _before_step(alone)
         return original(self, *args, **kwargs)
     module.GPTModel.forward = forward
 
