@@ -1,7 +1,7 @@
 """Experts moved between ranks before the first training step, so that slot s of layer l holds the checkpoint's expert map[l][s].
 
 Owns: the agreement of all ranks to do it, the exchange itself, the note beside checkpoints that says which expert is where. Not: what a
-framework's experts, routers and optimizers look like (megatron_experts.py).
+framework's experts, routers and optimizers look like (expert_tensors.py, megatron_experts.py, deepspeed_experts.py).
 
 Why nothing but placement changes. An expert's number is the row of the router that scores it. Move expert and row alike, and a token goes to
 the same expert's weights under another number: routing indices become slots, and the model computes the same function up to the order in
@@ -36,7 +36,6 @@ import hashlib
 import json
 import os
 import time
-import traceback
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import say
@@ -310,7 +309,7 @@ class Mover:
             holding = look()
             if holding.ranks < 2:
                 raise Refused("the experts of a layer are all on one rank (--expert-model-parallel-size 1)")
-            want = check_order(self.read(self.path, holding.layers, holding.experts, holding.ranks), holding.layers, holding.experts, self.path)
+            want = check_order(self._map(holding), holding.layers, holding.experts, self.path)
             have = check_order(self.order, holding.layers, holding.experts, NOTE) if self.order else identity(holding.layers, holding.experts)
             source = sources(have, want)
             moves = any(moving(row) for row in source)
@@ -322,8 +321,7 @@ class Mover:
         except Refused as e:
             offer["no"] = str(e)
         except Exception as e:
-            say.info("expert placement: " + traceback.format_exc().replace("\n", " | "))
-            offer["no"] = f"{type(e).__name__}: {e}"
+            offer["no"] = say.failure(e)
         began = time.monotonic()
         decision = agree(job.board, job.rank, job.world, number, offer, self.patience)
         if decision["move"]:
@@ -344,6 +342,12 @@ class Mover:
             changed = sum(1 for row in source for slot, s in enumerate(row) if slot * holding.ranks // len(row) != s * holding.ranks // len(row))
             say.info(f"{self.path}: {changed} of {sum(map(len, source))} experts changed ranks ({self.sent / 1e6:.1f} MB sent by this rank, "
                      f"{time.monotonic() - began:.1f} s with all waiting); checkpoints keep this order, {NOTE} in their folders says so")
+
+    def _map(self, holding: Holding) -> Order:
+        try:
+            return self.read(self.path, holding.layers, holding.experts, holding.ranks)
+        except Exception as e:  # library.Error and OSError say which file and why
+            raise Refused(str(e)) from e
 
     def _move(self, job, holding: Holding, layers: List[Layer], source: Order, staging: Staging) -> None:
         import torch
@@ -372,3 +376,51 @@ class Mover:
                 say.warn_once("experts-note", f"{folder} is no folder that {NOTE} can be written to; keep in mind that experts are in the order of {self.path}")
         except OSError as e:
             say.warn_once("experts-note", f"{folder}: {NOTE} cannot be written: {e}; a job that resumes there will not know which expert is where")
+
+
+# ---- this process
+
+mover: Optional[Mover] = None
+
+
+def begin() -> Mover:
+    """Made when an adapter is loaded. With RAILYARD_EXPERTS unset, experts stay, but a checkpoint's note is passed on to the next checkpoint."""
+    global mover
+    if mover is None:
+        from . import library
+        mover = Mover(library.setting("RAILYARD_EXPERTS"), library.expert_map, PATIENCES * float(library.setting("RAILYARD_PATIENCE")))
+    return mover
+
+
+def due() -> bool:
+    return mover is not None and mover.due
+
+
+def before_step(see: Callable[[], Holding]) -> None:
+    """see() looks at this process' model. Never raises but Doubt, which must end the job."""
+    from . import job
+    try:
+        current = job.current()
+        if current is None:
+            raise Refused("torch.distributed is not set up")
+    except Exception as e:
+        mover.due = False
+        say.error(f"{mover.path}: experts stay where they are: {e}")
+        return
+    mover.step(current, see)
+
+
+def saved(folder: str) -> None:
+    """A checkpoint was, or is being, written there: called by all ranks."""
+    if mover is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        mover.saved(folder)
+
+
+def loaded(folder: str) -> None:
+    if mover is not None:
+        mover.loaded(folder)
+
+
+def order() -> Optional[Order]:
+    """What slots hold: order()[layer][slot] is the checkpoint's number of the expert; None: experts are where the checkpoint has them."""
+    return mover.order if mover is not None else None
