@@ -178,13 +178,13 @@ def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
     def no(why):
         return {"move": False, "why": why}
 
+    refusing = [rank for rank in range(world) if (offers.get(rank) or {}).get("no")]
+    if refusing:
+        return no(f"rank {refusing[0]}{f' and {len(refusing) - 1} more' if refusing[1:] else ''}: {offers[refusing[0]]['no']}")
     missing = [rank for rank in range(world) if offers.get(rank) is None]
     if missing:
         return no(f"rank {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''} did not come to its first training step in time, "
                   "or runs without the adapter")
-    refusing = [rank for rank in range(world) if offers[rank].get("no")]
-    if refusing:
-        return no(f"rank {refusing[0]}{f' and {len(refusing) - 1} more' if refusing[1:] else ''}: {offers[refusing[0]]['no']}")
     first = offers[0]
     for rank in range(world):
         for key, what in (("model", "a model with other numbers of layers, experts or expert-parallel ranks"), ("want", "another expert map"),
@@ -224,12 +224,18 @@ def agree(board, rank: int, world: int, number: int, offer: dict, patience: floa
         ends, offers = time.monotonic() + patience, {}
         try:
             for other in range(world):
-                text = board.wait(f"{decision}/{other}", max(0.05, ends - time.monotonic()))
+                text = board.wait(f"{decision}/{other}", max(0.0, ends - time.monotonic()))
                 offers[other] = json.loads(text) if text is not None else None
+                if text is None or offers[other]["no"]:
+                    ends = 0.0  # it is decided; the rest is only for telling how many there are
             verdict = judge(offers, world)
         except Exception as e:
             verdict = {"move": False, "why": f"rank 0 could not read all offers: {e!r}"}
         return _decided(board, decision, verdict, rank)
+    if offer["no"]:
+        return {"move": False, "why": "", "said": True}  # rank 0 says why; nobody moves without this rank's yes
+    if not offer["moves"]:
+        return {"move": False, "why": "", "there": True}
     try:
         text = board.wait(decision, 1.25 * patience)
     except Exception:
