@@ -27,6 +27,7 @@ if __name__ == "__main__" and CASE != "agreement" and WANTED and os.path.abspath
     os.environ["RY_TEST_AGAIN"] = "1"
     os.execv(WANTED, [WANTED] + sys.argv)
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("RAILYARD_LOG", "info")
 os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
 sys.path.insert(0, os.path.join(HERE, "..", "..", "plugin", "python"))
@@ -493,6 +494,97 @@ def run_layouts(self: Rank):
         experts.STAGING, experts.exchange.__defaults__ = size, staging
 
 
+def run_deepspeed(self: Place):
+    """DeepSpeed's MoE layers: fp32 without ZeRO amid training, ZeRO-1 and bf16 while fresh, refused later; saved, loaded, not moved twice."""
+    torch, dist = self.torch, self.dist
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+    hidden, number, layers = 16, 8, 2
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moes = torch.nn.ModuleList(MoE(hidden, torch.nn.Sequential(torch.nn.Linear(hidden, 24), torch.nn.ReLU(), torch.nn.Linear(24, hidden)),
+                                                num_experts=number, ep_size=self_world, k=2, drop_tokens=False, use_rts=False,
+                                                top2_2nd_expert_sampling=False) for _ in range(layers))
+
+        def forward(self, x):
+            y = x
+            for moe in self.moes:
+                y = y + moe(y)[0]
+            return (y - x.roll(1, 1)).float().square().mean()
+
+    self_world = self.world
+
+    def engine(stage=0, bf16=False):
+        torch.manual_seed(3)
+        model = Model()
+        for at, moe in enumerate(model.moes):
+            for local, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+                generator = torch.Generator().manual_seed(at * 100 + self.rank * moe.num_local_experts + local)
+                for p in expert.parameters():
+                    p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "parameters"})
+        optimizer = torch.optim.Adam(groups, lr=1e-2)
+        config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+                  "bf16": {"enabled": bf16}}
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def train(one, steps, first=0):
+        losses = []
+        for step in range(first, first + steps):
+            x = torch.randn(8, hidden, generator=torch.Generator().manual_seed(step * 10 + self.rank))
+            loss = one(x.to(next(one.parameters()).dtype))
+            one.backward(loss)
+            one.step()
+            losses.append(float(loss))
+        return losses
+
+    def weights(one):
+        return [[torch.cat([p.detach().float().flatten() for p in e.parameters()]) for e in moe.deepspeed_moe.experts.deepspeed_experts]
+                for moe in one.module.moes]
+
+    for kind, at in ((dict(), 3), (dict(stage=1, bf16=True), 0), (dict(bf16=True), 0)):
+        self.scenario(path="")
+        plain = train(engine(**kind), 7)
+        one = engine(**kind)
+        self.scenario(path="")
+        moved = train(one, at)
+        order = self.some_order(9 + at, layers)
+        mover = self.scenario(order)
+        before = weights(one)
+        moved += train(one, 1, at)
+        check(mover.order == order and mover.sent > 0 and not all(torch.equal(a, b) for x, y in zip(before, weights(one)) for a, b in zip(x, y)),
+              f"{kind}: nothing was moved")
+        moved += train(one, 6 - at, at + 1)
+        close(plain, moved, 0.05 if kind else 1e-4)
+        check(plain[-1] < plain[0], f"nothing is learned: {plain}")
+        self.say(f"DeepSpeed {kind}: losses {plain[0]:.4f} to {plain[-1]:.4f}, differ by at most {max(abs(a - b) for a, b in zip(plain, moved)):.1e}")
+        lines, before = [], weights(one)
+        real, experts.say.warn = experts.say.warn, lambda text: lines.append(text)
+        mover = self.scenario(self.some_order(1, layers))
+        mover.order = order
+        one.module.train()
+        with torch.enable_grad():
+            one(torch.zeros(8, hidden, dtype=next(one.parameters()).dtype))
+        experts.say.warn = real
+        if kind:
+            check(mover.order == order and (self.rank or ("zero_optimization.stage 1" if "stage" in kind else "bf16") in lines[0]), lines)
+            check(all(torch.equal(a, b) for x, y in zip(before, weights(one)) for a, b in zip(x, y)), "something was moved")
+        elif not lines:
+            folder, order = os.path.join(FOLDER, "deepspeed"), self.some_order(1, layers)
+            os.environ["LOCAL_RANK"] = str(self.rank)
+            one.save_checkpoint(folder)
+            other = engine()
+            mover = self.scenario(order)
+            other.load_checkpoint(folder)
+            check(mover.order == order and mover.due, "the note was not read")
+            close(train(one, 2, 7), train(other, 2, 7), 1e-5)
+            check(not mover.due and not hasattr(mover, "sent"), "moved twice")
+    dist.barrier()
+
+
 # ---- running it
 
 CASES = {  # name: [(world, parallelism, scenario)]
@@ -506,6 +598,7 @@ CASES = {  # name: [(world, parallelism, scenario)]
     "sharded": [(4, {"ep": 2}, run_sharded)],
     "checkpoints": [(2, {"ep": 2}, run_checkpoints)],
     "layouts": [(2, {"ep": 2}, run_layouts), (4, {"ep": 4}, run_layouts)],
+    "deepspeed": [(2, None, run_deepspeed)],
     "killed": [(3, {"ep": 3}, run_killed)],
 }
 
@@ -519,7 +612,7 @@ def free_port():
 
 def child(rank, world, port, parallel, scenario):
     import faulthandler
-    faulthandler.dump_traceback_later(35, exit=True)
+    faulthandler.dump_traceback_later(120, exit=True)
     try:
         place = Rank(rank, world, port, SEED, parallel) if parallel else Place(rank, world, port, SEED)
         scenario(place)
@@ -541,11 +634,12 @@ def main():
         if CASE == "agreement":
             case_agreement()
             return
+        framework = "deepspeed" if CASE == "deepspeed" else "megatron"
         try:
             import torch
-            import megatron.core  # noqa: F401
+            importlib.import_module("deepspeed" if CASE == "deepspeed" else "megatron.core")
         except ImportError as e:
-            print(f"skipped: {e} (RY_TEST_PYTHON names an interpreter that has torch and megatron-core)")
+            print(f"skipped: {e} (RY_TEST_PYTHON names an interpreter that has torch and {framework})")
             sys.exit(77)
         import warnings
         warnings.simplefilter("ignore")
@@ -553,12 +647,15 @@ def main():
         if not os.environ.get("RAILYARD_ENGINE"):
             from railyard import library
             library.setting = {"RAILYARD_EXPERTS": "", "RAILYARD_PATIENCE": "30"}.__getitem__
-        on_cpu()
-        patched("megatron_experts", but=("megatron.training.checkpointing",))
+        if framework == "megatron":
+            on_cpu()
+        else:
+            importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # C++, compiled when first asked for
+        patched(framework + "_experts", but=("megatron.training.checkpointing",))
         for world, parallel, scenario in CASES[CASE]:
             if scenario is run_killed:
                 Rank.EXPERTS = 6
-            Rank.LAYERS = 4 if "pp" in parallel else 3
+            Rank.LAYERS = 4 if parallel and "pp" in parallel else 3
             port = free_port()
             fork = multiprocessing.get_context("fork")
             ranks = [fork.Process(target=child, args=(rank, world, port, parallel, scenario)) for rank in range(world)]

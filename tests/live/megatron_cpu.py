@@ -86,6 +86,8 @@ def patched(name, but=()):
 class Place:
     """One rank: the process group, a board, the mover."""
 
+    LAYERS, EXPERTS = 3, 8
+
     def __init__(self, rank, world, port, seed):
         import torch
         import torch.distributed as dist
@@ -98,6 +100,10 @@ class Place:
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
+
+    def some_order(self, salt=0, layers=None):
+        pick = random.Random(self.seed + salt)
+        return [pick.sample(range(self.EXPERTS), self.EXPERTS) for _ in range(layers or self.LAYERS)]
 
     def goodbye(self, ranks=None):
         """Rank 0, where the store is, ends last."""
@@ -117,7 +123,7 @@ class Place:
 class Rank(Place):
     """One rank of Megatron-core: groups, models, training."""
 
-    LAYERS, EXPERTS, HIDDEN, LENGTH, VOCABULARY = 3, 8, 32, 12, 48
+    HIDDEN, LENGTH, VOCABULARY = 32, 12, 48
 
     def __init__(self, rank, world, port, seed, parallel):
         super().__init__(rank, world, port, seed)
@@ -235,10 +241,6 @@ class Rank(Place):
         mover.due = True
         model.zero_grad_buffer()  # as every step begins
         experts.before_step(lambda: importlib.import_module("railyard.megatron_experts").look(model))
-
-    def some_order(self, salt=0, layers=None):
-        pick = random.Random(self.seed + salt)
-        return [pick.sample(range(self.EXPERTS), self.EXPERTS) for _ in range(layers or self.LAYERS)]
 
     def equal(self, a, b, order=None, most=0.0):
         """b is a, moved by order."""

@@ -240,6 +240,9 @@ def watch_checkpoints(module) -> None:
 
 def watch_training_checkpoints(module) -> None:
     """megatron.training.checkpointing: --ckpt-format torch, where every rank has files of its own under iter_…, which dist_checkpointing never sees."""
+    if not hasattr(module, "save_checkpoint") or not hasattr(module, "_load_base_checkpoint"):
+        say.info(f"{module.__name__} is of a version that is not known: no {experts.NOTE} for --ckpt-format torch")
+        return
     save, base = module.save_checkpoint, module._load_base_checkpoint
 
     @functools.wraps(save)
