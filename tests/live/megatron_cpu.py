@@ -1,15 +1,16 @@
 """Megatron-core on CPUs, over gloo, for tests: what stands in for the device, and a rank with models, optimizers and a schedule.
 
-Megatron-core has no CPU mode: `on_cpu` stands in for streams, events, current_device and type names, for the RNG tracker of a GPU, and for Transformer
-Engine's absence. Routers, dispatchers, experts (SequentialMLP), DDP buffers, optimizers, schedules and checkpoints are Megatron-core's own.
+Megatron-core has no CPU mode: `on_cpu` stands in for streams, events, current_device and type names, for the RNG tracker of a
+GPU, and for Transformer Engine's absence. Routers, dispatchers, experts (SequentialMLP), DDP buffers, optimizers, schedules and
+checkpoints are Megatron-core's own.
 """
+
 import contextlib
 import importlib
 import os
 import random
 import sys
 import time
-import types
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "plugin", "python"))
 from railyard import board, experts, job  # noqa: E402
@@ -20,6 +21,10 @@ PATIENCE = 6.0
 def check(right, what):
     if not right:
         raise AssertionError(what)
+
+
+def close(a, b, most):
+    check(len(a) == len(b) and all(abs(x - y) <= most for x, y in zip(a, b)), f"{a}\n{b}")
 
 
 def on_cpu():
@@ -55,18 +60,22 @@ def on_cpu():
     def cuda_type(self, *args, **kwargs):
         name = kind(self, *args, **kwargs)
         return name.replace("torch.", "torch.cuda.") if isinstance(name, str) else name
+
     torch.Tensor.type = cuda_type
     for name in ("tensor", "zeros", "empty", "ones", "full", "arange"):
+
         def make(*args, original=getattr(torch, name), **kwargs):
             if str(kwargs.get("device", "")).startswith("cuda"):
                 kwargs["device"] = "cpu"
             return original(*args, **kwargs)
+
         setattr(torch, name, make)
     exchange = dist.all_to_all_single
 
     def lists(output, given, output_split_sizes=None, input_split_sizes=None, **kwargs):  # a GPU's splits come as lists already
         sizes = [s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes)]
         return exchange(output, given, *sizes, **kwargs)
+
     dist.all_to_all_single = torch.distributed.all_to_all_single = lists
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
@@ -91,8 +100,11 @@ class Place:
     def __init__(self, rank, world, port, seed):
         import torch
         import torch.distributed as dist
+
         self.rank, self.world, self.seed, self.scenarios = rank, world, seed, 0
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+        )
         self.store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
         dist.init_process_group("gloo", store=self.store, rank=rank, world_size=world)
         self.torch, self.dist = torch, dist
@@ -115,7 +127,9 @@ class Place:
     def scenario(self, want=None, read=None, patience=PATIENCE, path="plan.json"):
         """A fresh mover on a board of its own, as a process that starts has it."""
         self.scenarios += 1
-        job.install(job.Job(self.rank, self.world, board.StoreBoard(self.dist.PrefixStore(f"scenario{self.scenarios}", self.store)), {}))
+        job.install(
+            job.Job(self.rank, self.world, board.StoreBoard(self.dist.PrefixStore(f"scenario{self.scenarios}", self.store)), {})
+        )
         experts.mover = experts.Mover(path, read or (lambda *_: [list(row) for row in want]), patience)
         return experts.mover
 
@@ -128,6 +142,7 @@ class Rank(Place):
     def __init__(self, rank, world, port, seed, parallel):
         super().__init__(rank, world, port, seed)
         from megatron.core import parallel_state
+
         self.parallel, self.state = parallel, parallel_state
         parallel_state.initialize_model_parallel(1, parallel.get("pp", 1), expert_model_parallel_size=parallel["ep"])
         self.group = parallel_state.get_expert_model_parallel_group()
@@ -140,22 +155,58 @@ class Rank(Place):
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer import TransformerConfig
         from megatron.core.transformer.module import Float16Module
+
         torch = self.torch
         torch.manual_seed(seed)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        config = TransformerConfig(**{**dict(
-            num_layers=self.LAYERS, hidden_size=self.HIDDEN, num_attention_heads=2, num_moe_experts=self.EXPERTS, moe_router_topk=3,
-            expert_model_parallel_size=self.parallel["ep"], pipeline_model_parallel_size=self.parallel.get("pp", 1), pipeline_dtype=dtype,
-            moe_token_dispatcher_type="alltoall", moe_ffn_hidden_size=40, add_bias_linear=False,
-            moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True,
-            hidden_dropout=0., attention_dropout=0., use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
-            bias_dropout_fusion=False, apply_rope_fusion=False, bf16=bf16, params_dtype=dtype, gated_linear_unit=True), **more})
+        config = TransformerConfig(
+            **{
+                **dict(
+                    num_layers=self.LAYERS,
+                    hidden_size=self.HIDDEN,
+                    num_attention_heads=2,
+                    num_moe_experts=self.EXPERTS,
+                    moe_router_topk=3,
+                    expert_model_parallel_size=self.parallel["ep"],
+                    pipeline_model_parallel_size=self.parallel.get("pp", 1),
+                    pipeline_dtype=dtype,
+                    moe_token_dispatcher_type="alltoall",
+                    moe_ffn_hidden_size=40,
+                    add_bias_linear=False,
+                    moe_router_load_balancing_type="none",
+                    moe_router_dtype="fp32",
+                    moe_router_score_function="sigmoid",
+                    moe_router_enable_expert_bias=True,
+                    hidden_dropout=0.0,
+                    attention_dropout=0.0,
+                    use_cpu_initialization=True,
+                    masked_softmax_fusion=False,
+                    gradient_accumulation_fusion=False,
+                    bias_dropout_fusion=False,
+                    apply_rope_fusion=False,
+                    bf16=bf16,
+                    params_dtype=dtype,
+                    gated_linear_unit=True,
+                ),
+                **more,
+            }
+        )
         stage, stages = self.state.get_pipeline_model_parallel_rank(), self.parallel.get("pp", 1)
         frequency = more.get("moe_layer_freq")
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False) if frequency else \
-            get_gpt_layer_local_spec(num_experts=self.EXPERTS, moe_grouped_gemm=False)
-        module = GPTModel(config, spec, vocab_size=self.VOCABULARY, max_sequence_length=self.LENGTH, position_embedding_type="rope",
-                          pre_process=stage == 0, post_process=stage == stages - 1)
+        spec = (
+            get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+            if frequency
+            else get_gpt_layer_local_spec(num_experts=self.EXPERTS, moe_grouped_gemm=False)
+        )
+        module = GPTModel(
+            config,
+            spec,
+            vocab_size=self.VOCABULARY,
+            max_sequence_length=self.LENGTH,
+            position_embedding_type="rope",
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+        )
         for name, moe in self.layers(module):
             for local, expert in enumerate(moe.experts.local_experts):
                 number = moe.local_expert_indices[local]
@@ -170,8 +221,12 @@ class Rank(Place):
         if bf16:
             module = Float16Module(config, module)
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=sharded), module)
-        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, bf16=bf16, params_dtype=dtype,
-                                                           use_distributed_optimizer=sharded), [ddp])
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=3e-3, clip_grad=1.0, bf16=bf16, params_dtype=dtype, use_distributed_optimizer=sharded
+            ),
+            [ddp],
+        )
         return ddp, optimizer
 
     def layers(self, model):
@@ -186,6 +241,7 @@ class Rank(Place):
     def train(self, model, optimizer, steps, first=0):
         """Losses of these steps, through Megatron's own schedule."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
+
         losses = []
         positions = self.torch.arange(self.LENGTH)[None].expand(2, -1)
         for step in range(first, first + steps):
@@ -194,10 +250,17 @@ class Rank(Place):
             def forward_step(_, module):
                 output = module(tokens, positions, None, labels=tokens)
                 return output, lambda x: (x.float().mean(), {"loss": x.detach().float().mean()})
+
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            out = get_forward_backward_func()(forward_step_func=forward_step, data_iterator=None, model=model, num_microbatches=1,
-                                              seq_length=self.LENGTH, micro_batch_size=2)
+            out = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=None,
+                model=model,
+                num_microbatches=1,
+                seq_length=self.LENGTH,
+                micro_batch_size=2,
+            )
             optimizer.step()
             losses += [float(one["loss"]) for one in out]
         return losses
@@ -219,7 +282,12 @@ class Rank(Place):
 
         def of(p):
             m = main.get(id(p), p)
-            return [p.data] + ([m.data] if m is not p else []) + [v for k, v in sorted(state.get(id(m), {}).items()) if k.startswith("exp_avg")]
+            return (
+                [p.data]
+                + ([m.data] if m is not p else [])
+                + [v for k, v in sorted(state.get(id(m), {}).items()) if k.startswith("exp_avg")]
+            )
+
         result = {}
         for _, moe in self.layers(model):
             slots = [[t.clone() for p in one.parameters() for t in of(p)] for one in moe.experts.local_experts]
@@ -250,8 +318,15 @@ class Rank(Place):
             for slot, expert in zip(slots, row):
                 check(len(a[number][0][expert]) == len(b[number][0][slot]), "other tensors")
                 for x, y in zip(a[number][0][expert], b[number][0][slot]):
-                    right = self.torch.equal(x, y) if not most else self.torch.allclose(x.float(), y.float(), rtol=1e-3, atol=most)
-                    check(right, f"layer {number}, slot {slot}: not expert {expert}: off by {(x.float() - y.float()).abs().max()}")
+                    right = (
+                        self.torch.equal(x, y) if not most else self.torch.allclose(x.float(), y.float(), rtol=1e-3, atol=most)
+                    )
+                    check(
+                        right, f"layer {number}, slot {slot}: not expert {expert}: off by {(x.float() - y.float()).abs().max()}"
+                    )
             for x, y in zip(a[number][1], b[number][1]):
                 x = x[self.torch.tensor(row)]
-                check(self.torch.equal(x, y) if not most else self.torch.allclose(x.float(), y.float(), rtol=1e-3, atol=most), f"layer {number}: router rows")
+                check(
+                    self.torch.equal(x, y) if not most else self.torch.allclose(x.float(), y.float(), rtol=1e-3, atol=most),
+                    f"layer {number}: router rows",
+                )

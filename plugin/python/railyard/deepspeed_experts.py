@@ -1,14 +1,16 @@
 """RAILYARD_EXPERTS in DeepSpeed jobs: classic MoE layers (deepspeed.moe.layer.MoE).
 
-Owns: finding layers, groups and optimizers, the moment, seeing checkpoints. Not: the agreement and the exchange (experts.py), what optimizers
-keep (expert_tensors.py).
+Owns: finding layers, groups and optimizers, the moment, seeing checkpoints. Not: the agreement and the exchange (experts.py),
+what optimizers keep (expert_tensors.py).
 
-The moment is DeepSpeedEngine.forward in training mode with gradients on: without pipelines every rank calls it first of all. Pipelines and AutoEP layers are
-refused: layers have no numbers that all ranks know, and experts another layout. A layer's number is its place among the model's MoE layers.
-What is moved: all parameters and buffers of each of deepspeed_experts, and the rows of gate.wg.weight. Without ZeRO and in fp32 the optimizer keeps things per
-parameter. Every other optimizer of DeepSpeed flattens; refresh_fp32_params makes its copies anew while it remembers nothing and no checkpoint
-was loaded into it. ZeRO-3 has no whole parameters: refused.
+The moment is DeepSpeedEngine.forward in training mode with gradients on: without pipelines every rank calls it first of all.
+Pipelines and AutoEP layers are refused: layers have no numbers that all ranks know, and experts another layout. A layer's
+number is its place among the model's MoE layers. What is moved: all parameters and buffers of each of deepspeed_experts, and
+the rows of gate.wg.weight. Without ZeRO and in fp32 the optimizer keeps things per parameter. Every other optimizer of
+DeepSpeed flattens; refresh_fp32_params makes its copies anew while it remembers nothing and no checkpoint was loaded into it.
+ZeRO-3 has no whole parameters: refused.
 """
+
 import functools
 import os
 
@@ -27,14 +29,23 @@ def _holders(engine) -> Holders:
     if getattr(wrapper, "cpu_offload", False):
         raise Refused("zero_optimization.offload_optimizer (the optimizer keeps copies of parameters in host memory)")
     state = getattr(getattr(wrapper, "optimizer", None), "state", {})
-    return Holders({}, [Flattened(option, list(engine.module.parameters()), state, wrapper.refresh_fp32_params, lambda: engine.global_steps > 0)])
+    return Holders(
+        {},
+        [
+            Flattened(
+                option, list(engine.module.parameters()), state, wrapper.refresh_fp32_params, lambda: engine.global_steps > 0
+            )
+        ],
+    )
 
 
 def look(engine) -> Holding:
     modules = list(engine.module.modules())
     if any("AutoEP" in type(m).__name__ for m in modules):
         raise Refused("AutoEP layers, which Railyard does not know")
-    moes = [m for m in modules if any(kind.__name__ == "MoE" and kind.__module__ == "deepspeed.moe.layer" for kind in type(m).__mro__)]
+    moes = [
+        m for m in modules if any(kind.__name__ == "MoE" and kind.__module__ == "deepspeed.moe.layer" for kind in type(m).__mro__)
+    ]
     if not moes:
         raise Refused("the model has no experts")
     if len({(m.num_experts, m.ep_size) for m in moes}) > 1:
@@ -49,7 +60,9 @@ def look(engine) -> Holding:
             if name not in ("wg.weight", "wg.bias") or t.shape[0] != moe.num_experts:
                 raise Refused(f"the gate has {name}, and Railyard does not know whether it is per expert")
         slots = [[(name, t, None) for name, t in list(e.named_parameters()) + list(e.named_buffers())] for e in block]
-        return layer_of(index, f"MoE layer {index + 1}", moe.deepspeed_moe.ep_group, slots, router, holders[0], _tensor_index(moe))
+        return layer_of(
+            index, f"MoE layer {index + 1}", moe.deepspeed_moe.ep_group, slots, router, holders[0], _tensor_index(moe)
+        )
 
     def prepare(source):
         holders.append(_holders(engine))
@@ -65,13 +78,19 @@ def look(engine) -> Holding:
 def _tensor_index(moe) -> int:
     """Among the ranks that hold parts of one expert: an expert-parallel group has members of one index only."""
     from deepspeed.utils import groups
+
     if not moe.enable_expert_tensor_parallelism or groups.mpu is None:
         return 0
-    return groups.mpu.get_tensor_model_parallel_rank() if hasattr(groups.mpu, "get_tensor_model_parallel_rank") else groups.mpu.get_model_parallel_rank()
+    return (
+        groups.mpu.get_tensor_model_parallel_rank()
+        if hasattr(groups.mpu, "get_tensor_model_parallel_rank")
+        else groups.mpu.get_model_parallel_rank()
+    )
 
 
 def watch_engine(module) -> None:
     import torch
+
     kind = module.DeepSpeedEngine
     forward, save, load = kind.forward, kind.save_checkpoint, kind.load_checkpoint
 

@@ -1,14 +1,15 @@
 """What belongs to an expert: parameters, copies of them, what optimizers remember of them; and to a router's row.
 
-Owns: optimizers seen being made, finding what they keep of a parameter, one layer's tensors for experts.py, refusing what is not known. Not: how a
-framework's modules are laid out and wrapped (megatron_experts.py, deepspeed_experts.py).
+Owns: optimizers seen being made, finding what they keep of a parameter, one layer's tensors for experts.py, refusing what is
+not known. Not: how a framework's modules are laid out and wrapped (megatron_experts.py, deepspeed_experts.py).
 
-Optimizers are not to be found from a model, so they are seen being made: weak references, from a wrap of the base class' constructor. A parameter
-that learns and is in no optimizer seen is refused: something else might hold a copy of it. Where an optimizer keeps parameters flattened
-or sharded over data-parallel ranks, ranks hold unlike parts of unlike experts. That is refused once it remembers something; but as long as
-all that it remembers is zero, as before its first step, its fp32 copies can be made anew from the moved weights, by the method that it has for
-weights that changed outside.
+Optimizers are not to be found from a model, so they are seen being made: weak references, from a wrap of the base class'
+constructor. A parameter that learns and is in no optimizer seen is refused: something else might hold a copy of it. Where an
+optimizer keeps parameters flattened or sharded over data-parallel ranks, ranks hold unlike parts of unlike experts. That is
+refused once it remembers something; but as long as all that it remembers is zero, as before its first step, its fp32 copies can
+be made anew from the moved weights, by the method that it has for weights that changed outside.
 """
+
 import functools
 import hashlib
 import json
@@ -22,10 +23,12 @@ torch_optimizers: "weakref.WeakSet" = weakref.WeakSet()
 
 def seen(made, into):
     """A constructor that remembers what it made."""
+
     @functools.wraps(made)
     def wrapper(self, *args, **kwargs):
         into.add(self)
         return made(self, *args, **kwargs)
+
     return wrapper
 
 
@@ -41,11 +44,12 @@ _watching = False
 
 class Flattened(NamedTuple):
     """An optimizer that keeps parameters in a form in which experts cannot be told apart."""
-    option: str        # that asks for it
+
+    option: str  # that asks for it
     params: list
-    state: dict        # what it remembers, by whatever key
-    renew: Callable    # makes its copies anew from the parameters
-    loses: Callable    # () → would that lose anything: are the copies more than what the parameters say?
+    state: dict  # what it remembers, by whatever key
+    renew: Callable  # makes its copies anew from the parameters
+    loses: Callable  # () → would that lose anything: are the copies more than what the parameters say?
 
 
 class Holders:
@@ -66,10 +70,18 @@ class Holders:
         if one is None:
             return False
         if all(one is not other for other in self.used):
-            if any(_is_tensor(v) and v.numel() > 1 and bool(v.detach().ne(0).any()) for state in one.state.values() for v in state.values()):
-                raise Refused(f"{one.option} (the optimizer's states are flattened or sharded over ranks, and there are some already)")
+            if any(
+                _is_tensor(v) and v.numel() > 1 and bool(v.detach().ne(0).any())
+                for state in one.state.values()
+                for v in state.values()
+            ):
+                raise Refused(
+                    f"{one.option} (the optimizer's states are flattened or sharded over ranks, and there are some already)"
+                )
             if one.loses():
-                raise Refused(f"{one.option} (the optimizer's copies of parameters are more precise than the parameters, and cannot be moved)")
+                raise Refused(
+                    f"{one.option} (the optimizer's copies of parameters are more precise than the parameters, and cannot be moved)"
+                )
             self.used.append(one)
         return True
 
@@ -97,18 +109,21 @@ class Holders:
                 elif _is_tensor(value) and not value.numel():
                     continue
                 else:
-                    raise Refused(f"{type(optimizer).__name__} keeps a state {key!r} of {name} that is not of the parameter's shape (--optimizer)")
+                    raise Refused(
+                        f"{type(optimizer).__name__} keeps a state {key!r} of {name} that is not of the parameter's shape (--optimizer)"
+                    )
         return moved, equal
 
 
 def _is_tensor(value) -> bool:
     import torch
-    return isinstance(value, torch.Tensor)
 
+    return isinstance(value, torch.Tensor)
 
 
 def plain(tensor, name: str, device) -> None:
     import torch
+
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise Refused(f"{name} is a {type(tensor).__name__}, no plain tensor (fully sharded, or of a quantized type)")
     if not tensor.is_contiguous() or tensor.device != device:
@@ -118,19 +133,30 @@ def plain(tensor, name: str, device) -> None:
 def no_gradients(modules) -> None:
     """Gradients that are there already and not zero would belong to the wrong experts; before a step there are none."""
     import torch
-    grads = [g for module in modules for p in module.parameters() for g in (getattr(p, "grad", None), getattr(p, "main_grad", None)) if g is not None]
+
+    grads = [
+        g
+        for module in modules
+        for p in module.parameters()
+        for g in (getattr(p, "grad", None), getattr(p, "main_grad", None))
+        if g is not None
+    ]
     if grads and bool(torch.stack([g.detach().ne(0).any() for g in grads]).any()):
         raise Refused("there are gradients already, in the midst of a step")
 
 
-def layer_of(index: int, name: str, group, slots: List[list], router: List[tuple], holders: Holders, tensor_index: int = 0) -> Layer:
+def layer_of(
+    index: int, name: str, group, slots: List[list], router: List[tuple], holders: Holders, tensor_index: int = 0
+) -> Layer:
     """One layer of this rank, every tensor looked at.
 
-    slots[i]: [(name, parameter or buffer, part)] of local expert i; part None: all of it, else the part-th of as many equal parts as there are experts here
+    slots[i]: [(name, parameter or buffer, part)] of local expert i; part None: all of it, else the part-th of as many equal
+    parts as there are experts here
     router:   [(name, parameter or buffer)] that have a row for each expert of the layer
     """
     import torch
     import torch.distributed as dist
+
     each = len(slots)
     device = slots[0][0][1].device
     moved_slots, kinds, equal = [], [], []
@@ -160,4 +186,6 @@ def layer_of(index: int, name: str, group, slots: List[list], router: List[tuple
             rows.append(one.detach())
             row_kinds.append((what, copy, str(one.dtype), list(one.shape), numbers))
     signature = hashlib.sha256(json.dumps([kinds[0], equal[0], row_kinds]).encode()).hexdigest()[:16]
-    return Layer(index, group, dist.get_process_group_ranks(group), dist.get_rank(group), tensor_index, moved_slots, rows, signature)
+    return Layer(
+        index, group, dist.get_process_group_ranks(group), dist.get_rank(group), tensor_index, moved_slots, rows, signature
+    )

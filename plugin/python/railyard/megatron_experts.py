@@ -1,24 +1,26 @@
 """RAILYARD_EXPERTS in Megatron-core jobs (0.13 or later): where experts, routers and optimizers keep what must move.
 
-Owns: finding it, refusing what cannot be moved, the moment (before the first training step), seeing checkpoints being loaded and saved. Not: the
-agreement and the exchange (experts.py).
+Owns: finding it, refusing what cannot be moved, the moment (before the first training step), seeing checkpoints being loaded
+and saved. Not: the agreement and the exchange (experts.py).
 
-The moment is the start of schedules.forward_backward_*: every rank of the job calls it at the start of a step, before any communication of that step,
-with all of its model chunks, whatever its place in the pipeline. (GPTModel.forward would be too late with pipelines: a later stage's first
-forward waits for the earlier stages, and would never come to an agreement that they wait in.) A job with a training loop of its own, without
-these schedules, is met at GPTModel.forward instead, in training mode with gradients on; with pipeline parallelism it is refused there.
+The moment is the start of schedules.forward_backward_*: every rank of the job calls it at the start of a step, before any
+communication of that step, with all of its model chunks, whatever its place in the pipeline. (GPTModel.forward would be too
+late with pipelines: a later stage's first forward waits for the earlier stages, and would never come to an agreement that they
+wait in.) A job with a training loop of its own, without these schedules, is met at GPTModel.forward instead, in training mode
+with gradients on; with pipeline parallelism it is refused there.
 
-What is moved. Each layer's own ranks permute their own layers, found by their global number; layers for multi-token prediction and
-shared experts stay. SequentialMLP: all parameters and buffers of each local expert's module. TEGroupedMLP: linear_fc1 and linear_fc2's
-weight0, weight1, …, bias0, …. GroupedMLP: weight1 and weight2, whose memory is cut into equal parts, one per local expert, as its forward
-does. With each parameter: its fp32 main copy, and every state of its shape that its optimizer has. Of the router: weight, bias, expert_bias and the
-counters, by rows. With expert-tensor parallelism an expert-parallel group has members of one tensor index only (checked), so that parts of
-an expert meet again on their new ranks.
+What is moved. Each layer's own ranks permute their own layers, found by their global number; layers for multi-token prediction
+and shared experts stay. SequentialMLP: all parameters and buffers of each local expert's module. TEGroupedMLP: linear_fc1 and
+linear_fc2's weight0, weight1, …, bias0, …. GroupedMLP: weight1 and weight2, whose memory is cut into equal parts, one per local
+expert, as its forward does. With each parameter: its fp32 main copy, and every state of its shape that its optimizer has. Of
+the router: weight, bias, expert_bias and the counters, by rows. With expert-tensor parallelism an expert-parallel group has
+members of one tensor index only (checked), so that parts of an expert meet again on their new ranks.
 
-Optimizers (expert_tensors.py): Float16OptimizerWithFloat16Params and FP32Optimizer keep things per parameter, which moves. DistributedOptimizer
-shards; reload_model_params makes its copies anew while it remembers nothing. A job that resumes in the right order has nothing to move, and is
-not refused, whatever its optimizer.
+Optimizers (expert_tensors.py): Float16OptimizerWithFloat16Params and FP32Optimizer keep things per parameter, which moves.
+DistributedOptimizer shards; reload_model_params makes its copies anew while it remembers nothing. A job that resumes in the
+right order has nothing to move, and is not refused, whatever its optimizer.
 """
+
 import functools
 import os
 import re
@@ -37,6 +39,7 @@ ROUTER_OTHERS = ("ga_steps",)  # one number for all experts
 
 # ---- optimizers
 
+
 def _holders() -> Holders:
     main, flattened = {}, []
     for wrapper in list(megatron_optimizers):
@@ -47,8 +50,15 @@ def _holders() -> Holders:
         elif kind == "DistributedOptimizer":
             params = [p for buffer in getattr(wrapper, "buffers", []) for p in getattr(buffer, "params", [])]
             state = getattr(getattr(wrapper, "optimizer", None), "state", {})
-            flattened.append(Flattened("--use-distributed-optimizer", params, state, wrapper.reload_model_params,
-                                       lambda wrapper=wrapper: _finer(wrapper)))
+            flattened.append(
+                Flattened(
+                    "--use-distributed-optimizer",
+                    params,
+                    state,
+                    wrapper.reload_model_params,
+                    lambda wrapper=wrapper: _finer(wrapper),
+                )
+            )
         elif kind != "ChainedOptimizer":  # its parts were seen, too
             raise Refused(f"{kind} keeps parameters in a way that Railyard does not know (--optimizer)")
     return Holders(main, flattened)
@@ -56,12 +66,17 @@ def _holders() -> Holders:
 
 def _finer(wrapper) -> bool:
     import torch
+
     pairs = zip(getattr(wrapper, "shard_float16_groups", []), getattr(wrapper, "shard_fp32_from_float16_groups", []))
-    return any(copy is not None and own is not None and not torch.equal(own.float(), copy.detach().float())
-               for owns, copies in pairs for own, copy in zip(owns, copies))
+    return any(
+        copy is not None and own is not None and not torch.equal(own.float(), copy.detach().float())
+        for owns, copies in pairs
+        for own, copy in zip(owns, copies)
+    )
 
 
 # ---- one layer
+
 
 def _kin(module, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(module).__mro__)
@@ -71,7 +86,10 @@ def _slots(block, each: int) -> List[list]:
     """[local expert] → [(name, parameter or buffer, part)]: part None: all of it; i: the i-th of `each` equal parts of its memory."""
     named = list(block.named_parameters()) + list(block.named_buffers())
     if _kin(block, "SequentialMLP"):
-        parts = [[(name, t, None) for name, t in list(one.named_parameters()) + list(one.named_buffers())] for one in block.local_experts]
+        parts = [
+            [(name, t, None) for name, t in list(one.named_parameters()) + list(one.named_buffers())]
+            for one in block.local_experts
+        ]
         if sum(map(len, parts)) != len(named):
             raise Refused("experts of SequentialMLP share parameters, or it has some of its own")
         return parts
@@ -92,6 +110,7 @@ def _slots(block, each: int) -> List[list]:
 
 def _tensor_index(block) -> int:
     import torch.distributed as dist
+
     group = getattr(block, "tp_group", None)
     return dist.get_rank(group) if group is not None else 0
 
@@ -105,6 +124,7 @@ def _rows(router, number: int, experts_of_layer: int) -> List[tuple]:
 
 
 # ---- the model
+
 
 def _moe_layers(models) -> Dict[int, object]:
     """Layers with experts on this rank by their global number, from 1; those for multi-token prediction are left out."""
@@ -121,8 +141,10 @@ def _moe_layers(models) -> Dict[int, object]:
 def numbers(config) -> List[int]:
     """The global numbers, from 1, of the layers with experts, as Megatron-core makes them."""
     frequency = getattr(config, "moe_layer_freq", 1)
-    pattern = frequency if isinstance(frequency, (list, tuple)) else [1 if i % frequency == 0 else 0 for i in range(config.num_layers)]
-    return [i + 1 for i, moe in enumerate(pattern[:config.num_layers]) if moe]
+    pattern = (
+        frequency if isinstance(frequency, (list, tuple)) else [1 if i % frequency == 0 else 0 for i in range(config.num_layers)]
+    )
+    return [i + 1 for i, moe in enumerate(pattern[: config.num_layers]) if moe]
 
 
 def _refusals(config, source) -> None:
@@ -135,8 +157,10 @@ def _refusals(config, source) -> None:
     if groups and getattr(config, "moe_router_group_topk", None):
         width = config.num_moe_experts // groups
         for row in source:
-            if any(len({s // width for s in row[g:g + width]}) != 1 for g in range(0, len(row), width)):
-                raise Refused("--moe-router-num-groups (tokens are routed to groups of consecutive experts, and the map would mix groups)")
+            if any(len({s // width for s in row[g : g + width]}) != 1 for g in range(0, len(row), width)):
+                raise Refused(
+                    "--moe-router-num-groups (tokens are routed to groups of consecutive experts, and the map would mix groups)"
+                )
 
 
 def _fully_sharded(models) -> None:
@@ -149,11 +173,14 @@ def _fully_sharded(models) -> None:
 
 def look(models) -> Holding:
     import torch
+
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise Refused("--cuda-graph-impl (the first step is being captured)")
     models = [model for model in (models if isinstance(models, (list, tuple)) else [models]) if model is not None]
     held = _moe_layers(models)
-    config = next((m.config for m in held.values()), None) or next(m.config for model in models for m in model.modules() if hasattr(m, "config"))
+    config = next((m.config for m in held.values()), None) or next(
+        m.config for model in models for m in model.modules() if hasattr(m, "config")
+    )
     if not getattr(config, "num_moe_experts", None):
         raise Refused("the model has no experts")
     index = {number: i for i, number in enumerate(numbers(config))}
@@ -168,9 +195,18 @@ def look(models) -> Holding:
         _fully_sharded(models)
         holders.append(_holders())
         no_gradients([part for moe in held.values() for part in (moe.experts, moe.router)])
-        return [layer_of(index[number], f"layer {number}", moe.ep_group, _slots(moe.experts, moe.num_local_experts),
-                         _rows(moe.router, number, config.num_moe_experts), holders[0], _tensor_index(moe.experts))
-                for number, moe in sorted(held.items())]
+        return [
+            layer_of(
+                index[number],
+                f"layer {number}",
+                moe.ep_group,
+                _slots(moe.experts, moe.num_local_experts),
+                _rows(moe.router, number, config.num_moe_experts),
+                holders[0],
+                _tensor_index(moe.experts),
+            )
+            for number, moe in sorted(held.items())
+        ]
 
     def settle():
         holders[0].renew()
@@ -179,6 +215,7 @@ def look(models) -> Holding:
 
 
 # ---- when
+
 
 def watch_schedules(module) -> None:
     names = [name for name in vars(module) if name.startswith("forward_backward_") and callable(getattr(module, name))]
@@ -194,22 +231,29 @@ def _stepping(original):
         if experts.due() and not kwargs.get("forward_only", False) and "model" in kwargs:
             experts.before_step(lambda: look(kwargs["model"]))
         return original(*args, **kwargs)
+
     return wrapper
 
 
 def watch_model(module) -> None:
     import torch
+
     original = module.GPTModel.forward
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         if experts.due() and self.training and torch.is_grad_enabled():
+
             def alone():
                 if self.config.pipeline_model_parallel_size > 1:
-                    raise Refused("a training loop without Megatron-core's schedules and with --pipeline-model-parallel-size above 1")
+                    raise Refused(
+                        "a training loop without Megatron-core's schedules and with --pipeline-model-parallel-size above 1"
+                    )
                 return look(self)
+
             experts.before_step(alone)
         return original(self, *args, **kwargs)
+
     module.GPTModel.forward = forward
 
 
@@ -218,6 +262,7 @@ def watch_megatron_optimizers(module) -> None:
 
 
 # ---- checkpoints
+
 
 def watch_checkpoints(module) -> None:
     """megatron.core.dist_checkpointing: save and load of the formats of today."""
@@ -252,8 +297,11 @@ def watch_training_checkpoints(module) -> None:
         if not getattr(options, "use_dist_ckpt", False):
             experts.saved(os.path.join(options.save, f"iter_{iteration:07d}"))
         elif getattr(options, "non_persistent_ckpt_type", None) == "local" and experts.order() is not None:
-            say.warn_once("experts-local", f"--non-persistent-ckpt-type local: no {experts.NOTE} is written; a job that resumes from such a "
-                          "checkpoint has its experts moved once more")
+            say.warn_once(
+                "experts-local",
+                f"--non-persistent-ckpt-type local: no {experts.NOTE} is written; a job that resumes from such a "
+                "checkpoint has its experts moved once more",
+            )
         return result
 
     @functools.wraps(base)
