@@ -104,6 +104,13 @@ int railyard_live_load(struct railyard_live *live, const char *path);
 int railyard_live_record(struct railyard_live *live, const char *dir, int32_t tokens_per_sample, int64_t max_samples);
 int railyard_live_record_flush(struct railyard_live *live);
 
+/**
+ * An expert map (place/expert_map.h) for so many layers, experts of each, and expert-parallel ranks: permutation[layers]
+ * [experts], the expert that each slot is to hold, untouched on failure. -1 with what is wrong in why[size].
+ */
+int railyard_live_expert_map(const char *path, int32_t layers, int32_t experts, int32_t ranks, int32_t *permutation,
+                             char *why, size_t size);
+
 #if defined(__GNUC__)
 #pragma GCC visibility pop
 #endif

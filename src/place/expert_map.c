@@ -129,33 +129,43 @@ static int read_npy(const char *path, long *out, int layers, int experts, struct
     return rc;
 }
 
-int ry_expert_map_open(const char *path, int *expert_rank, int layers, int experts, int ranks, struct ry_err *err)
+int ry_expert_map_slots(const char *path, int *permutation, int layers, int experts, int ranks, struct ry_err *err)
 {
-    if (experts % ranks)
+    if (layers < 1 || experts < 1 || ranks < 1 || experts % ranks)
         return ry_fail(err, "%s: %d ranks cannot hold equally many of %d experts", path, ranks, experts);
     size_t n = (size_t)layers * (size_t)experts;
-    long *permutation = malloc(n * sizeof *permutation);
-    int *map = malloc(n * sizeof *map), rc = -1;
-    if (!permutation || !map)
+    long *read = malloc(n * sizeof *read);
+    int *seen = calloc(n, sizeof *seen), rc = -1;
+    if (!read || !seen)
         ry_fail(err, "%s: out of memory", path);
     else
-        rc = ends_in(path, ".json") ? read_json(path, permutation, layers, experts, ranks, err)
-                                    : read_npy(path, permutation, layers, experts, err);
-    for (size_t i = 0; !rc && i < n; i++)
-        map[i] = -1;
+        rc = ends_in(path, ".json") ? read_json(path, read, layers, experts, ranks, err)
+                                    : read_npy(path, read, layers, experts, err);
     for (int l = 0; !rc && l < layers; l++) {
         for (int slot = 0; !rc && slot < experts; slot++) {
-            long e = permutation[l * experts + slot];
-            if (e < 0 || e >= experts || map[l * experts + e] >= 0)
+            long e = read[l * experts + slot];
+            if (e < 0 || e >= experts || seen[l * experts + e]++)
                 rc = ry_fail(err, "%s: layer %d, slot %d: no permutation of the experts 0 to %d", path, l, slot,
                              experts - 1);
-            else
-                map[l * experts + e] = slot / (experts / ranks);
         }
     }
-    if (!rc)
-        memcpy(expert_rank, map, n * sizeof *map);
+    for (size_t i = 0; !rc && i < n; i++)
+        permutation[i] = (int)read[i];
+    free(read);
+    free(seen);
+    return rc;
+}
+
+int ry_expert_map_open(const char *path, int *expert_rank, int layers, int experts, int ranks, struct ry_err *err)
+{
+    size_t n = (size_t)layers * (size_t)experts;
+    int *permutation = malloc(n * sizeof *permutation);
+    if (!permutation)
+        return ry_fail(err, "%s: out of memory", path);
+    int rc = ry_expert_map_slots(path, permutation, layers, experts, ranks, err);
+    for (size_t i = 0; !rc && i < n; i++)
+        expert_rank[i / (size_t)experts * (size_t)experts + (size_t)permutation[i]] =
+            (int)(i % (size_t)experts) / (experts / ranks);
     free(permutation);
-    free(map);
     return rc;
 }

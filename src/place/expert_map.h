@@ -30,4 +30,7 @@ int ry_expert_map_save(const char *path, const int *expert_rank, int layers, int
  * [experts], untouched on failure. -1 with `err`. */
 int ry_expert_map_open(const char *path, int *expert_rank, int layers, int experts, int ranks, struct ry_err *err);
 
+/** The same, slots in the order in which the file has them: permutation[layers][experts]. */
+int ry_expert_map_slots(const char *path, int *permutation, int layers, int experts, int ranks, struct ry_err *err);
+
 #endif

@@ -504,6 +504,14 @@ START_TEST(map_files)
         put("bad.json", bad[i]);
         ck_assert_msg(ry_expert_map_open(path, back, 1, 2, 2, &err) == -1, "%s was taken", bad[i]);
     }
+    put("slots.json", "{\"version\":1,\"layers\":2,\"experts\":4,\"ranks\":2,\"permutation\":[[3,1,2,0],[1,0,3,2]]}");
+    int slots[8];
+    ck_assert_msg(!ry_expert_map_slots(path, slots, 2, 4, 2, &err), "%s", err.msg);
+    ck_assert_mem_eq(slots, ((int[]){3, 1, 2, 0, 1, 0, 3, 2}), sizeof slots); /* as in the file, not sorted */
+    ck_assert_int_eq(ry_expert_map_slots(path, slots, 2, 4, 4, &err), -1);
+    ck_assert_int_eq(ry_expert_map_slots(path, slots, 2, 4, 3, &err), -1);
+    ck_assert_int_eq(ry_expert_map_slots(path, slots, 0, 4, 2, &err), -1);
+
     size_t shape[] = {1, 2};
     snprintf(path, sizeof path, "%s/bad.npy", dir);
     ck_assert_int_eq(ry_npy_save(AT_FDCWD, path, RY_NPY_F64, 2, shape, (double[]){NAN, 1}, &err), 0);

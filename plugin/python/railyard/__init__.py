@@ -10,8 +10,10 @@ Started by sitecustomize.py beside this package, never imported by a user. docs/
   batch.py      DataLoader and samplers: lists, windows, obeying the board              (torch)
   planner.py    the leader's windows: reads tokens ahead, asks the library, claims
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
-  experts.py    experts moved between ranks at start                                    (torch)
   adapt.py      what the adapters of frameworks share: findings, wrapping, joining
+  experts.py    experts moved between ranks at start: agreement, exchange, notes        (torch)
+  expert_tensors.py     what belongs to an expert, and where optimizers keep it         (torch)
+  megatron_experts.py, deepspeed_experts.py  where the frameworks keep what is moved    (megatron, deepspeed)
   megatron.py   Megatron-core: what to wrap, what to refuse, who holds what             (megatron)
   deepspeed.py  DeepSpeed: the same                                                     (deepspeed)
 """

@@ -20,8 +20,8 @@ from . import say
 # which settings they are for (None: any that starts the adapter at all).
 ADAPTERS = {
     "torch.utils.data": [("batch", ("batch",))],
-    "megatron.core": [("megatron", ("batch", "watch")), ("megatron_experts", ("experts",))],
-    "deepspeed": [("deepspeed", ("batch", "watch"))],
+    "megatron.core": [("megatron", ("batch", "watch")), ("megatron_experts", ("batch", "watch", "experts"))],
+    "deepspeed": [("deepspeed", ("batch", "watch")), ("deepspeed_experts", ("batch", "watch", "experts"))],
 }
 
 _waiting: Dict[str, List[Callable]] = {}

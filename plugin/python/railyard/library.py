@@ -143,6 +143,7 @@ def _library() -> ctypes.CDLL:
             ("load", ctypes.c_int, [p, text]),
             ("record", ctypes.c_int, [p, text, i32, ctypes.c_int64]),
             ("record_flush", ctypes.c_int, [p]),
+            ("expert_map", ctypes.c_int, [text, i32, i32, i32, p, p, ctypes.c_size_t]),
         ):
             function = getattr(lib, "railyard_live_" + name)
             function.restype, function.argtypes = result, arguments
@@ -161,6 +162,15 @@ def setting(name: str) -> str:
     if lib.railyard_live_setting(name.encode(), out, len(out)) < 0:
         raise _failed(lib)
     return os.fsdecode(out.value)
+
+
+def expert_map(path: str, layers: int, experts: int, ranks: int) -> List[List[int]]:
+    """An expert map from .json or .npy, checked to be for these numbers: [layer][slot], the expert that each slot is to hold."""
+    lib = _library()
+    out, why = (ctypes.c_int32 * (max(layers, 1) * max(experts, 1)))(), ctypes.create_string_buffer(512)
+    if lib.railyard_live_expert_map(os.fsencode(path), layers, experts, ranks, out, why, len(why)) < 0:
+        raise Error(why.value.decode("utf-8", "replace"))
+    return [list(out[layer * experts:(layer + 1) * experts]) for layer in range(layers)]
 
 
 # ---- arrays ----
