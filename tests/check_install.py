@@ -57,5 +57,12 @@ if report["ranks"] != 4 or not report["exchanges"]:
 with open(os.path.join(trace, [f for f in os.listdir(trace) if f.endswith(".jsonl")][0])) as f:
     if root not in f.readline():
         sys.exit("the installed bench met an NCCL from outside the installation")
+package = os.path.join(os.path.dirname(preload), "railyard", "python")
+setting = run([sys.executable, "-B", "-c", "from railyard import library; print(library.setting('RAILYARD_PLACEMENT'), library.engine_path())"],
+              cwd=work, env={**{k: v for k, v in os.environ.items() if not k.startswith("RAILYARD_")}, "PYTHONPATH": package})
+if setting.strip() != f"off {os.path.dirname(preload)}/librailyard-engine.so":
+    sys.exit(f"the installed Python package says: {setting}")
+if subprocess.run(["find", root, "-name", "__pycache__"], stdout=subprocess.PIPE, text=True).stdout:
+    sys.exit("__pycache__ is installed")
 shutil.rmtree(work)
 print("installed, and working from there")

@@ -29,7 +29,7 @@ struct railyard_live {
     int *expert_place; /* [layers][experts] */
     int *capacity;     /* [places]: slots there */
     struct ry_home_model *model;
-    uint64_t observed; /* here; what a loaded model saw is not counted */
+    uint64_t observed;          /* here; what a loaded model saw is not counted */
     double sent, crossed, even; /* running means, rows of a sample */
     double *rows;               /* [places]: room for one sample's */
     /* room for a list */
@@ -446,7 +446,8 @@ int railyard_live_record(struct railyard_live *l, const char *dir, int32_t token
 int railyard_live_record_flush(struct railyard_live *l)
 {
     pthread_mutex_lock(&l->lock);
-    int rc = l->writer ? ry_routing_writer_flush(l->writer, &error) : ry_fail(&error, "live: nothing is being recorded");
+    int rc =
+        l->writer ? ry_routing_writer_flush(l->writer, &error) : ry_fail(&error, "live: nothing is being recorded");
     pthread_mutex_unlock(&l->lock);
     return rc;
 }

@@ -121,13 +121,25 @@ static int features(const struct ry_home_model *m, const uint32_t *tokens, int n
 static void apply(const struct ry_home_model *m, const double *weight, const uint16_t *bucket, const float *value,
                   int n, double *out)
 {
-    const double *row = weight + (size_t)m->o.buckets * (size_t)m->nodes;
-    for (int k = 0; k < m->nodes; k++)
-        out[k] = row[k];
-    for (int i = 0; i < n; i++) {
-        row = weight + (size_t)bucket[i] * (size_t)m->nodes;
-        for (int k = 0; k < m->nodes; k++)
-            out[k] += (double)value[i] * row[k];
+    enum { BLOCK = 8 }; /* nodes whose sums stay in registers: most of the time that a prediction takes */
+    size_t nodes = (size_t)m->nodes;
+    const double *constant = weight + (size_t)m->o.buckets * nodes;
+    size_t k = 0;
+    for (; k + BLOCK <= nodes; k += BLOCK) {
+        double sum[BLOCK];
+        memcpy(sum, constant + k, sizeof sum);
+        for (int i = 0; i < n; i++) {
+            const double *row = weight + bucket[i] * nodes + k;
+            for (int j = 0; j < BLOCK; j++)
+                sum[j] += (double)value[i] * row[j];
+        }
+        memcpy(out + k, sum, sizeof sum);
+    }
+    for (; k < nodes; k++) {
+        double sum = constant[k];
+        for (int i = 0; i < n; i++)
+            sum += (double)value[i] * weight[bucket[i] * nodes + k];
+        out[k] = sum;
     }
 }
 

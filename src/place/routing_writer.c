@@ -75,12 +75,11 @@ static int write_meta(const struct ry_routing_writer *w, struct ry_err *err)
     char path[PATH_MAX], part[PATH_MAX + 8];
     snprintf(path, sizeof path, "%s/meta.json", w->dir);
     snprintf(part, sizeof part, "%s.tmp", path);
-    json_t *meta =
-        json_pack("{si si si si sI sI sb ss ss}", "layers", w->shape.layers, "experts", w->shape.experts, "topk",
-                  w->shape.topk, "tokens_per_sample", w->shape.tokens_per_sample, "samples", (json_int_t)w->samples,
-                  "left_out", (json_int_t)w->left_out, "growing", 1, "counts",
-                  "counts.npy uint16 [sample][layer][expert]: tokens of the sample routed to the expert", "tokens",
-                  "tokens.npy uint32 [sample][token]: token ids");
+    json_t *meta = json_pack("{si si si si sI sI sb ss ss}", "layers", w->shape.layers, "experts", w->shape.experts,
+                             "topk", w->shape.topk, "tokens_per_sample", w->shape.tokens_per_sample, "samples",
+                             (json_int_t)w->samples, "left_out", (json_int_t)w->left_out, "growing", 1, "counts",
+                             "counts.npy uint16 [sample][layer][expert]: tokens of the sample routed to the expert",
+                             "tokens", "tokens.npy uint32 [sample][token]: token ids");
     errno = 0; /* which jansson need not set */
     int bad = !meta ? ENOMEM : 0;
     if (meta && (json_dump_file(meta, part, JSON_INDENT(1)) || rename(part, path)))

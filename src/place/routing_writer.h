@@ -7,7 +7,8 @@
  * Samples are appended behind what the arrays' headers tell of; flushing writes the headers, then meta.json, which says
  * "growing". So a reader finds whole samples at any time after the first flush, during the next one too, and a job that
  * dies loses what it did not flush, nothing else. counts.npy is uint16, as all readers want it: a sample in which one
- * expert of a layer got more than 65,535 tokens is left out, and counted in meta.json as `left_out`. tokens.npy is uint32.
+ * expert of a layer got more than 65,535 tokens is left out, and counted in meta.json as `left_out`. tokens.npy is
+ * uint32.
  *
  * Errors name the file. Threads: one at a time. A folder is locked (fcntl) against other processes' writers.
  */

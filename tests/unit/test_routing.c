@@ -160,6 +160,81 @@ START_TEST(other_types)
 }
 END_TEST
 
+/* Token ids of large vocabularies: in place as uint32, converted from int64. */
+START_TEST(wide_tokens)
+{
+    uint32_t u32[S][T], room[T];
+    int64_t i64[S][T];
+    for (int s = 0; s < S; s++)
+        for (int t = 0; t < T; t++)
+            i64[s][t] = u32[s][t] = (uint32_t)(s * T + t) * 4000;
+    for (int wide = 0; wide < 3; wide++) {
+        if (wide == 1)
+            save("tokens.npy", RY_NPY_U32, 2, (size_t[]){S, T}, u32);
+        else if (wide == 2)
+            save("tokens.npy", RY_NPY_I64, 2, (size_t[]){S, T}, i64);
+        else
+            save("tokens.npy", RY_NPY_U16, 2, (size_t[]){S, T}, tokens);
+        if (wide) {
+            struct ry_routing *r = ry_routing_open(dir, &err);
+            ck_assert_ptr_null(r);
+            ck_assert_msg(strstr(err.msg, "tokens[0][1] is 4000, not a whole number from 0 to 99"), "%s", err.msg);
+        }
+        put("meta.json",
+            "{\"samples\": 6, \"layers\": 2, \"experts\": 4, \"tokens_per_sample\": 8, \"topk\": 2, \"counts\": "
+            "\"counts.npy\", \"tokens\": \"tokens.npy\"}");
+        struct ry_routing *r = opened();
+        ck_assert(ry_has_tokens(r) && !r->tokens16 == !!wide && !r->tokens32 == !wide);
+        ck_assert((wide == 1) == ((const void *)r->tokens32 == r->maps[2].data));
+        for (int s = 0; s < S; s++)
+            for (int t = 0; t < T; t++)
+                ck_assert_uint_eq(ry_tokens_at(r, s, room)[t], wide ? u32[s][t] : tokens[s][t]);
+        char other[96];
+        snprintf(other, sizeof other, "%s/saved%d", dir, wide);
+        snprintf(cmd, sizeof cmd, "mkdir %s", other);
+        ck_assert_int_eq(system(cmd), 0);
+        ck_assert_msg(!ry_routing_save(r, other, &err), "%s", err.msg);
+        struct ry_routing *b = ry_routing_open(other, &err);
+        ck_assert_msg(b != NULL, "%s", err.msg);
+        ck_assert_uint_eq(ry_tokens_at(b, 5, room)[7], wide ? u32[5][7] : tokens[5][7]);
+        ry_routing_close(b);
+        ry_routing_close(r);
+        put("meta.json", good);
+    }
+    i64[5][7] = INT64_C(1) << 32;
+    put("meta.json", "{\"samples\": 6, \"layers\": 2, \"experts\": 4, \"tokens_per_sample\": 8, \"topk\": 2, \"counts\": "
+                     "\"counts.npy\", \"tokens\": \"tokens.npy\"}");
+    save("tokens.npy", RY_NPY_I64, 2, (size_t[]){S, T}, i64);
+    refused("tokens.npy", "tokens[5][7] is 4294967296");
+}
+END_TEST
+
+/* More samples than meta.json tells of are passed over where it says that the folder grows, and only there. */
+START_TEST(growing)
+{
+    static const char text[] = "{\"samples\": %d, \"layers\": 2, \"experts\": 4, \"tokens_per_sample\": 8, \"topk\": 2, "
+                               "\"growing\": %s, \"counts\": \"counts.npy\", \"tokens\": \"tokens.npy\"}";
+    char meta[sizeof text + 16];
+    static const struct {
+        int samples;
+        const char *growing;
+        bool good;
+    } cases[] = {{6, "true", true}, {4, "true", true}, {7, "true", false}, {4, "false", false}, {4, "1", false}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        snprintf(meta, sizeof meta, text, cases[i].samples, cases[i].growing);
+        put("meta.json", meta);
+        if (cases[i].good) {
+            struct ry_routing *r = opened();
+            ck_assert_int_eq(r->samples, cases[i].samples);
+            ck_assert_mem_eq(r->counts, counts, sizeof counts[0] * (size_t)cases[i].samples);
+            ry_routing_close(r);
+        } else {
+            refused("counts.npy", "has shape (6, 2, 4)");
+        }
+    }
+}
+END_TEST
+
 START_TEST(refuses)
 {
     static const struct {
@@ -413,6 +488,8 @@ int main(void)
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, reads);
     tcase_add_test(t, other_types);
+    tcase_add_test(t, wide_tokens);
+    tcase_add_test(t, growing);
     tcase_add_test(t, refuses);
     tcase_add_test(t, saves);
     tcase_add_test(t, shuffles);

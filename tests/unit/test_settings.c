@@ -57,6 +57,25 @@ START_TEST(bad_values)
 }
 END_TEST
 
+START_TEST(one_by_name)
+{
+    char out[64];
+    char *env[] = {"RAILYARD_LOGS=x", "RAILYARD_PLACEMENT=Watch", "RAILYARD_STAGING=65536K", "RAILYARD_NODE_COMM=maybe", NULL};
+    struct ry_err err;
+    ck_assert_int_eq(ry_settings_get("RAILYARD_PLACEMENT", env, out, sizeof out, &err), 5);
+    ck_assert_str_eq(out, "watch");
+    ck_assert_int_eq(ry_settings_get("RAILYARD_STAGING", env, out, sizeof out, &err), 3);
+    ck_assert_str_eq(out, "64M");
+    ck_assert_int_eq(ry_settings_get("RAILYARD_LOG", env, out, sizeof out, &err), 4);
+    ck_assert_str_eq(out, "warn");
+    ck_assert_int_eq(ry_settings_get("RAILYARD_ROUTING", NULL, out, sizeof out, &err), 0);
+    ck_assert_int_eq(ry_settings_get("RAILYARD_NODE_COMM", env, out, sizeof out, &err), -1);
+    ck_assert_str_eq(err.msg, "RAILYARD_NODE_COMM='maybe' is not 0 or 1");
+    ck_assert_int_eq(ry_settings_get("RAILYARD_PLACEMENT", env, out, 5, &err), -1);
+    ck_assert_int_eq(ry_settings_get("RAILYARD_LOGS", env, out, sizeof out, &err), -1);
+}
+END_TEST
+
 START_TEST(unknown_names)
 {
     ck_assert_int_eq(parse("RAILYARD_TRAICE=/x", "RAILYARD_NOTHINGLIKEIT=1"), 2);
@@ -82,6 +101,7 @@ int main(void)
     tcase_add_test(t, defaults);
     tcase_add_test(t, good_values);
     tcase_add_test(t, bad_values);
+    tcase_add_test(t, one_by_name);
     tcase_add_test(t, unknown_names);
     tcase_add_test(t, long_problems_are_cut);
     suite_add_tcase(suite, t);

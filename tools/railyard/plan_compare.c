@@ -73,6 +73,8 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
     uint32_t *affinity = malloc((size_t)r->layers * (size_t)nodes * sizeof *affinity);
     uint32_t *tokens = malloc((size_t)r->tokens_per_sample * sizeof *tokens);
     bool failed = !m || !affinity || !tokens;
+    if (m && failed)
+        ry_fail(err, "out of memory for samples of %d tokens", r->tokens_per_sample);
     for (int i = 0; i < fit && !failed; i++) {
         double rows[RY_HOME_NODES] = {0};
         if (i >= skip && i < end)

@@ -211,6 +211,8 @@ def _as_words(values: Any, what: str) -> Any:
 
 def _flat(values: Any) -> List[int]:
     values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, (str, float)):
+        raise TypeError(f"{values!r}")
     out: List[int] = []
     for v in values:
         if hasattr(v, "__index__"):
