@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """What the leader concludes from all hellos, and reading samples' tokens. usage: geometry_test.py"""
+
 import os
 import sys
 from array import array
@@ -19,13 +20,27 @@ def check(name, got, want):
 
 
 def hellos(nodes, groups, experts=8, dp=None, share=1, **more):
-    """Ranks of these nodes (a text, a letter each), expert-parallel groups as lists of ranks; `share` consecutive ranks share samples."""
+    """Ranks of these nodes (a text, a letter each), expert-parallel groups as lists of ranks; `share` consecutive ranks share
+    samples."""
     out = {}
     for ranks in groups:
         each = experts // len(ranks)
         for i, r in enumerate(ranks):
-            out[r] = {"version": 1, "settings": "s", "framework": "f", "node": nodes[r], "dp": r // share if dp is None else dp[r], "dp_size": len(nodes) // share,
-                      "share": [r % share, share], "ep_ranks": ranks, "experts": list(range(i * each, (i + 1) * each)), "layers": 3, "n_experts": experts, "topk": 2, **more}
+            out[r] = {
+                "version": 1,
+                "settings": "s",
+                "framework": "f",
+                "node": nodes[r],
+                "dp": r // share if dp is None else dp[r],
+                "dp_size": len(nodes) // share,
+                "share": [r % share, share],
+                "ep_ranks": ranks,
+                "experts": list(range(i * each, (i + 1) * each)),
+                "layers": 3,
+                "n_experts": experts,
+                "topk": 2,
+                **more,
+            }
     return out
 
 
@@ -37,7 +52,11 @@ def refused(h, world=None):
 
 
 g = job.geometry(hellos("aabb", [[0, 1, 2, 3]]))
-check("one group", (g.ranks, g.places, g.rank_place, g.expert_place, g.layers, g.topk, g.nodes), (4, 2, [0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1], 3, 2, 2))
+check(
+    "one group",
+    (g.ranks, g.places, g.rank_place, g.expert_place, g.layers, g.topk, g.nodes),
+    (4, 2, [0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1], 3, 2, 2),
+)
 g = job.geometry(hellos("abab", [[0, 1], [2, 3]]))
 check("two groups that span nodes alike", (g.places, g.rank_place, g.expert_place), (2, [0, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1, 1]))
 g = job.geometry(hellos("abcd", [[0, 1], [2, 3]]))
@@ -47,9 +66,19 @@ check("three ranks of a node", (g.rank_place, g.expert_place), ([0, 0, 0, 1, 1, 
 g = job.geometry(hellos("aabbaabb", [list(range(8))], share=2))
 check("pairs share samples", (g.ranks, g.rank_place, g.expert_place), (4, [0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1]))
 check("one node", refused(hellos("aaaa", [[0, 1, 2, 3]])), "nothing to gain: every rank's node holds the same experts")
-check("groups within nodes", refused(hellos("aabb", [[0, 1], [2, 3]])), "nothing to gain: every rank's node holds the same experts")
-check("overlap", refused(hellos("abbaac", [[0, 1, 2], [3, 4, 5]], experts=6)), "nodes hold different sets of experts that overlap: an expert has no one place")
-check("shared across nodes", refused(hellos("abab", [[0, 1, 2, 3]], share=2)), "samples of data-parallel rank 0 are shared by ranks on nodes that hold different experts")
+check(
+    "groups within nodes", refused(hellos("aabb", [[0, 1], [2, 3]])), "nothing to gain: every rank's node holds the same experts"
+)
+check(
+    "overlap",
+    refused(hellos("abbaac", [[0, 1, 2], [3, 4, 5]], experts=6)),
+    "nodes hold different sets of experts that overlap: an expert has no one place",
+)
+check(
+    "shared across nodes",
+    refused(hellos("abab", [[0, 1, 2, 3]], share=2)),
+    "samples of data-parallel rank 0 are shared by ranks on nodes that hold different experts",
+)
 h = hellos("aabb", [[0, 1, 2, 3]])
 check("missing", refused({r: h[r] for r in (0, 3)}, 4), "ranks 1, 2 said no hello (no adapter there, or nothing it knows)")
 check("version", refused({**h, 2: {**h[2], "version": 2}}), "rank 2 runs another version of Railyard's adapter than rank 0")
@@ -79,8 +108,15 @@ for nothing in ({"image": [0.5, 0.5]}, 5, "text", [True, False]):
 
 # Samplers: whole lists are what the copies for all ranks yield side by side.
 import samplers  # noqa: E402
-for make in (lambda r: samplers.Sequential(103, 6, 3, r, 2), lambda r: samplers.Sequential(103, 6, 3, r, 2, False), lambda r: samplers.Sequential(104, 0, 1, r, 4),
-             lambda r: samplers.Shuffled(None, 103, 12, 3, r, 2, False), lambda r: samplers.Shuffled(None, 103, 12, 3, r, 2, True), lambda r: samplers.Shuffled(None, 64, 128, 2, r, 4, False)):
+
+for make in (
+    lambda r: samplers.Sequential(103, 6, 3, r, 2),
+    lambda r: samplers.Sequential(103, 6, 3, r, 2, False),
+    lambda r: samplers.Sequential(104, 0, 1, r, 4),
+    lambda r: samplers.Shuffled(None, 103, 12, 3, r, 2, False),
+    lambda r: samplers.Shuffled(None, 103, 12, 3, r, 2, True),
+    lambda r: samplers.Shuffled(None, 64, 128, 2, r, 4, False),
+):
     first = make(0)
     size = dealing.recognize(first).size
     mbs = first.micro_batch_size

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""What Python does at its start with the adapter's folder on PYTHONPATH, and what happens to modules that are waited for: in real interpreters, with
-packages written to a temporary folder. usage: hook_test.py"""
+"""What Python does at its start with the adapter's folder on PYTHONPATH, and what happens to modules that are waited for: in
+real interpreters, with packages written to a temporary folder. usage: hook_test.py"""
+
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ def python(code, *options, env=None, path=(), exe=sys.executable, status=0):
     e = {k: v for k, v in os.environ.items() if not k.startswith("RAILYARD_") and k != "PYTHONPATH"}
     e["PYTHONPATH"] = os.pathsep.join([OURS, *path])
     e.update(env or {})
-    p = subprocess.run([exe, *options, "-c", textwrap.dedent(code)], env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
+    p = subprocess.run(
+        [exe, *options, "-c", textwrap.dedent(code)], env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     return p.stdout.strip(), p.stderr.strip(), p.returncode
 
 
@@ -47,14 +50,32 @@ def start(folder):
     check("disabled", python(loaded, env={**BATCH, "RAILYARD_DISABLE": "1"}), ("False False", "", 0))
     for option in ("-I", "-S", "-E"):
         check(option, python(loaded, option, env=BATCH), ("False False", "", 0))
-    check("child", python("import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', %r]).returncode)" % loaded, env=BATCH), ("True True", "", 0))
-    check("no new names", python("import sys; print(sorted(set(m.split('.')[0] for m in sys.modules) & {'torch', 'numpy', 'ctypes', 'json'}))", env=BATCH), ("[]", "", 0))
+    check(
+        "child",
+        python("import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', %r]).returncode)" % loaded, env=BATCH),
+        ("True True", "", 0),
+    )
+    check(
+        "no new names",
+        python(
+            "import sys; print(sorted(set(m.split('.')[0] for m in sys.modules) & {'torch', 'numpy', 'ctypes', 'json'}))",
+            env=BATCH,
+        ),
+        ("[]", "", 0),
+    )
     # another sitecustomize
     other = os.path.join(folder, "other")
     write(other, "sitecustomize.py", "import sys\nsys.was_here = __file__\nname = 'the other one'\n")
     for env in ({}, BATCH):
-        check("hidden sitecustomize", python("import sys, sitecustomize; print(sys.was_here == sitecustomize.__file__, sitecustomize.name)", path=[other], env=env),
-              ("True the other one", "", 0))
+        check(
+            "hidden sitecustomize",
+            python(
+                "import sys, sitecustomize; print(sys.was_here == sitecustomize.__file__, sitecustomize.name)",
+                path=[other],
+                env=env,
+            ),
+            ("True the other one", "", 0),
+        )
     raising = os.path.join(folder, "raising")
     write(raising, "sitecustomize.py", "raise RuntimeError('of its own')\n")
     out, err, code = python("print(5)", path=[raising], env=BATCH)
@@ -71,17 +92,25 @@ def start(folder):
     venv = os.path.join(folder, "venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     exe = os.path.join(venv, "bin", "python")
-    site = subprocess.run([exe, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    site = subprocess.run(
+        [exe, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
     write(site, "sitecustomize.py", "import sys\nsys.of_venv = True\n")
-    check("venv", python("import sys; print(sys.of_venv, sys.prefix != sys.base_prefix, 'railyard' in sys.modules)", exe=exe, env=BATCH), ("True True True", "", 0))
+    check(
+        "venv",
+        python("import sys; print(sys.of_venv, sys.prefix != sys.base_prefix, 'railyard' in sys.modules)", exe=exe, env=BATCH),
+        ("True True True", "", 0),
+    )
 
 
 PACKAGE = {
     "frame/__init__.py": "order = ['frame']\n",
     "frame/core/__init__.py": "import frame; frame.order.append('core')\nfrom frame.core import layers\n",
-    "frame/core/layers.py": "import frame; frame.order.append('layers')\nclass Layer:\n    def forward(self, x):\n        return x + 1\n",
+    "frame/core/layers.py": "import frame; frame.order.append('layers')\nclass Layer:\n"
+    "    def forward(self, x):\n        return x + 1\n",
     "frame/data.py": "class Loader:\n    pass\n",
-    "frame/breaks.py": "import frame\nframe.tries = getattr(frame, 'tries', 0) + 1\nif frame.tries == 1:\n    raise OSError('the first time')\nvalue = 3\n",
+    "frame/breaks.py": "import frame\nframe.tries = getattr(frame, 'tries', 0) + 1\nif frame.tries == 1:\n"
+    "    raise OSError('the first time')\nvalue = 3\n",
 }
 ADAPTER = """
     import sys
@@ -106,25 +135,53 @@ def waiting(folder):
         write(folder, name, text)
 
     def run(code, env=BATCH, before=""):
-        return python(before + textwrap.dedent(ADAPTER) + textwrap.dedent(code), env={"RAILYARD_LOG": "info", "RAILYARD_PLACEMENT": "batch"}, path=[folder])
-    check("patched", run("""
+        return python(
+            before + textwrap.dedent(ADAPTER) + textwrap.dedent(code),
+            env={"RAILYARD_LOG": "info", "RAILYARD_PLACEMENT": "batch"},
+            path=[folder],
+        )
+
+    check(
+        "patched",
+        run("""
         import frame.core, frame.data
         from frame.core.layers import Layer
         print(Layer().forward(1), frame.data.Loader.patched, frame.order)
         import inspect
-        print(type(frame.core.layers.__loader__).__name__, frame.core.layers.__spec__.loader is frame.core.layers.__loader__, 'class Layer' in inspect.getsource(Layer))
-        print([f for f in sys.meta_path if type(f).__module__ == 'railyard.hook' and ('frame.core' in hook._triggers or hook._waiting)])
-    """), ("20 True ['frame', 'core', 'layers']\nSourceFileLoader True True\n[]", "", 0))
-    check("already imported", run("import frame.core, frame.data\nprint(frame.core.layers.Layer().forward(1), frame.data.Loader.patched)", before="import frame.core, frame.data\n"),
-          ("20 True", "", 0))
+        module = frame.core.layers
+        print(type(module.__loader__).__name__, module.__spec__.loader is module.__loader__, 'class Layer' in inspect.getsource(Layer))
+        ours = [f for f in sys.meta_path if type(f).__module__ == 'railyard.hook']
+        print([f for f in ours if 'frame.core' in hook._triggers or hook._waiting])
+    """),
+        ("20 True ['frame', 'core', 'layers']\nSourceFileLoader True True\n[]", "", 0),
+    )
+    check(
+        "already imported",
+        run(
+            "import frame.core, frame.data\nprint(frame.core.layers.Layer().forward(1), frame.data.Loader.patched)",
+            before="import frame.core, frame.data\n",
+        ),
+        ("20 True", "", 0),
+    )
     out, err, code = run("""
         def broken(module): raise KeyError("missing")
         hook.when_imported("frame.data", broken)
         import frame.data
         print(frame.data.Loader)
     """)
-    check("a patch that raises", (out, err.count("\n"), "the patch of frame.data failed: KeyError: 'missing'" in err and "; placement is off" in err, code), ("<class 'frame.data.Loader'>", 0, True, 0))
-    check("a module that raises at first", run("""
+    check(
+        "a patch that raises",
+        (
+            out,
+            err.count("\n"),
+            "the patch of frame.data failed: KeyError: 'missing'" in err and "; placement is off" in err,
+            code,
+        ),
+        ("<class 'frame.data.Loader'>", 0, True, 0),
+    )
+    check(
+        "a module that raises at first",
+        run("""
         got = []
         hook.when_imported("frame.breaks", lambda m: got.append(m.value))
         try:
@@ -133,22 +190,32 @@ def waiting(folder):
             print(e, got)
         import frame.breaks
         print(got)
-    """), ("the first time []\n[3]", "", 0))
-    check("a module that is not there", run("""
+    """),
+        ("the first time []\n[3]", "", 0),
+    )
+    check(
+        "a module that is not there",
+        run("""
         hook.when_imported("frame.nothing", print)
         try:
             import frame.nothing
         except ModuleNotFoundError as e:
             print(e)
-    """), ("No module named 'frame.nothing'", "", 0))
-    check("threads", run("""
+    """),
+        ("No module named 'frame.nothing'", "", 0),
+    )
+    check(
+        "threads",
+        run("""
         import threading, importlib
         calls = []
         hook.when_imported("frame.data", calls.append)
         ts = [threading.Thread(target=importlib.import_module, args=("frame.data",)) for _ in range(8)]
         [t.start() for t in ts]; [t.join() for t in ts]
         print(len(calls))
-    """), ("1", "", 0))
+    """),
+        ("1", "", 0),
+    )
 
 
 def cost():
