@@ -265,8 +265,8 @@ class PlacedSampler:
         try:
             job = self._job or jobs.current()
             torch = sys.modules.get("torch")
-            if job is None or (torch is not None and not torch.is_grad_enabled()):
-                return None  # whoever computes no gradients is no training
+            if job is None or job.hello is None or (torch is not None and not torch.is_grad_enabled()):
+                return None  # no framework that is known; or no training, where no gradients are computed
             dealing = recognize(self.sampler) if self._job is None else self.dealing  # its numbers may have changed
             if dealing is None or dealing.size < 2:
                 return None
