@@ -132,22 +132,27 @@ class Leader:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(5.0)
-        try:
-            self._finish_windows()
-            self._save()
-            if self.live is not None and self._record:
-                self.live.flush()
-            if self._places and self._counts["windows"]:
-                self._tell()
-            elif self.live is not None:
-                self._tell_watched(self.live.state())
-        except Exception as e:
-            say.warn(f"at the end: {say.failure(e)}")
-        for run in self._iterations:
+        for last in (self._last_observations, self._finish_windows, self._save, self._last_words, self._close_readers):
             try:
-                run.reader.close()
-            except Exception as e:
-                say.debug(f"closing a reader: {say.failure(e)}")
+                last()
+            except Exception as e:  # the board may be gone by now, which is no news at the end of a job
+                say.info(f"at the end: {say.failure(e)}")
+
+    def _last_observations(self) -> None:
+        if self.collector is not None:
+            self.collector.collect()
+            if self._record and getattr(self.collector, "samples", 0):
+                self.live.flush()
+
+    def _last_words(self) -> None:
+        if self._places and self._counts["windows"]:
+            self._tell()
+        elif self.live is not None:
+            self._tell_watched(self.live.state())
+
+    def _close_readers(self) -> None:
+        for run in self._iterations:
+            run.reader.close()
 
     def step(self) -> bool:
         """One round. Are there windows that cannot be decided yet?"""
