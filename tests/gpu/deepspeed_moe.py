@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import deepspeed
 from deepspeed.moe.layer import MoE
 
-from train_moe import VOCAB, Attention, reduce_gradients, seeded
+from train_moe import Attention, reduce_gradients, seeded
 
 
 class Expert(nn.Module):
@@ -39,7 +39,8 @@ class Layer(nn.Module):
         self.attention = Attention(a.hidden, max(1, a.hidden // 64), key)
         self.moe = MoE(a.hidden, Expert(a.hidden, a.ffn), num_experts=a.experts, ep_size=world, k=a.top_k, capacity_factor=a.capacity,
                        eval_capacity_factor=a.capacity, drop_tokens=not a.no_drop, use_rts=False, top2_2nd_expert_sampling=False)
-        self.moe.set_deepspeed_parallelism()
+        if not a.engine:  # which does it itself
+            self.moe.set_deepspeed_parallelism()
         # DeepSpeed copies one expert; each shall be its own, whichever rank holds it, and the gate everybody's.
         inner = self.moe.deepspeed_moe
         with torch.no_grad():
@@ -59,7 +60,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     def __init__(self, a, rank, world):
         super().__init__()
-        self.embed = nn.Parameter(seeded((VOCAB, a.hidden), 0.02, a.seed, "embed"))
+        self.embed = nn.Parameter(seeded((moe_job.vocabulary(a), a.hidden), 0.02, a.seed, "embed"))
         self.place = nn.Parameter(seeded((a.seq, a.hidden), 0.02, a.seed, "place"))
         self.layers = nn.ModuleList([Layer(a, rank, world, (a.seed, i)) for i in range(a.layers)])
         self.norm = nn.LayerNorm(a.hidden)
@@ -76,6 +77,7 @@ def main():
     p = moe_job.options(__doc__.splitlines()[0], top_k=2)
     p.add_argument("--capacity", type=float, default=2.0, help="DeepSpeed's capacity factor: 2 leaves about half of the places free")
     p.add_argument("--no-drop", action="store_true", help="as much capacity as the fullest expert needs, instead")
+    p.add_argument("--engine", action="store_true", help="let DeepSpeed's engine run the model, reduce gradients and step")
     a = p.parse_args()
     rank, world, device = moe_job.begin(a)
     dist.init_process_group("nccl", device_id=device)
@@ -86,9 +88,20 @@ def main():
     shared = [q for q in model.parameters() if id(q) not in ids]
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.95))
 
+    if a.engine:
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config={
+            "train_micro_batch_size_per_gpu": a.batch, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}})[0]
+
+    def step_of_engine(tokens, labels, place):
+        logits, balance = engine(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1))
+        engine.backward(loss + 0.01 * balance)
+        engine.step()
+        return loss
+
     def step(tokens, labels, place):
         logits, balance = model(tokens)
-        loss = F.cross_entropy(logits.view(-1, VOCAB), labels.view(-1))
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1))
         optimizer.zero_grad(set_to_none=True)
         (loss + 0.01 * balance).backward()
         for e in experts:
@@ -100,7 +113,7 @@ def main():
 
     if rank == 0:
         print("deepspeed_moe: DeepSpeed %s, %d experts over %d ranks" % (deepspeed.__version__, a.experts, world), flush=True)
-    moe_job.train("deepspeed_moe", a, rank, world, device, step, model.parameters())
+    moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters())
     dist.destroy_process_group()
 
 

@@ -33,6 +33,7 @@ def main():
     p = moe_job.options(__doc__.splitlines()[0])
     p.add_argument("--heads", type=int, default=0, help="default: one for each 64 of hidden")
     p.add_argument("--capacity", type=float, default=0, help="drop tokens beyond this factor and pad to it: equal splits (0: dropless)")
+    p.add_argument("--balance", type=float, default=0, help="coefficient of a balance loss over all ranks' tokens (0: none)")
     a = p.parse_args()
     rank, world, device = moe_job.begin(a)
     # No device_id: bound to a device, each of the dozens of groups that Megatron makes would build its communicator at once, used or not.
@@ -42,12 +43,13 @@ def main():
     config = TransformerConfig(
         num_layers=a.layers, hidden_size=a.hidden, num_attention_heads=a.heads or max(1, a.hidden // 64), ffn_hidden_size=a.ffn,
         num_moe_experts=a.experts, moe_router_topk=a.top_k, moe_ffn_hidden_size=a.ffn, moe_router_pre_softmax=a.top_k == 1,
-        expert_model_parallel_size=world, moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
+        expert_model_parallel_size=world, moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="global_aux_loss" if a.balance else "none", moe_aux_loss_coeff=a.balance,
         moe_router_dtype="fp32", moe_expert_capacity_factor=a.capacity or None, moe_pad_expert_input_to_capacity=bool(a.capacity),
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, bf16=True, params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16, deterministic_mode=True, masked_softmax_fusion=False, persist_layer_norm=False,
         bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False)
-    model = GPTModel(config, get_gpt_layer_local_spec(num_experts=a.experts, moe_grouped_gemm=False), vocab_size=moe_job.VOCAB,
+    model = GPTModel(config, get_gpt_layer_local_spec(num_experts=a.experts, moe_grouped_gemm=False), vocab_size=moe_job.vocabulary(a),
                      max_sequence_length=a.seq, position_embedding_type="rope").to(device)
     model = Float16Module(config, model)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)

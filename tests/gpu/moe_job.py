@@ -1,7 +1,8 @@
 """A framework's training as one rank of a job that may take turns: what megatron_moe.py and deepspeed_moe.py have in common.
 
-Owns: options, the process group, the text, the loop of steps (alone or in turns), and what is left behind in OUT/train.json: losses of every
-rank and step, a digest of every rank's weights, step times. Not: the model, the parallelism, the exchanges: those are the framework's,
+Owns: options, the process group, the text (a generator, or PyTorch's DataLoader over domains.py's windows), the loop of steps
+(alone or in turns), and what is left behind in OUT/train.json: losses of every rank and step, a digest of every rank's weights,
+step times, and, if asked for, the samples. Not: the model, the parallelism, the exchanges: those are the framework's,
 unmodified. It knows nothing of Railyard.
 
 Import this before torch: it sets what must be set first for steps that repeat bit by bit.
@@ -11,7 +12,8 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of additions is then independent of what NCCL measures or picks
 os.environ.setdefault("NCCL_PROTO", "Simple")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the frameworks' jit fusers; there may be no compiler, and compiling takes long
+os.environ.setdefault("TORCHDYNAMO_DISABLE",
+                      "1")  # the frameworks' jit fusers; there may be no compiler, and compiling takes long
 
 import argparse
 import hashlib
@@ -23,6 +25,8 @@ import warnings
 
 import torch
 import torch.distributed as dist
+
+import domains
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")  # said while the frameworks are imported
 
@@ -45,8 +49,17 @@ def options(what, **defaults):
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--warmup", type=int, default=5, help="steps left out of the median")
     p.add_argument("--text-bytes", type=int, default=8 << 20)
+    p.add_argument("--loader", metavar="DIR",
+                   help="text that tests/gpu/domains.py found, through PyTorch's DataLoader and DistributedSampler")
+    p.add_argument("--workers", type=int, default=0, help="of the DataLoader")
+    p.add_argument("--show-samples", action="store_true",
+                   help="with --loader: say which samples each rank had, and leave them in train.json")
     p.add_argument("--out", metavar="DIR", help="where train.json goes")
     return p
+
+
+def vocabulary(a):
+    return domains.Windows(a.loader, a.seq).vocabulary if a.loader else VOCAB
 
 
 def begin(a):
@@ -66,8 +79,24 @@ def begin(a):
 
 def train(name, a, rank, world, device, step, parameters):
     """`step(tokens, labels, place)` trains on one batch and returns its loss (a tensor of one element)."""
-    text = Text(a.text_bytes)
-    generator = torch.Generator().manual_seed(a.seed * 1000003 + rank)
+    samples = []
+    if a.loader:
+        dataset, batches = domains.batches(a.loader, a.seq, a.batch, rank, world, a.seed, a.workers)
+    else:
+        text = Text(a.text_bytes)
+        generator = torch.Generator().manual_seed(a.seed * 1000003 + rank)
+
+    def batch():
+        if not a.loader:
+            tokens = text.batch(generator, a.batch, a.seq, device)
+            return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        drawn = next(batches)
+        if a.show_samples:
+            samples.append(drawn["sample"].tolist())
+            print("%s: rank %d step %d samples %s (%s)" % (name, rank, len(samples), " ".join(map(str, samples[-1])),
+                                                           " ".join(map(dataset.domain, samples[-1]))), flush=True)
+        return drawn["tokens"].to(device, non_blocking=True), drawn["labels"].to(device, non_blocking=True)
+
     place = torch.arange(a.seq, device=device).unsqueeze(0).expand(a.batch, -1).contiguous()
     losses, times, blocks = [], [], []
     dist.barrier(device_ids=[device.index])
@@ -79,13 +108,13 @@ def train(name, a, rank, world, device, step, parameters):
             break
         for _ in range(steps):
             began = time.monotonic()
-            tokens = text.batch(generator, a.batch, a.seq, device)
-            loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), place)
+            loss = step(*batch(), place)
             losses.append(loss.detach().float().reshape(1).clone())
             torch.cuda.synchronize()
             times.append(time.monotonic() - began)
             if rank == 0 and not turns:
-                print("%s: step %d loss %.5f (%s) %.1f ms" % (name, len(times), float(losses[-1]), float(losses[-1]).hex(), times[-1] * 1e3), flush=True)
+                print("%s: step %d loss %.5f (%s) %.1f ms" %
+                      (name, len(times), float(losses[-1]), float(losses[-1]).hex(), times[-1] * 1e3), flush=True)
         blocks.append(steps)
 
     # Afterwards: what every rank saw, brought together.
@@ -96,15 +125,22 @@ def train(name, a, rank, world, device, step, parameters):
     for p in parameters:
         weights.update(memory(p))
     weights = gather_bytes(weights.digest(), device)
+    if a.show_samples and a.loader:
+        form = "<%dq" % (steps * a.batch)
+        flat = [struct.unpack(form, b) for b in gather_bytes(struct.pack(form, *sum(samples, [])), device)]
+        samples = [[list(r[s * a.batch:(s + 1) * a.batch]) for s in range(steps)] for r in flat]  # [rank][step][sample]
     if rank == 0:
         mean = [math.fsum(r[s] for r in losses) / world for s in range(steps)]
         slowest = [max(r[s] for r in times) for s in range(steps)]
         warm = sorted(slowest[min(a.warmup, steps - 1):])
         median = (warm[(len(warm) - 1) // 2] + warm[len(warm) // 2]) / 2
-        result = {"options": vars(a), "world": world, "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)), "torch": torch.__version__,
+        result = {"options": vars(a), "world": world, "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+                  "torch": torch.__version__,
                   "nccl": ".".join(map(str, torch.cuda.nccl.version())), "device": torch.cuda.get_device_name(),
                   "losses": [v.hex() for v in mean], "rank_losses": [[v.hex() for v in r] for r in losses],
                   "weights_sha256": [w.hex() for w in weights], "step_ms": [t * 1e3 for t in slowest], "blocks": blocks}
+        if a.show_samples and a.loader:
+            result["samples"] = samples
         if a.out:
             os.makedirs(a.out, exist_ok=True)
             with open(os.path.join(a.out, "train.json"), "w") as f:
@@ -113,4 +149,4 @@ def train(name, a, rank, world, device, step, parameters):
             name, world, result["device"], steps, mean[0], mean[-1], mean[-1].hex(), median * 1e3), flush=True)
 
 
-__all__ = ["VOCAB", "begin", "options", "train"]
+__all__ = ["VOCAB", "begin", "options", "train", "vocabulary"]

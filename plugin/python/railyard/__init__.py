@@ -13,6 +13,7 @@ Started by sitecustomize.py beside this package, never imported by a user. docs/
   tokens.py     samples' tokens, read ahead                                             (torch)
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
   experts.py    experts moved between ranks at start                                    (torch)
+  adapt.py      what the adapters of frameworks share: findings, wrapping, joining
   megatron.py   Megatron-core: what to wrap, what to refuse, who holds what             (megatron)
   deepspeed.py  DeepSpeed: the same                                                     (deepspeed)
 """
