@@ -48,6 +48,9 @@ if run([railyard, "--version"]).strip() != f"railyard {version}":
 path = run(["pkg-config", f"--define-variable=prefix={prefix}", "--variable=preload", pc]).strip()
 if os.path.realpath(path) != os.path.realpath(preload):
     sys.exit(f"railyard.pc says {path}, but librailyard.so is {preload}")
+out = run([railyard, "run", "--print"], env={k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "PYTHONPATH")})
+if os.path.realpath(preload) not in out or os.path.dirname(os.path.realpath(find("sitecustomize.py"))) not in out:
+    sys.exit(f"railyard run finds something else than what is installed:\n{out}")
 trace = os.path.join(work, "trace")
 out = run([railyard, "emu", "-n", "2", "-g", "2", "--preload", "--", railyard, "bench", "--iterations", "2"],
           env={**os.environ, "RAILYARD_TRACE": trace})

@@ -1,15 +1,25 @@
-"""Python imports this at its start, because `railyard run` puts this folder in front on PYTHONPATH. Starts the adapter if a setting
-asks for it, then hands on to the sitecustomize that this one hides. Must be harmless, and cheap, in every process of a job, whatever its
-Python: nothing is imported that is not there yet, unless something is asked for."""
+"""Python imports this at its start, because `railyard run` puts this folder in front on PYTHONPATH. Starts the adapter if a
+setting asks for it, then hands on to the sitecustomize that this one hides. Must be harmless, and cheap, in every process of
+a job, whatever its Python: nothing is imported that is not there yet, unless something is asked for."""
+
 import os
 import sys
 
 
 def _start():
     env = os.environ
-    asked = env.get("RAILYARD_PLACEMENT", "").strip().lower() not in ("", "off") or env.get("RAILYARD_EXPERTS") or env.get("RAILYARD_ROUTING")
-    if asked and env.get("RAILYARD_DISABLE", "").strip().lower() in ("", "0", "no", "off", "false") and sys.version_info >= (3, 8):
+    asked = (
+        env.get("RAILYARD_PLACEMENT", "").strip().lower() not in ("", "off")
+        or env.get("RAILYARD_EXPERTS")
+        or env.get("RAILYARD_ROUTING")
+    )
+    if (
+        asked
+        and env.get("RAILYARD_DISABLE", "").strip().lower() in ("", "0", "no", "off", "false")
+        and sys.version_info >= (3, 8)
+    ):
         from railyard import hook
+
         hook.start()
 
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Live placement's protocol under a random scheduler: whatever the order of events and whoever fails, all ranks act on equal decisions, every list is a
-permutation of what was dealt, and nobody waits beyond the patience.
+"""Live placement's protocol under a random scheduler: whatever the order of events and whoever fails, all ranks act on equal
+decisions, every list is a permutation of what was dealt, and nobody waits beyond the patience.
 
 usage: protocol_test.py [SCHEDULES [SEED]]
 
-Ranks and the leader's thread are threads of which one runs at a time; at each call of the board, and at no other place do they meet, the scheduler picks
-who goes on. Time is the scheduler's. A failing schedule prints its seed: give it as SEED with SCHEDULES 1.
+Ranks and the leader's thread are threads of which one runs at a time; at each call of the board, and at no other place do
+they meet, the scheduler picks who goes on. Time is the scheduler's. A failing schedule prints its seed: give it as SEED with
+SCHEDULES 1.
 """
+
 import collections
 import os
 import random
@@ -21,8 +23,15 @@ os.environ["RAILYARD_LOG"] = "debug"
 import samplers  # noqa: E402
 from railyard import batch, board, dealing, job, library, planner, say, tokens  # noqa: E402
 
-SETTINGS = {"RAILYARD_PATIENCE": "30", "RAILYARD_PLACEMENT": "batch", "RAILYARD_ROUTING": "", "RAILYARD_HOME_MODEL": "", "RAILYARD_STRATEGY": "auto",
-            "RAILYARD_COMBINE": "exact", "RAILYARD_EXPERTS": ""}
+SETTINGS = {
+    "RAILYARD_PATIENCE": "30",
+    "RAILYARD_PLACEMENT": "batch",
+    "RAILYARD_ROUTING": "",
+    "RAILYARD_HOME_MODEL": "",
+    "RAILYARD_STRATEGY": "auto",
+    "RAILYARD_COMBINE": "exact",
+    "RAILYARD_EXPERTS": "",
+}
 PATIENCE = float(SETTINGS["RAILYARD_PATIENCE"])
 
 
@@ -57,14 +66,23 @@ class Actor:
         self.sim.hand_on(None)
 
     def runnable(self):
-        return not self.over and (self.ready is None or self.killed or self.ready() or (self.deadline is not None and self.deadline <= self.sim.now))
+        return not self.over and (
+            self.ready is None or self.killed or self.ready() or (self.deadline is not None and self.deadline <= self.sim.now)
+        )
 
 
 class Sim:
     """The scheduler. Everything random in a schedule comes from its seed."""
 
     def __init__(self, seed):
-        self.random, self.now, self.actors, self.main, self.steps, self.error = random.Random(seed), 1000.0, [], threading.Lock(), 0, None
+        self.random, self.now, self.actors, self.main, self.steps, self.error = (
+            random.Random(seed),
+            1000.0,
+            [],
+            threading.Lock(),
+            0,
+            None,
+        )
         self.main.acquire()
         self.here = threading.local()
 
@@ -195,7 +213,24 @@ class World:
         self.consumed, self.drop_last = r.choice([0, 0, self.mbs * self.size * 2]), r.random() < 0.7
         self.step = r.choice([0, 0.3, 1, 3])
         self.ahead = r.randrange(1, 5)  # lists that a rank may be ahead of another
-        self.trouble = r.choice([None, None, None, "once", "once", "once", "always", "always", "no adapter", "kill", "kill thread", "late", "settings", "late hello"])
+        self.trouble = r.choice(
+            [
+                None,
+                None,
+                None,
+                "once",
+                "once",
+                "once",
+                "always",
+                "always",
+                "no adapter",
+                "kill",
+                "kill thread",
+                "late",
+                "settings",
+                "late hello",
+            ]
+        )
         self.victim = r.randrange(self.size)
         self.where = r.choice(PLACES) if self.trouble in ("once", "always") else None
         self.call, self.calls = r.randrange(1, 40) if r.random() < 0.6 else r.randrange(1, 6), 0
@@ -236,7 +271,12 @@ class World:
             self.sim.pause(seconds=self.sim.random.uniform(1, 2.5 * PATIENCE))
         late = self.trouble == "late hello" and rank == self.victim
         sampler = self.sampler(rank)
-        placed = batch.PlacedSampler(sampler, dealing.recognize(sampler), types.SimpleNamespace(dataset=range(self.total + 1000), workers=0), self.jobs[rank])
+        placed = batch.PlacedSampler(
+            sampler,
+            dealing.recognize(sampler),
+            types.SimpleNamespace(dataset=range(self.total + 1000), workers=0),
+            self.jobs[rank],
+        )
         if adapted and not late:
             self.describe(rank)
         done = 0
@@ -258,8 +298,16 @@ class World:
     def describe(self, rank):
         held = 4 // (2 if self.size > 1 else 1)
         place = rank % 2
-        self.jobs[rank].describe(dp=rank, dp_size=self.size, ep_ranks=list(range(self.size)), experts=range(place * held, place * held + held), layers=2, n_experts=4,
-                                 topk=2, framework="a test")
+        self.jobs[rank].describe(
+            dp=rank,
+            dp_size=self.size,
+            ep_ranks=list(range(self.size)),
+            experts=range(place * held, place * held + held),
+            layers=2,
+            n_experts=4,
+            topk=2,
+            framework="a test",
+        )
 
     # ---- what came of it ----
 
@@ -287,12 +335,44 @@ class World:
         return placed
 
 
-# Where something is made to raise. What comes before a rank says that it can obey, or concerns the leader's planning, may fail for good;
-# what obeying takes, once.
-READY = ["live.state", "live.place", "Lists.get", "Iteration._look_ahead", "Iteration._window", "Job.hellos", "Leader.step", "Leader._plan", "Leader._stream",
-         "Leader._as_dealt", "Leader.propose", "Leader.drew", "Leader._finish_windows", "Inline._read", "recognize", "Window"]
-OBEY = ["board.put", "board.get", "board.claim", "board.wait", "board after put", "board after get", "board after claim", "Iteration.deal", "Iteration._obey",
-        "Iteration._decision", "Job.setting", "Job.stopped", "Leader.reached", "Leader.settled", "decode", "Job.stop"]
+# Where something is made to raise. What comes before a rank says that it can obey, or concerns the leader's planning, may
+# fail for good; what obeying takes, once.
+READY = [
+    "live.state",
+    "live.place",
+    "Lists.get",
+    "Iteration._look_ahead",
+    "Iteration._window",
+    "Job.hellos",
+    "Leader.step",
+    "Leader._plan",
+    "Leader._stream",
+    "Leader._as_dealt",
+    "Leader.propose",
+    "Leader.drew",
+    "Leader._finish_windows",
+    "Inline._read",
+    "recognize",
+    "Window",
+]
+OBEY = [
+    "board.put",
+    "board.get",
+    "board.claim",
+    "board.wait",
+    "board after put",
+    "board after get",
+    "board after claim",
+    "Iteration.deal",
+    "Iteration._obey",
+    "Iteration._decision",
+    "Job.setting",
+    "Job.stopped",
+    "Leader.reached",
+    "Leader.settled",
+    "decode",
+    "Job.stop",
+]
 PLACES = READY + OBEY
 world = None
 
@@ -303,13 +383,24 @@ def failing(owner, name, label):
     def wrapped(*args, **more):
         world.fail(label)
         return original(*args, **more)
+
     setattr(owner, name, wrapped)
 
 
 for label in PLACES:
     if "." in label and label.split(".")[0] not in ("live", "board"):
         cls, method = label.split(".")
-        failing({"Lists": dealing.Lists, "Iteration": batch.Iteration, "Job": job.Job, "Leader": planner.Leader, "Inline": tokens.Inline}[cls], method, label)
+        failing(
+            {
+                "Lists": dealing.Lists,
+                "Iteration": batch.Iteration,
+                "Job": job.Job,
+                "Leader": planner.Leader,
+                "Inline": tokens.Inline,
+            }[cls],
+            method,
+            label,
+        )
 failing(batch, "recognize", "recognize")
 failing(batch, "decode", "decode")
 failing(batch, "Window", "Window")
@@ -329,8 +420,12 @@ batch.Iteration.deal = deal
 
 class SimLeader(planner.Leader):
     def __init__(self, of):
-        super().__init__(of, make_live=lambda **k: FakeLive(world, **k), make_collector=lambda *a, **k: types.SimpleNamespace(collect=lambda: 0),
-                         clock=lambda: world.sim.now)
+        super().__init__(
+            of,
+            make_live=lambda **k: FakeLive(world, **k),
+            make_collector=lambda *a, **k: types.SimpleNamespace(collect=lambda: 0),
+            clock=lambda: world.sim.now,
+        )
 
     def start(self):
         def run():
@@ -343,6 +438,7 @@ class SimLeader(planner.Leader):
                     busy = False
                 world.sim.pause(self._wake.is_set, 0.02 if busy else planner.COLLECT)
                 self._wake.clear()
+
         world.sim.add("leader", run, 0)
 
 
@@ -372,8 +468,12 @@ said = []
 
 
 def main():
-    schedules, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 3000, int(sys.argv[2]) if len(sys.argv) > 2 else int.from_bytes(os.urandom(4), "little")
-    say._line = lambda level, text: said.append(f"{level}: rank {getattr(getattr(world.sim.here, 'actor', None), 'rank', '?')}: {text}")
+    schedules, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 3000, (
+        int(sys.argv[2]) if len(sys.argv) > 2 else int.from_bytes(os.urandom(4), "little")
+    )
+    say._line = lambda level, text: said.append(
+        f"{level}: rank {getattr(getattr(world.sim.here, 'actor', None), 'rank', '?')}: {text}"
+    )
     print(f"seed {seed}, {schedules} schedules")
     lists, runs, with_placed, began = collections.Counter(), collections.Counter(), collections.Counter(), time.time()
     for i in range(schedules):
@@ -384,8 +484,12 @@ def main():
             trouble, placed = schedule(seed + i)
         except BaseException as e:
             print("\n".join(said[-40:]))
-            print(f"schedule {seed + i}: trouble {world.trouble} at {world.where} (call {world.call}) of rank {world.victim}; {world.size} ranks of {world.mbs}, {world.kind}, "
-                  f"windows of {world.lists} lists, {world.ahead} ahead: {type(e).__name__}: {e}", flush=True)
+            print(
+                f"schedule {seed + i}: trouble {world.trouble} at {world.where} (call {world.call}) of rank "
+                f"{world.victim}; {world.size} ranks of {world.mbs}, {world.kind}, "
+                f"windows of {world.lists} lists, {world.ahead} ahead: {type(e).__name__}: {e}",
+                flush=True,
+            )
             if not isinstance(e, AssertionError):
                 raise
             os._exit(1)
@@ -393,7 +497,10 @@ def main():
         lists[trouble] += placed
         with_placed[trouble] += placed > 0
     for trouble in sorted(runs, key=str):
-        print(f"  {str(trouble):12} {runs[trouble]:5} schedules, {with_placed[trouble]:5} of them with lists placed ({lists[trouble]})")
+        print(
+            f"  {str(trouble):12} {runs[trouble]:5} schedules, "
+            f"{with_placed[trouble]:5} of them with lists placed ({lists[trouble]})"
+        )
     # Or the test would show nothing.
     enough = runs[None] < 50 or (with_placed[None] > runs[None] // 4 and with_placed["once"] > runs["once"] // 8)
     never = [t for t in ("no adapter", "settings") if lists[t]]

@@ -1,4 +1,5 @@
 """Samplers with the attributes and the behaviour that Megatron-LM's have, in plain Python: for tests, which fetch nothing."""
+
 import random
 
 
@@ -32,9 +33,15 @@ class Shuffled:
     """MegatronPretrainingRandomSampler: one permutation for each epoch, of which ranks take samples in turn, or have a part each
     (data_sharding). Counts what all ranks consume, while it is iterated."""
 
-    def __init__(self, dataset, total_samples, consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size, data_sharding):
+    def __init__(
+        self, dataset, total_samples, consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size, data_sharding
+    ):
         self.dataset, self.total_samples, self.consumed_samples = dataset, total_samples, consumed_samples
-        self.micro_batch_size, self.data_parallel_rank, self.data_parallel_size = micro_batch_size, data_parallel_rank, data_parallel_size
+        self.micro_batch_size, self.data_parallel_rank, self.data_parallel_size = (
+            micro_batch_size,
+            data_parallel_rank,
+            data_parallel_size,
+        )
         self.data_sharding = data_sharding
         self.micro_batch_times_data_parallel_size = micro_batch_size * data_parallel_size
         self.last_batch_size = total_samples % self.micro_batch_times_data_parallel_size
@@ -46,10 +53,14 @@ class Shuffled:
         active = self.total_samples - self.last_batch_size
         self.epoch, done = divmod(self.consumed_samples, active)
         mbs, rank, size = self.micro_batch_size, self.data_parallel_rank, self.data_parallel_size
-        n = self.total_samples // self.micro_batch_times_data_parallel_size * mbs if self.data_sharding else self.total_samples // mbs * mbs
+        n = (
+            self.total_samples // self.micro_batch_times_data_parallel_size * mbs
+            if self.data_sharding
+            else self.total_samples // mbs * mbs
+        )
         permutation = list(range(n))
         random.Random(self.epoch).shuffle(permutation)
-        mine = [rank * n + x for x in permutation[done // size:]] if self.data_sharding else permutation[done:][rank::size]
+        mine = [rank * n + x for x in permutation[done // size :]] if self.data_sharding else permutation[done:][rank::size]
         for i in range(0, len(mine) - mbs + 1, mbs):
             self.consumed_samples += self.micro_batch_times_data_parallel_size
-            yield mine[i:i + mbs]
+            yield mine[i : i + mbs]

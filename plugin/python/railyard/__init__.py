@@ -7,8 +7,10 @@ Started by sitecustomize.py beside this package, never imported by a user. docs/
   library.py    librailyard-engine.so through ctypes: live placement, settings
   board.py      the keys and values that all ranks share                                (torch)
   job.py        this rank's part in the job: hello, off, the leader's check of all
-  batch.py      DataLoader and samplers: lists, windows, obeying the board              (torch)
-  planner.py    the leader's windows: reads tokens ahead, asks the library, claims
+  dealing.py    whole lists: what the job's sampler deals to all ranks
+  batch.py      DataLoader and samplers: windows, obeying the board                     (torch)
+  planner.py    the leader's windows: asks the library, claims, says what came of it
+  tokens.py     samples' tokens, read ahead                                             (torch)
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
   adapt.py      what the adapters of frameworks share: findings, wrapping, joining
   experts.py    experts moved between ranks at start: agreement, exchange, notes        (torch)

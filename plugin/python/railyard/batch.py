@@ -2,11 +2,12 @@
 
 Owns: windows, decisions and applying them, in every rank. Not: what a list is (dealing.py), who decides and how (planner.py).
 
-A DataLoader is asked for its indices through its `_index_sampler`; there a PlacedSampler steps in front of the job's own, which stays where it was and
-is iterated as ever. What the job sees of its loader (sampler, batch_sampler, their attributes and states) are its own objects.
+A DataLoader is asked for its indices through its `_index_sampler`; there a PlacedSampler steps in front of the job's own,
+which stays where it was and is iterated as ever. What the job sees of its loader (sampler, batch_sampler, their attributes
+and states) are its own objects.
 
-What may fail does so before it matters: a rank computes the lists of a window, and says that it has them, one window ahead. Only if all have said so
-may the leader order anything there, and obeying then takes a list of numbers and the board.
+What may fail does so before it matters: a rank computes the lists of a window, and says that it has them, one window ahead.
+Only if all have said so may the leader order anything there, and obeying then takes a list of numbers and the board.
 """
 
 import base64
@@ -26,13 +27,30 @@ AS_DEALT = b'{"order": null}'
 
 
 class Window:
-    """Consecutive lists of an iteration, planned at once. Known by a digest of them, and of how often this process has run through lists before: whoever
-    draws the same lists obeys the same decision, and no decision is obeyed twice. A rank that has run through more than the others has other
-    digests, and nothing is ordered."""
+    """Consecutive lists of an iteration, planned at once. Known by a digest of them, and of how often this process has run
+    through lists before: whoever draws the same lists obeys the same decision, and no decision is obeyed twice. A rank that
+    has run through more than the others has other digests, and nothing is ordered."""
 
-    __slots__ = ("stream", "iteration", "number", "first", "lists", "n", "digest", "value", "waited", "order", "tokens", "reader", "closed", "plan")
+    __slots__ = (
+        "stream",
+        "iteration",
+        "number",
+        "first",
+        "lists",
+        "n",
+        "digest",
+        "value",
+        "waited",
+        "order",
+        "tokens",
+        "reader",
+        "closed",
+        "plan",
+    )
 
-    def __init__(self, stream: int, iteration: int, number: int, first: int, lists: List[List[int]], dealing: Dealing, turn: int) -> None:
+    def __init__(
+        self, stream: int, iteration: int, number: int, first: int, lists: List[List[int]], dealing: Dealing, turn: int
+    ) -> None:
         self.stream, self.iteration, self.number, self.first, self.lists = stream, iteration, number, first, lists
         self.n = dealing.mbs * dealing.size
         words = array("q", [k for one in lists for k in one])
@@ -57,7 +75,7 @@ def decode(value: bytes, lists: int, n: int) -> Optional[List[List[int]]]:
     try:
         text = json.loads(value).get("order")
         words = array("I", base64.b64decode(text)) if isinstance(text, str) else array("I")
-        order = [list(words[i:i + n]) for i in range(0, len(words), n)]
+        order = [list(words[i : i + n]) for i in range(0, len(words), n)]
         everyone = set(range(n))
         return order if len(order) == lists and all(len(one) == n and set(one) == everyone for one in order) else None
     except (ValueError, TypeError, AttributeError):
@@ -106,8 +124,11 @@ class Iteration:
             self.window, self.next, self.position = self.next, None, 0
         window, k, high = self.window, self.position, self.low + self.dealing.mbs
         samples = window.lists[k]
-        if samples[self.low:high] != list(own):
-            raise Unexpected(f"the sampler {self.dealing.kind} yields other samples than its copies, in list {window.first + k} of iteration {self.number}")
+        if samples[self.low : high] != list(own):
+            raise Unexpected(
+                f"the sampler {self.dealing.kind} yields other samples than its copies, in list "
+                f"{window.first + k} of iteration {self.number}"
+            )
         try:  # what may fail here leaves this rank without the next window, and then nothing is ordered there
             if k == 0 and self.next is None and not self.over:
                 self._look_ahead()
@@ -115,7 +136,7 @@ class Iteration:
                 self.leader.drew(self)
         except Exception as e:
             self.job.stop(f"looking ahead failed: {say.failure(e)}")
-        out = own if window.order is None else [samples[j] for j in window.order[k][self.low:high]]
+        out = own if window.order is None else [samples[j] for j in window.order[k][self.low : high]]
         self.position = k + 1
         return out
 
@@ -145,7 +166,8 @@ class Iteration:
             self.leader.propose(self, self.next)
 
     def _obey(self, window: Window) -> None:
-        """Reads what was decided of this window. The first one of an iteration is as dealt on every rank: nobody can have planned it."""
+        """Reads what was decided of this window. The first one of an iteration is as dealt on every rank: nobody can have
+        planned it."""
         if window.number == 0:
             return
         if window.value is not None:
@@ -191,7 +213,10 @@ class Iteration:
                 return value
         if 0 < patience <= window.waited:
             job.waited_in_vain += 1
-            say.warn(f"the leader (rank 0) has not decided on a window in {patience:g} s (RAILYARD_PATIENCE): samples stay as they are dealt there")
+            say.warn(
+                f"the leader (rank 0) has not decided on a window in {patience:g} s (RAILYARD_PATIENCE): "
+                "samples stay as they are dealt there"
+            )
         return None
 
 
@@ -204,8 +229,8 @@ class Source:
 
 
 class PlacedSampler:
-    """In front of a loader's own sampler, only where the loader asks for indices. Each iteration is one of the sampler itself, whose yields are exchanged
-    for those of other ranks where the board says so."""
+    """In front of a loader's own sampler, only where the loader asks for indices. Each iteration is one of the sampler
+    itself, whose yields are exchanged for those of other ranks where the board says so."""
 
     def __init__(self, sampler: Any, dealing: Dealing, source: Any, job: Optional[jobs.Job] = None) -> None:
         self.sampler, self.dealing, self.source = sampler, dealing, source
@@ -240,16 +265,22 @@ class PlacedSampler:
         try:
             job = self._job or jobs.current()
             torch = sys.modules.get("torch")
-            if job is None or (torch is not None and not torch.is_grad_enabled()):
-                return None  # whoever computes no gradients is no training
+            if job is None or job.hello is None or (torch is not None and not torch.is_grad_enabled()):
+                return None  # no framework that is known; or no training, where no gradients are computed
             dealing = recognize(self.sampler) if self._job is None else self.dealing  # its numbers may have changed
             if dealing is None or dealing.size < 2:
                 return None
             self.dealing = dealing
             if self.stream is None:
                 self.stream, job.streams = job.streams, job.streams + 1
-                fingerprint = {"sampler": dealing.kind, "mbs": dealing.mbs, "size": dealing.size, "samples": dealing.samples, "lists": LISTS,
-                               "rank": dealing.rank}
+                fingerprint = {
+                    "sampler": dealing.kind,
+                    "mbs": dealing.mbs,
+                    "size": dealing.size,
+                    "samples": dealing.samples,
+                    "lists": LISTS,
+                    "rank": dealing.rank,
+                }
                 job.board.put(f"loader/{self.stream}/{job.rank}", json.dumps(fingerprint).encode())
             else:
                 self.iterations += 1
@@ -261,15 +292,16 @@ class PlacedSampler:
         return None
 
     def _deal(self, run: Iteration, own: Any) -> Any:
-        """The rank's samples, and the iteration, or None when it has failed for good. Tried twice: what other ranks rely on is obeyed if at all
-        possible."""
+        """The rank's samples, and the iteration, or None when it has failed for good. Tried twice: what other ranks rely on
+        is obeyed if at all possible."""
         for left in (1, 0):
             try:
                 return run.deal(own), run
             except Exception as e:
                 _stop(run.job, f"dealing samples failed: {say.failure(e)}")
                 if left == 0:
-                    say.error(f"samples are as dealt here from list {run.window.first + run.position if run.window else 0} on, whatever was decided")
+                    k = run.window.first + run.position if run.window else 0
+                    say.error(f"samples are as dealt here from list {k} on, whatever was decided")
                     run.over = True
         return own, None
 

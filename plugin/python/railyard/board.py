@@ -1,7 +1,7 @@
 """The keys and values that all ranks of a job share (docs/live-placement.md has the keys).
 
-Owns: putting, reading, claiming, waiting, and a connection of our own to PyTorch's store. Not: what is written. Values are bytes and never
-empty. Threads: any may call. Nothing waits longer than it is told to; a board that cannot be reached raises.
+Owns: putting, reading, claiming, waiting, and a connection of our own to PyTorch's store. Not: what is written. Values are
+bytes and never empty. Threads: any may call. Nothing waits longer than it is told to; a board that cannot be reached raises.
 """
 
 import threading
@@ -89,7 +89,8 @@ class MemoryBoard(Board):
 
 
 class StoreBoard(Board):
-    """On PyTorch's store, over a connection of our own where that can be had: the job's is locked while one of its threads waits in it."""
+    """On PyTorch's store, over a connection of our own where that can be had: the job's is locked while one of its threads
+    waits in it."""
 
     def __init__(self, store) -> None:
         self._store = _own_connection(store)
@@ -121,7 +122,8 @@ class StoreBoard(Board):
 
 
 def _own_connection(store):
-    """A connection to the same store, under the same prefix. The job's own where that cannot be made: nothing of ours waits in it either."""
+    """A connection to the same store, under the same prefix. The job's own where that cannot be made: nothing of ours waits
+    in it either."""
     own = store
     try:
         if hasattr(store, "clone"):
@@ -132,16 +134,19 @@ def _own_connection(store):
             own.set_timeout(timedelta(seconds=ANSWER))
     except Exception as e:
         from . import say
+
         say.info(f"no connection of our own to the job's store ({say.failure(e)}); its is used")
         own = store
     return own
 
 
 def _connect(store):
-    """For PyTorch older than Store.clone(): a second client of the TCPStore, under a prefix of ours that is new after a restart."""
+    """For PyTorch older than Store.clone(): a second client of the TCPStore, under a prefix of ours that is new after a
+    restart."""
     import os
 
     import torch.distributed as dist
+
     inner = store
     while hasattr(inner, "underlying_store"):
         inner = inner.underlying_store

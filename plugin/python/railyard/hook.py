@@ -3,8 +3,8 @@
 Owns: the finder on sys.meta_path, and which of our modules wait for which of the frameworks'. Not: the patches.
 
 The finder finds nothing itself. Asked for a module that somebody waits for, it lets the others find it and puts a loader around
-theirs that runs the module as ever and then tells who waits; nothing of that remains on the module. It leaves sys.meta_path when nobody waits
-any more.
+theirs that runs the module as ever and then tells who waits; nothing of that remains on the module. It leaves sys.meta_path
+when nobody waits any more.
 """
 
 import importlib
@@ -95,6 +95,7 @@ def _guarded(function, name, module):
         function(module)
     except Exception as e:
         from . import job
+
         job.stop(f"the patch of {name} failed: {say.failure(e)}")
 
 
@@ -117,8 +118,8 @@ def _join():
 
 
 def when_imported(name: str, function: Callable) -> None:
-    """Calls function(module) once, after module `name` was executed: at once if that is so already. What it raises is told in one line, and
-    placement is off."""
+    """Calls function(module) once, after module `name` was executed: at once if that is so already. What it raises is told in
+    one line, and placement is off."""
     with _lock:
         module = sys.modules.get(name)
         begun = module is not None and getattr(getattr(module, "__spec__", None), "_initializing", False)
@@ -160,8 +161,9 @@ def start(adapters=None) -> None:
 
 
 def _loads(names):
-    """Imports these modules of ours, which then wait for what they patch. Done when the framework's own import begins, so that none of its
-    modules is missed."""
+    """Imports these modules of ours, which then wait for what they patch. Done when the framework's own import begins, so
+    that none of its modules is missed."""
+
     def load(_):
         for name in names:
             full = f"{__package__}.{name}"
@@ -173,4 +175,5 @@ def _loads(names):
                 continue  # this Railyard has no such part
             for target, function in module.WATCHES.items():
                 when_imported(target, function)
+
     return load

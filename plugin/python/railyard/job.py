@@ -1,7 +1,7 @@
 """This rank's part in the job: who it is, what it says of itself, and whether placement is off.
 
-Owns: the process' Job, hello, `off`, and what the leader concludes from all hellos (geometry: a pure function). Not: samples (batch.py), windows
-(planner.py), what a framework must be asked (megatron.py, deepspeed.py).
+Owns: the process' Job, hello, `off`, and what the leader concludes from all hellos (geometry: a pure function). Not: samples
+(batch.py), windows (planner.py), what a framework must be asked (megatron.py, deepspeed.py).
 """
 
 import hashlib
@@ -30,6 +30,7 @@ class Refused(Exception):
 def setting(name: str) -> str:
     """A setting's value. Without the library nothing can be placed: that is the caller's error."""
     from . import library
+
     return library.setting(name)
 
 
@@ -39,12 +40,14 @@ def current() -> Optional["Job"]:
     if _job is not None:
         return _job if _job.pid == os.getpid() else None
     import sys
+
     dist = sys.modules.get("torch.distributed")
     if dist is None or not getattr(dist, "is_available", lambda: False)() or not dist.is_initialized():
         return None
     with _lock:
         if _job is None:
             from torch.distributed import distributed_c10d as c10d
+
             say.rank = dist.get_rank()
             made = Job(dist.get_rank(), dist.get_world_size(), StoreBoard(c10d._get_default_store()))
             if _early is not None:
@@ -60,7 +63,8 @@ def install(job: Optional["Job"]) -> None:
 
 
 def stop(why: str) -> None:
-    """Placement is off for the whole job, told in one line. Never raises; may come before there is a job, which then begins with it."""
+    """Placement is off for the whole job, told in one line. Never raises; may come before there is a job, which then begins
+    with it."""
     global _early
     try:
         job = current()
@@ -92,7 +96,9 @@ def node_name() -> str:
 class Job:
     """A rank's view of the job. Threads: any may call anything."""
 
-    def __init__(self, rank: int, world: int, board: Board, settings: Optional[Dict[str, str]] = None, node: Optional[str] = None) -> None:
+    def __init__(
+        self, rank: int, world: int, board: Board, settings: Optional[Dict[str, str]] = None, node: Optional[str] = None
+    ) -> None:
         self.rank, self.world, self.board = rank, world, board
         self.pid = os.getpid()
         self.node = node if node is not None else node_name()
@@ -116,10 +122,21 @@ class Job:
 
     # ---- hello ----
 
-    def describe(self, *, dp: int, dp_size: int, share: Tuple[int, int] = (0, 1), ep_ranks: Sequence[int], experts: Sequence[int],
-                 layers: int, n_experts: int, topk: int, framework: str) -> None:
-        """Says hello: what this rank is in the job. experts: numbers of those it holds, as the checkpoint numbers them. Once; the leader begins to
-        lead with it. What fails here is told, and placement is off."""
+    def describe(
+        self,
+        *,
+        dp: int,
+        dp_size: int,
+        share: Tuple[int, int] = (0, 1),
+        ep_ranks: Sequence[int],
+        experts: Sequence[int],
+        layers: int,
+        n_experts: int,
+        topk: int,
+        framework: str,
+    ) -> None:
+        """Says hello: what this rank is in the job. experts: numbers of those it holds, as the checkpoint numbers them. Once;
+        the leader begins to lead with it. What fails here is told, and placement is off."""
         try:
             with self._lock:
                 if self._described:
@@ -127,15 +144,24 @@ class Job:
                 self._described = True
             settings = "\n".join(f"{name}={self.setting(name)}" for name in ALIKE)
             hello = {
-                "version": VERSION, "settings": hashlib.sha256(settings.encode()).hexdigest()[:16], "framework": framework,
-                "node": self.node, "dp": int(dp), "dp_size": int(dp_size), "share": [int(share[0]), int(share[1])],
-                "ep_ranks": [int(r) for r in ep_ranks], "experts": sorted(int(e) for e in experts), "layers": int(layers),
-                "n_experts": int(n_experts), "topk": int(topk),
+                "version": VERSION,
+                "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+                "framework": framework,
+                "node": self.node,
+                "dp": int(dp),
+                "dp_size": int(dp_size),
+                "share": [int(share[0]), int(share[1])],
+                "ep_ranks": [int(r) for r in ep_ranks],
+                "experts": sorted(int(e) for e in experts),
+                "layers": int(layers),
+                "n_experts": int(n_experts),
+                "topk": int(topk),
             }
             self.board.put(f"hello/{self.rank}", json.dumps(hello).encode())
             self.hello = hello
             if self.rank == 0:
                 from . import planner
+
                 leader = planner.Leader(self)
                 leader.start()
                 self.leader = leader
@@ -200,8 +226,11 @@ class Geometry(NamedTuple):
     def words(self) -> str:
         per = [self.rank_place.count(p) for p in range(self.places)]
         ranks = str(per[0]) if len(set(per)) == 1 else ", ".join(map(str, per))
-        return (f"{self.ranks} data-parallel ranks on {self.nodes} nodes; {self.places} places of {ranks} ranks, by which of the {self.experts} "
-                f"experts lie there")
+        return (
+            f"{self.ranks} data-parallel ranks on {self.nodes} nodes; {self.places} places of {ranks} ranks, by which "
+            f"of the {self.experts} "
+            f"experts lie there"
+        )
 
 
 def _names(ranks: Sequence[int]) -> str:
@@ -224,10 +253,15 @@ def geometry(hellos: Dict[int, Dict[str, Any]], world: Optional[int] = None) -> 
     if not hellos:
         raise Refused("there are no ranks")
     first = hellos[0]
-    for key, what in (("version", "runs another version of Railyard's adapter"), ("settings", "has other settings (" + ", ".join(ALIKE) + ")"),
-                      ("framework", "runs another framework"), ("dp_size", "has another number of data-parallel ranks"),
-                      ("n_experts", "has another number of experts"), ("topk", "sends tokens to another number of experts"),
-                      ("layers", "has another number of layers")):
+    for key, what in (
+        ("version", "runs another version of Railyard's adapter"),
+        ("settings", "has other settings (" + ", ".join(ALIKE) + ")"),
+        ("framework", "runs another framework"),
+        ("dp_size", "has another number of data-parallel ranks"),
+        ("n_experts", "has another number of experts"),
+        ("topk", "sends tokens to another number of experts"),
+        ("layers", "has another number of layers"),
+    ):
         other = [r for r in sorted(hellos) if hellos[r].get(key) != first.get(key)]
         if other:
             raise Refused(f"{_names(other)} {what} than rank 0")
@@ -238,15 +272,24 @@ def geometry(hellos: Dict[int, Dict[str, Any]], world: Optional[int] = None) -> 
     seats = {}
     for r, h in hellos.items():
         if not 0 <= h["dp"] < ranks or h["share"][1] != of or not 0 <= h["share"][0] < of:
-            raise Refused(f"rank {r} says it is data-parallel rank {h['dp']} of {ranks}, part {h['share'][0]} of {h['share'][1]} that share samples")
+            raise Refused(
+                f"rank {r} says it is data-parallel rank {h['dp']} of {ranks}, "
+                f"part {h['share'][0]} of {h['share'][1]} that share samples"
+            )
         if (h["dp"], h["share"][0]) in seats:
             raise Refused(f"ranks {seats[h['dp'], h['share'][0]]} and {r} say they are the same data-parallel rank {h['dp']}")
         seats[h["dp"], h["share"][0]] = r
-        if r not in h["ep_ranks"] or any(e not in hellos for e in h["ep_ranks"]) or not all(0 <= e < experts for e in h["experts"]):
+        if (
+            r not in h["ep_ranks"]
+            or any(e not in hellos for e in h["ep_ranks"])
+            or not all(0 <= e < experts for e in h["experts"])
+        ):
             raise Refused(f"rank {r}'s expert-parallel group or experts are none of this job's")
     # What a rank's node holds of the experts that the rank sends tokens to.
-    local = {r: frozenset(e for peer in h["ep_ranks"] if hellos[peer]["node"] == h["node"] for e in hellos[peer]["experts"])
-             for r, h in hellos.items()}
+    local = {
+        r: frozenset(e for peer in h["ep_ranks"] if hellos[peer]["node"] == h["node"] for e in hellos[peer]["experts"])
+        for r, h in hellos.items()
+    }
     by_dp: Dict[int, set] = {}
     for r, h in hellos.items():
         by_dp.setdefault(h["dp"], set()).add(local[r])
@@ -271,4 +314,13 @@ def geometry(hellos: Dict[int, Dict[str, Any]], world: Optional[int] = None) -> 
     if -1 in expert_place:
         raise Refused(f"expert {expert_place.index(-1)} is held by nobody")
     rank_place = [classes.index(next(iter(by_dp[d]))) for d in range(ranks)]
-    return Geometry(ranks, first["layers"], experts, first["topk"], len(classes), rank_place, expert_place, len({h["node"] for h in hellos.values()}))
+    return Geometry(
+        ranks,
+        first["layers"],
+        experts,
+        first["topk"],
+        len(classes),
+        rank_place,
+        expert_place,
+        len({h["node"] for h in hellos.values()}),
+    )

@@ -1,10 +1,12 @@
 """The leader's part: on rank 0, what is decided of windows.
 
-Owns: library.Live (made when all hellos are in), its saving, observations' way to it, reading tokens ahead, claiming windows, placed.jsonl, what a user is
-told of it. Not: obeying (batch.py), reading itself (tokens.py), observations themselves (observe.py), learning and solving (C).
+Owns: library.Live (made when all hellos are in), its saving, observations' way to it, reading tokens ahead, claiming windows,
+placed.jsonl, what a user is told of it. Not: obeying (batch.py), reading itself (tokens.py), observations themselves
+(observe.py), learning and solving (C).
 
-The thread decides while the job draws the window before; the job's own thread only hands it windows, and claims "as dealt" for those that it comes to first.
-Everything is in step(), which does not wait for other ranks: run() calls it again and again.
+The thread decides while the job draws the window before; the job's own thread only hands it windows, and claims "as dealt"
+for those that it comes to first. Everything is in step(), which does not wait for other ranks: run() calls it again and
+again.
 """
 
 import atexit
@@ -27,8 +29,13 @@ TELL = 100  # windows
 
 
 class Leader:
-    def __init__(self, job: jobs.Job, make_live: Optional[Callable[..., Any]] = None, make_collector: Optional[Callable[..., Any]] = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        job: jobs.Job,
+        make_live: Optional[Callable[..., Any]] = None,
+        make_collector: Optional[Callable[..., Any]] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.job, self.clock = job, clock
         self._make_live, self._make_collector = make_live, make_collector
         self.live: Any = None
@@ -125,22 +132,27 @@ class Leader:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(5.0)
-        try:
-            self._finish_windows()
-            self._save()
-            if self.live is not None and self._record:
-                self.live.flush()
-            if self._places and self._counts["windows"]:
-                self._tell()
-            elif self.live is not None:
-                self._tell_watched(self.live.state())
-        except Exception as e:
-            say.warn(f"at the end: {say.failure(e)}")
-        for run in self._iterations:
+        for last in (self._last_observations, self._finish_windows, self._save, self._last_words, self._close_readers):
             try:
-                run.reader.close()
-            except Exception as e:
-                say.debug(f"closing a reader: {say.failure(e)}")
+                last()
+            except Exception as e:  # the board may be gone by now, which is no news at the end of a job
+                say.info(f"at the end: {say.failure(e)}")
+
+    def _last_observations(self) -> None:
+        if self.collector is not None:
+            self.collector.collect()
+            if self._record and getattr(self.collector, "samples", 0):
+                self.live.flush()
+
+    def _last_words(self) -> None:
+        if self._places and self._counts["windows"]:
+            self._tell()
+        elif self.live is not None:
+            self._tell_watched(self.live.state())
+
+    def _close_readers(self) -> None:
+        for run in self._iterations:
+            run.reader.close()
 
     def step(self) -> bool:
         """One round. Are there windows that cannot be decided yet?"""
@@ -190,8 +202,16 @@ class Leader:
             if self._record and h["n_experts"] > 1 and h["dp_size"] > 0:
                 # Places are needed to learn, not to record: one half of the experts each will do.
                 n, ranks = h["n_experts"], h["dp_size"]
-                self.geometry = jobs.Geometry(ranks, h["layers"], n, h["topk"], 2, [r % 2 if ranks > 1 else 0 for r in range(ranks)],
-                                              [int(2 * x >= n) for x in range(n)], 0)
+                self.geometry = jobs.Geometry(
+                    ranks,
+                    h["layers"],
+                    n,
+                    h["topk"],
+                    2,
+                    [r % 2 if ranks > 1 else 0 for r in range(ranks)],
+                    [int(2 * x >= n) for x in range(n)],
+                    0,
+                )
 
     def _set_up(self, now: float) -> None:
         g = self.geometry
@@ -205,11 +225,20 @@ class Leader:
         make = self._make_live
         if make is None:
             from . import library
+
             make = library.Live
         # With one place only for all data-parallel ranks (recording alone) there are two all the same: geometry is made up then.
-        live = make(ranks=g.ranks if g.ranks > 1 else 2, samples=self._samples or 1, layers=g.layers, experts=g.experts, topk=g.topk, places=g.places,
-                    distinct=int(preloaded and strategy in ("auto", "dedup")), rank_place=g.rank_place if g.ranks > 1 else [0, 1],
-                    expert_place=g.expert_place * g.layers)
+        live = make(
+            ranks=g.ranks if g.ranks > 1 else 2,
+            samples=self._samples or 1,
+            layers=g.layers,
+            experts=g.experts,
+            topk=g.topk,
+            places=g.places,
+            distinct=int(preloaded and strategy in ("auto", "dedup")),
+            rank_place=g.rank_place if g.ranks > 1 else [0, 1],
+            expert_place=g.expert_place * g.layers,
+        )
         if self._model and not self.final and os.path.exists(self._model):
             try:
                 live.load(self._model)
@@ -219,9 +248,19 @@ class Leader:
         make = self._make_collector
         if make is None:
             from . import observe
+
             make = observe.Collector
-        self.collector = make(self.job.board, self.job.world, live, g.layers, g.experts, g.places, g.rank_place, [g.expert_place] * g.layers,
-                              record=self._record)
+        self.collector = make(
+            self.job.board,
+            self.job.world,
+            live,
+            g.layers,
+            g.experts,
+            g.places,
+            g.rank_place,
+            [g.expert_place] * g.layers,
+            record=self._record,
+        )
         self.live = live
 
     def _look(self, now: float) -> None:
@@ -238,8 +277,11 @@ class Leader:
 
     def _tell_watched(self, state: Any) -> None:
         if state.samples and not self.final:
-            say.info(f"of what {state.samples} samples sent {100 * state.crossed:.1f} % left their place; placing them would keep {100 * state.captured:.0f} % "
-                     f"of what knowing their routing beforehand could keep ({state.why})")
+            say.info(
+                f"of what {state.samples} samples sent {100 * state.crossed:.1f} % left their place; placing them "
+                f"would keep {100 * state.captured:.0f} % "
+                f"of what knowing their routing beforehand could keep ({state.why})"
+            )
 
     # ---- windows ----
 
@@ -305,7 +347,8 @@ class Leader:
             return self._bad_streams[stream]
         known = self._streams.setdefault(stream, {})
         mine = hellos[self.job.rank]
-        # Whether a rank draws is told by the ranks that share samples with this one: pipeline stages alike, tensor-parallel ranks alike.
+        # Whether a rank draws is told by the ranks that share samples with this one: pipeline stages alike, tensor-parallel
+        # ranks alike.
         beside = [r for r, h in hellos.items() if h["dp"] == mine["dp"] and r not in known]
         for r in beside:
             self._look_at(stream, r, known)
@@ -317,10 +360,13 @@ class Leader:
         first = known.get(self.job.rank)
         for r, f in known.items():
             h, why = hellos[r], None
-            if first is not None and {k: v for k, v in f.items() if k != "rank"} != {k: v for k, v in first.items() if k != "rank"}:
+            if first is not None and {k: v for k, v in f.items() if k != "rank"} != {
+                k: v for k, v in first.items() if k != "rank"
+            }:
                 why = f"rank {r}'s data loader {stream} is another one than rank 0's ({f} instead of {first})"
             elif f["rank"] != h["dp"] or f["size"] != h["dp_size"]:
-                why = f"rank {r} is data-parallel rank {h['dp']} of {h['dp_size']}, but its data loader {stream} deals to rank {f['rank']} of {f['size']}"
+                why = f"rank {r} is data-parallel rank {h['dp']} of {h['dp_size']}, but its data loader {stream} "
+                why += f"deals to rank {f['rank']} of {f['size']}"
             if why is not None:
                 self._bad_streams[stream] = why
                 say.warn(f"{why}; its samples stay as they are dealt")
@@ -362,8 +408,12 @@ class Leader:
             c["moved"] += moved
             if not self._any:
                 self._any = True
-                say.info(f"from here on samples are placed: in window {window.number} of data loader {window.stream} {moved} of {len(window.lists) * window.n} change "
-                         f"ranks; of what they send {100 * placed:.1f} % is predicted to leave its place instead of {100 * dealt:.1f} %")
+                say.info(
+                    f"from here on samples are placed: in window {window.number} of data loader {window.stream} {moved} of "
+                    f"{len(window.lists) * window.n} change "
+                    f"ranks; of what they send {100 * placed:.1f} % is predicted to leave its place instead of "
+                    f"{100 * dealt:.1f} %"
+                )
         if c["windows"] % TELL == 0:
             self._tell()
 
@@ -374,15 +424,23 @@ class Leader:
             if s.samples:
                 seen = f"; observed so far: {100 * s.crossed:.1f} % leave, {100 * s.even:.1f} % had samples been placed by lot"
         if c["placed"]:
-            share = f": predicted to leave their place {100 * c['placed_share'] / c['placed']:.1f} % instead of {100 * c['dealt'] / c['placed']:.1f} %"
+            dealt, placed = (100 * c[what] / c["placed"] for what in ("dealt", "placed_share"))
+            share = f": predicted to leave their place {placed:.1f} % instead of {dealt:.1f} %"
         else:
             share = f" ({self.why or self._reason or 'nothing to gain'})"
         say.info(f"of {c['windows']} windows {c['placed']} were placed{share}{seen}")
 
     def _write(self, window: Window) -> None:
         """placed.jsonl: enough to know for every list which rank got which sample."""
-        line = {"stream": window.stream, "iteration": window.iteration, "window": window.number, "first": window.first, "lists": len(window.lists),
-                "dealt": window.lists, "order": window.order}
+        line = {
+            "stream": window.stream,
+            "iteration": window.iteration,
+            "window": window.number,
+            "first": window.first,
+            "lists": len(window.lists),
+            "dealt": window.lists,
+            "order": window.order,
+        }
         try:
             os.makedirs(self._record, exist_ok=True)
             with open(os.path.join(self._record, "placed.jsonl"), "a", encoding="ascii") as f:

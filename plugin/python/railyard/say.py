@@ -1,7 +1,7 @@
 """Lines on stderr: "railyard: rank 3: text", as far as RAILYARD_LOG lets them.
 
-Owns: the format and the level. Not: the texts. The variable is read here and not through library.py, since what there is to be said may be
-that the library cannot be loaded. Each line is one write(2), so that the lines of many ranks do not mix.
+Owns: the format and the level. Not: the texts. The variable is read here and not through library.py, since what there is to
+be said may be that the library cannot be loaded. Each line is one write(2), so that the lines of many ranks do not mix.
 """
 
 import os

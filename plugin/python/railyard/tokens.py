@@ -1,8 +1,9 @@
 """Tokens of the samples of lists to come, read by the leader.
 
-Owns: finding token ids in a sample, reading beside the job without its noticing (random states, its own workers). Not: which lists, and when
-(planner.py). With worker processes in the job's loader, a loader of our own reads in workers of its own; without them the dataset may be
-used on the job's own thread only, and is read there, a list or two with every list that the job draws.
+Owns: finding token ids in a sample, reading beside the job without its noticing (random states, its own workers). Not: which
+lists, and when (planner.py). With worker processes in the job's loader, a loader of our own reads in workers of its own;
+without them the dataset may be used on the job's own thread only, and is read there, a list or two with every list that the
+job draws.
 """
 
 import collections
@@ -109,14 +110,22 @@ class Workers:
 
     def __init__(self, source: Any, lists: Any, first: int, timeout: float) -> None:
         import torch
+
         data = sys.modules["torch.utils.data"]
         self._lists, self._k = lists, first
         self._fed: Deque[int] = collections.deque()
         self._held: Any = None  # a list's number and tokens, read and not asked for yet
-        options = {"num_workers": min(source.workers, WORKERS), "collate_fn": collate, "worker_init_fn": source.worker_init_fn,
-                   "multiprocessing_context": source.context, "timeout": timeout, "generator": torch.Generator()}
+        options = {
+            "num_workers": min(source.workers, WORKERS),
+            "collate_fn": collate,
+            "worker_init_fn": source.worker_init_fn,
+            "multiprocessing_context": source.context,
+            "timeout": timeout,
+            "generator": torch.Generator(),
+        }
         self._iterator = iter(data.DataLoader(source.dataset, batch_sampler=self, **options))
-        # One of our workers that dies would raise in the job's own thread, by PyTorch's handler of SIGCHLD: ours are not its to watch.
+        # One of our workers that dies would raise in the job's own thread, by PyTorch's handler of SIGCHLD: ours are not its
+        # to watch.
         torch._C._remove_worker_pids(id(self._iterator))
         self._iterator._worker_pids_set = False
 
