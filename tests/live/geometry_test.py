@@ -139,4 +139,9 @@ try:
     check("too large", "made", "refused")
 except dealing.TooLarge:
     pass
+# Experts that were moved: slots have places, the library is told by the checkpoint's numbers.
+from railyard import planner  # noqa: E402
+
+check("experts where they were", planner.numbered([0, 0, 1, 1], None, 2), [[0, 0, 1, 1]] * 2)
+check("moved experts", planner.numbered([0, 0, 1, 1], [[2, 0, 1, 3], [3, 2, 1, 0]], 2), [[0, 1, 0, 1], [1, 1, 0, 0]])
 sys.exit(1 if bad else 0)

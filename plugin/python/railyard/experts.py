@@ -360,6 +360,7 @@ class Mover:
         self.order: Optional[Order] = None  # None: the checkpoint's own
         self.ranks = 0  # expert-parallel ranks, once known
         self.due = bool(path)
+        self.settled = not path  # it is known which order the model trains in
         self.number = 0  # of agreements so far: the same on all ranks, as all take the same steps
         self.trouble = ""  # why the order of a loaded checkpoint is not known
 
@@ -414,6 +415,7 @@ class Mover:
         if decision["move"] or decision.get("there"):
             self.order = want if want != identity(holding.layers, holding.experts) else None
             self.ranks = holding.ranks
+        self.settled = True
         if decision["move"] and job.rank == 0:
             changed = sum(
                 1
@@ -498,7 +500,7 @@ def before_step(see: Callable[[], Holding]) -> None:
         if current is None:
             raise Refused("torch.distributed is not set up")
     except Exception as e:
-        mover.due = False
+        mover.due, mover.settled = False, True
         say.error(f"{mover.path}: experts stay where they are: {e}")
         return
     mover.step(current, see)
@@ -513,6 +515,11 @@ def saved(folder: str) -> None:
 def loaded(folder: str) -> None:
     if mover is not None:
         mover.loaded(folder)
+
+
+def settled() -> bool:
+    """Is order() what the job trains with? Not before its first step, where RAILYARD_EXPERTS may move experts."""
+    return mover is None or mover.settled
 
 
 def order() -> Optional[Order]:

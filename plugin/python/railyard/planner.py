@@ -28,6 +28,19 @@ WITHOUT = 15.0  # seconds that observations wait for a data loader, which knows 
 TELL = 100  # windows
 
 
+def numbered(slot_place: List[int], order: Optional[List[List[int]]], layers: int) -> List[List[int]]:
+    """[layer][expert as the checkpoint numbers them]: its place; slot s of layer l holds expert order[l][s] (None: expert s)."""
+    if order is None:
+        return [slot_place] * layers
+    places = []
+    for row in order:
+        at = [0] * len(row)
+        for slot, expert in enumerate(row):
+            at[expert] = slot_place[slot]
+        places.append(at)
+    return places
+
+
 class Leader:
     def __init__(
         self,
@@ -221,6 +234,14 @@ class Leader:
             if self._seen_at is None or now - self._seen_at < WITHOUT:
                 return
             self._unplaceable("no data loader is seen that Railyard knows how to place")
+        from . import experts
+
+        if not experts.settled():  # before the first step, which may move them
+            return
+        order = experts.order()
+        if order is not None and (len(order) != g.layers or any(len(row) != g.experts for row in order)):
+            self._unplaceable(f"experts were moved in {len(order)} layers, but {g.layers} layers are watched")
+            order = None
         strategy, preloaded = self.job.setting("RAILYARD_STRATEGY"), "librailyard" in os.environ.get("LD_PRELOAD", "")
         make = self._make_live
         if make is None:
@@ -237,7 +258,7 @@ class Leader:
             places=g.places,
             distinct=int(preloaded and strategy in ("auto", "dedup")),
             rank_place=g.rank_place if g.ranks > 1 else [0, 1],
-            expert_place=g.expert_place * g.layers,
+            expert_place=sum(numbered(g.expert_place, order, g.layers), []),
         )
         if self._model and not self.final and os.path.exists(self._model):
             try:
@@ -259,6 +280,7 @@ class Leader:
             g.places,
             g.rank_place,
             [g.expert_place] * g.layers,
+            numbers=order,
             record=self._record,
         )
         self.live = live
