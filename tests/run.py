@@ -2,8 +2,8 @@
 """Everything that CI runs, in order; prints what failed and, last, one line 'N passed, N failed, N skipped'.
 
   werror     the plain build with warnings as errors, and all its tests
-  asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer (gcc warns falsely there: no warnings), but for the
-             scripts of the virtual GPU cluster and the planner's long commands
+  asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer (gcc warns falsely there: no warnings), but for what
+             is Python (scripts of the virtual GPU cluster, the frameworks' adapter) and the planner's long commands
   tsan       what has threads, under ThreadSanitizer
   docs       tables and man page against the code
   install    `meson install` into an empty folder, and the tool and libraries working from there
@@ -50,9 +50,9 @@ SANITIZED = ("-Db_lundef=false", "-Doptimization=g", "-Dc_args=-g1 -w -DXXH_NO_I
 BUILDS = {"werror": ("build-ci", "-Dwerror=true"),
           "asan": ("build-ci-asan", "-Db_sanitize=address,undefined", *SANITIZED),
           "tsan": ("build-ci-tsan", "-Db_sanitize=thread", *SANITIZED)}
-# Which tests of a build are run. Under AddressSanitizer not the scripts of the GPU cluster: they run nothing that was built.
+# Which tests of a build are run. Under AddressSanitizer not the scripts of the GPU cluster and the adapter's, which are Python.
 TESTS = {"werror": (),
-         "asan": ("--no-suite", "gpu", "--no-suite", "long"),
+         "asan": ("--no-suite", "gpu", "--no-suite", "live", "--no-suite", "long"),
          "tsan": ("--suite", "unit", "--suite", "threads", "--no-suite", "place", "--no-suite", "sequential")}
 
 
