@@ -86,6 +86,7 @@ def main():
     experts = [e for layer in model.layers for e in layer.experts]
     ids = {id(e) for e in experts}
     shared = [q for q in model.parameters() if id(q) not in ids]
+    moe_job.load(a, rank, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.95))
 
     if a.engine:
@@ -114,6 +115,7 @@ def main():
     if rank == 0:
         print("deepspeed_moe: DeepSpeed %s, %d experts over %d ranks" % (deepspeed.__version__, a.experts, world), flush=True)
     moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters())
+    moe_job.save(a, rank, model)
     dist.destroy_process_group()
 
 

@@ -54,6 +54,7 @@ def main():
     model = Float16Module(config, model)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.broadcast_params()
+    moe_job.load(a, rank, model.module)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=a.lr, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0), [model],
         use_gloo_process_groups=False)
@@ -72,6 +73,7 @@ def main():
     if rank == 0:
         print("megatron_moe: Megatron-core %s, %d experts over %d ranks" % (megatron.core.__version__, a.experts, world), flush=True)
     moe_job.train("megatron_moe", a, rank, world, device, step, model.parameters())
+    moe_job.save(a, rank, model.module)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -55,7 +55,21 @@ def options(what, **defaults):
     p.add_argument("--show-samples", action="store_true",
                    help="with --loader: say which samples each rank had, and leave them in train.json")
     p.add_argument("--out", metavar="DIR", help="where train.json goes")
+    p.add_argument("--load", metavar="DIR", help="weights that an equal job left there")
+    p.add_argument("--save", metavar="DIR", help="leave the weights there, each rank its own")
     return p
+
+
+def load(a, rank, model):
+    """Before the first step; the optimizer renews its copies itself."""
+    if a.load:
+        model.load_state_dict(torch.load(os.path.join(a.load, "rank%d.pt" % rank), map_location="cpu"))
+
+
+def save(a, rank, model):
+    if a.save:
+        os.makedirs(a.save, exist_ok=True)
+        torch.save(model.state_dict(), os.path.join(a.save, "rank%d.pt" % rank))
 
 
 def vocabulary(a):
@@ -149,4 +163,4 @@ def train(name, a, rank, world, device, step, parameters):
             name, world, result["device"], steps, mean[0], mean[-1], mean[-1].hex(), median * 1e3), flush=True)
 
 
-__all__ = ["VOCAB", "begin", "options", "train", "vocabulary"]
+__all__ = ["VOCAB", "begin", "load", "options", "save", "train", "vocabulary"]
