@@ -11,6 +11,7 @@ interpreter is RY_TEST_PYTHON's (else python3's); without PyTorch the test is sk
 
 import atexit
 import collections
+import faulthandler
 import json
 import os
 import random
@@ -26,6 +27,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PYTHON_DIR = os.path.join(HERE, "..", "..", "plugin", "python")
 WORLD, MBS, TOKENS, LISTS = 4, 2, 32, 120
 N = WORLD * MBS
+LIMIT = float(os.environ.get("RY_TEST_LIMIT", "200"))  # seconds for one job
 
 
 # ---- a rank ----
@@ -90,6 +92,7 @@ def loader(case, rank, workers, consumed):
 
 def rank_main(case, workers, consumed, trouble, out):
     rank = int(os.environ["RANK"])
+    faulthandler.dump_traceback_later(0.8 * LIMIT)  # where it hangs, if it does
     import torch
     import torch.distributed as dist
     from torch.utils.data import DataLoader
@@ -157,6 +160,7 @@ def rank_main(case, workers, consumed, trouble, out):
         assert [b["number"].item() for b in DataLoader(data, sampler=plain)] == list(plain)
     dist.barrier()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 # ---- the test ----
@@ -188,7 +192,7 @@ def job(case, workers=0, consumed=0, trouble="", placed=True, record="", patienc
                 if record:
                     env["RAILYARD_ROUTING"] = record
             ranks.append(start(env, [case, str(workers), str(consumed), trouble, out], f"{out}.{r}.said", fresh=bool(record)))
-        codes, end = [None] * WORLD, time.time() + 240
+        codes, end = [None] * WORLD, time.time() + LIMIT
         while None in codes and time.time() < end:
             for r, pid in enumerate(ranks):
                 if codes[r] is None:

@@ -4,6 +4,7 @@ Owns: putting, reading, claiming, waiting, and a connection of our own to PyTorc
 bytes and never empty. Threads: any may call. Nothing waits longer than it is told to; a board that cannot be reached raises.
 """
 
+import queue
 import threading
 import time
 from datetime import timedelta
@@ -88,37 +89,70 @@ class MemoryBoard(Board):
             return sorted(self._values)
 
 
+class Gone(Exception):
+    """The store does not answer."""
+
+
 class StoreBoard(Board):
     """On PyTorch's store, over a connection of our own where that can be had: the job's is locked while one of its threads
-    waits in it."""
+    waits in it.
+
+    A store whose server was shut down may leave a caller waiting for ever, whatever its timeout (data workers that were
+    forked off the server's process keep its sockets open). So a thread of ours asks; who waits for it goes on after ANSWER
+    seconds, and asks no more."""
 
     def __init__(self, store) -> None:
         self._store = _own_connection(store)
         self._many = bool(getattr(self._store, "has_extended_api", lambda: False)())
+        self._asked: "queue.SimpleQueue" = queue.SimpleQueue()
+        self._gone = False
+        threading.Thread(target=self._answer, name="railyard-board", daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            function, out, there = self._asked.get()
+            try:
+                out.append((function(), None))
+            except Exception as e:
+                out.append((None, e))
+            there.set()
+
+    def _ask(self, function):
+        if self._gone:
+            raise Gone("the job's store does not answer")
+        out: list = []
+        there = threading.Event()
+        self._asked.put((function, out, there))
+        if not there.wait(ANSWER):
+            self._gone = True
+            raise Gone(f"the job's store has not answered in {ANSWER:g} s")
+        value, error = out[0]
+        if error is not None:
+            raise error
+        return value
 
     def put(self, key: str, value: bytes) -> None:
-        self._store.set(PREFIX + key, bytes(value))
+        self._ask(lambda: self._store.set(PREFIX + key, bytes(value)))
 
     def get(self, key: str) -> Optional[bytes]:
-        if not self._store.check([PREFIX + key]):
-            return None
-        return self._store.get(PREFIX + key)
+        full = PREFIX + key
+        return self._ask(lambda: self._store.get(full) if self._store.check([full]) else None)
 
     def claim(self, key: str, value: bytes) -> bytes:
-        return self._store.compare_set(PREFIX + key, b"", bytes(value))
+        return self._ask(lambda: self._store.compare_set(PREFIX + key, b"", bytes(value)))
 
     def drop(self, key: str) -> None:
-        self._store.delete_key(PREFIX + key)
+        self._ask(lambda: self._store.delete_key(PREFIX + key))
 
     def get_all(self, keys: List[str]) -> Optional[List[bytes]]:
-        if not keys:
-            return []
         full = [PREFIX + key for key in keys]
-        if not self._store.check(full):
-            return None
-        if self._many:
-            return list(self._store.multi_get(full))
-        return [self._store.get(key) for key in full]
+
+        def read():
+            if not self._store.check(full):
+                return None
+            return list(self._store.multi_get(full)) if self._many else [self._store.get(key) for key in full]
+
+        return self._ask(read) if keys else []
 
 
 def _own_connection(store):

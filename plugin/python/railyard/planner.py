@@ -50,6 +50,15 @@ class Leader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job, self.clock = job, clock
+        # Nothing is imported by the thread: a data worker that the job forks off meanwhile would wait for that import for ever.
+        if make_live is None:
+            from . import library
+
+            make_live = library.Live
+        if make_collector is None:
+            from . import observe
+
+            make_collector = observe.Collector
         self._make_live, self._make_collector = make_live, make_collector
         self.live: Any = None
         self.geometry: Optional[jobs.Geometry] = None
@@ -138,24 +147,22 @@ class Leader:
             self._wake.clear()
 
     def close(self) -> None:
-        """At the end of the process: what was learned is kept."""
+        """At the end of the process: what was learned is kept. The board is not asked: its server may be gone by now."""
         if self._ending or self.job.pid != os.getpid():
             return
         self._ending = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(5.0)
-        for last in (self._last_observations, self._finish_windows, self._save, self._last_words, self._close_readers):
+            self._thread.join(2.0)
+        for last in (self._finish_windows, self._save, self._last_record, self._last_words, self._close_readers):
             try:
                 last()
-            except Exception as e:  # the board may be gone by now, which is no news at the end of a job
+            except Exception as e:
                 say.info(f"at the end: {say.failure(e)}")
 
-    def _last_observations(self) -> None:
-        if self.collector is not None:
-            self.collector.collect()
-            if self._record and getattr(self.collector, "samples", 0):
-                self.live.flush()
+    def _last_record(self) -> None:
+        if self._record and getattr(self.collector, "samples", 0):
+            self.live.flush()
 
     def _last_words(self) -> None:
         if self._places and self._counts["windows"]:
@@ -243,13 +250,8 @@ class Leader:
             self._unplaceable(f"experts were moved in {len(order)} layers, but {g.layers} layers are watched")
             order = None
         strategy, preloaded = self.job.setting("RAILYARD_STRATEGY"), "librailyard" in os.environ.get("LD_PRELOAD", "")
-        make = self._make_live
-        if make is None:
-            from . import library
-
-            make = library.Live
         # With one place only for all data-parallel ranks (recording alone) there are two all the same: geometry is made up then.
-        live = make(
+        live = self._make_live(
             ranks=g.ranks if g.ranks > 1 else 2,
             samples=self._samples or 1,
             layers=g.layers,
@@ -266,12 +268,7 @@ class Leader:
                 say.info(f"what earlier jobs learned is loaded from {self._model}")
             except Exception as e:
                 say.warn(f"{e}; this job learns anew")
-        make = self._make_collector
-        if make is None:
-            from . import observe
-
-            make = observe.Collector
-        self.collector = make(
+        self.collector = self._make_collector(
             self.job.board,
             self.job.world,
             live,
@@ -413,7 +410,7 @@ class Leader:
         while self._done:
             window = self._done.popleft()
             self._kept.append(window.digest)
-            if len(self._kept) > KEPT:
+            if len(self._kept) > KEPT and not self._ending:
                 self.job.board.drop(f"window/{self._kept.popleft()}")
             self._count(window)
             if self._record and self._places:
