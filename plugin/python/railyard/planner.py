@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
+from . import experts
 from . import job as jobs
 from . import say, tokens
 from .batch import AS_DEALT, Iteration, Window, encode
@@ -241,8 +242,6 @@ class Leader:
             if self._seen_at is None or now - self._seen_at < WITHOUT:
                 return
             self._unplaceable("no data loader is seen that Railyard knows how to place")
-        from . import experts
-
         if not experts.settled():  # before the first step, which may move them
             return
         order = experts.order()
