@@ -250,11 +250,16 @@ class PlacedSampler:
         return _itself, (self.sampler,)  # copies and pickles are of the job's own
 
     def __iter__(self) -> Iterator[Any]:
-        run = self._begin()
+        run, drawn = self._begin(), 0
+        early = None if run is not None else self._early()
         try:
             for own in self.sampler:
                 if run is not None:
                     own, run = self._deal(run, own)
+                elif early is not None:
+                    drawn += 1
+                    if drawn == LISTS + 1:  # other ranks may have come to a window about which they asked the board
+                        early.turns += 1
                 yield own
         finally:
             if run is not None:
@@ -290,6 +295,16 @@ class PlacedSampler:
         except Exception as e:
             _stop(job, f"a data loader cannot be placed: {say.failure(e)}")
         return None
+
+    def _early(self) -> Optional[jobs.Job]:
+        """The job, where this iteration begins before this rank has said hello. It counts all the same: another rank, which said so
+        sooner, would take its windows for those of the next iteration here."""
+        try:
+            job = self._job or jobs.current()
+            return job if job is not None and job.hello is None else None
+        except Exception as e:
+            say.info(f"a data loader's lists are not counted: {say.failure(e)}")
+            return None
 
     def _deal(self, run: Iteration, own: Any) -> Any:
         """The rank's samples, and the iteration, or None when it has failed for good. Tried twice: what other ranks rely on
