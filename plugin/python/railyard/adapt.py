@@ -52,6 +52,30 @@ def argument(where: Dict[str, int], name: str, args: Sequence[Any], kwargs: Dict
     return args[i] if 0 <= i < len(args) else None
 
 
+def watched(watch: Any, begin: Callable) -> Callable:
+    """For wrap(): a model's forward pass as a micro-batch, where begin(self, args, kwargs) says that it is one."""
+    def make(original):
+        def forward(self, *args, **kwargs):
+            if watch.observer is None or compiling():
+                return original(self, *args, **kwargs)
+            try:
+                opened = begin(self, args, kwargs)
+            except Exception as e:
+                watch.failed(e)
+                opened = False
+            if not opened:
+                return original(self, *args, **kwargs)
+            whole = False
+            try:
+                result = original(self, *args, **kwargs)
+                whole = True
+                return result
+            finally:
+                watch.close(whole)
+        return forward
+    return make
+
+
 def wrap(cls: type, name: str, make: Callable[[Callable], Callable]) -> None:
     """cls.name becomes make(cls.name), which keeps its name, text, signature and, as __wrapped__, the original. Once."""
     original = getattr(cls, name)

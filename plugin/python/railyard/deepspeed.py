@@ -243,28 +243,8 @@ def patch_engine(module: Any) -> None:
                 job.stop("DeepSpeed: %s: %s" % (type(e).__name__, e))
         return __init__
 
-    def make_forward(original):
-        def forward(self, *args, **kwargs):
-            if _watch.observer is None or adapt.compiling():
-                return original(self, *args, **kwargs)
-            try:
-                opened = _begin(self, args, kwargs)
-            except Exception as e:
-                _watch.failed(e)
-                opened = False
-            if not opened:
-                return original(self, *args, **kwargs)
-            whole = False
-            try:
-                result = original(self, *args, **kwargs)
-                whole = True
-                return result
-            finally:
-                _watch.close(whole)
-        return forward
-
     adapt.wrap(engine, "__init__", make_init)
-    adapt.wrap(engine, "forward", make_forward)
+    adapt.wrap(engine, "forward", adapt.watched(_watch, _begin))
 
 
 def _inside(where: Dict[str, int], original: Any) -> Any:

@@ -231,28 +231,8 @@ def patch_model(module: Any) -> None:
 
     argument = adapt.argument
 
-    def make_forward(original):
-        def forward(self, *args, **kwargs):
-            if _watch.observer is None or adapt.compiling():
-                return original(self, *args, **kwargs)
-            try:
-                opened = begin(self, args, kwargs)
-            except Exception as e:
-                _watch.failed(e)
-                opened = False
-            if not opened:
-                return original(self, *args, **kwargs)
-            whole = False
-            try:
-                result = original(self, *args, **kwargs)
-                whole = True
-                return result
-            finally:
-                _watch.close(whole)
-        return forward
-
     adapt.wrap(model, "__init__", make_init)
-    adapt.wrap(model, "forward", make_forward)
+    adapt.wrap(model, "forward", adapt.watched(_watch, begin))
 
 
 def patch_router(module: Any) -> None:
