@@ -353,7 +353,8 @@ def case_dedup_loop():
 
 def case_dedup_chunks():
     """What one chunk brought is passed on beside the next: over the nodes' communicators and without, and checked against plain."""
-    for shape, chunks, node_comm in (("aabb", 4, "yes"), ("aaaabbbb", 2, "yes"), ("abbca", 4, "yes"), ("abab", 4, "no")):
+    cases = (("aabb", 4, "yes"), ("abab", 4, "no"), ("aaaabbbb", 2, "yes"), ("abbca", 4, "yes"))
+    for shape, chunks, node_comm in cases if SLOW == 1 else cases[:2]:
         env = {"RAILYARD_CHUNKS": str(chunks), "RAILYARD_LOG": "plan", "RAILYARD_NODE_COMM": node_comm, "RAILYARD_VERIFY": "4"}
         out, lines = dedup("loop", shape, 40, 16, env=env)
         crosses(out, 0.05, 0.9)  # every fourth exchange is made both ways
