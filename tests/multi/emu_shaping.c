@@ -12,12 +12,13 @@ static char *buf;
 
 enum { BYTES = 2000000 };
 
-/* Milliseconds that this rank's receive (or send) took: best of five, all ranks starting together but for a few ms; of
- * more, while one of them has not been within `enough` and others may have had the processors. */
+/* Milliseconds until all of them were over, from when all ranks began but for a few ms: best of five; of more while that
+ * is not `enough`, and others may have had the processors. (One flow alone may be early: where another rank had to wait for
+ * a processor, there was nobody to share with for a while.) */
 static double timed(const int (*pairs)[2], int npairs, size_t bytes, double enough)
 {
-    double best = 1e9, slowest = 1e9;
-    for (int k = 0; k < 5 || (k < 60 && slowest > enough); k++) {
+    double best = 1e9;
+    for (int k = 0; k < 5 || (k < 60 && best > enough); k++) {
         barrier(comm);
         uint64_t t0 = ry_now_ns();
         NCCL(ncclGroupStart());
@@ -28,10 +29,9 @@ static double timed(const int (*pairs)[2], int npairs, size_t bytes, double enou
                 NCCL(ncclRecv(buf + BYTES, bytes, ncclUint8, pairs[i][0], comm, NULL));
         }
         NCCL(ncclGroupEnd());
-        double ms = seconds_since(t0) * 1e3;
-        best = ms < best ? ms : best;
-        if (k >= 4)
-            NCCL(ncclAllReduce(&best, &slowest, 1, ncclFloat64, ncclMax, comm, NULL));
+        double ms = seconds_since(t0) * 1e3, slowest;
+        NCCL(ncclAllReduce(&ms, &slowest, 1, ncclFloat64, ncclMax, comm, NULL));
+        best = slowest < best ? slowest : best;
     }
     return best;
 }
@@ -54,8 +54,7 @@ int main(void)
                      ways[][2] = {{0, 2}, {2, 0}}, incast[][2] = {{0, 2}, {1, 2}}, apart[][2] = {{0, 1}, {2, 3}},
                      self[][2] = {{0, 0}};
     double ms;
-    /* Of two flows that share a link and start a little apart, the first may end a little before 60 ms; alone it
-     * were 40. */
+    /* Two flows that share a link take 60 ms, alone 40; they do not start quite together. */
     ms = timed(inside, 1, BYTES, 30);
     expect("2 MB inside a node", 1, ms, 2.9, 30);
     ms = timed(across, 1, BYTES, 80);
@@ -63,12 +62,11 @@ int main(void)
     ms = timed(across, 1, 1, 60);
     expect("1 byte across: latency", 2, ms, 19, 60);
     ms = timed(both, 2, BYTES, 120);
-    expect("2 flows of 2 MB that share a NIC", 2, ms, 46, 120);
-    expect("... the other one", 3, ms, 46, 120);
+    expect("2 flows of 2 MB that share a NIC", 2, ms, 55, 120);
     ms = timed(ways, 2, BYTES, 80);
     expect("2 MB across, both ways at once", 0, ms, 39, 80);
     ms = timed(incast, 2, BYTES, 120);
-    expect("2 senders, one receiver across", 2, ms, 46, 120);
+    expect("2 senders, one receiver across", 2, ms, 55, 120);
     ms = timed(apart, 2, BYTES, 30);
     expect("2 MB inside each of two nodes", 3, ms, 2.9, 30);
     ms = timed(self, 1, BYTES, 15);
