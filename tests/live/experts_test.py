@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -462,6 +463,7 @@ def child(rank, world, port, parallel, scenario):
     import faulthandler
 
     faulthandler.dump_traceback_later(200, exit=True)
+    os.setpgid(0, 0)  # with it goes what Megatron starts to write checkpoints
     try:
         place = Rank(rank, world, port, SEED, parallel) if parallel else Place(rank, world, port, SEED)
         place.folder = FOLDER
@@ -518,6 +520,11 @@ def main():
                 time.sleep(0.05)
             bad = [r for r, p in enumerate(ranks) if p.exitcode]
             alive = [r for r, p in enumerate(ranks) if p.is_alive()]
+            for p in ranks:
+                try:
+                    os.killpg(p.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
             [p.kill() for p in ranks if p.is_alive()]
             if bad or alive:
                 sys.exit(f"experts_test: {CASE}: ranks {bad} failed, {alive} were still running")
