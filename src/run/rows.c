@@ -18,6 +18,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "plan/plan.h"
 #include "rows_internal.h"
 
 #define ALIGN 256
@@ -344,20 +345,13 @@ uint32_t rows_lanes_for(uint64_t row_bytes)
     return all >= 32 ? 32 : (uint32_t)power_of_2(all);
 }
 
-static uint64_t rows_in(uint64_t bytes, uint64_t row_bytes)
-{
-    return bytes / row_bytes + (bytes % row_bytes != 0);
-}
-
-/* Part `p` of what goes to a rank: address and size. As plan.h's ry_part_at() has it. */
+/* Part `p` of what goes to a rank: address and size. */
 static struct ry_rows_segment part_of(const void *send, uint64_t bytes, uint64_t row_bytes, int p, int parts)
 {
-    uint64_t rows = rows_in(bytes, row_bytes), all = (uint64_t)parts;
-    uint64_t from = rows / all * (uint64_t)p + rows % all * (uint64_t)p / all;
-    uint64_t to = rows / all * (uint64_t)(p + 1) + rows % all * (uint64_t)(p + 1) / all;
-    return (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)send + from * row_bytes,
-                                    .bytes = (to == rows ? bytes : to * row_bytes) -
-                                             (from == rows ? bytes : from * row_bytes)};
+    uint64_t rows = ry_rows_of(bytes, row_bytes), from = ry_part_at(rows, p, parts),
+             to = ry_part_at(rows, p + 1, parts), begin = from == rows ? bytes : from * row_bytes,
+             end = to == rows ? bytes : to * row_bytes;
+    return (struct ry_rows_segment){.at = (uint64_t)(uintptr_t)send + from * row_bytes, .bytes = end - begin};
 }
 
 /* Fill the tables and what depends on them. Returns the words of the tables. */
@@ -384,7 +378,7 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
                 is.first_row = s->nrows;
                 is.node = (uint64_t)n;
                 segment[s->nsegments++] = is;
-                s->nrows += rows_in(is.bytes, in->row_bytes);
+                s->nrows += ry_rows_of(is.bytes, in->row_bytes);
             }
         }
         node[n].rows = s->nrows - node[n].first_row;
@@ -591,14 +585,14 @@ int ry_rows_expand(struct ry_rows *rows, const struct ry_rows_piece *pieces, int
             return ry_fail(err, "rows of no bytes");
         if ((uintptr_t)p->message % 16)
             return ry_fail(err, "a message at %p, which is no multiple of 16", p->message);
-        if (rows_in(p->bytes, p->row_bytes) > RY_ROWS_MOST || p->skip > RY_ROWS_MOST || p->distinct > RY_ROWS_MOST)
+        if (ry_rows_of(p->bytes, p->row_bytes) > RY_ROWS_MOST || p->skip > RY_ROWS_MOST || p->distinct > RY_ROWS_MOST)
             return ry_fail(err, "piece %d: a message of more than %llu rows", i, (unsigned long long)RY_ROWS_MOST);
     }
     if (rows_enter(rows, stream, err))
         return -1;
     for (int i = 0; i < n; i++) {
         const struct ry_rows_piece *p = &pieces[i];
-        uint32_t count = (uint32_t)rows_in(p->bytes, p->row_bytes);
+        uint32_t count = (uint32_t)ry_rows_of(p->bytes, p->row_bytes);
         if (!count)
             continue;
         if ((e.n == RY_ROWS_PIECES || UINT32_MAX - e.first_row[e.n] < count || e.row_bytes != p->row_bytes) &&

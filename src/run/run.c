@@ -1,7 +1,7 @@
 /*
  * run.c: a plan's steps as NCCL calls and device copies, in stream order.
  *
- * Owns: the runner, ry_run(), and whether buffers allow it. Not: staging memory (staging.c), many copies in one launch
+ * Owns: the runner, ry_run(), whether buffers allow it, and the stream on which some steps overlap the others. Not: staging memory (staging.c), many copies in one launch
  * (batch.c), packed messages (packed.c), sums (kept.c), verify mode (checks.c).
  */
 #include "internal.h"

@@ -5,7 +5,8 @@
  * exchange both ways and comparing (verify mode). Not: building the plan (plan/), deciding (control/), the device itself.
  *
  * Everything is enqueued on the exchange's own stream and communicator, in order: work that the job enqueued before is seen,
- * work that it enqueues after waits. Nothing here synchronizes the host, but ry_run_verify()'s answer is fetched later,
+ * work that it enqueues after waits. That holds for groups inside the node on a communicator of their own, too, and for the second
+ * part of a plan (ry_second()), which may go on a stream of the runner's: it begins after, and the exchange's stream waits for it. Nothing here synchronizes the host, but ry_run_verify()'s answer is fetched later,
  * without blocking, by ry_run_checks(). NCCL is called through the table, never by its public names.
  *
  * Thread-safety: a struct ry_runner may be used by one thread at a time for one communicator, as NCCL itself; different

@@ -68,6 +68,11 @@ void make_real(struct job *job, struct memory *mem, int how);
 const char *interpret(const struct job *job, const struct memory *mem);
 void free_memory(struct job *job, struct memory *mem);
 
+double seconds(void);
+/** Planning takes no longer: the fastest time seen so far, or of more if need be, since shared machines run at half their pace at
+ * times. Sanitized builds are not asked. */
+void builds_within(const struct ry_plan_input *in, double fastest_us, double limit_us);
+
 /** Reads the seed, prints it, runs the tests: the exit status. */
 int run_tests(const char *name, const TTest *const *tests);
 

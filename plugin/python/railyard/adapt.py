@@ -52,6 +52,20 @@ def argument(where: Dict[str, int], name: str, args: Sequence[Any], kwargs: Dict
     return args[i] if 0 <= i < len(args) else None
 
 
+def built(framework: str, look: Callable) -> Callable:
+    """For wrap(): __init__, after which look(self) sees what was made. What fails there ends placement, not the job."""
+    def make(original):
+        def __init__(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            try:
+                look(self)
+            except Exception as e:
+                from . import job
+                job.stop("%s: %s: %s" % (framework, type(e).__name__, e))
+        return __init__
+    return make
+
+
 def watched(watch: Any, begin: Callable) -> Callable:
     """For wrap(): a model's forward pass as a micro-batch, where begin(self, args, kwargs) says that it is one."""
     def make(original):

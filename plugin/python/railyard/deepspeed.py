@@ -63,10 +63,6 @@ def findings(facts: Dict[str, Any]) -> List[Finding]:
     return found
 
 
-def refusals(facts: Dict[str, Any], strict: bool = False) -> List[str]:
-    return adapt.refusals(findings(facts), strict)
-
-
 # --- The job ---
 
 
@@ -233,17 +229,7 @@ def patch_engine(module: Any) -> None:
     """deepspeed.runtime.engine"""
     engine = module.DeepSpeedEngine
 
-    def make_init(original):
-        def __init__(self, *args, **kwargs):
-            original(self, *args, **kwargs)
-            try:
-                _built(self)
-            except Exception as e:
-                from . import job
-                job.stop("DeepSpeed: %s: %s" % (type(e).__name__, e))
-        return __init__
-
-    adapt.wrap(engine, "__init__", make_init)
+    adapt.wrap(engine, "__init__", adapt.built("DeepSpeed", _built))
     adapt.wrap(engine, "forward", adapt.watched(_watch, _begin))
 
 

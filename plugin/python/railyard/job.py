@@ -193,10 +193,6 @@ class Job:
             say.info(f"the other ranks cannot be told: {say.failure(e)}")
         (say.warn if stands == self._off else say.info)(f"{why}; placement is off")
 
-    def refuse(self, option: str) -> None:
-        """A configuration in which nothing may be placed, by the name of its option."""
-        self.stop(f"{option} and placement do not go together")
-
     def stopped(self, now: bool = False) -> Optional[str]:
         """Why placement is off, or None. Looks at the board from time to time, or `now`."""
         if self._off is None and (now or time.monotonic() - self._asked >= ASK):

@@ -105,10 +105,6 @@ def _any(coefficient: Any) -> bool:
     return any(coefficient) if isinstance(coefficient, (list, tuple)) else bool(coefficient)
 
 
-def refusals(config: Any, facts: Dict[str, Any], strict: bool = False) -> List[str]:
-    return adapt.refusals(findings(config, facts), strict)
-
-
 # --- The job ---
 
 
@@ -197,16 +193,6 @@ def patch_model(module: Any) -> None:
     model = module.GPTModel
     where = adapt.positions(model.forward, "input_ids", "inference_context", "packed_seq_params", "inference_params")
 
-    def make_init(original):
-        def __init__(self, *args, **kwargs):
-            original(self, *args, **kwargs)
-            try:
-                _built(self)
-            except Exception as e:
-                from . import job
-                job.stop("Megatron-core: %s: %s" % (type(e).__name__, e))
-        return __init__
-
     def begin(self, args, kwargs) -> bool:
         import torch
         if not self.training or not torch.is_grad_enabled():
@@ -231,7 +217,7 @@ def patch_model(module: Any) -> None:
 
     argument = adapt.argument
 
-    adapt.wrap(model, "__init__", make_init)
+    adapt.wrap(model, "__init__", adapt.built("Megatron-core", _built))
     adapt.wrap(model, "forward", adapt.watched(_watch, begin))
 
 
