@@ -418,7 +418,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = *dedup = parts[RY_SUM] = *direct;
+    *hier = *dedup = parts[RY_SUM] = parts[RY_REPLICA] = *direct;
     double scale = packed < all ? number(packed) / number(all) : 1;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
@@ -456,7 +456,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     cut(dedup, m, packed && packed < all ? number(all) / number(packed) : 1);
     if (packed >= all)
         dedup->total = INFINITY;
-    parts[RY_SUM].total = INFINITY; /* not a matter of cost: plan.h */
+    parts[RY_SUM].total = parts[RY_REPLICA].total = INFINITY; /* not a matter of this cost: plan.h, cost_replica.h */
     return busiest;
 }
 

@@ -14,6 +14,7 @@ static const struct ry_strategy_ops *const strategies[RY_STRATEGIES] = {
     [RY_HIERARCHICAL] = &ry_hierarchical_ops,
     [RY_DEDUP] = &ry_dedup_ops,
     [RY_SUM] = &ry_sum_ops,
+    [RY_REPLICA] = &ry_replica_ops,
 };
 
 const char *ry_strategy_name(enum ry_strategy s)
@@ -24,7 +25,9 @@ const char *ry_strategy_name(enum ry_strategy s)
 int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err)
 {
     char known[128] = "";
-    for (int s = 0; s < RY_SUM; s++) {
+    for (int s = 0; s < RY_STRATEGIES; s++) {
+        if (s == RY_SUM)
+            continue;
         if (!strcmp(name, strategies[s]->name)) {
             *out = (enum ry_strategy)s;
             return 0;
@@ -194,7 +197,7 @@ static int check(const struct ry_plan_input *in, struct ry_err *err)
     if (in->send[in->rank] != in->recv[in->rank])
         return ry_fail(err, "plan of rank %d: it sends itself %llu bytes, but receives %llu from itself", in->rank,
                        (unsigned long long)in->send[in->rank], (unsigned long long)in->recv[in->rank]);
-    if (in->strategy == RY_DEDUP && in->chunks && in->chunks != 1 && in->chunks != 2 && in->chunks != RY_CHUNKS)
+    if ((in->strategy == RY_DEDUP || in->strategy == RY_REPLICA) && in->chunks && in->chunks != 1 && in->chunks != 2 && in->chunks != RY_CHUNKS)
         return ry_fail(err, "plan of rank %d: a message is not cut into %d chunks, but into 1, 2 or %d", in->rank,
                        in->chunks, RY_CHUNKS);
     uint64_t out = 0, back = 0;
@@ -232,7 +235,9 @@ struct ry_plan *ry_plan_build(const struct ry_plan_input *in, struct ry_err *err
         .err = err,
         .ops = ops,
         .repeats = ops->repeats ? in->repeats : NULL,
-        .chunks = in->strategy == RY_DEDUP && c->nnodes > 1 && c->nnodes < c->nranks && in->chunks ? in->chunks : 1};
+        .chunks = (in->strategy == RY_DEDUP || in->strategy == RY_REPLICA) && c->nnodes > 1 && c->nnodes < c->nranks && in->chunks
+                      ? in->chunks
+                      : 1};
 
     /* The plan and its steps are one block, cut to size when done. */
     struct ry_plan *plan = malloc(sizeof *plan + ops->most_steps(&b) * sizeof *plan->steps);

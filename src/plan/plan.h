@@ -29,6 +29,12 @@
  *                 sum comes in the place of the first of its rows, zeros in the place of the others. Everything else goes
  *                 directly. It is never chosen by its cost, nor asked for by name: who knows what the job does with the rows
  *                 decides (engine/). RY_STRATEGIES counts it; those that can be chosen are below RY_SUM.
+ *   replica       of `replicas` twin communicators whose ranks send the same bytes (docs/replica.md). The cluster map, counts and ranks
+ *                 are those of all twins together: rank t * W + k is rank k of twin t, all twins' k-th ranks sit on one node,
+ *                 and nothing goes from one twin to another in the job's exchange. Of each message to another node every twin sends
+ *                 its share only, and passes what it got on to the ranks that sit where it sits, inside the node: what
+ *                 they lack is what their twins received. In several `chunks`, one is passed on while the next crosses. It
+ *                 is not chosen by a communicator for itself, as it takes all of them, so it comes after RY_SUM.
  *
  * Thread-safety: everything is a function of its arguments; a plan is read-only once built.
  */
@@ -43,7 +49,7 @@
 #include "base/error.h"
 #include "cluster.h"
 
-enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_DEDUP, RY_SUM, RY_STRATEGIES };
+enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_DEDUP, RY_SUM, RY_REPLICA, RY_STRATEGIES };
 const char *ry_strategy_name(enum ry_strategy s);
 /** -1 for a name that cannot be asked for; the error lists those that can. */
 int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err);
@@ -124,7 +130,8 @@ struct ry_plan_input {
        They change which bytes are packed first, never what crosses the wire. */
     const uintptr_t *send_at, *recv_at;
     const struct ry_repeats *repeats; /* [nnodes], dedup: what this rank found itself; NULL: it did not look. Sum: in D */
-    int chunks; /* dedup: 1 (or 0), 2 or 4, the same on all ranks. Where nothing is passed on there is one, whatever is asked */
+    int chunks; /* dedup: 1 (or 0), 2 or 4, the same on all ranks. Where nothing is passed on there is one, whatever is asked. Replica: as dedup */
+    int replicas; /* replica: twins, 2 or more */
 };
 
 /* Where bytes lie. */
@@ -200,6 +207,13 @@ struct ry_plan {
 static inline int ry_second(const struct ry_plan *plan)
 {
     return plan->nsteps - plan->beside;
+}
+
+/** Where share `i` of `n` of a message begins, at a multiple of 16 bytes; share n: where it ends. For replica. */
+static inline uint64_t ry_share_at(uint64_t bytes, int i, int n)
+{
+    uint64_t at = ry_part_at(bytes / 16 + (bytes % 16 != 0), i, n);
+    return at > bytes / 16 ? bytes : at * 16;
 }
 
 /**

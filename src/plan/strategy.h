@@ -46,7 +46,7 @@ struct ry_strategy_ops {
     bool repeats; /* has to do with repeats: slices hold what the rows' ranks found. Without it, no operation gets any.
                    */
 };
-extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_dedup_ops, ry_sum_ops;
+extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_dedup_ops, ry_sum_ops, ry_replica_ops;
 
 /* Append a step; one without bytes is left out. */
 static inline void ry_step_add(struct ry_plan *plan, struct ry_step step)

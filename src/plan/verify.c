@@ -238,7 +238,8 @@ static int write_to(struct machine *m, int rank, int step)
             uint64_t hi = m->pieces[k].hi < done + part ? m->pieces[k].hi : done + part;
             for (uint64_t right; lo < hi; lo = hi - lo < right ? hi : lo + right) {
                 struct token is = token_after(m->pieces[k].token, lo - m->pieces[k].lo);
-                bool just = !sums && same(is, sent(m, from, rank, offset + (lo - done)));
+                bool just = !sums && (same(is, sent(m, from, rank, offset + (lo - done))) ||
+                                      from_twin(m, is, from, rank, offset + (lo - done)));
                 right = just   ? hi - lo
                         : sums ? ry_verify_summed(m, is, from, rank, offset + (lo - done))
                                : ry_verify_equal(m, is, from, rank, offset + (lo - done));

@@ -55,4 +55,14 @@ int ry_plan_verify_sum(const struct ry_cluster *cluster, const uint64_t *matrix,
                        struct ry_plan *const *plans, const uintptr_t *const *send_at, const uintptr_t *const *recv_at,
                        struct ry_err *err);
 
+/*
+ * Plans by `replica`, of so many twin communicators: cluster, matrix and ranks are those of all together, as plan.h numbers
+ * them. A byte is then as good as the byte at the same place of what the twins of its rank send to the twins of its
+ * target. Proved besides: the matrix is that of twins; what leaves a node stays on a twin's own communicator, and what a group
+ * passes on inside a node goes between ranks that sit at one position. Either of the addresses may be NULL.
+ */
+int ry_plan_verify_replicas(const struct ry_cluster *cluster, const uint64_t *matrix, int replicas,
+                            struct ry_plan *const *plans, const uintptr_t *const *send_at,
+                            const uintptr_t *const *recv_at, struct ry_err *err);
+
 #endif

@@ -44,6 +44,8 @@ struct machine {
     const uintptr_t *const *send_at, *const *recv_at;
     struct ry_err *err;
 
+    int replicas; /* twin communicators in it; 0: none */
+
     /* Rows, where it is known which are equal. */
     const struct ry_row_map *maps;
     const uint64_t *went; /* [n * n] bytes of the exchange whose rows these are: `matrix`, or the one that it returns */
@@ -167,6 +169,15 @@ static inline struct token token_after(struct token t, uint64_t bytes)
 static inline bool same(struct token a, struct token b)
 {
     return a.rank == b.rank && a.seg == b.seg && a.off == b.off;
+}
+
+/* Are the bytes at `is` those that a twin of `from` sends at `offset` to the same twin of `to`? */
+static inline bool from_twin(const struct machine *m, struct token is, int from, int to, uint64_t offset)
+{
+    if (m->replicas < 2)
+        return false;
+    int each = m->n / m->replicas;
+    return is.rank % each == from % each && same(is, sent(m, is.rank, is.rank / each * each + to % each, offset));
 }
 
 static inline struct packed *packed(const struct machine *m, int from, int node)

@@ -102,6 +102,7 @@ int ry_verify_early(const struct machine *as_listed)
     struct machine m = {.n = as_listed->n,
                         .cluster = as_listed->cluster,
                         .matrix = as_listed->matrix,
+                        .replicas = as_listed->replicas,
                         .send_at = as_listed->send_at,
                         .recv_at = as_listed->recv_at,
                         .err = as_listed->err,

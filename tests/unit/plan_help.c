@@ -428,6 +428,8 @@ static bool summed(const struct job *job, int from, int to)
 static unsigned char right(const struct job *job, int from, int to, uint64_t offset)
 {
     int node = job->cluster->node[to];
+    if (job->twins)
+        return content(from % job->twins, to % job->twins, offset);
     if (job->sums)
         return byte_of(number(from, to, offset), offset);
     const struct ry_row_map *map = job->maps ? &job->maps[index_of(job, from, node)] : NULL;

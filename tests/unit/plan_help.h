@@ -37,6 +37,7 @@ struct job {
     /* The exchange returns one whose matrix was the other way round: of that are maps and repeats. Plans are by `sum`.
      */
     bool sums;
+    int twins;         /* ranks of each twin communicator, which send the same; 0: there are none */
     int chunks;        /* of plans by dedup */
     int parts;         /* of messages, to be set before their rows; 0: 1; -1: any */
     bool blind; /* plans are built without the addresses, and proved without them */

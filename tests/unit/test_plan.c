@@ -180,10 +180,12 @@ START_TEST(names)
         ck_assert_int_eq(ry_strategy_parse(ry_strategy_name(k), &s, &err), 0);
         ck_assert_int_eq(s, k);
     }
+    ck_assert_int_eq(ry_strategy_parse("replica", &s, &err), 0);
+    ck_assert_int_eq(s, RY_REPLICA);
     ck_assert_int_eq(ry_strategy_parse("sum", &s, &err), -1);
     ck_assert_str_eq(ry_strategy_name(RY_SUM), "sum");
     ck_assert_int_eq(ry_strategy_parse("diagonal", &s, &err), -1);
-    ck_assert_str_eq(err.msg, "unknown strategy 'diagonal': there are direct, hierarchical, dedup");
+    ck_assert_str_eq(err.msg, "unknown strategy 'diagonal': there are direct, hierarchical, dedup, replica");
 }
 END_TEST
 
