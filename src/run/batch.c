@@ -1,5 +1,5 @@
 /*
- * batch.c: many small copies or comparisons in one launch.
+ * batch.c: many small copies, comparisons or digests in one launch.
  *
  * Owns: collecting segments into the table of segments.h, launching the kernel of kernels.cu, and the kernels' twins
  * for host memory. Not: which segments depend on each other (the caller flushes in between).
@@ -7,6 +7,8 @@
 #include "internal.h"
 
 #include <string.h>
+
+#include "digest.h"
 
 _Static_assert(sizeof(struct ry_segments) <= 4096, "a table fits into a kernel's parameters");
 _Static_assert(RY_TILE == RY_BLOCK * 16 * 4, "kernels.cu gives each thread of a block four words of a tile");
@@ -35,8 +37,26 @@ static void host_compare_segments(const void *param)
     }
 }
 
+static void host_digest_segments(const void *param)
+{
+    const struct ry_segments *t = param;
+    uint64_t *answer = (uint64_t *)(uintptr_t)t->answer;
+    for (uint32_t i = 0; i < t->n; i++) {
+        const unsigned char *b = (const void *)(uintptr_t)t->b[i];
+        uint64_t at = 0;
+        for (; t->bytes[i] - at >= 16; at += 16) {
+            uint64_t word[2];
+            memcpy(word, b + at, sizeof word);
+            ry_digest_word(answer, word[0], word[1], t->tag[i], at);
+        }
+        for (; at < t->bytes[i]; at++)
+            ry_digest_byte(answer, b[at], t->tag[i], at);
+    }
+}
+
 static struct ry_kernel copy_kernel = {.name = "ry_copy_segments", .host = host_copy_segments};
 static struct ry_kernel compare_kernel = {.name = "ry_compare_segments", .host = host_compare_segments};
+static struct ry_kernel digest_kernel = {.name = "ry_digest_segments", .host = host_digest_segments};
 
 #ifdef RY_HAVE_FATBIN
 extern const unsigned long long ry_run_fatbin[]; /* made from kernels.cu by nvcc */
@@ -46,8 +66,8 @@ extern const unsigned long long ry_run_fatbin[]; /* made from kernels.cu by nvcc
 
 const struct ry_kernels ry_run_kernels = {
     .image = ry_run_fatbin,
-    .kernel = (struct ry_kernel *const[]){&copy_kernel, &compare_kernel},
-    .n = 2,
+    .kernel = (struct ry_kernel *const[]){&copy_kernel, &compare_kernel, &digest_kernel},
+    .n = 3,
 };
 
 static void start(struct batch *batch, const struct ry_runner *runner, void *stream, struct ry_kernel *kernel)
@@ -68,6 +88,12 @@ void batch_start_copy(struct batch *batch, const struct ry_runner *runner, void 
 void batch_start_compare(struct batch *batch, const struct ry_runner *runner, void *stream, uint64_t *answer)
 {
     start(batch, runner, stream, &compare_kernel);
+    batch->table.answer = (uint64_t)(uintptr_t)answer;
+}
+
+void batch_start_digest(struct batch *batch, const struct ry_runner *runner, void *stream, uint64_t answer[2])
+{
+    start(batch, runner, stream, &digest_kernel);
     batch->table.answer = (uint64_t)(uintptr_t)answer;
 }
 

@@ -4,7 +4,7 @@
  * Owns: the second, direct run, the scratch memory it goes to, comparing on the device, and the answers on their way to
  * the host. Not: what a mismatch leads to.
  *
- * An answer is one word that the stream copies to pinned memory, and an event after it. Pinned memory is taken when a
+ * An answer is one word, or two (digest.c), that the stream copies to pinned memory, and an event after it. Pinned memory is taken when a
  * runner is made and belongs to the process for good: taking or giving it back may wait for the device, which a rank
  * must not do while others wait for it, and a communicator that was aborted may still have a copy under way to it.
  */
@@ -20,13 +20,6 @@
 #define PER_RUNNER 16 /* comparisons under way at most: further ones are left out */
 #define ALIGN 256     /* of each segment in scratch memory: copies there are then as fast as they get */
 
-struct check {
-    struct check *next;
-    volatile uint64_t *answer; /* pinned */
-    struct ry_event *event;    /* after the copy to it */
-    uint64_t number;
-};
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct check *idle;               /* ready for use */
 static struct check *orphan;             /* their runner has gone, but the device may still write */
@@ -38,14 +31,14 @@ int checks_prepare(const struct ry_device *device, struct ry_err *err)
     pthread_mutex_lock(&lock);
     if (slabs_of != device) {
         void *slab = NULL;
-        size_t n = SLAB / sizeof(uint64_t);
+        size_t n = SLAB / (2 * sizeof(uint64_t));
         struct check *checks = calloc(n, sizeof *checks);
         if (!checks)
             rc = ry_fail(err, "out of memory for %zu comparisons", n);
         else
             rc = device->pinned_alloc(&slab, SLAB, err);
         for (size_t i = 0; !rc && i < n; i++) {
-            checks[i].answer = (volatile uint64_t *)slab + i;
+            checks[i].answer = (volatile uint64_t *)slab + 2 * i;
             checks[i].next = i + 1 < n ? &checks[i + 1] : NULL;
         }
         if (!rc) {
@@ -60,7 +53,7 @@ int checks_prepare(const struct ry_device *device, struct ry_err *err)
     return rc;
 }
 
-static struct check *take(const struct ry_device *device, struct ry_err *err)
+struct check *checks_take(const struct ry_device *device, struct ry_err *err)
 {
     pthread_mutex_lock(&lock);
     if (!idle) {
@@ -102,6 +95,11 @@ static void put_back(struct check *c, struct check **list)
     pthread_mutex_unlock(&lock);
 }
 
+void checks_put_back(struct check *c, bool under_way)
+{
+    put_back(c, under_way ? &orphan : &idle);
+}
+
 /* The whole exchange as plain NCCL does it: empty segments are left out on both sides, since both know their size. */
 static void direct(struct ry_runner *r, const struct ry_buffers *b, void *const *recv, int *result)
 {
@@ -141,7 +139,7 @@ static int scratch_take(struct scratch *s, struct ry_runner *r, const struct ry_
     s->recv = malloc((size_t)b->nranks * sizeof *s->recv);
     if (!s->recv)
         ry_fail(err, "out of memory");
-    if (!s->recv || !(s->check = take(r->device, err)) ||
+    if (!s->recv || !(s->check = checks_take(r->device, err)) ||
         r->device->alloc_async(&s->memory, s->bytes, b->stream, err)) {
         if (s->check)
             put_back(s->check, &idle);

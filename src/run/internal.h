@@ -35,6 +35,7 @@ struct ry_runner {
     /* checks.c: comparisons under way, oldest first */
     struct check *oldest, *newest;
     int nchecks;
+    struct check *digest; /* digest.c: the latest, under way or over; NULL: none */
     /* scan.c */
     struct ry_rows *rows; /* NULL: no kernels */
     struct {
@@ -68,6 +69,8 @@ struct batch {
 void batch_start_copy(struct batch *batch, const struct ry_runner *runner, void *stream);
 /** Differences go to `answer`, memory of the device. Only where runner->kernels. */
 void batch_start_compare(struct batch *batch, const struct ry_runner *runner, void *stream, uint64_t *answer);
+/** What digest.h says of the segments, which lie at `b` (`a`: NULL), is added to `answer`, memory of the device. The same. */
+void batch_start_digest(struct batch *batch, const struct ry_runner *runner, void *stream, uint64_t answer[2]);
 int batch_add(struct batch *batch, void *a, const void *b, uint64_t bytes, uint32_t tag, struct ry_err *err);
 /** Launch what is collected. */
 int batch_flush(struct batch *batch, struct ry_err *err);
@@ -131,5 +134,21 @@ int kept_sum(struct ry_runner *runner, const struct ry_buffers *b, const struct 
 /** Make sure that a few answers can be held later: may wait for the device. */
 int checks_prepare(const struct ry_device *device, struct ry_err *err);
 void checks_free(struct ry_runner *runner);
+
+/* An answer on its way to the host. */
+struct check {
+    struct check *next;
+    volatile uint64_t *answer; /* pinned, two words */
+    struct ry_event *event;    /* after the copy to it */
+    uint64_t number;
+};
+/** One that is not in use. NULL with `err` if there is none. */
+struct check *checks_take(const struct ry_device *device, struct ry_err *err);
+/** It came, or will never be asked for (`under_way`: the device may still write). */
+void checks_put_back(struct check *check, bool under_way);
+
+/* ---- digest.c ---- */
+
+void digest_free(struct ry_runner *runner);
 
 #endif

@@ -1,5 +1,5 @@
 /*
- * kernels.cu: copying and comparing the segments of a table (segments.h) at memory bandwidth, at any alignment.
+ * kernels.cu: copying, comparing and digesting the segments of a table (segments.h) at memory bandwidth, at any alignment.
  *
  * A block takes tile after tile. In a tile, memory at `a` is reached in 16-byte words from its own alignment on; bytes
  * before the first and after the last whole word go one by one. Where `b` lies otherwise aligned, each of its words is
@@ -8,6 +8,7 @@
  *
  * The twins for host memory are in batch.c.
  */
+#include "digest.h"
 #include "segments.h"
 
 #include "words.cuh"
@@ -159,4 +160,35 @@ extern "C" __global__ void __launch_bounds__(RY_BLOCK) ry_compare_segments(const
     }
     if (op.least != RY_NO_DIFFERENCE)
         atomicMin((unsigned long long *)t.answer, (unsigned long long)op.least);
+}
+
+/* Nothing lies at `a`, so that words are counted from where a segment begins, however it is aligned. */
+struct digest_op {
+    uint32_t tag;
+    uint64_t sum[2];
+    __device__ void one(const byte *, byte b, uint64_t at)
+    {
+        ry_digest_byte(sum, b, tag, at);
+    }
+    __device__ void word(const uint4 *, uint4 b, uint64_t at)
+    {
+        ry_digest_word(sum, (uint64_t)b.y << 32 | b.x, (uint64_t)b.w << 32 | b.z, tag, at);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(RY_BLOCK) ry_digest_segments(const __grid_constant__ ry_segments t)
+{
+    digest_op op = {0, {0, 0}};
+    for (uint32_t tile = blockIdx.x, tiles = t.first_tile[t.n]; tile < tiles; tile += gridDim.x) {
+        uint32_t segment = segment_of(t, tile);
+        op.tag = t.tag[segment];
+        each(part_of(t, segment, tile), op);
+    }
+    for (int i = 0; i < 2; i++) {
+        unsigned long long sum = op.sum[i];
+        for (uint32_t x = 16; x; x /= 2)
+            sum += __shfl_xor_sync(0xffffffffu, sum, x);
+        if (threadIdx.x % 32 == 0)
+            atomicAdd((unsigned long long *)t.answer + i, sum);
+    }
 }

@@ -86,6 +86,7 @@ void ry_runner_free(struct ry_runner *r, bool aborted)
      */
     if (aborted && r->stage)
         ry_debug("staging memory of an aborted communicator: %llu bytes", (unsigned long long)r->stage_bytes);
+    digest_free(r);
     checks_free(r);
     scan_free(r);
     staging_free(r);
@@ -189,6 +190,8 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
     if (plan->rank != b->rank || plan->nranks != b->nranks)
         return ry_fail(err, "a plan for rank %d of %d does not fit rank %d of %d", plan->rank, plan->nranks, b->rank,
                        b->nranks);
+    if ((plan->strategy == RY_REPLICA) != (node && !node->local))
+        return ry_fail(err, "the plan is not for the communicators at hand");
     if (plan->beside < 0 || plan->beside > plan->nsteps)
         return ry_fail(err, "a plan of %d steps, %d of which may overlap others", plan->nsteps, plan->beside);
     if (plan->stage_bytes > r->stage_bytes)
@@ -207,13 +210,14 @@ static int check(const struct ry_runner *r, const struct ry_plan *plan, const st
             continue;
         }
         bool reads = s->kind != RY_STEP_RECV, writes = s->kind != RY_STEP_SEND;
-        if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= b->nranks)) ||
+        int peers = node && !node->local && ry_inside(plan->inside, s->group) ? node->twins : b->nranks;
+        if ((s->kind != RY_STEP_COPY && (s->peer < 0 || s->peer >= peers)) ||
             (reads && !fits(plan, b, &s->from, s->bytes, false)) || (writes && !fits(plan, b, &s->to, s->bytes, true)))
             return ry_fail(err, "step %d of the plan does not fit the job's buffers", i);
         if (plan->beside && i < ry_second(plan) ? s->group >= RY_CHUNKS
                                                 : i >= ry_second(plan) && (unsigned)s->after >= RY_CHUNKS)
             return ry_fail(err, "step %d of the plan is in, or waits for, a group that nothing can wait for", i);
-        if (node && ry_inside(plan->inside, s->group) && node->local[s->peer] < 0)
+        if (node && node->local && ry_inside(plan->inside, s->group) && node->local[s->peer] < 0)
             return ry_fail(err, "step %d of the plan leaves the node in a group that stays inside", i);
     }
     return 0;
@@ -431,6 +435,19 @@ static int carry_out_beside(struct ry_runner *r, const struct ry_plan *plan, con
         r->device->stream_wait(b->stream, r->beside.joined, rc ? NULL : err))
         rc = -1;
     return rc;
+}
+
+void ry_run_localize(struct ry_plan *plan, int replicas)
+{
+    int each = plan->nranks / replicas;
+    plan->rank %= each;
+    plan->nranks = each;
+    for (int i = 0; i < plan->nsteps; i++) {
+        struct ry_step *s = &plan->steps[i];
+        s->peer = ry_inside(plan->inside, s->group) ? s->peer / each : s->peer % each;
+        s->from.peer %= each;
+        s->to.peer %= each;
+    }
 }
 
 int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,

@@ -78,6 +78,20 @@ uint64_t ry_run_staging(const struct ry_runner *runner);
 int ry_run_staging_grow(struct ry_runner *runner, uint64_t bytes, void *stream, struct ry_err *err);
 
 /*
+ * Digests (digest.h): 128 bits that stand for all that this rank sends to other nodes; equal bytes there, equal digests,
+ * whatever their addresses. What it sends to its own node and itself does not count. One at a time.
+ */
+struct ry_digest {
+    uint64_t word[2];
+};
+/** Can this rank make them? */
+bool ry_run_digests(const struct ry_runner *runner);
+/** Enqueue one on b->stream. -1 with `err`: not possible now, nothing can be asked for. An earlier one is forgotten. */
+int ry_run_digest(struct ry_runner *runner, const struct ry_cluster *map, const struct ry_buffers *b, struct ry_err *err);
+/** True: it is there. False: it is not yet, or *failed tells that it will never be. Never blocks. */
+bool ry_run_digest_over(struct ry_runner *runner, struct ry_digest *digest, bool *failed);
+
+/*
  * Equal rows (rows.h). A runner holds one scanner, whose memory is taken at the first scan, grows with the rows and counts as
  * staging memory. What was found is valid until the next scan, and the PACK steps of a plan refer to the latest, whose result
  * must have been waited for; they are refused if buffers or counts are not those of the scan.
@@ -136,10 +150,18 @@ bool ry_run_safe(const struct ry_buffers *b);
  * a pair of ranks more channels there than on one that spans nodes. Whether it is used must be the same on all ranks of the node.
  */
 struct ry_run_node {
-    const int *local;     /* [nranks of the job's]: each rank's number there; -1: of another node */
+    const int *local;     /* [nranks of the job's]: each rank's number there; -1: of another node. NULL for plans by replica: it has the
+                             ranks of the twins at this position, and the peers in those groups are its ranks */
+    int twins;            /* local NULL: so many */
     _Atomic(void *) comm; /* NULL: there is none, or it is being aborted */
     _Atomic int users;    /* groups that are being enqueued on it now: whoever sets comm to NULL may wait for them */
 };
+
+/**
+ * A plan by replica, which is in the numbers of all twins' ranks together (plan.h), becomes one in those of the communicators that
+ * it goes over: its twin's own, and that of the twins at its position. For ry_run(), with a `node` as just said.
+ */
+void ry_run_localize(struct ry_plan *plan, int replicas);
 
 /**
  * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken

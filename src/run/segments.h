@@ -20,13 +20,14 @@
 #define RY_GRID 1056u /* blocks at most: 8 on each of the 132 multiprocessors of an H100 */
 
 struct ry_segments {
-    uint64_t a[RY_SEGMENTS];              /* copy: to; compare: one side */
-    uint64_t b[RY_SEGMENTS];              /* copy: from; compare: the other */
+    uint64_t a[RY_SEGMENTS];              /* copy: to; compare: one side; digest: 0 */
+    uint64_t b[RY_SEGMENTS];              /* copy: from; compare: the other; digest: what is read */
     uint64_t bytes[RY_SEGMENTS];          /* > 0 */
     uint32_t first_tile[RY_SEGMENTS + 1]; /* of each segment; [n] is the number of tiles */
-    uint32_t tag[RY_SEGMENTS];            /* compare: what the segment is called in the answer, < 2^24 */
+    uint32_t tag[RY_SEGMENTS];            /* compare: what the segment is called in the answer, < 2^24; digest: digest.h's */
     uint32_t n;
-    uint64_t answer; /* compare: address of the uint64_t that becomes the least of itself and ry_difference() */
+    uint64_t answer; /* compare: address of the uint64_t that becomes the least of itself and ry_difference(); digest: of
+                        the two that the segments' is added to */
 };
 
 /* The least one is the first difference of the lowest tag; offsets beyond 1 TiB are told as that. */

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "on_devices.h"
+#include "run/digest.h"
 #include "run/internal.h"
 
 static struct ry_runner runner;
@@ -174,13 +175,87 @@ START_TEST(comparisons)
 }
 END_TEST
 
+static void digest_of(const struct piece *pieces, size_t n, const void *base, bool shifted, uint64_t sum[2], void *answer)
+{
+    struct batch batch;
+    ok(device->fill(answer, 0, 16, stream, &err));
+    batch_start_digest(&batch, &runner, stream, answer);
+    for (size_t i = 0; i < n; i++)
+        ok(batch_add(&batch, NULL, (const char *)base + (shifted ? pieces[i].b : pieces[i].a), pieces[i].bytes, (uint32_t)i, &err));
+    ok(batch_flush(&batch, &err));
+    ok(device->copy(sum, answer, 16, stream, &err));
+    ok(device->stream_sync(stream, &err));
+}
+
+/* The same bytes at other addresses: the same digest, that of digest.h. One bit, one length, two pieces swapped: another one. */
+START_TEST(digests)
+{
+    start();
+    struct piece *pieces = calloc(PIECES, sizeof *pieces);
+    size_t n = lay_out(pieces);
+    unsigned char *from = noise(n), *other = malloc(n);
+    uint64_t want[2] = {0, 0}, got[2];
+    void *a, *b, *answer;
+    memset(other, 0x33, n);
+    for (size_t i = 0; i < PIECES; i++) {
+        const unsigned char *p = from + pieces[i].a;
+        memcpy(other + pieces[i].b, p, pieces[i].bytes);
+        for (size_t at = 0; at < pieces[i].bytes; at += at + 16 <= pieces[i].bytes ? 16 : 1) {
+            uint64_t word[2];
+            if (at + 16 > pieces[i].bytes) {
+                ry_digest_byte(want, p[at], (uint32_t)i, at);
+                continue;
+            }
+            memcpy(word, p + at, 16);
+            ry_digest_word(want, word[0], word[1], (uint32_t)i, at);
+        }
+    }
+    ok(device->alloc_async(&a, n, stream, &err));
+    ok(device->alloc_async(&b, n, stream, &err));
+    ok(device->alloc_async(&answer, 256, stream, &err));
+    ok(device->copy(a, from, n, stream, &err));
+    ok(device->copy(b, other, n, stream, &err));
+    digest_of(pieces, PIECES, a, false, got, answer);
+    ck_assert(got[0] == want[0] && got[1] == want[1]);
+    digest_of(pieces, PIECES, b, true, got, answer);
+    ck_assert(got[0] == want[0] && got[1] == want[1]);
+    for (int round = 0; round < 60; round++) {
+        size_t i = draw(PIECES), first = i < 60 ? 0 : i - draw(60), many = i + 1 - first, at = draw(pieces[i].bytes);
+        uint64_t before[2], again[2];
+        digest_of(pieces + first, many, a, false, before, answer);
+        flip((char *)a + pieces[i].a + at);
+        digest_of(pieces + first, many, a, false, got, answer);
+        ck_assert(got[0] != before[0] && got[1] != before[1]);
+        ok(device->copy((char *)a + pieces[i].a + at, from + pieces[i].a + at, 1, stream, &err));
+        digest_of(pieces + first, many, a, false, again, answer);
+        ck_assert(again[0] == before[0] && again[1] == before[1]);
+        struct piece two[2] = {{pieces[i].a, 0, pieces[i].bytes}, {pieces[first].a, 0, pieces[first].bytes}};
+        digest_of(two, 2, a, false, before, answer);
+        struct piece swapped[2] = {two[1], two[0]};
+        digest_of(swapped, 2, a, false, got, answer);
+        ck_assert(first == i || memcmp(got, before, 16));
+        if (pieces[i].bytes > 1 && from[pieces[i].a + pieces[i].bytes - 1]) {
+            two[0].bytes--;
+            digest_of(two, 2, a, false, got, answer);
+            ck_assert(memcmp(got, before, 16));
+        }
+    }
+    ok(device->free_async(a, stream, &err));
+    ok(device->free_async(b, stream, &err));
+    ok(device->free_async(answer, stream, &err));
+    ok(device->stream_sync(stream, &err));
+    ok(device->stream_destroy(stream, &err));
+    free(pieces), free(from), free(other);
+}
+END_TEST
+
 /* Segments that end where memory does: nothing beyond may be read (a sanitizer of the host or of the GPU tells). */
 START_TEST(nothing_beyond)
 {
     start();
     static const size_t ends[] = {1, 15, 17, 40, 100, 1003, RY_TILE + 9};
     uint64_t *answer;
-    ok(device->alloc(&(*(void **)&answer), 8, &err));
+    ok(device->alloc(&(*(void **)&answer), 16, &err));
     for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
         for (size_t shift = 0; shift < 16; shift++) {
             void *a, *b;
@@ -196,6 +271,8 @@ START_TEST(nothing_beyond)
                 ok(batch_add(&batch, (char *)a + two[k].a, (char *)b + two[k].b, two[k].bytes, 0, &err));
             ok(batch_flush(&batch, &err));
             ck_assert_uint_eq(compared(two, n < 2, 2, a, b, answer), RY_NO_DIFFERENCE);
+            uint64_t sum[2];
+            digest_of(two, 2, b, true, sum, answer);
             ok(device->release(a, &err));
             ok(device->release(b, &err));
         }
@@ -271,6 +348,15 @@ static void batched_comparison(const struct work *w)
     batched(w, true);
 }
 
+static void batched_digest(const struct work *w)
+{
+    struct batch batch;
+    batch_start_digest(&batch, &runner, stream, w->answer + 2);
+    for (size_t i = 0; i < w->pieces; i++)
+        ok(batch_add(&batch, NULL, (char *)w->b + w->shift + i * w->stride, w->bytes, 0, &err));
+    ok(batch_flush(&batch, &err));
+}
+
 static int by_size(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
@@ -316,8 +402,8 @@ START_TEST(speed)
     struct ry_device_id id;
     ok(device->identify(0, &id, &err));
     printf("%s: medians of 15; bytes moved count twice (read and written, or read from both)\n"
-           "%22s %5s   %20s   %20s   %20s\n",
-           id.name, "pieces", "shift", "copies one by one", "one batch", "comparison");
+           "%22s %5s   %20s   %20s   %20s   %20s\n",
+           id.name, "pieces", "shift", "copies one by one", "one batch", "comparison", "digest (read once)");
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct work w = {.pieces = cases[i].pieces, .bytes = cases[i].bytes, .shift = cases[i].shift};
         w.stride = (w.bytes + 511) / 256 * 256;
@@ -332,7 +418,8 @@ START_TEST(speed)
         printf("%8zu x %11zu %5zu", w.pieces, w.bytes, w.shift);
         for (int k = 0; k < 3; k++)
             printf("   %9.1f us %5.0f GB/s", us[k], 2e-3 * (double)(w.pieces * w.bytes) / us[k]);
-        printf("\n");
+        double digest_us = timed(batched_digest, &w);
+        printf("   %9.1f us %5.0f GB/s\n", digest_us, 1e-3 * (double)(w.pieces * w.bytes) / digest_us);
         uint64_t answer = 0;
         ok(device->copy(&answer, w.answer, 8, stream, &err));
         ok(device->free_async(w.a, stream, &err));
@@ -352,6 +439,7 @@ static void add_tests(TCase *t, bool cuda)
 {
     tcase_add_test(t, copies);
     tcase_add_test(t, comparisons);
+    tcase_add_test(t, digests);
     tcase_add_test(t, nothing_beyond);
     if (cuda) {
         tcase_add_test(t, huge);

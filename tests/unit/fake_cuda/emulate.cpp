@@ -148,6 +148,7 @@ void (*emulated(const char *name))(unsigned, unsigned, const void *)
     } kernels[] = {
         {"ry_copy_segments", run<ry_copy_segments>},
         {"ry_compare_segments", run<ry_compare_segments>},
+        {"ry_digest_segments", run_warps<ry_segments, ry_digest_segments>},
         {"ry_put_words", run_warps<struct ry_rows_put, ry_put_words>},
         {"ry_sample_rows", run_warps<ry_rows_scan, ry_sample_rows>},
         {"ry_compare_rows", run_warps<ry_rows_scan, ry_compare_rows>},
