@@ -59,12 +59,21 @@ static void yardmaster_sends(void *context, int to, const void *bytes, size_t si
     send_to(context, FOR_RANK, to, bytes, size);
 }
 
+static void mirror(const struct ry_talk *t, bool hold)
+{
+    uint32_t bit = t->config.hold_bit ? t->config.hold_bit : 1, now = atomic_load_explicit(t->config.hold, memory_order_relaxed);
+    if (hold && !(now & bit))
+        atomic_fetch_or_explicit(t->config.hold, bit, memory_order_release);
+    else if (!hold && (now & bit))
+        atomic_fetch_and_explicit(t->config.hold, ~bit, memory_order_release);
+}
+
 /* After every call on a machine: what others look at. */
 static void settle(struct ry_talk *t)
 {
     if (t->yard)
         ry_line_wake_at(t->line, ry_yard_tick(t->yard, ry_now_ns()));
-    atomic_store_explicit(t->config.hold, ry_agree_hold(t->agree), memory_order_release);
+    mirror(t, ry_agree_hold(t->agree));
     pthread_cond_signal(&t->decided);
 }
 
@@ -183,7 +192,7 @@ void ry_talk_close(struct ry_talk *t)
     ry_agree_leave(t->agree);
     if (t->yard) /* what the rank told it would come too late */
         ry_yard_lost(t->yard, ry_now_ns(), t->config.rank);
-    atomic_store(t->config.hold, 0);
+    mirror(t, false);
     pthread_mutex_unlock(&t->lock);
     if (t->line)
         ry_line_close_with_all(t->line);

@@ -26,7 +26,8 @@ struct ry_talk_config {
     size_t address_size;
     double patience;                /* seconds */
     const struct ry_policy *policy; /* used on rank 0 only; called under the communicator's lock, on any thread */
-    _Atomic uint32_t *hold;         /* set and cleared as the agreement goes */
+    _Atomic uint32_t *hold;         /* set and cleared as the agreement goes: */
+    uint32_t hold_bit;              /* this bit of it; 0: the lowest. Several talks may share one `hold` */
     /** While engaged: rank `peer` is lost or talks nonsense, `why` says how; on ranks other than 0 it is the yardmaster. Any thread. */
     void (*trouble)(void *context, int peer, const char *why);
     void *context;

@@ -334,6 +334,8 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
         struct reissue *r = atomic_load(&c->reissue);
         if (r)
             atomic_store(&r->aborted, true); /* a thread that waits for the device must not hold up the end */
+        if (r)
+            ry_twins_leave(r->twins);
         if (r && r->talk)
             ry_talk_leave(r->talk);
     }

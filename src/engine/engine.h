@@ -29,6 +29,7 @@
 #include "run/run.h"
 #include "sampler.h"
 #include "topo.h"
+#include "twins.h"
 #include "waits.h"
 
 /* What is known of the rows of the exchange at hand. */
@@ -69,6 +70,7 @@ struct reissue {
     struct ry_chooser *chooser; /* on the yardmaster */
     struct ry_runner *runner;
     struct ry_node_comm *node;  /* NULL: none, ever */
+    struct ry_twins *twins;     /* NULL: none, ever */
     struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
     uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
     uintptr_t *send_at, *recv_at;
@@ -170,6 +172,9 @@ void ry_reissue_close(struct comm *c, bool aborted);
 const void *ry_reissue_address(const struct comm *c, size_t *size);
 /** May this rank's side of the communicator be reissued at all? Goes into its seat. */
 bool ry_reissue_able(const struct ry_comm_info *info);
+
+/** What the links of `map` are worth, by calibration or by a guess. */
+void ry_reissue_model(struct ry_cost_model *model, const struct ry_cluster *map);
 
 /* look.c */
 

@@ -36,6 +36,7 @@ static __thread struct {
     bool verify;
     enum ry_node_order node; /* with the verdict */
     double waited_us, late_us; /* for the verdict; of it for other ranks */
+    double twins_us, twins_late_us; /* for one of all twins before, that was not replica */
     int chunks;                /* of the plan, as the yardmaster says */
     double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
     struct rows_seen rows;
@@ -64,7 +65,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
-    now.waited_us = now.late_us = now.plain_us = 0;
+    now.waited_us = now.late_us = now.twins_us = now.twins_late_us = now.plain_us = 0;
     now.rows = (struct rows_seen){0};
     now.sample = NULL;
     if (c->record)
@@ -116,6 +117,7 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
                     " on: Railyard keeps off this communicator from here. Please report this",
                     c->id, bad.number, bad.peer, bad.offset);
         ry_talk_leave(r->talk);
+        ry_twins_leave(r->twins);
         r->quit = true;
     }
     r->verified += equal;
@@ -205,7 +207,7 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
-    now.timed = order.timed;
+    now.timed |= order.timed;
     now.node = (enum ry_node_order)order.node_comm;
     now.chunks = (int)order.chunks;
     if (order.parts && !r->pairs.combine.sum) /* sums are not made of parts */
@@ -284,6 +286,43 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     return taken;
 }
 
+/* Together with the communicator's twins, if all their ranks agree on that. True: it was carried out, *result is the job's. */
+static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b, int *result)
+{
+    struct ry_twins_verdict v;
+    struct ry_twins_wait wait;
+    struct ry_verdict none;
+    struct ry_err err;
+    double waited;
+    if (r->twins)
+        ry_exchange_look_at_checks(c, r);
+    bool together = ry_twins_agree(r->twins, x, b, now.number, &v, &wait);
+    now.timed = wait.timed;
+    if (!together) {
+        now.twins_us = wait.asked ? wait.waited_us : 0;
+        now.twins_late_us = wait.late_us;
+        return false;
+    }
+    now.waited_us = wait.waited_us;
+    now.late_us = wait.late_us;
+    if (!ry_talk_passes(r->talk, now.number)) /* which all ranks of the communicator do, so that nobody waits there */
+        ry_talk_exchange(r->talk, now.number, NULL, NULL, 0, &none, &waited);
+    ry_waits_add(&r->waits, now.waited_us);
+    now.strategy = ry_strategy_name(RY_REPLICA);
+    now.verify = v.verify;
+    now.plain_us = v.plain_us;
+    start_clock(c, x);
+    if (!v.plan || (v.verify ? ry_run_verify(r->runner, v.plan, b, v.node, now.number, result, &err)
+                             : ry_run(r->runner, v.plan, b, v.node, result, &err))) {
+        ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
+               now.number, x->rank, v.plan ? err.msg : v.why.msg);
+        *result = NCCL_SYSTEM_ERROR;
+    }
+    r->carried_out[RY_REPLICA]++;
+    ry_plan_free(v.plan);
+    return true;
+}
+
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
 {
     struct comm *c = handle;
@@ -297,11 +336,14 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
     if (r) {
-        ry_sum_begin(c, r, &b, &now.rows, now.number, x->held);
-        taken = reissue(c, r, x, &b, result);
-        ry_sum_end(r);
+        taken = by_twins(c, r, x, &b, result);
+        if (!taken) {
+            ry_sum_begin(c, r, &b, &now.rows, now.number, x->held);
+            taken = reissue(c, r, x, &b, result);
+            ry_sum_end(r);
+        }
     }
-    if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */
+    if (!taken && (c->record || now.strategy || now.timed)) /* nobody asks how long others take */
         start_clock(c, x);
     ry_engine_leave();
     return taken;
@@ -316,6 +358,8 @@ static void exchange_took(void *context, uint64_t number, double us)
     struct reissue *r = atomic_load(&c->reissue);
     if (c->record)
         ry_record_duration(ry_engine.record, c->record, number, us);
+    if (r)
+        ry_twins_took(r->twins, number, us);
     if (r && atomic_load(&r->moved[number % 64].number) == number + 1) { /* goes to the yardmaster with the next manifest */
         atomic_store(&r->measured_us, us);
         atomic_store(&r->measured_bytes, atomic_load(&r->moved[number % 64].bytes));
@@ -340,8 +384,8 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
                                        .recv_count = x->recv_count,
                                        .gather_count = now.gather_count,
                                        .strategy = now.strategy,
-                                       .waited_us = now.waited_us,
-                                       .late_us = now.late_us,
+                                       .waited_us = now.waited_us + now.twins_us,
+                                       .late_us = now.late_us + now.twins_late_us,
                                        .plain_us = now.plain_us,
                                        .verify = now.verify,
                                        .row_elems = now.rows.elems,
@@ -367,6 +411,7 @@ void ry_exchange_stray(void *handle)
     if (!r || !r->talk || !ry_engine_enter())
         return;
     ry_talk_stray(r->talk);
+    ry_twins_stray(r->twins);
     ry_engine_leave();
 }
 
@@ -378,6 +423,7 @@ void ry_exchange_aborting(void *handle)
         return;
     atomic_store(&r->aborted, true);
     ry_node_comm_abort(r->node);
+    ry_twins_leave(r->twins);
     if (r->talk)
         ry_talk_leave(r->talk);
     ry_engine_leave();

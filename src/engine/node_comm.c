@@ -32,7 +32,9 @@ struct ry_node_comm {
     _Atomic int owners; /* its communicator's, and an abort that is under way */
     void *aborted;      /* by that */
     char name[24];
-    int local[]; /* [nranks] */
+    int ordinal, twins, twin; /* of twins, else 0 */
+    struct ry_nccl_id id;
+    int local[]; /* [nranks]; none for twins */
 };
 
 static _Atomic int aborts; /* under way */
@@ -130,6 +132,69 @@ void ry_node_comm_make(struct ry_node_comm *n, void *stream, double patience, co
         ry_node_comm_abort(n);
 }
 
+/* ---- making one of twins ---- */
+
+struct ry_node_comm *ry_node_comm_of_twins(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, int twins,
+                                           int twin, const char *name)
+{
+    struct ry_node_comm *n = nccl->comm_init_rank ? calloc(1, sizeof *n) : NULL;
+    if (!n)
+        return NULL;
+    n->nccl = nccl;
+    n->device = device;
+    n->ordinal = ordinal;
+    n->face.twins = n->twins = twins;
+    n->twin = twin;
+    atomic_store(&n->state, RY_NODE_COULD);
+    atomic_store(&n->owners, 1);
+    snprintf(n->name, sizeof n->name, "%s", name);
+    return n;
+}
+
+static void let_go(struct ry_node_comm *n);
+
+static void *make_it(void *arg)
+{
+    struct ry_node_comm *n = arg;
+    struct ry_err err = {""};
+    void *comm = NULL;
+    int r = 0, making = RY_NODE_MAKING;
+    uint64_t began = ry_now_ns();
+    if (!n->device->use(n->ordinal, &err) && (r = n->nccl->comm_init_rank(&comm, n->twins, n->id, n->twin)))
+        comm = NULL;
+    if (comm)
+        atomic_store(&n->face.comm, comm);
+    if (atomic_compare_exchange_strong(&n->state, &making, comm ? RY_NODE_HAS : RY_NODE_CANNOT)) {
+        if (comm)
+            ry_info("communicator %s: its rank and those of its twins at this position have one of their own now; made in %.1f ms",
+                    n->name, (double)(ry_now_ns() - began) / 1e6);
+        else
+            ry_warn("communicator %s: its twins cannot share what they send: ncclCommInitRank: %s", n->name,
+                    r ? n->nccl->error_string(r) : err.msg);
+    } else if (comm && (comm = atomic_exchange(&n->face.comm, NULL))) {
+        n->nccl->comm_abort(comm); /* nobody wants it any more */
+    }
+    let_go(n);
+    return NULL;
+}
+
+void ry_node_comm_start(struct ry_node_comm *n, const struct ry_nccl_id *id)
+{
+    pthread_t thread;
+    if (atomic_load(&n->state) != RY_NODE_COULD)
+        return;
+    n->id = *id;
+    atomic_store(&n->state, RY_NODE_MAKING);
+    atomic_fetch_add(&n->owners, 1);
+    if (!ry_thread_start(&thread, make_it, n)) {
+        pthread_detach(thread);
+        return;
+    }
+    atomic_store(&n->state, RY_NODE_CANNOT);
+    atomic_fetch_sub(&n->owners, 1);
+    ry_warn("communicator %s: its twins cannot share what they send: no thread to make their communicator", n->name);
+}
+
 /* ---- ending ---- */
 
 static void let_go(struct ry_node_comm *n)
@@ -152,6 +217,9 @@ static void *abort_it(void *arg)
 void ry_node_comm_abort(struct ry_node_comm *n)
 {
     pthread_t thread;
+    int making = RY_NODE_MAKING;
+    if (n && atomic_compare_exchange_strong(&n->state, &making, RY_NODE_CANNOT))
+        return; /* whoever makes it aborts it */
     void *comm = n ? atomic_exchange(&n->face.comm, NULL) : NULL;
     if (!comm)
         return;
@@ -171,8 +239,13 @@ void ry_node_comm_abort(struct ry_node_comm *n)
 
 void ry_node_comm_end(struct ry_node_comm *n, bool leak)
 {
+    int making = RY_NODE_MAKING;
     if (!n)
         return;
+    if (atomic_compare_exchange_strong(&n->state, &making, RY_NODE_CANNOT)) {
+        let_go(n);
+        return;
+    }
     void *comm = leak ? NULL : atomic_exchange(&n->face.comm, NULL);
     if (comm)
         n->nccl->comm_destroy(comm);

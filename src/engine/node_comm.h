@@ -1,7 +1,7 @@
 /*
  * node_comm.h: a communicator of the ranks of one node, which Railyard makes itself from the job's.
  *
- * Owns: making it, by ncclCommSplit on all ranks of the job's communicator at once; how far that came; ending and aborting it. Not:
+ * Owns: making it, by ncclCommSplit on all ranks of the job's communicator at once, or, for twins, by an id; how far that came; ending and aborting it. Not:
  * when it is made and used (the yardmaster: policy.h), what goes over it (run/run.h).
  *
  * Thread-safety: all by one thread at a time, but ry_node_comm_abort(): by any, at any time before ry_node_comm_end().
@@ -29,6 +29,18 @@ enum ry_node_state ry_node_comm_state(const struct ry_node_comm *node);
  * any ncclCommSplit does. *aborted, set before ry_node_comm_abort(), ends the first wait; the abort of `comm` itself the second.
  */
 void ry_node_comm_make(struct ry_node_comm *node, void *stream, double patience, const _Atomic bool *aborted);
+/**
+ * The same kind of thing for twin communicators (twins.h): of the ranks that sit at one position of `twins` of them, on one node, this one
+ * being number `twin`. NULL: RY_NODE_CANNOT. `nccl` and `device` must live as long.
+ */
+struct ry_node_comm *ry_node_comm_of_twins(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, int twins,
+                                           int twin, const char *name);
+/**
+ * All its ranks do this at some time, with the id that one of them made. A thread of its own makes it while the job goes on:
+ * RY_NODE_MAKING, then RY_NODE_HAS or RY_NODE_CANNOT. As NCCL does it for non-blocking communicators: nobody waits, so nothing can
+ * be waited for in a circle; if a rank never comes, that thread is all that waits for it.
+ */
+void ry_node_comm_start(struct ry_node_comm *node, const struct ry_nccl_id *id);
 /** For ry_run(). Only if RY_NODE_HAS was said. */
 struct ry_run_node *ry_node_comm_face(struct ry_node_comm *node);
 /** The job aborts its communicator: kernels on this one may wait for ever for a rank that is gone. Does not wait. */

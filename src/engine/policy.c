@@ -417,7 +417,8 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
 {
     struct ry_chooser *c = context;
     if (atomic_load(c->config.forced) >= 0)
-        return true; /* direct, too: that is how the agreement's own price is measured */
+        /* direct, too: that is how the agreement's own price is measured. Replica is agreed on elsewhere: twins.h */
+        return atomic_load(c->config.forced) != RY_REPLICA;
     if (!get_seen(c, seen, bytes))
         return false;
     struct ry_choice choice;
@@ -612,6 +613,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
     ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
+    forced = forced == RY_REPLICA ? RY_DIRECT : forced; /* here nobody can do that alone */
     bool sum = choose_sum(c, x, &choice, forced), trial = !sum && forced < 0 && find_out(c, &choice);
     c->timed = trial || choice.trial;
     if (forced >= 0 && !sum) {

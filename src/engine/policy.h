@@ -14,8 +14,9 @@
 #include "plan/cost.h"
 #include "plan/plan.h"
 
-/* A communicator of the ranks of each node (node_comm.h): how far a rank is with it, and what the yardmaster wants of all. */
-enum ry_node_state { RY_NODE_CANNOT, RY_NODE_COULD, RY_NODE_HAS };
+/* A communicator of the ranks of each node (node_comm.h): how far a rank is with it, and what the yardmaster wants of all. MAKING: only one of
+   twins, which comes about while the job goes on. */
+enum ry_node_state { RY_NODE_CANNOT, RY_NODE_COULD, RY_NODE_HAS, RY_NODE_MAKING };
 enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
 
 /*

@@ -52,6 +52,7 @@ static void trouble(void *context, int peer, const char *why)
 
 static void free_reissue(struct reissue *r, bool aborted)
 {
+    ry_twins_close(r->twins, aborted);
     if (r->talk)
         ry_talk_close(r->talk);
     ry_node_comm_end(r->node, aborted); /* what it had to abort is under way already */
@@ -72,7 +73,7 @@ static void free_reissue(struct reissue *r, bool aborted)
 }
 
 /* The yardmaster needs to know what the links are worth. */
-static void load_model(struct ry_cost_model *model, const struct ry_cluster *map)
+void ry_reissue_model(struct ry_cost_model *model, const struct ry_cluster *map)
 {
     struct ry_err err;
     ry_cost_guess(model, map);
@@ -122,7 +123,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                           .staging_limit = ry_engine.settings.staging,
                                           .chunks = ry_engine.chunks,
                                           .name = c->id};
-        load_model(&config.model, map);
+        ry_reissue_model(&config.model, map);
         if (!(r->chooser = ry_chooser_new(&config, &err)))
             goto failed;
         policy = ry_chooser_policy(r->chooser);
@@ -140,6 +141,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                   .context = c};
     if (!(r->talk = ry_talk_open(&talk, &err)))
         goto failed;
+    r->twins = ry_twins_open(c, r, address, address_size);
     atomic_store(&c->reissue, r);
     atomic_store(&c->face.wants, 1);
     return true;
@@ -181,11 +183,13 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[64] = "", node[64] = "";
+    char dedup[96] = "", node[64] = "";
     if (r->over_node)
         snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
     if (r->carried_out[RY_DEDUP])
         snprintf(dedup, sizeof dedup, ", %llu dedup", (unsigned long long)r->carried_out[RY_DEDUP]);
+    if (r->carried_out[RY_REPLICA])
+        snprintf(dedup + strlen(dedup), sizeof dedup - strlen(dedup), ", %llu by replica", (unsigned long long)r->carried_out[RY_REPLICA]);
     if (r->carried_out[RY_SUM])
         snprintf(dedup + strlen(dedup), sizeof dedup - strlen(dedup), ", %llu summed", (unsigned long long)r->carried_out[RY_SUM]);
     if (r->waits.count)

@@ -31,7 +31,10 @@ int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_er
         memcpy((char *)nccl + calls[i].offset, &f, sizeof f);
     }
     void *split = find("ncclCommSplit"), *destroy = find("ncclCommDestroy"), *abort = find("ncclCommAbort");
-    bool splits = split && destroy && abort;
+    void *id = find("ncclGetUniqueId"), *init = find("ncclCommInitRank");
+    bool splits = split && destroy && abort, meets = splits && id && init;
+    memcpy(&nccl->get_unique_id, &(void *){meets ? id : NULL}, sizeof id);
+    memcpy(&nccl->comm_init_rank, &(void *){meets ? init : NULL}, sizeof init);
     memcpy(&nccl->comm_split, &(void *){splits ? split : NULL}, sizeof split);
     memcpy(&nccl->comm_destroy, &(void *){splits ? destroy : NULL}, sizeof destroy);
     memcpy(&nccl->comm_abort, &(void *){splits ? abort : NULL}, sizeof abort);

@@ -24,6 +24,11 @@
 #include "device/device.h"
 #include "plan/plan.h"
 
+/* ncclUniqueId, which is passed by value. */
+struct ry_nccl_id {
+    char bytes[128];
+};
+
 /* NCCL's functions that a plan needs; results are ncclResult_t as int, types ncclDataType_t. */
 struct ry_nccl {
     int (*group_start)(void);
@@ -35,6 +40,9 @@ struct ry_nccl {
     int (*comm_split)(void *comm, int color, int key, void **newcomm, void *config);
     int (*comm_destroy)(void *comm);
     int (*comm_abort)(void *comm);
+    /* For communicators of twins; NULL where the former are. */
+    int (*get_unique_id)(struct ry_nccl_id *id);
+    int (*comm_init_rank)(void **newcomm, int nranks, struct ry_nccl_id id, int rank);
 };
 /** Fill from `find` (symbol of the real NCCL, or NULL). -1 with `err` naming what is missing. */
 int ry_nccl_find(struct ry_nccl *nccl, void *(*find)(const char *), struct ry_err *err);

@@ -1,0 +1,315 @@
+/* twin_policy.c: see twin_policy.h. */
+#include "twin_policy.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "plan/cost_replica.h"
+
+#define MARGIN 0.05     /* that it must promise */
+#define TRIES 6         /* exchanges measured each way before what was measured decides */
+#define AGAIN 256       /* the way that is not chosen is tried again after so many */
+#define UNEQUAL 8       /* exchanges in a row whose bytes differ, after which nobody is asked any more for a while */
+#define UNPAID 16       /* the same for exchanges that did not pay */
+#define MOST_SKIPS 6    /* proposals not made after that: up to 2^6 */
+#define MOST_MAKING 100000 /* exchanges that the communicators may take to come about */
+#define RECENT 64
+#define CLASSES 64
+#define FORGETS 1.02 /* by so much a measured ratio may rise with each new one */
+
+enum way { APART, TOGETHER, WAYS };
+
+struct ry_twin_chooser {
+    struct ry_twin_config config;
+    char name[24];
+    int n, each;
+    struct ry_twin_side *sides; /* [n], of the exchange at hand */
+    struct ry_load *loads;      /* [n] */
+    struct ry_twin_order order;
+    bool make, asked, never; /* communicators: to be made now; were; cannot */
+    uint64_t making;
+    int unequal, unpaid; /* in a row */
+    int skips, skip;     /* times that it was given up; proposals not to be made */
+    uint64_t together;   /* exchanges, for verify */
+    /* What exchanges took over what the model says, by size. */
+    struct ways {
+        double ratio;
+        uint64_t samples, tried, since;
+    } known[CLASSES][WAYS];
+    struct recent {
+        uint64_t number;
+        int class, way, reported;
+        double us, least;
+    } recent[RECENT];
+    uint64_t *measured; /* [n] */
+};
+
+static bool get_sides(struct ry_twin_chooser *c, const void *const *extra, const size_t *bytes)
+{
+    for (int r = 0; r < c->n; r++) {
+        if (bytes[r] != sizeof *c->sides)
+            return false;
+        memcpy(&c->sides[r], extra[r], sizeof *c->sides);
+        c->loads[r] = c->sides[r].load;
+    }
+    return true;
+}
+
+/* Is what all twins' ranks at each position send the same? NULL, or who says otherwise. */
+static const char *differ(const struct ry_twin_chooser *c, const uint64_t *matrix, char *text, size_t size)
+{
+    for (int r = 0; r < c->n; r++) {
+        const struct ry_twin_side *mine = &c->sides[r], *its = &c->sides[r % c->each];
+        if (!mine->digested || mine->digested != c->sides[0].digested)
+            return "not all know what they send";
+        const char *what = memcmp(&mine->digest, &its->digest, sizeof mine->digest) ? "other bytes" : NULL;
+        if (matrix && memcmp(matrix + (size_t)r * (size_t)c->n + (size_t)(r / c->each * c->each),
+                             matrix + (size_t)(r % c->each) * (size_t)c->n, (size_t)c->each * sizeof *matrix))
+            what = "other counts";
+        else if (!matrix && memcmp(&mine->load, &its->load, sizeof mine->load))
+            what = "other counts";
+        if (what)
+            return snprintf(text, size, "rank %d of twin %d sends %s than that of twin 0", r % c->each, r / c->each, what),
+                   text;
+    }
+    return NULL;
+}
+
+/* ---- what it takes ---- */
+
+struct estimate {
+    int class, chunks;
+    double us[WAYS], model_us[WAYS]; /* corrected, and as the model says */
+};
+
+static void estimate(struct ry_twin_chooser *c, struct estimate *e)
+{
+    struct ry_cost_model *m = &c->config.model;
+    const struct ry_cluster *map = c->config.map;
+    uint64_t busiest = ry_cost_busiest(map, c->loads);
+    e->class = busiest ? 63 - __builtin_clzll(busiest) : 0;
+    e->model_us[TOGETHER] = ry_cost_replica(m, map, c->config.twins, c->loads, &e->chunks);
+    /* Apart, each twin does what is best for it; all at once, over the same NICs. */
+    e->model_us[APART] = fmin(ry_cost_estimate(m, map, c->loads, NULL, RY_DIRECT),
+                              ry_cost_estimate(m, map, c->loads, NULL, RY_HIERARCHICAL)) -
+                         m->agreement_us;
+    for (int w = 0; w < WAYS; w++) {
+        const struct ways *k = &c->known[e->class][w];
+        double rest = w == TOGETHER ? m->agreement_us : 0; /* not in what is measured */
+        e->us[w] = k->samples >= TRIES ? (e->model_us[w] - rest) * k->ratio + rest : e->model_us[w];
+    }
+    if (c->config.chunks)
+        e->chunks = c->config.chunks;
+}
+
+static void note(struct ry_twin_chooser *c, const struct recent *k)
+{
+    struct ways *w = &c->known[k->class][k->way];
+    double ratio = k->least / k->us;
+    if (!(ratio > 0) || !isfinite(ratio))
+        return;
+    w->ratio = w->samples++ ? fmin(w->ratio * FORGETS, ratio) : ratio;
+}
+
+/* A rank that was early measures its waiting, too: the least of them counts. */
+static void learn(struct ry_twin_chooser *c)
+{
+    double agreement = 0;
+    for (int r = 0; r < c->n; r++) {
+        const struct ry_twin_side *s = &c->sides[r];
+        agreement = fmax(agreement, s->messages_us);
+        if (!s->measured || s->measured == c->measured[r])
+            continue;
+        c->measured[r] = s->measured;
+        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
+        if (k->number != s->measured - 1 || !(s->measured_us > 0))
+            continue;
+        k->least = fmin(k->least, s->measured_us);
+        if (++k->reported == c->n)
+            note(c, k);
+    }
+    if (agreement > 0)
+        c->config.model.agreement_us = agreement;
+}
+
+static void remember(struct ry_twin_chooser *c, uint64_t number, const struct estimate *e, enum way way)
+{
+    double rest = way == TOGETHER ? c->config.model.agreement_us : 0;
+    c->recent[number % RECENT] = (struct recent){
+        .number = number, .class = e->class, .way = way, .us = e->model_us[way] - rest, .least = INFINITY};
+    c->known[e->class][way].tried++;
+    c->known[e->class][way].since = 0;
+    c->known[e->class][!way].since++;
+}
+
+/* The faster one; or, to find out, the one that is not known, or was not looked at for long. *trial: that is why. */
+static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, bool *trial)
+{
+    const struct ways *k = c->known[e->class];
+    enum way best = e->us[TOGETHER] < e->us[APART] * (1 - MARGIN) ? TOGETHER : APART, other = best ? APART : TOGETHER;
+    *trial = true;
+    if (!isfinite(e->us[TOGETHER]))
+        return *trial = false, APART;
+    for (int w = 0; w < WAYS; w++)
+        if (k[w].samples < TRIES && k[w].tried < 2 * TRIES && k[w].tried <= k[!w].tried)
+            return (enum way)w;
+    if (k[other].since >= AGAIN)
+        return other;
+    *trial = k[best].samples < TRIES;
+    return best;
+}
+
+/* ---- what the agreement asks ---- */
+
+static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
+{
+    struct ry_twin_chooser *c = context;
+    char text[120];
+    struct estimate e;
+    if (c->never || !get_sides(c, seen, bytes))
+        return false;
+    if (c->config.forced)
+        return true;
+    const char *why = differ(c, NULL, text, sizeof text);
+    if (!why) {
+        estimate(c, &e);
+        why = !(e.us[TOGETHER] < e.us[APART] * (1 - MARGIN)) ? "it would not be faster"
+              : c->skip > 0                                  ? "it did not pay lately"
+                                                             : NULL;
+        c->skip -= c->skip > 0;
+    }
+    ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": %s", c->name, number, why ? why : "worth agreeing on");
+    return !why;
+}
+
+/* The communicators of the positions: have all ranks one? NULL; else why not. */
+static const char *look_at_comms(struct ry_twin_chooser *c, bool *last)
+{
+    int n[RY_NODE_MAKING + 1] = {0};
+    for (int r = 0; r < c->n; r++)
+        n[c->sides[r].node_comm <= RY_NODE_MAKING ? c->sides[r].node_comm : RY_NODE_CANNOT]++;
+    if (n[RY_NODE_HAS] == c->n)
+        return NULL;
+    c->make = n[RY_NODE_COULD] == c->n && !c->asked;
+    if (c->make)
+        return c->asked = true, "their ranks make communicators first";
+    if (n[RY_NODE_CANNOT] || n[RY_NODE_COULD] || ++c->making > MOST_MAKING)
+        return c->never = *last = true, "not all ranks have a communicator with their twins";
+    return "not all ranks have their communicator yet";
+}
+
+static void give_up(struct ry_twin_chooser *c, bool *last)
+{
+    if (c->config.forced)
+        return;
+    *last = true;
+    c->skip = 1 << c->skips;
+    c->skips += c->skips < MOST_SKIPS;
+    c->unequal = c->unpaid = 0;
+}
+
+/* NULL: by replica. */
+static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, struct estimate *e, bool *last, char *text,
+                          size_t size)
+{
+    bool trial = false;
+    const char *why = differ(c, x->matrix, text, size);
+    if (why) {
+        if (++c->unequal >= UNEQUAL)
+            give_up(c, last);
+        return why;
+    }
+    c->unequal = 0;
+    if ((why = look_at_comms(c, last)))
+        return why;
+    estimate(c, e);
+    enum way way = c->config.forced ? TOGETHER : choose_way(c, e, &trial);
+    remember(c, x->number, e, way);
+    c->order.timed = trial;
+    c->order.chunks = (uint32_t)e->chunks;
+    c->order.plain_us = e->us[APART];
+    if (way == TOGETHER) {
+        if (e->us[TOGETHER] < e->us[APART])
+            c->unpaid = c->skips = 0;
+        return NULL;
+    }
+    if (!trial && ++c->unpaid >= UNPAID)
+        give_up(c, last);
+    snprintf(text, size, "by replica %.0f us, each for itself %.0f us%s", e->us[TOGETHER], e->us[APART],
+             trial ? ": to find out" : "");
+    return text;
+}
+
+static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
+{
+    struct ry_twin_chooser *c = context;
+    struct estimate e = {0};
+    char text[160];
+    c->order = (struct ry_twin_order){.chunks = 1};
+    c->make = false;
+    if (!get_sides(c, x->extra, x->extra_bytes)) {
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": a manifest contradicts itself", c->name, x->number);
+        return *last = true, RY_DIRECT;
+    }
+    learn(c);
+    const char *why = decide(c, x, &e, last, text, sizeof text);
+    if (!why && c->config.verify)
+        *verify = c->together++ % c->config.verify == 0;
+    if (why)
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
+               *last ? "; not asked any more" : "");
+    else
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica in %u chunks (%.0f us, each for itself %.0f us)%s", c->name,
+               x->number, c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
+    return why ? RY_DIRECT : RY_REPLICA;
+}
+
+static const void *slice(void *context, const struct ry_agreed *x, int strategy, int rank, size_t *size)
+{
+    struct ry_twin_chooser *c = context;
+    (void)x, (void)strategy;
+    c->order.make = c->make;
+    memset(c->order.id, 0, sizeof c->order.id);
+    if (c->make)
+        memcpy(c->order.id, c->sides[rank % c->each].id, sizeof c->order.id);
+    *size = sizeof c->order;
+    return &c->order;
+}
+
+/* ---- coming and going ---- */
+
+struct ry_twin_chooser *ry_twin_chooser_new(const struct ry_twin_config *config, struct ry_err *err)
+{
+    struct ry_twin_chooser *c = calloc(1, sizeof *c);
+    size_t n = (size_t)config->map->nranks;
+    if (!c || !(c->sides = calloc(n, sizeof *c->sides)) || !(c->loads = calloc(n, sizeof *c->loads)) ||
+        !(c->measured = calloc(n, sizeof *c->measured))) {
+        ry_twin_chooser_free(c);
+        return ry_fail(err, "out of memory for the choices of %zu ranks", n), NULL;
+    }
+    c->config = *config;
+    c->n = config->map->nranks;
+    c->each = c->n / config->twins;
+    snprintf(c->name, sizeof c->name, "%s", config->name);
+    for (int i = 0; i < RECENT; i++)
+        c->recent[i].number = UINT64_MAX;
+    return c;
+}
+
+void ry_twin_chooser_free(struct ry_twin_chooser *c)
+{
+    if (!c)
+        return;
+    free(c->sides);
+    free(c->loads);
+    free(c->measured);
+    free(c);
+}
+
+struct ry_policy ry_twin_chooser_policy(struct ry_twin_chooser *c)
+{
+    return (struct ry_policy){.context = c, .worth = worth, .choose = choose, .slice = slice};
+}

@@ -1,0 +1,427 @@
+/* twins.c: see twins.h. */
+#include "twins.h"
+
+#include <inttypes.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <xxhash.h>
+
+#include "base/clock.h"
+#include "control/agree_wire.h"
+#include "engine.h"
+#include "twin_find.h"
+#include "twin_policy.h"
+
+#define MOST_RANKS 1024      /* of all twins: the yardmaster holds a matrix of them */
+#define HOLD_BIT 2u          /* of the communicator's `hold`; its own agreement has the lowest */
+#define PATIENCE_SHARE 8     /* how much less patience there is with twins than with ranks of one's own, */
+#define MOST_PATIENCE 5.0    /* and never more seconds */
+#define MOST_DIGEST_WAIT 1.0 /* seconds */
+#define SPIN_NS 2000000u
+#define GROUPS 16 /* that are remembered, so as not to be made again */
+
+/* The twins as they were found, all ranks numbered through. */
+struct group {
+    int twins, twin, each, rank;
+    struct ry_cluster *map;
+    struct ry_talk *talk;
+    struct ry_twin_chooser *chooser; /* on the yardmaster: rank 0 of the first twin */
+    struct ry_node_comm *comm;       /* of the ranks at this position */
+    uint64_t *send, *recv;           /* [ranks of all], bytes */
+    uint32_t *sent, *received;
+    struct ry_nccl_id id;
+    bool has_id;
+};
+
+struct ry_twins {
+    struct comm *c;
+    struct reissue *r;
+    char *address;
+    size_t address_size;
+    struct ry_twin_card *card;
+    struct ry_twin_found *found;
+    bool off;
+    pthread_mutex_t lock; /* guards `group` against ry_twins_leave() */
+    struct group *group;  /* NULL: no twin is known */
+    uint64_t been[GROUPS];
+    int nbeen;
+    struct ry_digest digest; /* the latest that is known, */
+    uint64_t digested;       /* of exchange digested - 1 */
+    uint64_t digesting;      /* the same of the one under way; 0: none */
+    struct ry_waits messages;
+    _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
+    _Atomic uint64_t measured;
+    _Atomic double measured_us;
+};
+
+/* ---- the group ---- */
+
+static void trouble(void *context, int peer, const char *why)
+{
+    const struct ry_twins *t = context;
+    if (why != ry_line_left)
+        ry_info("communicator %s: rank %d of it and its twins: %s: what they send is not shared from here", t->c->id, peer, why);
+}
+
+static void free_group(struct group *g, bool leak)
+{
+    if (!g)
+        return;
+    if (g->talk)
+        ry_talk_close(g->talk);
+    ry_node_comm_end(g->comm, leak);
+    ry_twin_chooser_free(g->chooser);
+    ry_cluster_free(g->map);
+    free(g->send);
+    free(g->recv);
+    free(g->sent);
+    free(g->received);
+    free(g);
+}
+
+static void drop_group(struct ry_twins *t, bool leak)
+{
+    pthread_mutex_lock(&t->lock);
+    struct group *g = t->group;
+    t->group = NULL;
+    pthread_mutex_unlock(&t->lock);
+    free_group(g, leak);
+}
+
+/* The map of all twins: this communicator's, so many times over. What differs between twins, their GPUs, is of no interest. */
+static struct ry_cluster *map_of_all(const struct ry_cluster *map, int twins, struct ry_err *err)
+{
+    size_t each = (size_t)map->nranks, all = each * (size_t)twins;
+    struct ry_seat *seats = malloc(all * sizeof *seats);
+    if (!seats)
+        return ry_fail(err, "out of memory"), NULL;
+    for (size_t i = 0; i < all; i++) {
+        seats[i] = map->seats[i % each];
+        seats[i].rank = (int32_t)i;
+    }
+    struct ry_cluster *m = ry_cluster_build(seats, (int)all, err);
+    free(seats);
+    return m;
+}
+
+static struct group *make_group(struct ry_twins *t, uint64_t key, struct ry_err *err)
+{
+    const struct ry_twin_found *f = t->found;
+    const struct reissue *r = t->r;
+    struct group *g = calloc(1, sizeof *g);
+    if (!g)
+        return ry_fail(err, "out of memory"), NULL;
+    g->twins = f->n;
+    g->each = r->map->nranks;
+    while (f->key[g->twin] != t->c->key)
+        g->twin++;
+    g->rank = g->twin * g->each + t->c->info.rank;
+    size_t all = (size_t)(g->twins * g->each);
+    if (!(g->map = map_of_all(r->map, g->twins, err)))
+        goto failed;
+    if (!(g->send = calloc(all, sizeof *g->send)) || !(g->recv = calloc(all, sizeof *g->recv)) ||
+        !(g->sent = calloc(all, sizeof *g->sent)) || !(g->received = calloc(all, sizeof *g->received))) {
+        ry_fail(err, "out of memory");
+        goto failed;
+    }
+    g->comm = ry_node_comm_of_twins(&ry_engine.nccl, ry_engine.device, t->c->info.device, g->twins, g->twin, t->c->id);
+    struct ry_policy policy = {0};
+    if (g->rank == 0) {
+        struct ry_twin_config config = {.map = g->map,
+                                        .twins = g->twins,
+                                        .forced = atomic_load(&ry_engine.forced) == RY_REPLICA,
+                                        .verify = ry_engine.settings.verify,
+                                        .chunks = ry_engine.chunks,
+                                        .name = t->c->id};
+        ry_reissue_model(&config.model, g->map);
+        config.model.node_comm = true;
+        if (!(g->chooser = ry_twin_chooser_new(&config, err)))
+            goto failed;
+        policy = ry_twin_chooser_policy(g->chooser);
+    }
+    double patience = ry_engine.settings.patience / PATIENCE_SHARE;
+    struct ry_talk_config talk = {.control = ry_engine.control,
+                                  .key = key,
+                                  .nranks = (int)all,
+                                  .rank = g->rank,
+                                  .address = f->first,
+                                  .address_size = f->first_size,
+                                  .patience = patience < MOST_PATIENCE ? patience : MOST_PATIENCE,
+                                  .policy = &policy,
+                                  .hold = &t->c->face.hold,
+                                  .hold_bit = HOLD_BIT,
+                                  .trouble = trouble,
+                                  .context = t};
+    if (!(g->talk = ry_talk_open(&talk, err)))
+        goto failed;
+    return g;
+failed:
+    free_group(g, false);
+    return NULL;
+}
+
+/* Who is there now? Another composition is another group, with an agreement of its own. */
+static void look(struct ry_twins *t)
+{
+    struct ry_err err = {""};
+    struct ry_twin_found *now = calloc(1, sizeof *now);
+    if (!t->card && !(t->card = ry_twin_card_new(t->r->map, t->c->info.rank, t->c->key, t->address, t->address_size, &err))) {
+        ry_info("communicator %s: twins of it are not looked for: %s", t->c->id, err.msg);
+        t->off = true;
+    }
+    if (!now || t->off)
+        goto out;
+    ry_twin_look(t->card, now);
+    if (now->n == t->found->n && !memcmp(now->key, t->found->key, (size_t)now->n * sizeof *now->key))
+        goto out;
+    drop_group(t, false);
+    *t->found = *now;
+    uint64_t key = XXH64(now->key, (size_t)now->n * sizeof *now->key, 1);
+    bool been = false;
+    for (int i = 0; i < t->nbeen; i++)
+        been |= t->been[i] == key;
+    if (now->n < 2 || been || t->nbeen == GROUPS)
+        goto out; /* what was said on the same line once before may still be on its way */
+    t->been[t->nbeen++] = key;
+    if (now->n > MOST_RANKS / t->r->map->nranks) {
+        ry_info("communicator %s has %d twins: too many ranks to agree on anything", t->c->id, now->n - 1);
+        goto out;
+    }
+    struct group *g = make_group(t, key, &err);
+    if (g)
+        ry_info("communicator %s is one of %d twins", t->c->id, g->twins);
+    else
+        ry_info("communicator %s: nothing is shared with its twins: %s", t->c->id, err.msg);
+    pthread_mutex_lock(&t->lock);
+    t->group = g;
+    pthread_mutex_unlock(&t->lock);
+    if (g && atomic_load(&t->r->aborted))
+        ry_talk_leave(g->talk);
+out:
+    free(now);
+}
+
+/* ---- digests ---- */
+
+static bool begin_digest(struct ry_twins *t, const struct ry_buffers *b, uint64_t number)
+{
+    struct ry_err err;
+    bool captured = true; /* a digest answers once, a graph runs many times */
+    t->digesting = 0;
+    if (ry_engine.device->stream_capturing(b->stream, &captured, NULL) || captured)
+        return false;
+    if (ry_run_digest(t->r->runner, t->r->map, b, &err)) {
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": no digest: %s", t->c->id, number, err.msg);
+        return false;
+    }
+    t->digesting = number + 1;
+    return true;
+}
+
+/* True: nothing is under way any more. */
+static bool pick_up_digest(struct ry_twins *t)
+{
+    bool failed;
+    if (!t->digesting)
+        return true;
+    if (ry_run_digest_over(t->r->runner, &t->digest, &failed))
+        t->digested = t->digesting;
+    else if (!failed)
+        return false;
+    t->digesting = 0;
+    return true;
+}
+
+/* What the job enqueued before may wait for other ranks: not for long, then (look.c says more). */
+static bool wait_for_digest(struct ry_twins *t)
+{
+    double most = ry_engine.settings.patience / PATIENCE_SHARE / 2;
+    uint64_t began = ry_now_ns(), limit = (uint64_t)((most < MOST_DIGEST_WAIT ? most : MOST_DIGEST_WAIT) * 1e9), waited = 0;
+    while (!pick_up_digest(t) && !atomic_load(&t->r->aborted) && waited <= limit) {
+        waited = ry_now_ns() - began;
+        if (waited < SPIN_NS)
+            sched_yield();
+        else
+            nanosleep(&(struct timespec){.tv_nsec = 10000}, NULL);
+    }
+    return !t->digesting;
+}
+
+/* ---- an exchange ---- */
+
+static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffers *b, struct ry_twin_side *s)
+{
+    memset(s, 0, sizeof *s); /* compared as it lies in memory */
+    ry_load_of(&s->load, t->r->map, b->rank, b->send_bytes, b->recv_bytes, NULL);
+    s->digest = t->digest;
+    s->digested = t->digested;
+    s->node_comm = ry_node_comm_state(g->comm);
+    s->measured = atomic_load(&t->measured);
+    s->measured_us = atomic_load(&t->measured_us);
+    s->messages_us = ry_waits_quantile(&t->messages, 0.5);
+    if (g->twin == 0 && g->has_id)
+        memcpy(s->id, g->id.bytes, sizeof s->id);
+}
+
+static bool ask(struct ry_twins *t, struct group *g, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
+                struct ry_verdict *verdict, struct ry_twins_wait *wait)
+{
+    struct ry_twin_side side;
+    bool able = x->held && !t->r->quit && ry_run_safe(b) && begin_digest(t, b, number) && wait_for_digest(t) &&
+                t->digested == number + 1;
+    if (g->twin == 0 && !g->has_id && ry_node_comm_state(g->comm) == RY_NODE_COULD)
+        g->has_id = !ry_engine.nccl.get_unique_id(&g->id);
+    fill_side(t, g, b, &side);
+    size_t at = (size_t)(g->twin * g->each), n = (size_t)g->each;
+    memcpy(g->send + at, b->send_bytes, n * sizeof *g->send);
+    memcpy(g->recv + at, b->recv_bytes, n * sizeof *g->recv);
+    if (x->sent) {
+        memcpy(g->sent + at, x->sent, n * sizeof *g->sent);
+        memcpy(g->received + at, x->received, n * sizeof *g->received);
+    }
+    struct ry_manifest m = {.not_me = !able,
+                            .one_call = x->one_call,
+                            .type = x->type,
+                            .send = g->send,
+                            .recv = g->recv,
+                            .ordinal = x->ordinal,
+                            .sent = x->sent ? g->sent : NULL,
+                            .received = x->sent ? g->received : NULL,
+                            .extra = &side,
+                            .extra_bytes = sizeof side};
+    if (!ry_talk_exchange(g->talk, number, &m, &side, sizeof side, verdict, &wait->waited_us))
+        return false;
+    wait->asked = true;
+    wait->late_us = (double)verdict->waited_ns / 1e3;
+    if (!verdict->last)
+        ry_waits_add(&t->messages, wait->waited_us - wait->late_us);
+    return true;
+}
+
+/* Nobody waits: what was last found out is told, and something new is found out. */
+static void tell(struct ry_twins *t, struct group *g, const struct ry_buffers *b, uint64_t number)
+{
+    struct ry_twin_side side;
+    struct ry_verdict none;
+    double waited;
+    bool idle = pick_up_digest(t);
+    fill_side(t, g, b, &side);
+    ry_talk_exchange(g->talk, number, NULL, &side, sizeof side, &none, &waited);
+    if (idle)
+        begin_digest(t, b, number);
+}
+
+static void plan(const struct group *g, const struct ry_twin_order *order, struct ry_twins_verdict *v)
+{
+    struct ry_plan_input in = {.cluster = g->map,
+                               .rank = g->rank,
+                               .strategy = RY_REPLICA,
+                               .send = g->send,
+                               .recv = g->recv,
+                               .chunks = (int)order->chunks,
+                               .replicas = g->twins};
+    v->plan = ry_plan_build(&in, &v->why);
+    if (v->plan)
+        ry_run_localize(v->plan, g->twins);
+}
+
+bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
+                    struct ry_twins_verdict *v, struct ry_twins_wait *wait)
+{
+    struct ry_twin_order order = {0};
+    struct ry_verdict verdict;
+    *wait = (struct ry_twins_wait){0};
+    *v = (struct ry_twins_verdict){0};
+    if (!t || t->off)
+        return false;
+    if (ry_agree_next_seen(0, number) == number) /* dense at first, then one in a thousand */
+        look(t);
+    struct group *g = t->group;
+    if (!g || ry_talk_passes(g->talk, number))
+        return false;
+    if (!(atomic_load_explicit(&t->c->face.hold, memory_order_acquire) & HOLD_BIT)) {
+        tell(t, g, b, number);
+        return false;
+    }
+    if (!ask(t, g, x, b, number, &verdict, wait))
+        return false;
+    if (verdict.extra_bytes == sizeof order)
+        memcpy(&order, verdict.extra, sizeof order);
+    wait->timed = order.timed;
+    atomic_store(&t->asked[number % 64], number + 1);
+    if (order.make && g->comm) {
+        struct ry_nccl_id id;
+        memcpy(id.bytes, order.id, sizeof id.bytes);
+        ry_node_comm_start(g->comm, &id);
+    }
+    if (verdict.strategy != RY_REPLICA)
+        return false;
+    v->verify = verdict.verify;
+    v->plain_us = order.plain_us;
+    v->node = ry_node_comm_face(g->comm);
+    plan(g, &order, v);
+    return true;
+}
+
+void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
+{
+    if (!t || atomic_load(&t->asked[number % 64]) != number + 1)
+        return;
+    atomic_store(&t->measured_us, us);
+    atomic_store(&t->measured, number + 1);
+}
+
+/* ---- coming and going ---- */
+
+struct ry_twins *ry_twins_open(struct comm *c, struct reissue *r, const void *address, size_t size)
+{
+    int forced = atomic_load(&ry_engine.forced);
+    if ((forced >= 0 && forced != RY_REPLICA) || r->map->nnodes < 2 || !ry_run_digests(r->runner) || !ry_engine.nccl.comm_init_rank)
+        return NULL;
+    struct ry_twins *t = calloc(1, sizeof *t);
+    if (!t || !(t->found = calloc(1, sizeof *t->found)) || !(t->address = malloc(size + 1))) {
+        free(t ? t->found : NULL);
+        free(t);
+        return NULL;
+    }
+    t->c = c;
+    t->r = r;
+    t->found->n = 1;
+    t->found->key[0] = c->key;
+    memcpy(t->address, address, size);
+    t->address_size = size;
+    pthread_mutex_init(&t->lock, NULL);
+    return t;
+}
+
+void ry_twins_leave(struct ry_twins *t)
+{
+    if (!t)
+        return;
+    pthread_mutex_lock(&t->lock);
+    if (t->group) {
+        ry_talk_leave(t->group->talk);
+        ry_node_comm_abort(t->group->comm);
+    }
+    pthread_mutex_unlock(&t->lock);
+}
+
+void ry_twins_stray(struct ry_twins *t)
+{
+    if (t && t->group)
+        ry_talk_stray(t->group->talk);
+}
+
+void ry_twins_close(struct ry_twins *t, bool leak)
+{
+    if (!t)
+        return;
+    ry_twin_card_free(t->card);
+    drop_group(t, leak);
+    pthread_mutex_destroy(&t->lock);
+    free(t->address);
+    free(t->found);
+    free(t);
+}
