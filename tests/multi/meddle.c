@@ -137,6 +137,16 @@ MEDDLE(ncclAlltoAll, 1, (const void *b, void *r, size_t n, ncclDataType_t t, ncc
        (b, r, n, t, c, s), {})
 MEDDLE(ncclCommDestroy, 0, (ncclComm_t c), (c), note_end(c);)
 MEDDLE(ncclCommAbort, 0, (ncclComm_t c), (c), note_end(c);)
+MEDDLE(ncclCommInitRank, 0, (ncclComm_t *to, int n, ncclUniqueId id, int rank), (to, n, id, rank), {
+    atomic_fetch_add(&meddle_splitting, 1);
+    while (atomic_load(&meddle_hold))
+        usleep(1000);
+    ncclResult_t r = NEXT(ncclCommInitRank)(to, n, id, rank);
+    atomic_fetch_sub(&meddle_splitting, 1);
+    if (r == ncclSuccess)
+        atomic_store(&made[atomic_fetch_add(&meddle_made, 1) % 64], *to);
+    return r;
+})
 MEDDLE(ncclCommSplit, 0, (ncclComm_t c, int color, int key, ncclComm_t *to, ncclConfig_t *config),
        (c, color, key, to, config), {
            atomic_fetch_add(&meddle_splitting, 1);

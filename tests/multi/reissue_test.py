@@ -674,6 +674,101 @@ def case_node_splitting():
         expect(lines, OVER, 0)
 
 
+# ---- twin communicators ----
+
+REPLICA = {"RAILYARD_STRATEGY": "replica"}
+
+
+def replica(case, shape, twins, *args, env=None, links=(), status=0):
+    return job("reissue_replica", case, shape, str(twins), *map(str, args), ranks=len(shape), nodes=1, env={**REPLICA, **(env or {})},
+               links=links, status=status)
+
+
+def case_replica_eight():
+    """Eight twins on two nodes: an eighth of the bytes cross the slow links, bit for bit the same comes out."""
+    out, lines = replica("loop", "a" * 8 + "b" * 8, 8, 15, links=("--nic", "0.4", "--nic-us", "100"))
+    calm(lines)
+    reissued(out, 1)
+    print(out, end="")
+    crosses(out, 1 / 8, 1 / 8 + 0.0005)
+    expect(lines, "is one of 8 twins")
+
+
+def case_replica_shapes():
+    """Several ranks of a twin on a node, odd numbers, chunks; ranks in any order."""
+    for shape, twins, chunks in (("aabb", 2, 4), ("abab", 2, 1), ("aaabbb", 3, 2), ("aaaabbbb", 2, 4), ("aabbcc", 2, 0), ("aaaabb", 2, 2)):
+        out, lines = replica("loop", shape, twins, 12, env={"RAILYARD_CHUNKS": str(chunks)})
+        calm(lines)
+        reissued(out, 1)
+        crosses(out, 1 / twins, 1 / twins + 0.0005)
+
+
+def case_replica_changing():
+    """Equality comes and goes: each exchange goes right by itself."""
+    for shape, twins in (("aabb", 2), ("aaabbb", 3)):
+        out, lines = replica("changing", shape, twins, 12)
+        calm(lines)
+
+
+def case_replica_verify():
+    out, lines = replica("loop", "aaaabbbb", 2, 12, env={"RAILYARD_VERIFY": "1"})
+    calm(lines)
+    reissued(out, 1)
+    for line in expect(lines, r"\d+ verified", 8):
+        done, verified = map(int, re.search(r"(\d+) by replica, (\d+) verified", line).groups())
+        if verified != done:
+            fail(f"not all verified: {line}")
+
+
+def case_replica_alone():
+    """No twins, whatever is asked for: nothing is made, sent or said. Nor on one node alone."""
+    for env in ({}, {"RAILYARD_STRATEGY": "auto"}):
+        out, lines = replica("alone", "ab", 1, 30, env=env)
+        calm(lines)
+        expect(lines, "twin", 0)
+    out, lines = replica("alone", "aa", 2, 30, env={"RAILYARD_STRATEGY": "auto"})
+    expect(lines, "twin", 0)
+
+
+def case_replica_auto():
+    """Chosen by itself where the bytes are equal and links are slow, and not where they are not."""
+    folder = tempfile.mkdtemp(prefix="railyard-replica-")
+    atexit.register(shutil.rmtree, folder, True)
+    env = {"RAILYARD_STRATEGY": "auto", "RAILYARD_LOG": "plan", "XDG_CACHE_HOME": folder}
+    links = ("--nic", "0.2", "--nic-us", "100")
+    subprocess.run([RAILYARD, "calibrate", "--help"], stdout=subprocess.DEVNULL, check=False)
+    out, lines = replica("by_itself", "aabb", 2, 80, env=env, links=links)
+    print(out, end="")
+    expect(lines, "warning|error", 0)
+    out, lines = replica("unlike", "aabb", 2, 60, env=env, links=links)
+    expect(lines, r"sends other (bytes|counts)")
+
+
+def case_replica_stops():
+    """A twin that comes no more costs its share of the patience, once."""
+    for victim in (1, 0):
+        out, lines = replica("stops", "aaabbb", 3, 30, victim, env={"RAILYARD_PATIENCE": str(4 * SLOW)})
+        expect(lines, " error: ", 0)
+        print(out, end="")
+
+
+def case_replica_killed():
+    for victim in (1, 3, 0):
+        out, lines = replica("killed", "aabb", 2, 30, victim)
+        if len(re.findall(r"rank \d: (failed|went on) after", out)) != 3:
+            fail(f"not all that are left said how it ended:\n{out}")
+
+
+def case_replica_aborted():
+    for victim in (1, 0):
+        replica("aborted", "aabb", 2, 0, victim)
+
+
+def case_replica_making():
+    out, lines = replica("making", "aabb", 2, 0, 1)
+    calm(lines)
+
+
 def main():
     case = globals().get("case_" + CASE)
     if not case:
