@@ -308,6 +308,7 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     if (!ry_talk_passes(r->talk, now.number)) /* which all ranks of the communicator do, so that nobody waits there */
         ry_talk_exchange(r->talk, now.number, NULL, NULL, 0, &none, &waited);
     ry_waits_add(&r->waits, now.waited_us);
+    ry_waits_add(&r->messages, now.waited_us - now.late_us);
     now.strategy = ry_strategy_name(RY_REPLICA);
     now.verify = v.verify;
     now.plain_us = v.plain_us;
@@ -343,7 +344,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
             ry_sum_end(r);
         }
     }
-    if (!taken && (c->record || now.strategy || now.timed)) /* nobody asks how long others take */
+    if (!taken && (c->record || now.strategy || now.timed || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
         start_clock(c, x);
     ry_engine_leave();
     return taken;

@@ -10,6 +10,7 @@
 #include "plan/cost_replica.h"
 
 #define MARGIN 0.05     /* that it must promise */
+#define CHEAP 0.05       /* agreeing that costs no more than this share of an exchange is worth it just to find out */
 #define TRIES 6         /* exchanges measured each way before what was measured decides */
 #define AGAIN 256       /* the way that is not chosen is tried again after so many */
 #define UNEQUAL 8       /* exchanges in a row whose bytes differ, after which nobody is asked any more for a while */
@@ -164,6 +165,16 @@ static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, 
 
 /* ---- what the agreement asks ---- */
 
+/* Before anything was measured the model may be a guess: where agreeing is cheap it is tried. */
+static bool to_find_out(const struct ry_twin_chooser *c, const struct estimate *e)
+{
+    double plain = INFINITY;
+    for (int r = 0; r < c->n; r++)
+        plain = fmin(plain, c->sides[r].plain_us);
+    return isfinite(e->us[TOGETHER]) && c->config.model.agreement_us <= CHEAP * plain &&
+           c->known[e->class][TOGETHER].tried < TRIES;
+}
+
 static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
 {
     struct ry_twin_chooser *c = context;
@@ -176,9 +187,10 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     const char *why = differ(c, NULL, text, sizeof text);
     if (!why) {
         estimate(c, &e);
-        why = !(e.us[TOGETHER] < e.us[APART] * (1 - MARGIN)) ? "it would not be faster"
-              : c->skip > 0                                  ? "it did not pay lately"
-                                                             : NULL;
+        bool faster = e.us[TOGETHER] < e.us[APART] * (1 - MARGIN);
+        why = c->skip > 0                          ? "it did not pay lately"
+              : !faster && !to_find_out(c, &e) ? "it would not be faster"
+                                               : NULL;
         c->skip -= c->skip > 0;
     }
     ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": %s", c->name, number, why ? why : "worth agreeing on");

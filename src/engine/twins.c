@@ -53,7 +53,7 @@ struct ry_twins {
     struct ry_waits messages;
     _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
     _Atomic uint64_t measured;
-    _Atomic double measured_us;
+    _Atomic double measured_us, plain_us;
 };
 
 /* ---- the group ---- */
@@ -260,6 +260,7 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
     s->node_comm = ry_node_comm_state(g->comm);
     s->measured = atomic_load(&t->measured);
     s->measured_us = atomic_load(&t->measured_us);
+    s->plain_us = atomic_load(&t->plain_us);
     s->messages_us = ry_waits_quantile(&t->messages, 0.5);
     if (g->twin == 0 && g->has_id)
         memcpy(s->id, g->id.bytes, sizeof s->id);
@@ -365,10 +366,19 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     return true;
 }
 
+bool ry_twins_known(const struct ry_twins *t)
+{
+    return t && t->group;
+}
+
 void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
 {
-    if (!t || atomic_load(&t->asked[number % 64]) != number + 1)
+    if (!t)
         return;
+    if (atomic_load(&t->asked[number % 64]) != number + 1) {
+        atomic_store(&t->plain_us, us);
+        return;
+    }
     atomic_store(&t->measured_us, us);
     atomic_store(&t->measured, number + 1);
 }

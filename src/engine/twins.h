@@ -50,6 +50,8 @@ struct ry_twins_wait {
  *  next. May wait for other ranks. NULL is fine. */
 bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
                     struct ry_twins_verdict *verdict, struct ry_twins_wait *wait);
+/** Are there any, so that durations are of interest? NULL is fine. */
+bool ry_twins_known(const struct ry_twins *t);
 /** How long it took on the device, whichever way it went. */
 void ry_twins_took(struct ry_twins *t, uint64_t number, double us);
 

@@ -734,14 +734,20 @@ def case_replica_auto():
     """Chosen by itself where the bytes are equal and links are slow, and not where they are not."""
     folder = tempfile.mkdtemp(prefix="railyard-replica-")
     atexit.register(shutil.rmtree, folder, True)
-    env = {"RAILYARD_STRATEGY": "auto", "RAILYARD_LOG": "plan", "XDG_CACHE_HOME": folder}
+    env = {"RAILYARD_STRATEGY": "auto", "RAILYARD_LOG": "plan", "XDG_CACHE_HOME": folder, "RAILYARD_SAMPLE": "1"}
     links = ("--nic", "0.2", "--nic-us", "100")
-    subprocess.run([RAILYARD, "calibrate", "--help"], stdout=subprocess.DEVNULL, check=False)
-    out, lines = replica("by_itself", "aabb", 2, 80, env=env, links=links)
+    for attempt in range(3):
+        steady.go_first()
+        out, lines = replica("by_itself", "aabb", 2, 150, env=env, links=links)
+        calm(lines)
+        if reissued(out) >= 60:
+            break
     print(out, end="")
-    expect(lines, "warning|error", 0)
-    out, lines = replica("unlike", "aabb", 2, 60, env=env, links=links)
-    expect(lines, r"sends other (bytes|counts)")
+    reissued(out, 0.4)
+    out, lines = replica("unlike", "aabb", 2, 100, env=env, links=links)
+    calm(lines)
+    expect(lines, r"sends other bytes")
+    expect(lines, r"replica in", 0)
 
 
 def case_replica_stops():
