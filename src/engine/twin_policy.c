@@ -3,6 +3,7 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,6 +48,16 @@ struct ry_twin_chooser {
     } recent[RECENT];
     uint64_t *measured; /* [n] */
 };
+
+static bool forced(const struct ry_twin_chooser *c)
+{
+    return atomic_load(c->config.forced) == RY_REPLICA;
+}
+
+static bool forbidden(const struct ry_twin_chooser *c)
+{
+    return atomic_load(c->config.forced) >= 0 && !forced(c);
+}
 
 static bool get_sides(struct ry_twin_chooser *c, const void *const *extra, const size_t *bytes)
 {
@@ -180,9 +191,9 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     struct ry_twin_chooser *c = context;
     char text[120];
     struct estimate e;
-    if (c->never || !get_sides(c, seen, bytes))
+    if (c->never || forbidden(c) || !get_sides(c, seen, bytes))
         return false;
-    if (c->config.forced)
+    if (forced(c))
         return true;
     const char *why = differ(c, NULL, text, sizeof text);
     if (!why) {
@@ -215,7 +226,7 @@ static const char *look_at_comms(struct ry_twin_chooser *c, bool *last)
 
 static void give_up(struct ry_twin_chooser *c, bool *last)
 {
-    if (c->config.forced)
+    if (forced(c))
         return;
     *last = true;
     c->skip = 1 << c->skips;
@@ -228,6 +239,8 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
                           size_t size)
 {
     bool trial = false;
+    if (forbidden(c))
+        return *last = true, "RAILYARD_STRATEGY says otherwise";
     const char *why = differ(c, x->matrix, text, size);
     if (why) {
         if (++c->unequal >= UNEQUAL)
@@ -238,7 +251,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     if ((why = look_at_comms(c, last)))
         return why;
     estimate(c, e);
-    enum way way = c->config.forced ? TOGETHER : choose_way(c, e, &trial);
+    enum way way = forced(c) ? TOGETHER : choose_way(c, e, &trial);
     remember(c, x->number, e, way);
     c->order.timed = trial;
     c->order.chunks = (uint32_t)e->chunks;

@@ -45,7 +45,8 @@ struct ry_twin_order {
 struct ry_twin_config {
     const struct ry_cluster *map; /* of all ranks; must live as long */
     int twins;
-    bool forced;     /* whenever the bytes are equal, whatever it costs */
+    const _Atomic int *forced; /* enum ry_strategy, or -1: choose; may change. RY_REPLICA: whenever the bytes are equal, whatever it costs;
+                                  another one: never */
     uint64_t verify; /* every n-th exchange by replica, 0: never */
     int chunks;      /* of plans; 0: by the model */
     struct ry_cost_model model;

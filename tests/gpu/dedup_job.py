@@ -7,6 +7,7 @@ token), what equal rows there are among them by the routing, the exchanges and t
   go WAY REPEATS TOGETHER                exchanges one way: REPEATS, each waited for, then TOGETHER enqueued at once; answers
                                          "right" or "WRONG" (bitwise, against plain NCCL's result), microseconds per exchange of
                                          those enqueued at once, and microseconds of each of the others
+Rows of kind "replica" are of twin communicators, of the ranks of one local index each, whose k-th ranks hold the same tokens.
 Rows of kind "sum" exchange as training does: a dispatch, then its combine, whose rows are those that came, each times a number of its own.
 The microseconds are then combine's; after " | " follow dispatch's, and after another what judge() found. Dispatch is compared
 bitwise; combine, which may come summed, as its receiver sees it: after adding up the rows of each token (see judge()).
@@ -30,7 +31,7 @@ ROUNDING = 2.0 ** -8  # of bf16: a rounding changes a number by at most this par
 class Row:
     """What this rank sends: `x`, rows to every rank in `ins` (None: equal splits), from every rank in `outs`."""
 
-    def __init__(self, s, rank, world, device):
+    def __init__(self, s, rank, world, device, group=None):
         g = torch.Generator(device=device).manual_seed(1000003 * s["seed"] + rank)
         per_rank = s["experts"] // world
         tokens = torch.randn(s["tokens"], s["hidden"], device=device, generator=g).to(torch.bfloat16)
@@ -56,7 +57,7 @@ class Row:
         else:
             counts = torch.bincount(to, minlength=world)
             table = [torch.empty_like(counts) for _ in range(world)]
-            dist.all_gather(table, counts)
+            dist.all_gather(table, counts, group=group)
             table = torch.stack(table).tolist()
             self.ins, self.outs = table[rank], [row[rank] for row in table]
             x = tokens[self.source]
@@ -72,6 +73,7 @@ class Row:
         self.p = torch.rand(len(self.x), device=device, generator=g).to(torch.bfloat16)
         self.q = torch.empty(len(self.y), dtype=torch.bfloat16, device=device)
         self.summed, self.topk = s["kind"] == "sum", s["topk"]
+        self.twins = s.get("twins", 1)  # of each message they send a share each
         if self.summed:
             # The way back: as many rows as came. What an expert makes of a row is that row times a number of this row's own;
             # until the first one came, anything that differs.
@@ -88,7 +90,7 @@ class Row:
             # What a packed message takes: distinct rows and a number for each row (src/run/rows.h).
             # Of a summed combine, seen from where it goes: a row of zeros more.
             packed = ((distinct + (self.summed and rows > 0)) * row_bytes + 15) // 16 * 16 + 4 * rows
-            found.append([rows, distinct, rows * row_bytes, min(rows * row_bytes, packed)])
+            found.append([rows, distinct, rows * row_bytes, min(rows * row_bytes, packed) if self.twins == 1 else rows * row_bytes / self.twins])
         return found
 
 
@@ -227,8 +229,11 @@ def main():
             torch.cuda.empty_cache()
         number += 1
         # auto learns from what it sees, so that it has a communicator that nothing is forced on, and plain beside it.
-        groups = {name: dist.new_group(list(range(world)), group_desc="%s %d" % (name, number)) for name in s["groups"]}
-        row = Row(s, rank, world, device)
+        twins = s["twins"] = per_node if s["kind"] == "replica" else 1  # with one rank of each on every node
+        members = [list(range(t, world, twins)) for t in range(twins)]
+        made = {name: [dist.new_group(m, group_desc="%s %d" % (name, number)) for m in members] for name in s["groups"]}
+        groups = {name: g[rank % twins] for name, g in made.items()}
+        row = Row(s, rank // twins, world // twins, device, groups["forced"] if twins > 1 else None)
         for name, group in groups.items():
             switch("auto" if name == "free" else "direct")
             for _ in range(3):
@@ -253,7 +258,7 @@ def main():
             wait()
             if not same() or (judge and not judge(row.c, True)[0]):
                 raise SystemExit("dedup_job: rank %d: plain exchanges differ among themselves" % rank)
-        return {"counts": row.counts(rank, world, per_node), "rows": len(row.x), "bytes": (row.z if row.summed else row.x).numel() * row.x.element_size(),
+        return {"counts": row.counts(rank // twins, world // twins, per_node // twins), "rows": len(row.x), "bytes": (row.z if row.summed else row.x).numel() * row.x.element_size(),
                 "bytes_in": (row.c if row.summed else row.y).numel() * row.y.element_size(), "torch": torch.__version__,
                 "nccl": ".".join(map(str, torch.cuda.nccl.version())) if a.backend == "nccl" else None,
                 "device": torch.cuda.get_device_name() if a.backend == "nccl" else "cpu"}

@@ -61,6 +61,7 @@ static struct {
         int left; /* 1 + the exchange before which it left in good order; 0: it did not */
     } t[TWINS * EACH];
 } s;
+static _Atomic int forced;
 static bool tell;
 static struct {
     long replica, own, direct, asked, unequal, mishaps, closed;
@@ -433,9 +434,10 @@ static void schedule(uint64_t seed)
         snprintf(seats[i].node, sizeof seats[i].node, "n%d", i % s.each);
     }
     s.map = ry_cluster_build(seats, s.n, &err);
-    struct ry_twin_config config = {.map = s.map, .twins = s.twins, .forced = s.clean || !one_in(4), .name = "random"};
+    forced = s.clean || !one_in(4) ? RY_REPLICA : -1;
+    struct ry_twin_config config = {.map = s.map, .twins = s.twins, .forced = &forced, .name = "random"};
     ry_cost_guess(&config.model, s.map);
-    if (!config.forced) { /* so slow a network that it pays */
+    if (forced < 0) { /* so slow a network that it pays */
         config.model.link[RY_LINK_NIC].bytes_per_us = config.model.nic_rank_bytes_per_us = 1e-3;
         config.model.agreement_us = 1;
     }
