@@ -1,0 +1,312 @@
+/*
+ * test_twin_policy.c: what the yardmaster of twins decides: only what is equal goes by replica, communicators are made first and once,
+ * what is measured counts for more than the model, and what does not pay is given up.
+ */
+#include <check.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/twin_policy.h"
+
+#define TWINS 3
+#define EACH 2
+#define N (TWINS * EACH)
+
+static struct ry_cluster *map;
+static struct ry_twin_chooser *chooser;
+static struct ry_policy policy;
+static _Atomic int forced;
+static struct ry_twin_side side[N];
+static uint64_t matrix[N * N], bytes, number;
+static bool verify, last;
+static struct ry_agreed agreed;
+
+static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
+{
+    static struct ry_seat seats[N];
+    struct ry_err err;
+    for (int i = 0; i < N; i++) {
+        seats[i].rank = i;
+        snprintf(seats[i].node, sizeof seats[i].node, "n%d", i % EACH);
+    }
+    map = ry_cluster_build(seats, N, &err);
+    forced = how;
+    struct ry_twin_config config = {.map = map, .twins = TWINS, .forced = &forced, .verify = verify_every, .name = "test"};
+    ry_cost_guess(&config.model, map);
+    config.model.node_comm = true;
+    config.model.link[RY_LINK_NIC].bytes_per_us = config.model.nic_rank_bytes_per_us = nic_bytes_per_us;
+    config.model.agreement_us = 50;
+    chooser = ry_twin_chooser_new(&config, &err);
+    policy = ry_twin_chooser_policy(chooser);
+    bytes = 1 << 20;
+    number = 0;
+    memset(side, 0, sizeof side);
+    for (int r = 0; r < N; r++)
+        side[r].node_comm = RY_NODE_HAS;
+}
+
+static void stop(void)
+{
+    ry_twin_chooser_free(chooser);
+    ry_cluster_free(map);
+}
+
+/* All alike: exchange `number`, each rank sending `bytes` to the other of its twin. */
+static void fill(void)
+{
+    memset(matrix, 0, sizeof matrix);
+    for (int r = 0; r < N; r++) {
+        uint64_t send[N] = {0};
+        int peer = r ^ 1;
+        send[peer] = matrix[r * N + peer] = bytes;
+        ry_load_of(&side[r].load, map, r, send, send, NULL);
+        side[r].digest = (struct ry_digest){{number * 10 + (uint64_t)(r % EACH), 5}};
+        side[r].digested = number + 1;
+        side[r].id[0] = r < EACH ? (uint8_t)(r + 1) : 0;
+    }
+}
+
+static int decide(void)
+{
+    static const void *extra[N];
+    static size_t sizes[N];
+    for (int r = 0; r < N; r++) {
+        extra[r] = &side[r];
+        sizes[r] = sizeof side[r];
+    }
+    agreed = (struct ry_agreed){.number = number, .nranks = N, .type = 1, .matrix = matrix, .extra = extra, .extra_bytes = sizes};
+    verify = last = false;
+    int s = policy.choose(policy.context, &agreed, &verify, &last);
+    number++;
+    return s;
+}
+
+static struct ry_twin_order order_of(int rank)
+{
+    struct ry_twin_order o;
+    size_t size;
+    const void *p = policy.slice(policy.context, &agreed, RY_DIRECT, rank, &size);
+    ck_assert_uint_eq(size, sizeof o);
+    memcpy(&o, p, sizeof o);
+    return o;
+}
+
+static bool worth(void)
+{
+    const void *extra[N];
+    size_t sizes[N];
+    for (int r = 0; r < N; r++) {
+        extra[r] = &side[r];
+        sizes[r] = sizeof side[r];
+    }
+    return policy.worth(policy.context, number, extra, sizes);
+}
+
+/* The exchange before took as long, on all ranks. */
+static void took(double us)
+{
+    for (int r = 0; r < N; r++) {
+        side[r].measured = number;
+        side[r].measured_us = us;
+    }
+}
+
+START_TEST(only_what_is_equal)
+{
+    start(RY_REPLICA, 3000, 0);
+    fill();
+    ck_assert_int_eq(decide(), RY_REPLICA);
+    for (int r = 0; r < N; r++) {
+        fill();
+        side[r].digest.word[r % 2] ^= 1;
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        fill();
+        side[r].digested--; /* of the exchange before */
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        fill();
+        matrix[r * N + (r ^ 1)]++; /* both ends say so, as the agreement makes sure */
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        ck_assert(!last); /* it was asked for by name */
+        fill();
+        ck_assert_int_eq(decide(), RY_REPLICA);
+    }
+    fill();
+    for (int r = 0; r < N; r++)
+        side[r].digested = 0;
+    ck_assert_int_eq(decide(), RY_DIRECT);
+    stop();
+}
+END_TEST
+
+START_TEST(sizes_that_are_wrong)
+{
+    start(RY_REPLICA, 3000, 0);
+    fill();
+    const void *extra[N] = {0};
+    size_t sizes[N] = {0};
+    ck_assert(!policy.worth(policy.context, 0, extra, sizes));
+    agreed = (struct ry_agreed){.nranks = N, .matrix = matrix, .extra = extra, .extra_bytes = sizes};
+    ck_assert_int_eq(policy.choose(policy.context, &agreed, &verify, &last), RY_DIRECT);
+    ck_assert(last);
+    stop();
+}
+END_TEST
+
+START_TEST(communicators_first)
+{
+    start(RY_REPLICA, 3000, 0);
+    for (int r = 0; r < N; r++)
+        side[r].node_comm = RY_NODE_COULD;
+    fill();
+    side[2].digest.word[0]++;
+    ck_assert_int_eq(decide(), RY_DIRECT); /* not for what is not equal */
+    ck_assert_uint_eq(order_of(0).make, 0);
+    fill();
+    ck_assert_int_eq(decide(), RY_DIRECT);
+    for (int r = 0; r < N; r++) {
+        ck_assert_uint_eq(order_of(r).make, 1);
+        ck_assert_uint_eq(order_of(r).id[0], r % EACH + 1);
+        side[r].node_comm = RY_NODE_MAKING;
+    }
+    for (int r = 0; r < N; r++) {
+        fill();
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        ck_assert(!last);
+        ck_assert_uint_eq(order_of(r).make, 0);
+        side[r].node_comm = RY_NODE_HAS;
+    }
+    fill();
+    ck_assert_int_eq(decide(), RY_REPLICA);
+    side[4].node_comm = RY_NODE_CANNOT;
+    fill();
+    ck_assert_int_eq(decide(), RY_DIRECT);
+    ck_assert(last);
+    ck_assert(!worth());
+    stop();
+}
+END_TEST
+
+START_TEST(by_name)
+{
+    start(-1, 3000, 3);
+    fill();
+    ck_assert(worth());
+    for (int s = 0; s < RY_REPLICA; s++) {
+        forced = s;
+        fill();
+        ck_assert(!worth());
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        ck_assert(last);
+    }
+    forced = RY_REPLICA;
+    ck_assert(worth());
+    for (int i = 0, verified = 0; i < 9; i++) {
+        fill();
+        ck_assert_int_eq(decide(), RY_REPLICA);
+        verified += verify;
+        ck_assert_int_eq(verified, i / 3 + 1);
+    }
+    stop();
+}
+END_TEST
+
+/* By the model, on a slow network and a fast one. */
+START_TEST(by_cost)
+{
+    start(-1, 3000, 0);
+    fill();
+    ck_assert(worth());
+    side[3].digest.word[1]++;
+    ck_assert(!worth());
+    fill();
+    side[3].load.cross_out++;
+    ck_assert(!worth());
+    bytes = 100; /* agreeing takes longer */
+    fill();
+    ck_assert(!worth());
+    stop();
+    start(-1, 1e6, 0);
+    fill();
+    ck_assert(!worth());
+    for (int r = 0; r < N; r++) /* but it takes far longer than that: find out */
+        side[r].plain_us = 5000;
+    ck_assert(worth());
+    side[1].plain_us = 500;
+    ck_assert(!worth());
+    stop();
+}
+END_TEST
+
+/* Exchanges until `n` were made; how many of the last 50 went by replica. */
+static int go(int n, double replica_us, double apart_us)
+{
+    int late = 0;
+    for (int i = 0; i < n; i++) {
+        fill();
+        int s = decide();
+        ck_assert(s == RY_REPLICA || s == RY_DIRECT);
+        took(s == RY_REPLICA ? replica_us : apart_us);
+        late += i >= n - 50 && s == RY_REPLICA;
+        if (last)
+            return -1;
+    }
+    return late;
+}
+
+START_TEST(by_measure)
+{
+    start(-1, 3000, 0);
+    ck_assert_int_ge(go(200, 300, 1000), 49);
+    ck_assert_int_ge(go(200, 300, 320), -1);
+    stop();
+    start(-1, 3000, 0); /* the model says that it pays; it does not */
+    ck_assert_int_eq(go(200, 1000, 300), -1);
+    fill();
+    for (int i = 0, asked = 0; i < 20; i++) { /* and is not tried again at once */
+        asked += worth();
+        ck_assert(i || !asked);
+    }
+    stop();
+    start(-1, 1e6, 0); /* the model says that it does not pay; it does */
+    ck_assert_int_ge(go(200, 300, 1000), 49);
+    stop();
+    start(-1, 3000, 0); /* what paid does not any more, and the other way */
+    ck_assert_int_ge(go(200, 300, 1000), 49);
+    ck_assert_int_eq(go(2000, 1000, 300), -1);
+    stop();
+}
+END_TEST
+
+START_TEST(given_up)
+{
+    start(-1, 3000, 0);
+    int n = 0;
+    do {
+        fill();
+        side[5].digest.word[0]++;
+        ck_assert_int_eq(decide(), RY_DIRECT);
+    } while (!last && ++n < 100);
+    ck_assert_int_lt(n, 20);
+    stop();
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("twin_policy");
+    TCase *t = tcase_create("twin_policy");
+    tcase_add_test(t, only_what_is_equal);
+    tcase_add_test(t, sizes_that_are_wrong);
+    tcase_add_test(t, communicators_first);
+    tcase_add_test(t, by_name);
+    tcase_add_test(t, by_cost);
+    tcase_add_test(t, by_measure);
+    tcase_add_test(t, given_up);
+    suite_add_tcase(suite, t);
+    SRunner *r = srunner_create(suite);
+    srunner_run_all(r, CK_NORMAL);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed ? 1 : 0;
+}
