@@ -18,7 +18,9 @@
 #define MARGIN 0.05       /* a strategy must promise as much over direct */
 #define SURE 0.3          /* of plain NCCL's time: with so much saved by all estimates, the pace need not be asked */
 #define RECENT 256        /* choices remembered until their duration is known */
-#define CHEAP 0.02        /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+/* Agreeing that costs no more than this share of an exchange is worth it just to find out; less where rows are equal, */
+#define CHEAP 0.1
+#define CHEAP_EQUAL 0.02 /* since there every exchange that goes another way loses much */
 #define TRIES 6           /* exchanges measured to find out about a strategy, of twice as many made */
 #define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much, */
 #define NODE_COMM_PROMISING 1 /* unless by the model relaying is faster than direct, once they are there */
@@ -288,8 +290,9 @@ static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choi
 /* ---- finding out ---- */
 
 /*
- * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs next to nothing, each
- * strategy is therefore tried a few times in every size class, once, and measured. Where rows are equal much is at
+ * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs little, each
+ * strategy is therefore tried a few times in every size class, once, and measured: what that may take longer is little,
+ * and soon over; what it may find is there for the whole job. Where rows are equal much is at
  * stake, and what is far from the best is left out, but for a few of direct: that the model says so must not be all
  * there is against it.
  */
@@ -316,8 +319,12 @@ static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choic
 static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choice, int class)
 {
     double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
+    bool equal = isfinite(choice->us[RY_DEDUP]), begun = false;
+    double cheap = equal ? CHEAP_EQUAL : CHEAP;
     int make = -1, measure = -1, several = 0;
-    if (c->config.map->nnodes < 2 || !(c->config.model.agreement_us <= CHEAP * plain))
+    for (int s = 0; s < RY_STRATEGIES && !equal; s++) /* what agreeing is said to cost changes while it is learned */
+        begun |= c->tried[s][class] > 0;
+    if (c->config.map->nnodes < 2 || !(begun || c->config.model.agreement_us <= cheap * plain))
         return -1;
     for (int s = 0; s < RY_STRATEGIES; s++) {
         uint32_t enough = wanted(c, choice, s), made = c->tried[s][class], measured = c->learned.at[s][class].samples;

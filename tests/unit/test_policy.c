@@ -588,8 +588,9 @@ START_TEST(kinds_take_turns)
             ck_assert(!last); /* one pays for both */
             ck_assert_int_eq(s == RY_DEDUP, i % 2 == 0);
         }
-        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over */
-        for (int i = 0; i < 80 && !last; i++) {
+        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over: after what is still
+         * tried, and an account */
+        for (int i = 0; i < 100 && !last; i++) {
             uniform(4 << 20, 1 << 30);
             duplicates(4096, 1);
             exchange();
