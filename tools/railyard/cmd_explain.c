@@ -134,6 +134,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "give either --node-sizes, or --nodes and --gpus");
         if (args.strategy == RY_DEDUP && !args.row_bytes)
             argp_error(state, "dedup depends on which rows are equal: tell how long they are by --row-bytes");
+        if (args.strategy == RY_REPLICA)
+            argp_error(state, "replica takes several communicators, of which this shows one");
         if (args.distinct > 0 && !args.row_bytes)
             argp_error(state, "--distinct is a share of rows: tell how long they are by --row-bytes");
         if (args.chunks > 1 && !args.row_bytes)
