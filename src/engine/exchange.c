@@ -4,7 +4,8 @@
  * Owns: the order in which the parts are asked. Not: what they do.
  *
  *   ry_exchange_begin()  numbers it.
- *   ry_exchange_take()   describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
+ *   ry_exchange_take()   by_twins(): perhaps it goes out together with other communicators (twins.h). Else:
+ *                        describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
  *                        agree() with the other ranks (control/talk.h), which may wait: for the search, for the others; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
  *                        the caller's stream (run/run.h), once, if all are to, after a communicator of the node's ranks was made
@@ -31,6 +32,7 @@ static __thread struct {
     uint64_t number, wall_ns;
     struct ry_sample *sample;
     bool captured;
+    bool together; /* with the communicator's twins */
     bool timed; /* the yardmaster wants to know how long it takes */
     const char *strategy; /* NULL: not agreed on */
     bool verify;
@@ -61,7 +63,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.timed = false;
+    now.captured = now.together = now.timed = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -296,9 +298,9 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     double waited;
     if (r->twins)
         ry_exchange_look_at_checks(c, r);
-    bool together = ry_twins_agree(r->twins, x, b, now.number, &v, &wait);
+    now.together = ry_twins_agree(r->twins, x, b, now.number, &v, &wait);
     now.timed = wait.timed;
-    if (!together) {
+    if (!now.together) {
         now.twins_us = wait.asked ? wait.waited_us : 0;
         now.twins_late_us = wait.late_us;
         return false;
@@ -392,6 +394,7 @@ static uint64_t busier_way(const struct ry_exchange *x)
 static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
 {
     bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
+    ok = ok && !now.together; /* which is neither this communicator's agreement nor NCCL */
     enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
     bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
     uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;

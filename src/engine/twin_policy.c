@@ -268,24 +268,26 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     return text;
 }
 
-static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
+static int choose(void *context, const struct ry_agreed *x, bool *verify, unsigned *rest)
 {
     struct ry_twin_chooser *c = context;
     struct estimate e = {0};
     char text[160];
+    bool last = false;
     c->order = (struct ry_twin_order){.chunks = 1};
     c->make = false;
     if (!get_sides(c, x->extra, x->extra_bytes)) {
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": a manifest contradicts itself", c->name, x->number);
-        return *last = true, RY_DIRECT;
+        return *rest = 1, RY_DIRECT;
     }
     learn(c);
-    const char *why = decide(c, x, &e, last, text, sizeof text);
+    const char *why = decide(c, x, &e, &last, text, sizeof text);
+    *rest = last;
     if (!why && c->config.verify)
         *verify = c->together++ % c->config.verify == 0;
     if (why)
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
-               *last ? "; not asked any more" : "");
+               last ? "; not asked any more" : "");
     else
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica in %u chunks (%.0f us, each for itself %.0f us)%s", c->name,
                x->number, c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
