@@ -10,12 +10,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 #include <xxhash.h>
 
 #include "base/log.h"
 
 #define MAGIC "RYTWIN1"
+#define NEW ".new"         /* behind the name of a card that is being made */
+#define MAKING_SECONDS 60 /* that may take, by far */
 
 /* What a card holds. */
 struct content {
@@ -89,14 +92,57 @@ static uint64_t kind_of(const struct ry_cluster *map, int rank)
     return h;
 }
 
+/* Is it a file of a process that is no more? `fd` is of a card, of another process: see struct ry_twin_card. */
+static bool left_behind(int fd)
+{
+    struct flock by = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    return !fcntl(fd, F_GETLK, &by) && by.l_type == F_UNLCK;
+}
+
+/* The process's number in a card's name; -1: it is none. */
+static int maker_of(const char *name)
+{
+    int pid, end = -1;
+    if (sscanf(name, "%*16[0-9a-f].%*u.%*16[0-9a-f].%d%n", &pid, &end) != 1 || end < 0)
+        return -1;
+    return !name[end] || !strcmp(name + end, NEW) ? pid : -1;
+}
+
+/* Of other kinds than ours nobody may ever look again. */
+static void sweep(const char *folder)
+{
+    char path[600];
+    struct stat st;
+    DIR *dir = opendir(folder);
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        int pid = maker_of(e->d_name);
+        if (pid < 0 || pid == (int)getpid())
+            continue;
+        snprintf(path, sizeof path, "%s/%s", folder, e->d_name);
+        int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+        if (fd < 0)
+            continue;
+        bool is_new = strstr(e->d_name, NEW); /* it has no lock yet */
+        if (!fstat(fd, &st) && (!is_new || time(NULL) - st.st_mtime > MAKING_SECONDS) && left_behind(fd))
+            unlink(path);
+        close(fd);
+    }
+    if (dir)
+        closedir(dir);
+}
+
 static int write_card(struct ry_twin_card *c, struct ry_err *err)
 {
     struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct stat st;
     char made[320];
     if (mkdir(c->folder, 0700) && errno != EEXIST)
         return ry_fail(err, "%s: %s", c->folder, strerror(errno));
+    if (lstat(c->folder, &st) || !S_ISDIR(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022))
+        return ry_fail(err, "%s is not a folder that only this user may write to", c->folder);
+    sweep(c->folder);
     /* Under another name until it is locked: without its lock it would be taken for one that a dead process left. */
-    snprintf(made, sizeof made, "%s.new", c->path);
+    snprintf(made, sizeof made, "%s" NEW, c->path);
     c->fd = open(made, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (c->fd < 0 && errno == EEXIST && !unlink(made)) /* of an earlier process with our number */
         c->fd = open(made, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
@@ -152,13 +198,12 @@ void ry_twin_card_free(struct ry_twin_card *c)
 /* The card at `path`, of another process: true if that is alive. */
 static bool read_card(const char *path, struct content *content)
 {
-    struct flock by = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     struct stat st;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return false;
-    bool known = !fcntl(fd, F_GETLK, &by), alive = known && by.l_type != F_UNLCK;
-    if (known && !alive)
+    bool alive = !left_behind(fd);
+    if (!alive)
         unlink(path);
     bool good = alive && !fstat(fd, &st) && st.st_uid == geteuid() &&
                 read(fd, content, sizeof *content) == (ssize_t)sizeof *content &&

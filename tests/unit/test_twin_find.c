@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -199,6 +200,38 @@ START_TEST(not_twins)
 }
 END_TEST
 
+/* What others left is swept away by whoever comes next, of whatever kind; what is being made is not; nor is anything that is no card. */
+START_TEST(swept)
+{
+    struct ry_err err;
+    struct ry_cluster *map = map_of("ab", 7);
+    struct helper dead = another("abc", 2, 60, 9, 0), alive = another("abcd", 2, 61, 9, 0);
+    char path[300];
+    static const char *const others[] = {"notes", "0000000000000001.0.0000000000000002.99999999.new", "0000000000000001.0.x.99999999"};
+    for (int i = 0; i < 3; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, others[i]);
+        close(open(path, O_CREAT | O_WRONLY, 0600));
+    }
+    dies(&dead);
+    ck_assert_int_eq(files(), 5);
+    struct ry_twin_card *own = ry_twin_card_new(map, 0, 50, "", 0, &err);
+    ck_assert_int_eq(files(), 5); /* one gone, one come */
+    ck_assert_int_eq(utimes(path, NULL), 0);
+    snprintf(path, sizeof path, "%s/%s", folder, others[1]);
+    ck_assert_int_eq(utimes(path, (struct timeval[2]){{0, 0}, {0, 0}}), 0); /* an old one */
+    struct ry_twin_card *second = ry_twin_card_new(map, 1, 51, "", 0, &err);
+    ck_assert_int_eq(files(), 5);
+    ends(&alive);
+    ry_twin_card_free(second);
+    ry_twin_card_free(own);
+    ck_assert_int_eq(files(), 2);
+    ck_assert_int_eq(chmod(folder, 0777), 0);
+    ck_assert_ptr_null(ry_twin_card_new(map, 0, 50, "", 0, &err));
+    ck_assert_ptr_nonnull(strstr(err.msg, "only this user"));
+    ry_cluster_free(map);
+}
+END_TEST
+
 /* Files that are no cards, and cards that nobody could have written. */
 START_TEST(rubbish)
 {
@@ -241,6 +274,7 @@ int main(void)
     tcase_add_test(t, forked);
     tcase_add_test(t, not_twins);
     tcase_add_test(t, rubbish);
+    tcase_add_test(t, swept);
     tcase_set_timeout(t, 60);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
