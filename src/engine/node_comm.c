@@ -160,6 +160,8 @@ static void *make_it(void *arg)
     void *comm = NULL;
     int r = 0, making = RY_NODE_MAKING;
     uint64_t began = ry_now_ns();
+    if (n->device->relax_thread) /* the job may capture a graph meanwhile */
+        n->device->relax_thread();
     if (!n->device->use(n->ordinal, &err) && (r = n->nccl->comm_init_rank(&comm, n->twins, n->id, n->twin)))
         comm = NULL;
     if (comm)

@@ -247,6 +247,7 @@ static void killed(void)
     begin();
     engage_twins(true, 4);
     barrier(world);
+    usleep(300000 * SLOW); /* all have left the barrier */
     if (who.rank == victim)
         raise(SIGKILL);
     uint64_t t = ry_now_ns();
@@ -272,7 +273,7 @@ static void killed(void)
     NCCL(ncclCommAbort(world));
 }
 
-/* Everybody but the victim is in an exchange, and aborts. */
+/* The victim aborts, while the others of its twin are in an exchange, which they abort in their turn. */
 static struct {
     pthread_t thread;
     _Atomic bool over;
@@ -297,16 +298,23 @@ static void aborted(void)
     engage_twins(true, 4);
     barrier(world);
     uint64_t t = ry_now_ns();
-    if (who.rank != victim) {
+    bool hit = victim % twins == twin; /* as in killed() */
+    if (hit && who.rank != victim) {
         CHECK(!pthread_create(&going.thread, NULL, go_on, NULL), "no thread");
         usleep(300000);
     }
-    EXPECT(ncclSuccess, ncclCommAbort(side->comm));
-    if (who.rank != victim) {
+    for (int i = 0; i < 20 && !hit; i++) /* the others' twin is gone: each for itself */
+        exchange(side, &usual);
+    if (hit)
+        EXPECT(ncclSuccess, ncclCommAbort(side->comm));
+    else
+        NCCL(ncclCommDestroy(side->comm));
+    if (hit && who.rank != victim) {
         while (!going.over && seconds_since(t) < 40)
             usleep(1000);
         CHECK(going.over, "the thread is still there");
         pthread_join(going.thread, NULL);
+        CHECK(going.result != ncclSuccess, "went on without rank %d", victim);
     }
     while (meddle_ended < meddle_made && seconds_since(t) < 40)
         usleep(1000);
