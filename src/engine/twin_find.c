@@ -17,7 +17,7 @@
 #include "base/log.h"
 
 #define MAGIC "RYTWIN1"
-#define NEW ".new"         /* behind the name of a card that is being made */
+#define NEW ".new"        /* behind the name of a card that is being made */
 #define MAKING_SECONDS 60 /* that may take, by far */
 
 /* What a card holds. */
@@ -29,7 +29,8 @@ struct content {
 };
 
 struct ry_twin_card {
-    int fd; /* holds the lock: closing any other descriptor of that file in this process would end it, so nobody opens it again */
+    int fd; /* holds the lock: closing any other descriptor of that file in this process would end it, so nobody opens
+               it again */
     struct content content;
     char folder[200], prefix[40], path[300];
 };
@@ -47,7 +48,7 @@ static struct kind {
     struct kind *next;
     uint64_t hash;
     uint32_t cards;
-} *kinds;
+} * kinds;
 
 static uint32_t count(uint64_t hash)
 {
@@ -75,9 +76,8 @@ static uint64_t hash_text(uint64_t h, const char *s)
 /* Of all that twins have in common, and communicators of other jobs have not. */
 static uint64_t kind_of(const struct ry_cluster *map, int rank)
 {
-    static const char *const launchers[] = {"MASTER_ADDR",   "MASTER_PORT",    "TORCHELASTIC_RUN_ID",
-                                            "SLURM_JOB_ID",  "SLURM_STEP_ID",  "PMIX_NAMESPACE",
-                                            "OMPI_MCA_ess_base_jobid"};
+    static const char *const launchers[] = {"MASTER_ADDR",   "MASTER_PORT",    "TORCHELASTIC_RUN_ID",    "SLURM_JOB_ID",
+                                            "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"};
     const struct ry_seat *own = &map->seats[rank];
     struct {
         uint32_t settings;
@@ -158,8 +158,8 @@ static int write_card(struct ry_twin_card *c, struct ry_err *err)
     return 0;
 }
 
-struct ry_twin_card *ry_twin_card_new(const struct ry_cluster *map, int rank, uint64_t key, const void *address, size_t size,
-                                      struct ry_err *err)
+struct ry_twin_card *ry_twin_card_new(const struct ry_cluster *map, int rank, uint64_t key, const void *address,
+                                      size_t size, struct ry_err *err)
 {
     struct ry_twin_card *c = calloc(1, sizeof *c);
     if (!c || size > sizeof c->content.address) {

@@ -10,13 +10,13 @@
 #include "base/log.h"
 #include "plan/cost_replica.h"
 
-#define MARGIN 0.05     /* that it must promise */
-#define CHEAP 0.05       /* agreeing that costs no more than this share of an exchange is worth it just to find out */
-#define TRIES 6         /* exchanges measured each way before what was measured decides */
-#define AGAIN 256       /* the way that is not chosen is tried again after so many */
-#define UNEQUAL 8       /* exchanges in a row whose bytes differ, after which nobody is asked any more for a while */
-#define UNPAID 16       /* the same for exchanges that did not pay */
-#define MOST_SKIPS 6    /* proposals not made after that: up to 2^6 */
+#define MARGIN 0.05        /* that it must promise */
+#define CHEAP 0.05         /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define TRIES 6            /* exchanges measured each way before what was measured decides */
+#define AGAIN 256          /* the way that is not chosen is tried again after so many */
+#define UNEQUAL 8          /* exchanges in a row whose bytes differ, after which nobody is asked any more for a while */
+#define UNPAID 16          /* the same for exchanges that did not pay */
+#define MOST_SKIPS 6       /* proposals not made after that: up to 2^6 */
 #define MOST_MAKING 100000 /* exchanges that the communicators may take to come about */
 #define RECENT 64
 #define CLASSES 64
@@ -84,7 +84,8 @@ static const char *differ(const struct ry_twin_chooser *c, const uint64_t *matri
         else if (!matrix && memcmp(&mine->load, &its->load, sizeof mine->load))
             what = "other counts";
         if (what)
-            return snprintf(text, size, "rank %d of twin %d sends %s than that of twin 0", r % c->each, r / c->each, what),
+            return snprintf(text, size, "rank %d of twin %d sends %s than that of twin 0", r % c->each, r / c->each,
+                            what),
                    text;
     }
     return NULL;
@@ -199,9 +200,7 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     if (!why) {
         estimate(c, &e);
         bool faster = e.us[TOGETHER] < e.us[APART] * (1 - MARGIN);
-        why = c->skip > 0                          ? "it did not pay lately"
-              : !faster && !to_find_out(c, &e) ? "it would not be faster"
-                                               : NULL;
+        why = c->skip > 0 ? "it did not pay lately" : !faster && !to_find_out(c, &e) ? "it would not be faster" : NULL;
         c->skip -= c->skip > 0;
     }
     ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": %s", c->name, number, why ? why : "worth agreeing on");
@@ -235,8 +234,8 @@ static void give_up(struct ry_twin_chooser *c, bool *last)
 }
 
 /* NULL: by replica. */
-static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, struct estimate *e, bool *last, char *text,
-                          size_t size)
+static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, struct estimate *e, bool *last,
+                          char *text, size_t size)
 {
     bool trial = false;
     if (forbidden(c))
@@ -289,8 +288,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
                last ? "; not asked any more" : "");
     else
-        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica in %u chunks (%.0f us, each for itself %.0f us)%s", c->name,
-               x->number, c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica in %u chunks (%.0f us, each for itself %.0f us)%s",
+               c->name, x->number, c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
     return why ? RY_DIRECT : RY_REPLICA;
 }
 

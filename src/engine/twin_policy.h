@@ -1,12 +1,13 @@
 /*
  * twin_policy.h: what the yardmaster of twin communicators decides by: are their bytes equal, and does it pay.
  *
- * Owns: the callbacks that the agreement among all ranks of all twins asks (control/agree.h: struct ry_policy), the content of what a
- * rank adds to its manifest there and of what a verdict adds. Not: the formulas (plan/cost_replica.h, plan/cost.h), who
- * the twins are (twin_find.h), what a communicator does by itself where the verdict is not replica (policy.h).
+ * Owns: the callbacks that the agreement among all ranks of all twins asks (control/agree.h: struct ry_policy), the
+ * content of what a rank adds to its manifest there and of what a verdict adds. Not: the formulas (plan/cost_replica.h,
+ * plan/cost.h), who the twins are (twin_find.h), what a communicator does by itself where the verdict is not replica
+ * (policy.h).
  *
- * Ranks are numbered through: t * W + k is rank k of twin t. No I/O, no clock. Thread-safety: none of its own; everything is called
- * under the lock of the twins' agreement.
+ * Ranks are numbered through: t * W + k is rank k of twin t. No I/O, no clock. Thread-safety: none of its own;
+ * everything is called under the lock of the twins' agreement.
  */
 #ifndef RY_ENGINE_TWIN_POLICY_H
 #define RY_ENGINE_TWIN_POLICY_H
@@ -23,12 +24,12 @@
 struct ry_twin_side {
     struct ry_load load;     /* of its own communicator's exchange */
     struct ry_digest digest; /* of what it sends to other nodes: */
-    uint64_t digested;       /* 1 + the number of that exchange; in a manifest always the one at hand; 0: there is none */
-    uint64_t node_comm;      /* enum ry_node_state, of the communicator of the ranks at its position */
-    uint64_t measured;       /* 1 + the latest exchange that was timed here, 0: none yet */
+    uint64_t digested;  /* 1 + the number of that exchange; in a manifest always the one at hand; 0: there is none */
+    uint64_t node_comm; /* enum ry_node_state, of the communicator of the ranks at its position */
+    uint64_t measured;  /* 1 + the latest exchange that was timed here, 0: none yet */
     double measured_us;
-    double plain_us;    /* the latest duration known of an exchange that was not agreed on with the twins; 0: none yet */
-    double messages_us; /* what agreeing takes this rank; 0: not known */
+    double plain_us; /* the latest duration known of an exchange that was not agreed on with the twins; 0: none yet */
+    double messages_us;           /* what agreeing takes this rank; 0: not known */
     uint8_t id[RY_TWIN_ID_BYTES]; /* of twin 0's rank at each position: to make that communicator by. Zeros: none */
 };
 
@@ -45,10 +46,10 @@ struct ry_twin_order {
 struct ry_twin_config {
     const struct ry_cluster *map; /* of all ranks; must live as long */
     int twins;
-    const _Atomic int *forced; /* enum ry_strategy, or -1: choose; may change. RY_REPLICA: whenever the bytes are equal, whatever it costs;
-                                  another one: never */
-    uint64_t verify; /* every n-th exchange by replica, 0: never */
-    int chunks;      /* of plans; 0: by the model */
+    const _Atomic int *forced; /* enum ry_strategy, or -1: choose; may change. RY_REPLICA: whenever the bytes are equal,
+                                  whatever it costs; another one: never */
+    uint64_t verify;           /* every n-th exchange by replica, 0: never */
+    int chunks;                /* of plans; 0: by the model */
     struct ry_cost_model model;
     const char *name; /* for RAILYARD_LOG=plan; copied */
 };

@@ -62,7 +62,8 @@ static void trouble(void *context, int peer, const char *why)
 {
     const struct ry_twins *t = context;
     if (why != ry_line_left)
-        ry_info("communicator %s: rank %d of it and its twins: %s: what they send is not shared from here", t->c->id, peer, why);
+        ry_info("communicator %s: rank %d of it and its twins: %s: what they send is not shared from here", t->c->id,
+                peer, why);
 }
 
 static void free_group(struct group *g, bool leak)
@@ -90,7 +91,8 @@ static void drop_group(struct ry_twins *t, bool leak)
     free_group(g, leak);
 }
 
-/* The map of all twins: this communicator's, so many times over. What differs between twins, their GPUs, is of no interest. */
+/* The map of all twins: this communicator's, so many times over. What differs between twins, their GPUs, is of no
+ * interest. */
 static struct ry_cluster *map_of_all(const struct ry_cluster *map, int twins, struct ry_err *err)
 {
     size_t each = (size_t)map->nranks, all = each * (size_t)twins;
@@ -167,7 +169,8 @@ static void look(struct ry_twins *t)
 {
     struct ry_err err = {""};
     struct ry_twin_found *now = calloc(1, sizeof *now);
-    if (!t->card && !(t->card = ry_twin_card_new(t->r->map, t->c->info.rank, t->c->key, t->address, t->address_size, &err))) {
+    if (!t->card &&
+        !(t->card = ry_twin_card_new(t->r->map, t->c->info.rank, t->c->key, t->address, t->address_size, &err))) {
         ry_info("communicator %s: twins of it are not looked for: %s", t->c->id, err.msg);
         t->off = true;
     }
@@ -238,7 +241,8 @@ static bool pick_up_digest(struct ry_twins *t)
 static bool wait_for_digest(struct ry_twins *t)
 {
     double most = ry_engine.settings.patience / PATIENCE_SHARE / 2;
-    uint64_t began = ry_now_ns(), limit = (uint64_t)((most < MOST_DIGEST_WAIT ? most : MOST_DIGEST_WAIT) * 1e9), waited = 0;
+    uint64_t began = ry_now_ns(), limit = (uint64_t)((most < MOST_DIGEST_WAIT ? most : MOST_DIGEST_WAIT) * 1e9),
+             waited = 0;
     while (!pick_up_digest(t) && !atomic_load(&t->r->aborted) && waited <= limit) {
         waited = ry_now_ns() - began;
         if (waited < SPIN_NS)
@@ -273,12 +277,12 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
         memcpy(s->id, g->id.bytes, sizeof s->id);
 }
 
-static bool ask(struct ry_twins *t, struct group *g, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
-                struct ry_verdict *verdict, struct ry_twins_wait *wait)
+static bool ask(struct ry_twins *t, struct group *g, const struct ry_exchange *x, const struct ry_buffers *b,
+                uint64_t number, struct ry_verdict *verdict, struct ry_twins_wait *wait)
 {
     struct ry_twin_side side;
-    bool able = x->held && !t->r->quit && !forbidden() && ry_run_safe(b) && begin_digest(t, b, number) && wait_for_digest(t) &&
-                t->digested == number + 1;
+    bool able = x->held && !t->r->quit && !forbidden() && ry_run_safe(b) && begin_digest(t, b, number) &&
+                wait_for_digest(t) && t->digested == number + 1;
     if (g->twin == 0 && !g->has_id && ry_node_comm_state(g->comm) == RY_NODE_COULD)
         g->has_id = !ry_engine.nccl.get_unique_id(&g->id);
     fill_side(t, g, b, &side);
@@ -394,8 +398,8 @@ void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
 
 struct ry_twins *ry_twins_open(struct comm *c, struct reissue *r, const void *address, size_t size)
 {
-    if (r->map->nnodes < 2 || !ry_engine.settings.node_comm || !ry_run_digests(r->runner) || !ry_engine.nccl.comm_init_rank ||
-        getenv("NCCL_COMM_ID")) /* with that all ids that NCCL makes are the same */
+    if (r->map->nnodes < 2 || !ry_engine.settings.node_comm || !ry_run_digests(r->runner) ||
+        !ry_engine.nccl.comm_init_rank || getenv("NCCL_COMM_ID")) /* with that all ids that NCCL makes are the same */
         return NULL;
     struct ry_twins *t = calloc(1, sizeof *t);
     if (!t || !(t->found = calloc(1, sizeof *t->found)) || !(t->address = malloc(size + 1))) {

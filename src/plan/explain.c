@@ -58,6 +58,16 @@ static struct text place(const struct ry_plan *p, int i, const struct ry_at *at)
 {
     struct text t = {""};
     const struct ry_step *s = &p->steps[i], *from;
+    if (p->strategy == RY_REPLICA) { /* all are shares of something */
+        char offset[48] = "";
+        if (at->offset)
+            snprintf(offset, sizeof offset, "from byte %" PRIu64 " on", at->offset);
+        if (at->place == RY_AT_RECV && at->peer != s->peer)
+            snprintf(t.s, sizeof t.s, "%s%swhat rank %d sent", offset, *offset ? " of " : "", at->peer);
+        else
+            snprintf(t.s, sizeof t.s, "%s", offset);
+        return t;
+    }
     switch (at->place) {
     case RY_AT_SEND:
         if (p->strategy == RY_SUM && at->peer != s->peer)

@@ -1,7 +1,8 @@
 /*
  * digest.c: the digest of what a rank sends to other nodes, on its way to the host.
  *
- * Owns: which segments are in it, the memory for it on the device, when it is there. Not: the sum (digest.h, kernels.cu).
+ * Owns: which segments are in it, the memory for it on the device, when it is there. Not: the sum (digest.h,
+ * kernels.cu).
  */
 #include "internal.h"
 

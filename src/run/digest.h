@@ -1,12 +1,13 @@
 /*
- * digest.h: 128 bits that stand for the bytes of a list of segments, in C and in CUDA C: shared by the kernel of kernels.cu
- * and its twin in batch.c.
+ * digest.h: 128 bits that stand for the bytes of a list of segments, in C and in CUDA C: shared by the kernel of
+ * kernels.cu and its twin in batch.c.
  *
  * A digest is the sum, in two words of 64 bits, of what each 16-byte word adds: threads may add them in any order. What
  * one word adds depends on its bytes, its offset and its segment's tag, and never on where in memory it lies. For one
- * place the 128 bits of the word and the 128 that it adds determine each other, so that two lists which differ in one word
- * always have different digests, and others with a chance of 2^-128: by accident, that is; this is no cryptography. The
- * bytes behind the last whole word count one by one. How long segments are is not in it: compare that as well.
+ * place the 128 bits of the word and the 128 that it adds determine each other, so that two lists which differ in one
+ * word always have different digests, and others with a chance of 2^-128: by accident, that is; this is no
+ * cryptography. The bytes behind the last whole word count one by one. How long segments are is not in it: compare that
+ * as well.
  */
 #ifndef RY_RUN_DIGEST_H
 #define RY_RUN_DIGEST_H

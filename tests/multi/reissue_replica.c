@@ -122,7 +122,9 @@ static void loop(void)
     nodes_of(near);
     double took = 0;
     for (int i = 0; i < number; i++) {
-        struct exchange x = {.matrix = i % 3 == 0 ? M_EQUAL : i % 3 == 1 ? M_RANDOM : M_HOLES,
+        struct exchange x = {.matrix = i % 3 == 0   ? M_EQUAL
+                                       : i % 3 == 1 ? M_RANDOM
+                                                    : M_HOLES,
                              .form = (enum form)(i % 4),
                              .type = ncclUint8,
                              .most = i % 5 == 4 ? 37 : 65536};
@@ -340,8 +342,9 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"loop", loop},   {"changing", changing}, {"unlike", unlike},   {"by_itself", by_itself}, {"alone", alone},
-                 {"stops", stops}, {"killed", killed},     {"aborted", aborted}, {"making", making}};
+    } cases[] = {{"loop", loop},           {"changing", changing}, {"unlike", unlike},
+                 {"by_itself", by_itself}, {"alone", alone},       {"stops", stops},
+                 {"killed", killed},       {"aborted", aborted},   {"making", making}};
     start_reissue(20);
     CHECK(argc >= 4, "which case, which shape, how many twins?");
     take_shape(argv[2]);

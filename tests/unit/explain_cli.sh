@@ -30,6 +30,16 @@ also() {
 
 expect 0 'explain' --help
 
+# 8 twins of 2 ranks: 2 x 8 messages of 32 kB, then of 4 kB, each of which goes to 7 others.
+expect 0 '8 twins of 2 ranks on 2 nodes' --uniform 64K --nodes 2 --gpus 1 --twins 8 --rank 2
+also 'across nodes +16, 524 kB +16, 65.5 kB$'
+also 'in the node +0, 0 B +112, 459 kB$'
+also 'rank 2 of 16 \(node 0, rail 1\): replica'
+also 'receive 4096 B from rank 4 in the node: from byte 8192 on of what rank 3 sent$'
+expect 0 'beside that' --uniform 64K --nodes 2 --gpus 2 --twins 2 --chunks 4 --strategy replica
+expect 2 'tell how many by --twins' --uniform 64K --nodes 2 --gpus 2 --strategy replica
+expect 2 'knows no rows' --uniform 64K --nodes 2 --gpus 2 --twins 2 --row-bytes 1K
+
 # 2 x 2, 100 bytes each: 25 to every rank. Across: 8 messages of 25, or 4 of 50; then half of what came is passed on in the node.
 expect 0 '4 ranks on 2 nodes; the plans of all ranks were verified' --uniform 100 --nodes 2 --gpus 2
 also 'across nodes +8, 200 B +4, 200 B$'

@@ -77,6 +77,96 @@ static struct ry_node_comm *new_node(int rank)
     return n;
 }
 
+/* ---- of twins ---- */
+
+static int init(void **out, int nranks, struct ry_nccl_id id, int rank)
+{
+    ck_assert(nranks == 3 && rank == 1 && id.bytes[5] == 42);
+    in_split = 1;
+    while (waits)
+        usleep(1000);
+    *out = fails ? NULL : made;
+    return fails;
+}
+
+static int to_be_waited_for(_Atomic int *what)
+{
+    for (int i = 0; i < 5000 && !*what; i++)
+        usleep(1000);
+    return *what;
+}
+
+static struct ry_node_comm *of_twins(bool start)
+{
+    static struct ry_nccl twins;
+    struct ry_nccl_id id = {{0}};
+    ry_node_comm_end(new_node(0), false); /* for what it sets up */
+    twins = nccl;
+    ck_assert_ptr_null(ry_node_comm_of_twins(&twins, &device, 0, 3, 1, "test"));
+    twins.comm_init_rank = init;
+    struct ry_node_comm *n = ry_node_comm_of_twins(&twins, &device, 0, 3, 1, "test");
+    ck_assert_ptr_nonnull(n);
+    face = ry_node_comm_face(n);
+    ck_assert(!face->local && face->twins == 3);
+    ck_assert_int_eq(ry_node_comm_state(n), RY_NODE_COULD);
+    id.bytes[5] = 42;
+    waits = 1;
+    if (start) {
+        ry_node_comm_start(n, &id);
+        ck_assert(to_be_waited_for(&in_split)); /* and nobody waits for it */
+        ck_assert_int_eq(ry_node_comm_state(n), RY_NODE_MAKING);
+        ck_assert_ptr_null(atomic_load(&face->comm));
+    }
+    return n;
+}
+
+static enum ry_node_state settled(const struct ry_node_comm *n)
+{
+    for (int i = 0; i < 5000 && ry_node_comm_state(n) == RY_NODE_MAKING; i++)
+        usleep(1000);
+    return ry_node_comm_state(n);
+}
+
+START_TEST(twins)
+{
+    struct ry_node_comm *n = of_twins(false);
+    ry_node_comm_end(n, false); /* never made */
+    n = of_twins(true);
+    waits = 0;
+    ck_assert_int_eq(settled(n), RY_NODE_HAS);
+    ck_assert_ptr_eq(atomic_load(&face->comm), &child);
+    ry_node_comm_start(n, &(struct ry_nccl_id){{0}}); /* only once */
+    ck_assert_int_eq(ry_node_comm_state(n), RY_NODE_HAS);
+    ry_node_comm_end(n, false);
+    ck_assert_int_eq(destroys, 1);
+
+    n = of_twins(true);
+    fails = 3;
+    waits = 0;
+    ck_assert_int_eq(settled(n), RY_NODE_CANNOT);
+    ry_node_comm_end(n, false);
+    ck_assert_int_eq(destroys + aborts, 0);
+}
+END_TEST
+
+/* The job's communicator ends, or is aborted, before it is there: who made it ends it. */
+START_TEST(twins_too_late)
+{
+    for (int abort = 0; abort < 2; abort++) {
+        struct ry_node_comm *n = of_twins(true);
+        if (abort) {
+            ry_node_comm_abort(n);
+            ck_assert_int_eq(ry_node_comm_state(n), RY_NODE_CANNOT);
+        }
+        face = NULL;
+        ry_node_comm_end(n, false);
+        waits = 0;
+        ck_assert(to_be_waited_for(&aborts));
+        ck_assert_int_eq(destroys, 0);
+    }
+}
+END_TEST
+
 static struct ry_cluster *cluster(const char *nodes, int n)
 {
     struct ry_seat seats[8];
@@ -235,6 +325,8 @@ int main(void)
     tcase_add_test(t, failures);
     tcase_add_test(t, aborting);
     tcase_add_test(t, aborted_while_made);
+    tcase_add_test(t, twins);
+    tcase_add_test(t, twins_too_late);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);
     srunner_run_all(runner, CK_NORMAL);

@@ -1,6 +1,6 @@
 /*
- * test_twin_find.c: cards of twin communicators, of several processes: who is found, who is not, and what is left of processes that
- * died.
+ * test_twin_find.c: cards of twin communicators, of several processes: who is found, who is not, and what is left of
+ * processes that died.
  */
 #include <check.h>
 #include <dirent.h>
@@ -183,7 +183,8 @@ START_TEST(not_twins)
     setenv("MASTER_PORT", "1234", 1);
     struct helper job = another("aabb", 1, 16, 7, 0);
     unsetenv("MASTER_PORT");
-    struct ry_twin_card *own = ry_twin_card_new(map, 1, 50, "", 0, &err), *second = ry_twin_card_new(map, 1, 51, "", 0, &err);
+    struct ry_twin_card *own = ry_twin_card_new(map, 1, 50, "", 0, &err),
+                        *second = ry_twin_card_new(map, 1, 51, "", 0, &err);
     ck_assert_int_eq(found(own, &f), 1);
     ck_assert_int_eq(found(second, &f), 2); /* the other process's second */
     ck_assert(f.key[0] == 15 && f.key[1] == 51);
@@ -200,14 +201,16 @@ START_TEST(not_twins)
 }
 END_TEST
 
-/* What others left is swept away by whoever comes next, of whatever kind; what is being made is not; nor is anything that is no card. */
+/* What others left is swept away by whoever comes next, of whatever kind; what is being made is not; nor is anything
+ * that is no card. */
 START_TEST(swept)
 {
     struct ry_err err;
     struct ry_cluster *map = map_of("ab", 7);
     struct helper dead = another("abc", 2, 60, 9, 0), alive = another("abcd", 2, 61, 9, 0);
     char path[300];
-    static const char *const others[] = {"notes", "0000000000000001.0.0000000000000002.99999999.new", "0000000000000001.0.x.99999999"};
+    static const char *const others[] = {"notes", "0000000000000001.0.0000000000000002.99999999.new",
+                                         "0000000000000001.0.x.99999999"};
     for (int i = 0; i < 3; i++) {
         snprintf(path, sizeof path, "%s/%s", folder, others[i]);
         close(open(path, O_CREAT | O_WRONLY, 0600));
@@ -247,7 +250,8 @@ START_TEST(rubbish)
             snprintf(name, sizeof name, "%.*s", 19, e->d_name);
     closedir(d);
     ck_assert_int_eq(found(own, &f), 2);
-    static const char *const odd[] = {"", "x", "000000000000003d", "000000000000003d.1.2", "zz.1", "000000000000003d.99999999"};
+    static const char *const odd[] = {
+        "", "x", "000000000000003d", "000000000000003d.1.2", "zz.1", "000000000000003d.99999999"};
     for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
         snprintf(path, sizeof path, "%s/%s%s", folder, name, odd[i]);
         int fd = open(path, O_CREAT | O_WRONLY, 0600);

@@ -1,6 +1,6 @@
 /*
- * test_twin_policy.c: what the yardmaster of twins decides: only what is equal goes by replica, communicators are made first and once,
- * what is measured counts for more than the model, and what does not pay is given up.
+ * test_twin_policy.c: what the yardmaster of twins decides: only what is equal goes by replica, communicators are made
+ * first and once, what is measured counts for more than the model, and what does not pay is given up.
  */
 #include <check.h>
 #include <stdatomic.h>
@@ -33,7 +33,8 @@ static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
     }
     map = ry_cluster_build(seats, N, &err);
     forced = how;
-    struct ry_twin_config config = {.map = map, .twins = TWINS, .forced = &forced, .verify = verify_every, .name = "test"};
+    struct ry_twin_config config = {
+        .map = map, .twins = TWINS, .forced = &forced, .verify = verify_every, .name = "test"};
     ry_cost_guess(&config.model, map);
     config.model.node_comm = true;
     config.model.link[RY_LINK_NIC].bytes_per_us = config.model.nic_rank_bytes_per_us = nic_bytes_per_us;
@@ -76,7 +77,8 @@ static int decide(void)
         extra[r] = &side[r];
         sizes[r] = sizeof side[r];
     }
-    agreed = (struct ry_agreed){.number = number, .nranks = N, .type = 1, .matrix = matrix, .extra = extra, .extra_bytes = sizes};
+    agreed = (struct ry_agreed){
+        .number = number, .nranks = N, .type = 1, .matrix = matrix, .extra = extra, .extra_bytes = sizes};
     verify = false;
     last = 0;
     int s = policy.choose(policy.context, &agreed, &verify, &last);

@@ -2,15 +2,16 @@
  * test_twins_random.c: twin communicators under random programs and random schedules: the agreement among all ranks of
  * all twins, with the policy that it has in the engine (twin_policy.h), beside each twin's own.
  *
- * A schedule: 2 to 4 twins of 1 to 3 ranks run random programs: exchanges whose bytes are the same on all twins or differ on
- * one, or whose counts do; ranks that say "not me"; a twin that makes an exchange more than the others, or stops; ranks that
- * leave, lose a connection; communicators of positions that come about late or not at all; letters in any order, twice,
- * late; jumps of time. An exchange by replica is over on a rank once the ranks of its twin and those at its position have
- * begun the same, any other one once those of its twin have. The rules, checked on each: one way    a rank carries exchange x out
- * by replica only if all ranks of all twins do, other than those that stopped, left or lost a connection before they were
- * told; never wrong    and only if all of them send the same; each twin still agrees    where it is not replica, a
- * twin's ranks all do what its own agreement says; no wait for ever; and it works    a program of equal exchanges
- * without mishaps goes by replica, all of it once the twins are engaged and their communicators made.
+ * A schedule: 2 to 4 twins of 1 to 3 ranks run random programs: exchanges whose bytes are the same on all twins or
+ * differ on one, or whose counts do; ranks that say "not me"; a twin that makes an exchange more than the others, or
+ * stops; ranks that leave, lose a connection; communicators of positions that come about late or not at all; letters in
+ * any order, twice, late; jumps of time. An exchange by replica is over on a rank once the ranks of its twin and those
+ * at its position have begun the same, any other one once those of its twin have. The rules, checked on each: one way
+ * a rank carries exchange x out by replica only if all ranks of all twins do, other than those that stopped, left or
+ * lost a connection before they were told; never wrong    and only if all of them send the same; each twin still agrees
+ * where it is not replica, a twin's ranks all do what its own agreement says; no wait for ever; and it works    a
+ * program of equal exchanges without mishaps goes by replica, all of it once the twins are engaged and their
+ * communicators made.
  *
  * RY_TEST_SEED=n repeats schedule n alone and tells of it; RY_TEST_SCHEDULES sets their number.
  */
@@ -99,9 +100,8 @@ static void write_programs(void)
         for (int t = 0; t < s.twins; t++) {
             if (t == extra && s.nops[t] < OPS - 1)
                 s.op[t][s.nops[t]++] = (struct op){.content = (uint8_t)pick(200)};
-            s.op[t][s.nops[t]++] = (struct op){.content = content,
-                                               .other = !same && t == odd && one_in(2),
-                                               .longer = !same && t == odd && one_in(2)};
+            s.op[t][s.nops[t]++] = (struct op){
+                .content = content, .other = !same && t == odd && one_in(2), .longer = !same && t == odd && one_in(2)};
         }
     }
 }
@@ -128,7 +128,9 @@ static void carried_out(int g, enum way way)
 {
     struct thread *t = &s.t[g];
     SAY("  rank %d of twin %d, exchange %d: %s\n", g % s.each, g / s.each, t->pc,
-        way == REPLICA ? "replica" : way == OWN ? "own" : "direct");
+        way == REPLICA ? "replica"
+        : way == OWN   ? "own"
+                       : "direct");
     t->way[t->pc] = way;
     t->phase = BLOCKED;
     *(way == REPLICA ? &sum.replica : way == OWN ? &sum.own : &sum.direct) += 1;
@@ -301,7 +303,8 @@ static void mishap(void)
     }
     if (w->silent[r] || w->cut[r])
         return;
-    if (what == 1 || r == w->yardmaster) { /* as when the twins are others now, between two exchanges; or when it aborts */
+    if (what == 1 ||
+        r == w->yardmaster) { /* as when the twins are others now, between two exchanges; or when it aborts */
         bool orderly = !s.t[g].out && (s.t[g].phase == OUTSIDE || s.t[g].phase == BLOCKED);
         if (w == &s.all && orderly)
             s.t[g].left = s.t[g].pc + (s.t[g].phase == BLOCKED) + 1;
@@ -395,8 +398,8 @@ static void check(void)
             by_replica++;
             MUST(equal(x), "exchange %d went by replica, though not all send the same", x);
             for (int p = 0; p < s.n; p++)
-                MUST(s.t[p].way[x] == REPLICA || s.t[p].out, "exchange %d went by replica on rank %d and %s on rank %d", x, g,
-                     s.t[p].way[x] == NONE ? "not at all" : "otherwise", p);
+                MUST(s.t[p].way[x] == REPLICA || s.t[p].out, "exchange %d went by replica on rank %d and %s on rank %d",
+                     x, g, s.t[p].way[x] == NONE ? "not at all" : "otherwise", p);
             for (int p = 0; p < s.n; p++)
                 MUST(!s.t[p].left || x < s.t[p].left - 1, "exchange %d went by replica after rank %d had left", x, p);
         }
@@ -480,10 +483,12 @@ START_TEST(schedules)
         at = first + i;
         schedule(at);
     }
-    printf("%llu schedules: %ld by replica, %ld by a twin's own agreement, %ld direct; %ld asked of all, %ld of them of unequal bytes; "
+    printf("%llu schedules: %ld by replica, %ld by a twin's own agreement, %ld direct; %ld asked of all, %ld of them "
+           "of unequal bytes; "
            "%ld mishaps\n",
            (unsigned long long)n, sum.replica, sum.own, sum.direct, sum.asked, sum.unequal, sum.mishaps);
-    ck_assert(one || (sum.replica > (long)n && sum.own > (long)n / 10 && sum.direct > (long)n && sum.unequal > (long)n / 10));
+    ck_assert(one ||
+              (sum.replica > (long)n && sum.own > (long)n / 10 && sum.direct > (long)n && sum.unequal > (long)n / 10));
 }
 END_TEST
 

@@ -28,6 +28,7 @@ static struct {
     uint64_t row_bytes;
     double distinct; /* share of the rows for each node */
     int chunks;
+    int twins; /* communicators; 0: one */
     int nodes, gpus, nsizes, sizes[MAX_RANKS];
     bool dealt, apart, all;
     int rank;
@@ -110,6 +111,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (args.chunks == 3)
             argp_error(state, "messages are cut into 1, 2 or %d chunks", RY_CHUNKS);
         return 0;
+    case 't':
+        args.twins = number(arg, state, 2, 64);
+        return 0;
     case 'r':
         args.rank = number(arg, state, 0, MAX_RANKS - 1);
         return 0;
@@ -134,11 +138,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "give either --node-sizes, or --nodes and --gpus");
         if (args.strategy == RY_DEDUP && !args.row_bytes)
             argp_error(state, "dedup depends on which rows are equal: tell how long they are by --row-bytes");
-        if (args.strategy == RY_REPLICA)
-            argp_error(state, "replica takes several communicators, of which this shows one");
+        if (args.strategy == RY_REPLICA && !args.twins)
+            argp_error(state, "replica takes several communicators that send the same: tell how many by --twins");
+        if (args.twins && (args.row_bytes || args.svg || (args.strategy != RY_STRATEGIES && args.strategy != RY_REPLICA)))
+            argp_error(state, "--twins shows the strategy replica, in words, and knows no rows");
         if (args.distinct > 0 && !args.row_bytes)
             argp_error(state, "--distinct is a share of rows: tell how long they are by --row-bytes");
-        if (args.chunks > 1 && !args.row_bytes)
+        if (args.chunks > 1 && !args.row_bytes && !args.twins)
             argp_error(state, "only messages of rows are cut into chunks: tell how long rows are by --row-bytes");
         if (!args.nodes != !args.gpus)
             argp_error(state, "--nodes and --gpus go together");
@@ -508,7 +514,11 @@ static int explain(struct job *job, struct ry_err *err)
     int rc = args.matrix != FROM_INPUT                       ? generate(job, err)
              : !stat(args.input, &st) && S_ISDIR(st.st_mode) ? open_trace(job, err)
                                                              : open_npy(job, err);
-    if (rc || (!args.apart && lay_out(job, err)))
+    if (rc)
+        return -1;
+    if (args.twins)
+        return explain_twins(job->cluster, job->matrix, args.twins, args.chunks, args.rank, args.all, err);
+    if (!args.apart && lay_out(job, err))
         return -1;
     const struct ry_cluster *c = job->cluster;
     if (args.rank >= c->nranks)
@@ -549,10 +559,11 @@ int cmd_explain(int argc, char **argv)
         {"row-bytes", 'b', "BYTES", 0,
          "What goes to other nodes are rows of BYTES, of which some are equal: shows what dedup makes of it", 2},
         {"distinct", 'D', "SHARE", 0, "So many of a rank's rows for a node differ from all before them (0.5)", 2},
+        {"twins", 't', "N", 0, "N communicators like this, whose k-th ranks share a node and send the same: shows what replica makes of it", 2},
         {"chunks", 'k', "N", 0,
          "Cut packed messages into N (1, 2 or 4): what one brought is passed on while the next crosses", 2},
         {0, 0, 0, 0, "What to show:", 3},
-        {"strategy", 's', "NAME", 0, "direct, hierarchical (the default; with --row-bytes dedup is), or dedup", 3},
+        {"strategy", 's', "NAME", 0, "direct, hierarchical (the default; with --row-bytes dedup is, with --twins replica), or dedup", 3},
         {"rank", 'r', "RANK", 0, "Whose plan (0)", 3},
         {"all", 'a', 0, 0, "The plans of all ranks", 3},
         {"svg", 'v', "FILE", 0, "Write a picture too: who sends what in each group, beside direct", 3},
@@ -573,6 +584,7 @@ int cmd_explain(int argc, char **argv)
         "  railyard explain --zipf 64K --node-sizes 4,4,2 --all\n"
         "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --distinct 0.3\n"
         "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --chunks 4\n"
+        "  railyard explain --uniform 64M --nodes 2 --gpus 1 --twins 8\n"
         "  railyard explain trace --rank 3",
         0,
         0,
@@ -581,7 +593,7 @@ int cmd_explain(int argc, char **argv)
     args.strategy = RY_STRATEGIES;
     if (argp_parse(&argp, argc, argv, 0, 0, 0))
         return 2;
-    if (args.strategy == RY_STRATEGIES)
+    if (args.strategy == RY_STRATEGIES || args.twins)
         args.strategy = args.row_bytes ? RY_DEDUP : RY_HIERARCHICAL;
     args.distinct = args.distinct > 0 ? args.distinct : 0.5;
     args.chunks = args.chunks ? args.chunks : 1;
