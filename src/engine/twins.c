@@ -41,7 +41,8 @@ struct ry_twins {
     char *address;
     size_t address_size;
     struct ry_twin_card *card;
-    struct ry_twin_found *found;
+    struct ry_twin_found *found,
+        *next; /* whom it is known to be one of; who were there at the latest look, if others */
     bool off;
     pthread_mutex_t lock; /* guards `group` against ry_twins_leave() */
     struct group *group;  /* NULL: no twin is known */
@@ -164,33 +165,26 @@ failed:
     return NULL;
 }
 
-/* Who is there now? Another composition is another group, with an agreement of its own. */
-static void look(struct ry_twins *t)
+static bool same(const struct ry_twin_found *a, const struct ry_twin_found *b)
 {
-    struct ry_err err = {""};
-    struct ry_twin_found *now = calloc(1, sizeof *now);
-    if (!t->card &&
-        !(t->card = ry_twin_card_new(t->r->map, t->c->info.rank, t->c->key, t->address, t->address_size, &err))) {
-        ry_info("communicator %s: twins of it are not looked for: %s", t->c->id, err.msg);
-        t->off = true;
-    }
-    if (!now || t->off)
-        goto out;
-    ry_twin_look(t->card, now);
-    if (now->n == t->found->n && !memcmp(now->key, t->found->key, (size_t)now->n * sizeof *now->key))
-        goto out;
-    drop_group(t, false);
-    *t->found = *now;
-    uint64_t key = XXH64(now->key, (size_t)now->n * sizeof *now->key, 1);
-    bool been = false;
+    return a->n == b->n && !memcmp(a->key, b->key, (size_t)a->n * sizeof *a->key);
+}
+
+/* Who they are was the same twice. */
+static void settle(struct ry_twins *t)
+{
+    const struct ry_twin_found *f = t->found;
+    struct ry_err err;
+    uint64_t key = XXH64(f->key, (size_t)f->n * sizeof *f->key, 1);
     for (int i = 0; i < t->nbeen; i++)
-        been |= t->been[i] == key;
-    if (now->n < 2 || been || t->nbeen == GROUPS)
-        goto out; /* what was said on the same line once before may still be on its way */
+        if (t->been[i] == key) /* what was said on the same line once before may still be on its way */
+            return;
+    if (f->n < 2 || t->nbeen == GROUPS)
+        return;
     t->been[t->nbeen++] = key;
-    if (now->n > MOST_RANKS / t->r->map->nranks) {
-        ry_info("communicator %s has %d twins: too many ranks to agree on anything", t->c->id, now->n - 1);
-        goto out;
+    if (f->n > MOST_RANKS / t->r->map->nranks) {
+        ry_info("communicator %s has %d twins: too many ranks to agree on anything", t->c->id, f->n - 1);
+        return;
     }
     struct group *g = make_group(t, key, &err);
     if (g)
@@ -202,7 +196,34 @@ static void look(struct ry_twins *t)
     pthread_mutex_unlock(&t->lock);
     if (g && atomic_load(&t->r->aborted))
         ry_talk_leave(g->talk);
-out:
+}
+
+/*
+ * Who is there now? Others are another group, with an agreement of its own, once they are the same at two looks in a
+ * row: while communicators come and go, some see one already and some do not yet.
+ */
+static void look(struct ry_twins *t)
+{
+    struct ry_err err = {""};
+    struct ry_twin_found *now = calloc(1, sizeof *now);
+    if (!t->card &&
+        !(t->card = ry_twin_card_new(t->r->map, t->c->info.rank, t->c->key, t->address, t->address_size, &err))) {
+        ry_info("communicator %s: twins of it are not looked for: %s", t->c->id, err.msg);
+        t->off = true;
+    }
+    if (now && !t->off) {
+        ry_twin_look(t->card, now);
+        if (same(now, t->found)) {
+            t->next->n = 0;
+        } else if (!same(now, t->next)) {
+            *t->next = *now;
+        } else {
+            drop_group(t, false);
+            *t->found = *now;
+            t->next->n = 0;
+            settle(t);
+        }
+    }
     free(now);
 }
 
@@ -402,8 +423,12 @@ struct ry_twins *ry_twins_open(struct comm *c, struct reissue *r, const void *ad
         !ry_engine.nccl.comm_init_rank || getenv("NCCL_COMM_ID")) /* with that all ids that NCCL makes are the same */
         return NULL;
     struct ry_twins *t = calloc(1, sizeof *t);
-    if (!t || !(t->found = calloc(1, sizeof *t->found)) || !(t->address = malloc(size + 1))) {
-        free(t ? t->found : NULL);
+    if (!t || !(t->found = calloc(1, sizeof *t->found)) || !(t->next = calloc(1, sizeof *t->next)) ||
+        !(t->address = malloc(size + 1))) {
+        if (t) {
+            free(t->next);
+            free(t->found);
+        }
         free(t);
         return NULL;
     }
@@ -443,6 +468,7 @@ void ry_twins_close(struct ry_twins *t, bool leak)
     drop_group(t, leak);
     pthread_mutex_destroy(&t->lock);
     free(t->address);
+    free(t->next);
     free(t->found);
     free(t);
 }

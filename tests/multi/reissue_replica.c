@@ -79,6 +79,8 @@ static void begin(void)
 {
     world = world_comm();
     side = new_side(twin_comm(), tag);
+    exchange(side, &usual); /* the cards are up: else some may see some of their twins twice before they see the others */
+    barrier(world);
 }
 
 /* All twins went the same ways, and each twin's ranks. */
@@ -201,6 +203,47 @@ static void alone(void)
     for (int i = 0; i < number; i++) {
         exchange(side, &usual);
         CHECK(!meddle_counts.engine && !meddle_made, "the engine did something");
+    }
+    end();
+}
+
+/* A twin's communicator ends: the others find that they are fewer now, and share what is left. */
+static void fewer(void)
+{
+    begin();
+    engage_twins(true, 4);
+    barrier(world);
+    uint64_t before = side->number;
+    int row = 0;
+    if (twin == twins - 1)
+        NCCL(ncclCommDestroy(side->comm));
+    while (row < 3 && side->number < before + 2000) {
+        bool mine = twin == twins - 1 || exchange(side, &usual);
+        side->number += twin == twins - 1;
+        row = all_of_world(mine) ? row + 1 : 0;
+    }
+    CHECK(row == 3, "the others are not engaged after %llu exchanges", (unsigned long long)(side->number - before));
+    if (who.rank == 0)
+        printf("%d twins instead of %d after %llu exchanges\n", twins - 1, twins,
+               (unsigned long long)(side->number - before));
+    if (twin != twins - 1)
+        end_side(side);
+    NCCL(ncclCommDestroy(world));
+}
+
+/* Anything at all, equal at times: whatever each communicator does by itself, and together with the others. */
+static void mixed(void)
+{
+    begin();
+    for (int i = 0; i < number; i++) {
+        struct exchange x = random_exchange(side);
+        bool equal = i / 40 % 2 == 0 || i % 7;
+        x.most = x.most > 3000 ? 3000 : x.most;
+        side->tag = tag + (equal ? 0 : (uint64_t)twin);
+        exchange(side, i % 3 ? &x : &usual);
+        side->tag = tag;
+        if (i < 60)
+            usleep(500); /* so that they do not run away from each other before they are engaged */
     }
     end();
 }
@@ -342,9 +385,9 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"loop", loop},           {"changing", changing}, {"unlike", unlike},
-                 {"by_itself", by_itself}, {"alone", alone},       {"stops", stops},
-                 {"killed", killed},       {"aborted", aborted},   {"making", making}};
+    } cases[] = {{"loop", loop},     {"changing", changing}, {"unlike", unlike}, {"by_itself", by_itself},
+                 {"alone", alone},   {"stops", stops},       {"killed", killed}, {"aborted", aborted},
+                 {"making", making}, {"fewer", fewer},       {"mixed", mixed}};
     start_reissue(20);
     CHECK(argc >= 4, "which case, which shape, how many twins?");
     take_shape(argv[2]);

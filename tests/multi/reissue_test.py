@@ -750,6 +750,23 @@ def case_replica_auto():
     expect(lines, r"replica in", 0)
 
 
+def case_replica_fewer():
+    out, lines = replica("fewer", "aaabbb", 3)
+    calm(lines)
+    print(out, end="")
+    expect(lines, "is one of 3 twins", 6)
+    expect(lines, "is one of 2 twins", 4)
+
+
+def case_replica_mixed():
+    """Both agreements at once, and none of them for long."""
+    for shape, twins, links in (("aaaabbbb", 2, ("--nic", "0.1", "--nic-us", "1000")), ("aabb", 2, ()), ("aaabbbb", 3, ())):
+        for env in ({"RAILYARD_STRATEGY": "auto", "RAILYARD_SAMPLE": "1"}, {"RAILYARD_VERIFY": "2"}):
+            out, lines = replica("mixed", shape, twins, 200 // SLOW, env=env, links=links)
+            calm(lines)
+            print(shape, env, out, end="")
+
+
 def case_replica_stops():
     """A twin that comes no more costs its share of the patience, once."""
     for victim in (1, 0):
