@@ -5,6 +5,7 @@
  * SHAPE as reissue_right's: which node each rank is on; a node's ranks are dealt out to the twins in turn. NUMBER: of
  * exchanges. RANK: to whom it happens.
  */
+#include <dlfcn.h>
 #include <sys/wait.h>
 
 #include "reissue.h"
@@ -79,7 +80,8 @@ static void begin(void)
 {
     world = world_comm();
     side = new_side(twin_comm(), tag);
-    exchange(side, &usual); /* the cards are up: else some may see some of their twins twice before they see the others */
+    exchange(side,
+             &usual); /* the cards are up: else some may see some of their twins twice before they see the others */
     barrier(world);
 }
 
@@ -245,6 +247,37 @@ static void mixed(void)
         if (i < 60)
             usleep(500); /* so that they do not run away from each other before they are engaged */
     }
+    compare_ways(side); /* of the shapes some have communicators that are no twins of the others */
+    if (who.rank == 0)
+        print_result(side);
+    end_side(side);
+    NCCL(ncclCommDestroy(world));
+}
+
+/* Strategies that a communicator carries out by itself, and together with its twins, in turns: both agreements are held
+ * then. */
+static void switching(void)
+{
+    int (*strategy)(const char *);
+    void *found = dlsym(RTLD_DEFAULT, "railyard_strategy");
+    uint64_t done[2] = {0};
+    memcpy(&strategy, &found, sizeof found);
+    CHECK(strategy, "no railyard_strategy()");
+    begin();
+    engage_twins(true, 4);
+    for (int i = 0; i < 900; i++) {
+        int part = i >= 300;
+        if (i == 0 || i == 300) {
+            barrier(world);
+            CHECK(!strategy(part ? "replica" : "hierarchical"), "refused");
+            barrier(world);
+        }
+        done[part] += exchange(side, &usual);
+        if (i % 4 == 0)
+            usleep(1000);
+    }
+    for (int k = 0; k < 2; k++)
+        CHECK(done[k] > 10, "part %d: %llu reissued", k, (unsigned long long)done[k]);
     end();
 }
 
@@ -385,9 +418,9 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"loop", loop},     {"changing", changing}, {"unlike", unlike}, {"by_itself", by_itself},
-                 {"alone", alone},   {"stops", stops},       {"killed", killed}, {"aborted", aborted},
-                 {"making", making}, {"fewer", fewer},       {"mixed", mixed}};
+    } cases[] = {{"loop", loop},     {"changing", changing}, {"unlike", unlike},       {"by_itself", by_itself},
+                 {"alone", alone},   {"stops", stops},       {"killed", killed},       {"aborted", aborted},
+                 {"making", making}, {"fewer", fewer},       {"switching", switching}, {"mixed", mixed}};
     start_reissue(20);
     CHECK(argc >= 4, "which case, which shape, how many twins?");
     take_shape(argv[2]);

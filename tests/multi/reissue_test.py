@@ -767,6 +767,15 @@ def case_replica_mixed():
             print(shape, env, out, end="")
 
 
+def case_replica_switching():
+    out, lines = replica("switching", "aaaabbbb", 2)
+    calm(lines)
+    for line in expect(lines, r"exchanges agreed on", 8):
+        alone, together = map(int, re.search(r"(\d+) hierarchical, (\d+) by replica", line).groups())
+        if alone < 10 or together < 50:
+            fail(f"not both: {line}")
+
+
 def case_replica_stops():
     """A twin that comes no more costs its share of the patience, once."""
     for victim in (1, 0):

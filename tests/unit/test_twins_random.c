@@ -409,7 +409,11 @@ static void check(void)
                          s.own[g / s.each].cut[p % s.each] || s.own[g / s.each].silent[p % s.each],
                      "exchange %d went otherwise on ranks %d and %d of a twin", x, g, p);
     }
-    MUST(!s.clean || by_replica >= s.n * (OPS / 4), "only %d exchanges of %d ranks went by replica", by_replica, s.n);
+    for (int x = 0, first = OPS; s.clean && x < s.nops[0]; x++) {
+        first = s.t[0].way[x] == REPLICA && first == OPS ? x : first;
+        MUST(x < first || s.t[0].way[x] == REPLICA, "exchange %d did not go by replica, as those from %d on did", x, first);
+    }
+    MUST(!s.clean || by_replica > 0, "nothing went by replica");
 }
 
 static void schedule(uint64_t seed)
@@ -426,7 +430,7 @@ static void schedule(uint64_t seed)
         s.each--;
     s.n = s.twins * s.each;
     s.clean = one_in(8);
-    s.sync = one_in(2);
+    s.sync = s.clean || one_in(2);
     s.not_me = one_in(2) ? 0 : 20;
     s.mishaps = s.clean || one_in(3) ? 0 : 4;
     s.dup = one_in(2) ? 0 : 10;
