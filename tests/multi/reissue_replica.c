@@ -278,6 +278,13 @@ static void switching(void)
     }
     for (int k = 0; k < 2; k++)
         CHECK(done[k] > 10, "part %d: %llu reissued", k, (unsigned long long)done[k]);
+    /* Its own agreement has lived on beside that. */
+    CHECK(!strategy("hierarchical"), "refused");
+    barrier(world);
+    uint64_t since = side->reissued;
+    for (int i = 0; i < 20; i++)
+        exchange(side, &usual);
+    CHECK(side->reissued - since >= 18, "%llu of 20 reissued", (unsigned long long)(side->reissued - since));
     end();
 }
 
