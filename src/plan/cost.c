@@ -209,11 +209,13 @@ struct node_sum {
     uint64_t most_relayed;        /* 0 where that is not known */
     uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
     uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
+    uint32_t heard;               /* and that it gets from */
 };
 
 /* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
 #define CHUNK 512
 
+#define STAGES_US 0.004  /* finding the stages, by the cube of the nodes: seen 8 ms at 128 */
 #define SEARCH_KERNELS 8 /* that a search for equal rows enqueues: src/run/rows.c */
 
 static inline uint64_t more(uint64_t a, uint64_t b)
@@ -247,6 +249,7 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
         s->sends = l->cross_sends > s->sends ? l->cross_sends : s->sends;
         s->recvs = l->cross_recvs > s->recvs ? l->cross_recvs : s->recvs;
         s->nodes = l->nodes_out > s->nodes ? l->nodes_out : s->nodes;
+        s->heard = l->nodes_in > s->heard ? l->nodes_in : s->heard;
         if (relayed)
             s->most_relayed = more(s->most_relayed, relayed[r]);
     }
@@ -311,6 +314,72 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
         p->forward_node = node;
         p->forward_bytes = (uint64_t)bytes;
     }
+}
+
+/*
+ * Balanced: groups inside the node before and after, and stages between. Each rail of a node carries as much, so its ranks' own sums
+ * do not matter to the NIC. As many stages as the best-connected node has partners would do, and all together would take as long as
+ * the busiest node needs, if all were alike; seen are up to half as many more, and an eighth more time (birkhoff.h). Loads tell sums
+ * over nodes only: of what ranks have above their share, for each node, at least the sum moves.
+ */
+struct balancing {
+    double spread, nic; /* of the node that takes longest */
+    int nic_node;
+    bool nic_in;
+    uint64_t nic_bytes;
+    uint32_t partners;
+};
+
+static inline void across_us(struct balancing *x, const struct paces *k, int node, bool in, uint64_t bytes, int node_size)
+{
+    double us = number(bytes) * larger(k->nic.per_byte, k->rank_per_byte / node_size);
+    if (us <= x->nic)
+        return;
+    x->nic = us;
+    x->nic_node = node;
+    x->nic_in = in;
+    x->nic_bytes = bytes;
+}
+
+static inline void balancing_us(struct balancing *x, struct ry_cost_parts *p, const struct paces *k, int node, int node_size,
+                                const struct node_sum *s)
+{
+    double share = 1.0 / node_size, others = 1 - share;
+    double above = larger(number(s->most_out) - number(s->out) * share, 0);
+    across_us(x, k, node, false, s->out, node_size);
+    across_us(x, k, node, true, s->in, node_size);
+    x->partners = s->nodes > x->partners ? s->nodes : x->partners;
+    x->partners = s->heard > x->partners ? s->heard : x->partners;
+    if (node_size < 2)
+        return;
+    if (above > 0)
+        x->spread = larger(x->spread, link_us(k->passed, s->nodes, above));
+    if (!s->in)
+        return;
+    double bytes = larger(number(s->in) * share, number(s->most_in)) * others;
+    double us = link_us(k->passed, larger(s->recvs, number(s->pieces) * share) * others, bytes);
+    us = larger(us, link_us(k->passed_self, s->recvs * share, number(s->most_in) * share));
+    if (us > p->forward) {
+        p->forward = us;
+        p->forward_node = node;
+        p->forward_bytes = (uint64_t)bytes;
+    }
+}
+
+/* What the stages cost: a message of its own bytes, and one of others', from each rank. */
+static void add_stages(struct ry_cost_parts *p, const struct ry_cost_model *m, const struct balancing *x)
+{
+    double partners = x->partners, stages = partners > 1 ? partners * 1.25 : partners;
+    p->spread = x->spread;
+    p->stages = stages;
+    p->nic = 0;
+    if (stages > 0)
+        p->nic = x->nic * (partners > 1 ? 1.0625 : 1) +
+                 stages * (m->link[RY_LINK_NIC].alpha_us + (x->spread > 0 ? 2 : 1) * m->link[RY_LINK_NIC].message_us);
+    p->nic_node = x->nic_node;
+    p->nic_in = x->nic_in;
+    p->nic_bytes = x->nic_bytes;
+    p->nic_messages = (uint64_t)(stages * (x->spread > 0 ? 2 : 1));
 }
 
 /*
@@ -382,7 +451,9 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
     const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
-    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP];
+    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
+                         *balanced = &parts[RY_BALANCED];
+    struct balancing even = {.nic_node = -1};
     const struct paces k = {.self = pace_of(m, RY_LINK_SELF),
                             .local = pace_of(m, RY_LINK_LOCAL),
                             .nic = pace_of(m, RY_LINK_NIC),
@@ -418,7 +489,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = *dedup = parts[RY_SUM] = *direct;
+    *hier = *dedup = *balanced = parts[RY_SUM] = *direct;
     double scale = packed < all ? number(packed) / number(all) : 1;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
@@ -429,6 +500,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
             nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in));
             int size = c->node_size[first + i];
             relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
+            balancing_us(&even, balanced, &k, first + i, size, &sum[i]);
             if (packed >= all)
                 continue;
             uint64_t in = packed_in ? fewer(packed_in[first + i], sum[i].in) : (uint64_t)(number(sum[i].in) * scale);
@@ -442,6 +514,9 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         hier->copies = c->nranks * m->copy_us + number(most_out) / m->copy_bytes_per_us;
     hier->overhead += m->plan_us_per_rank * c->nranks;
     dedup->overhead = hier->overhead;
+    add_stages(balanced, m, &even);
+    balanced->copies = hier->copies;
+    balanced->overhead = hier->overhead + STAGES_US * c->nnodes * c->nnodes * c->nnodes;
     dedup->copies = most_nodes * m->copy_us + number(most_packed) / m->copy_bytes_per_us + written;
     dedup->written = written;
     if (most_scanned)
@@ -450,8 +525,9 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         struct ry_cost_parts *p = &parts[s];
         double links = larger(p->self, larger(p->local, p->nic));
         p->chunks = 1;
-        p->groups = m->group_us * ((links > 0) + (p->forward > 0));
-        p->total = p->groups + links + p->copies + p->forward + p->overhead + p->search;
+        double groups = s == RY_BALANCED ? larger(p->stages, links > 0) + (p->spread > 0) : links > 0;
+        p->groups = m->group_us * (groups + (p->forward > 0));
+        p->total = p->groups + links + p->copies + p->spread + p->forward + p->overhead + p->search;
     }
     cut(dedup, m, packed && packed < all ? number(all) / number(packed) : 1);
     if (packed >= all)
