@@ -10,7 +10,7 @@
  * in one receiver's. So between nodes of one size a rank sends in each stage at most two messages, both to its rail: of its own bytes,
  * from where they lie, and of others', from staging memory. In the first stage goes what stays in the node, too. Group K + 1: receivers
  * pass on what is for others of their node, and to themselves what is for them, unless a flow is one piece for them: it is received
- * straight into place.
+ * straight into place. A rank that is alone on its node, and may have no communicator for that, copies.
  *
  * Groups 0 and K + 1 stay inside the nodes; with more than 61 stages plans cannot say so of the latter, which then is on the job's
  * communicator. Staging memory: what is packed, by node; what others give to be sent, by node; what comes, by node. Nothing in it is
@@ -503,11 +503,14 @@ static void pass_on(struct balancing *x, int group)
             const struct ry_line_piece *p = &w.piece;
             if ((p->receiver != x->self && p->target != x->self) || ry_line_straight(p))
                 continue;
-            if (p->receiver == x->self)
-                ry_step_send(b->plan, group, members[p->target], ry_at_stage(x->come_at[n] + p->at - share), p->bytes);
-            if (p->target == x->self)
-                ry_step_recv(b->plan, group, members[p->receiver],
-                             (struct ry_at){RY_AT_RECV, b->members[b->start[n] + p->part->source], p->from}, p->bytes);
+            struct ry_at here = ry_at_stage(x->come_at[n] + p->at - share),
+                         place = {RY_AT_RECV, b->members[b->start[n] + p->part->source], p->from};
+            if (b->size == 1)
+                ry_step_copy(b->plan, place, here, p->bytes);
+            else if (p->receiver == x->self)
+                ry_step_send(b->plan, group, members[p->target], here, p->bytes);
+            if (b->size > 1 && p->target == x->self)
+                ry_step_recv(b->plan, group, members[p->receiver], place, p->bytes);
         }
     }
 }

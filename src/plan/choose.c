@@ -167,6 +167,12 @@ static bool usable(const struct ry_cost_model *m)
     return good;
 }
 
+/* What few samples tell of nothing yet is to be had more of, before another is begun with. */
+static uint32_t turns_had(const struct ry_cost_cell *cell)
+{
+    return cell->samples && cell->samples < RY_COST_ENOUGH ? 0 : cell->samples + 1;
+}
+
 /* Of those that come close to the best it is the one measured least, if it is time to measure one again; or -1. */
 static int trial_of(struct ry_cost_learned *learned, int class, const bool *can, const double *us, int best)
 {
@@ -180,7 +186,7 @@ static int trial_of(struct ry_cost_learned *learned, int class, const bool *can,
     for (int s = 0; s < RY_STRATEGIES; s++) {
         if (s == best || !can[s] || us[s] > us[best] * TRIAL_WITHIN)
             continue;
-        uint32_t n = learned->at[s][class].samples, least = other < 0 ? UINT32_MAX : learned->at[other][class].samples;
+        uint32_t n = turns_had(&learned->at[s][class]), least = other < 0 ? UINT32_MAX : turns_had(&learned->at[other][class]);
         if (n < least || (n == least && us[s] < us[other]))
             other = s;
     }

@@ -118,7 +118,10 @@ START_TEST(monotonic)
                     ck_assert(us == INFINITY); /* nobody looked; never chosen by cost */
                     continue;
                 }
-                ck_assert_msg(isfinite(us) && us >= before[s] - 1e-9, "seed %u: %s falls from %f to %f", seed,
+                ck_assert(isfinite(us));
+                if (s == RY_BALANCED)
+                    continue; /* bytes of others may even out what had to be spread */
+                ck_assert_msg(us >= before[s] - 1e-9, "seed %u: %s falls from %f to %f", seed,
                               s ? "hierarchical" : "direct", before[s], us);
                 before[s] = us;
             }
@@ -305,7 +308,7 @@ START_TEST(learning)
     struct ry_cost_learned *l = calloc(1, sizeof *l);
     int trials, switches;
     /* The model says hierarchical and is wrong by half: a few samples, and it is direct for good. */
-    struct world w = {.wrong = {1, 2}, .noise = 0.05};
+    struct world w = {.wrong = {1, 2, 1}, .noise = 0.05};
     struct ry_choice before;
     ck_assert_int_eq(chosen(&typical, 4, 8, 2048, &before), RY_HIERARCHICAL);
     /* direct was seen while observing */
@@ -323,7 +326,7 @@ START_TEST(learning)
     ck_assert_int_eq(switches, 1);
     /* Wrong for both alike (another NIC than was measured): nothing changes, whatever was measured first. */
     memset(l, 0, sizeof *l);
-    w = (struct world){.wrong = {3, 3}, .noise = 0.05};
+    w = (struct world){.wrong = {3, 3, 3}, .noise = 0.05};
     ck_assert_int_ge(run_world(&w, &typical, 2048, 400, RY_HIERARCHICAL, &trials, &switches, l), 196);
     ck_assert_int_eq(switches, 0);
     free(l);
