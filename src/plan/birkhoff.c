@@ -30,14 +30,16 @@ static inline uint64_t can_last(const struct finder *f, int a, int b)
     return f->left[(size_t)a * (size_t)f->n + (size_t)b] + idle;
 }
 
-/* A partner of its own for node `a`, the one with most left to be sent, among those that nobody sends to. */
+/* A partner of its own for node `a`, the one with most left to be sent, among those that nobody sends to; of equal ones the next in
+ * number, so that even matrices become shifts. */
 static bool find_free(struct finder *f, int a, uint64_t least)
 {
     const uint64_t *left = f->left + (size_t)a * (size_t)f->n;
     int best = -1;
-    for (int b = 0; b < f->n; b++)
-        if (f->from[b] < 0 && (best < 0 || left[b] > left[best]) && can_last(f, a, b) >= least)
-            best = b;
+    for (int half = 0; half < 2; half++)
+        for (int b = half ? 0 : a + 1, end = half ? a + 1 : f->n; b < end; b++)
+            if (f->from[b] < 0 && (best < 0 || left[b] > left[best]) && can_last(f, a, b) >= least)
+                best = b;
     if (best < 0)
         return false;
     f->to[a] = best;
@@ -90,6 +92,15 @@ static bool match(struct finder *f, uint64_t least)
     for (int a = 0; a < f->n && all; a++)
         all = f->to[a] >= 0 || find_by_changes(f, a, least);
     return all;
+}
+
+/* All could be idle where those who still send cannot go on for as long. */
+static bool any_sends(const struct finder *f)
+{
+    bool any = false;
+    for (int a = 0; a < f->n && !any; a++)
+        any = f->left[(size_t)a * (size_t)f->n + (size_t)f->to[a]] > 0;
+    return any;
 }
 
 static struct ry_stage *new_stage(struct finder *f)
@@ -221,10 +232,11 @@ int ry_stages_find(struct ry_stages *out, int nnodes, const uint64_t *matrix, st
         rc = ry_fail(err, "what nodes send to each other adds up to more than 62 bits of bytes");
         goto out;
     }
-    while (left && out->count < FIRST_STAGES(nnodes)) {
-        while (!match(&f, least))
+    while (left && least && out->count < FIRST_STAGES(nnodes)) {
+        if (match(&f, least) && any_sends(&f))
+            left -= carry_out(&f);
+        else
             least -= least / 4 + 1;
-        left -= carry_out(&f);
     }
     rc = left ? send_rest(&f, err) : 0;
 out:
