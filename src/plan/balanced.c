@@ -8,12 +8,14 @@
  * of than their share goes to those that have less, inside the node. Groups 1 … K, the stages: of the bytes that cross between two
  * nodes in a stage each pair of ranks has its part, by the length of its flow; a flow is what of a sender's share, kept or moved, is
  * in one receiver's. So between nodes of one size a rank sends in each stage at most two messages, both to its rail: of its own bytes,
- * from where they lie, and of others', from staging memory. In the first stage goes what stays in the node, too. Group K + 1: receivers
+ * from where they lie, and of others', from staging memory. What stays in the node goes beside them, in the group in which
+ * its node has most to send or get. Group K + 1: receivers
  * pass on what is for others of their node, and to themselves what is for them, unless a flow is one piece for them: it is received
  * straight into place. A rank that is alone on its node, and may have no communicator for that, copies.
  *
- * Groups 0 and K + 1 stay inside the nodes; with more than 61 stages plans cannot say so of the latter, which then is on the job's
- * communicator. Staging memory: what is packed, by node; what others give to be sent, by node; what comes, by node. Nothing in it is
+ * Each group costs its latency, so there are no more than MOST_TURNS between nodes: if there are more stages, some are carried out at
+ * once, as many in each group, and in such a group a node has so many partners at most. Groups 0 and K + 1 stay inside the nodes.
+ * Staging memory: what is packed, by node; what others give to be sent, by node; what comes, by node. Nothing in it is
  * used twice.
  *
  * Words of a slice: [ranks of the node][nodes] bytes, then three for each stage that there could be: its node's partners (0: there is no
@@ -26,6 +28,7 @@
 #include "birkhoff.h"
 #include "relayed.h"
 
+#define MOST_TURNS 32 /* groups between nodes */
 #define STAGE_WORDS 3
 #define STAGE_IS (UINT64_C(1) << 63)
 
@@ -115,6 +118,12 @@ static bool get_turn(const struct ry_building *b, int stage, struct turn *t)
         return false;
     *t = (struct turn){(int)(w[0] >> 31 & 0x7FFFFFFF) - 1, (int)(w[0] & 0x7FFFFFFF) - 1, w[1], w[2]};
     return t->to < c->nnodes && t->from < c->nnodes;
+}
+
+/* Stages share groups if there are too many. */
+static int group_of(int stage, int stages)
+{
+    return 1 + (stages < MOST_TURNS ? stage : (int)((long)stage * MOST_TURNS / stages));
 }
 
 static size_t most_steps(const struct ry_building *b)
@@ -465,22 +474,7 @@ static int cross(struct balancing *x, int group, int node, bool sends, uint64_t 
     return 0;
 }
 
-/* The stages; returns how many groups there are up to the last, or -1. */
-static int carry_across(struct balancing *x)
-{
-    struct ry_building *b = x->b;
-    struct turn t;
-    int stages = 0;
-    for (; get_turn(b, stages, &t); stages++)
-        if ((t.to >= 0 && cross(x, 1 + stages, t.to, true, t.out)) ||
-            (t.from >= 0 && cross(x, 1 + stages, t.from, false, t.in)))
-            return -1;
-    for (int n = 0; n < b->cluster->nnodes; n++)
-        if (x->out[n].done != x->out[n].total || x->in[n].done != x->in[n].total)
-            return -1;
-    return stages;
-}
-
+/* What stays in the node. */
 static void stay(struct ry_building *b, int group)
 {
     for (int j = 0; j < b->size; j++) {
@@ -488,6 +482,34 @@ static void stay(struct ry_building *b, int group)
         ry_step_send(b->plan, group, p, ry_at_send(p), b->in->send[p]);
         ry_step_recv(b->plan, group, p, ry_at_recv(p), b->in->recv[p]);
     }
+}
+
+/* The stages; returns how many groups they take, or -1. */
+static int carry_across(struct balancing *x)
+{
+    struct ry_building *b = x->b;
+    struct turn t;
+    int stages = 0, groups, longest = 1;
+    uint64_t bytes[1 + MOST_TURNS] = {0};
+    while (get_turn(b, stages, &t))
+        stages++;
+    groups = stages < 1 ? 1 : stages < MOST_TURNS ? stages : MOST_TURNS;
+    for (int s = 0; s < stages && get_turn(b, s, &t); s++) {
+        int group = group_of(s, stages);
+        bytes[group] = ry_sum(bytes[group], t.out > t.in ? t.out : t.in);
+        longest = bytes[group] > bytes[longest] ? group : longest;
+    }
+    for (int group = 1, s = 0; group <= groups; group++) {
+        if (group == longest)
+            stay(b, group);
+        for (; s < stages && group_of(s, stages) == group && get_turn(b, s, &t); s++)
+            if ((t.to >= 0 && cross(x, group, t.to, true, t.out)) || (t.from >= 0 && cross(x, group, t.from, false, t.in)))
+                return -1;
+    }
+    for (int n = 0; n < b->cluster->nnodes; n++)
+        if (x->out[n].done != x->out[n].total || x->in[n].done != x->in[n].total)
+            return -1;
+    return groups;
 }
 
 static void pass_on(struct balancing *x, int group)
@@ -553,20 +575,16 @@ static int build(struct ry_building *b)
     }
     if (get_balancing(&x, b))
         return -1;
-    int stages = 0, rc = depart(&x) || spread(&x) || expect(&x) ? -1 : 0;
+    int groups = 0, rc = depart(&x) || spread(&x) || expect(&x) ? -1 : 0;
     if (!rc && x.stage == UINT64_MAX)
         rc = ry_fail(b->err, "plan of rank %d: staging memory adds up to more than 64 bits of bytes", b->rank);
-    if (!rc) {
-        stay(b, 1);
-        stages = carry_across(&x);
-        if (stages < 0)
-            rc = ry_fail(b->err, "plan of rank %d: the stages do not fit to what its node sends or gets", b->rank);
-    }
-    int last = 1 + (stages > 1 ? stages : 1);
+    if (!rc && (groups = carry_across(&x)) < 0)
+        rc = ry_fail(b->err, "plan of rank %d: the stages do not fit to what its node sends or gets", b->rank);
+    int last = 1 + groups;
     if (!rc)
         pass_on(&x, last);
     plan->ngroups = last + 1;
-    plan->inside = c->nnodes < c->nranks ? 1 | (last < 64 ? UINT64_C(1) << last : 0) : 0;
+    plan->inside = !rc && c->nnodes < c->nranks ? 1 | UINT64_C(1) << last : 0;
     plan->stage_bytes = x.stage;
     free(x.departures);
     free_scratch(&x.s);

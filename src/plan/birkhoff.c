@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MORE_TIME 8     /* the time all have is so much of L more */
+#define MORE_TIME 32 /* all have L and so much of it */
 #define FIRST_STAGES(n) (n)
 #define MOST (UINT64_C(1) << 62)
 

@@ -6,7 +6,7 @@
  * Birkhoff and von Neumann: a matrix whose rows and columns all have the same sum L is a sum of weighted permutations, whose weights
  * add up to L; and any matrix becomes such a one by adding idle time, L being its largest row or column sum. So stages one after the
  * other need not take longer than the busiest node must, whatever the others do. Exact decompositions are of up to n² - 2n + 2 stages,
- * the last of which are short, and each costs its latency. So (1) all nodes get an eighth more time than the busiest one needs, which
+ * the last of which are short, and each costs its latency. So (1) all nodes get a 32nd more time than the busiest one needs, which
  * lets stages be longer; (2) each stage is the longest that there is, roughly: a perfect matching by the least time that pairs could
  * go on, found again from the one before; and (3) from stage n on pairs send all that they have left, which is in less than 2n more.
  *

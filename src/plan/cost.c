@@ -259,14 +259,21 @@ struct paces {
     struct pace self, local, nic;
     struct pace passed, passed_self; /* what relays pass on: to others of the node, to themselves */
     double rank_per_byte;            /* over the NIC, of one rank alone */
+    double incast;
 };
 
+/* How much longer it takes where so many nodes send to one. */
+static inline double crowded(double incast, double nodes)
+{
+    return incast > 0 && nodes > 1 ? 1 / (1 - incast * (1 - 1 / nodes)) : 1;
+}
+
 static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
-                          uint64_t bytes, double rank_bytes)
+                          uint64_t bytes, double rank_bytes, uint32_t nodes)
 {
     if (!messages)
         return;
-    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte);
+    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte) * crowded(k->incast, in ? nodes : 1);
     double us = k->nic.alpha + number(messages) * k->nic.per_message + transfer;
     if (us <= p->nic)
         return;
@@ -299,8 +306,8 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
         arrives *= number(in) / number(s->in);
     /* The node hears of at least as many remote ranks as its best-connected rank does. */
     uint64_t heard = (uint64_t)(int64_t)(s->recvs * share + 0.999);
-    nic_us(p, k, node, false, s->nodes, out, number(most_out));
-    nic_us(p, k, node, true, heard, in, arrives);
+    nic_us(p, k, node, false, s->nodes, out, number(most_out), s->nodes);
+    nic_us(p, k, node, true, heard, in, arrives, s->heard);
     if (!s->in || node_size < 2)
         return;
     double gets = s->recvs * others, passes = number(s->pieces) * share * others;
@@ -319,7 +326,8 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
 /*
  * Balanced: groups inside the node before and after, and stages between. Each rail of a node carries as much, so its ranks' own sums
  * do not matter to the NIC. As many stages as the best-connected node has partners would do, and all together would take as long as
- * the busiest node needs, if all were alike; seen are up to half as many more, and an eighth more time (birkhoff.h). Loads tell sums
+ * the busiest node needs, if all were alike; reckoned with are half as many more, and a 16th more time
+ * (birkhoff.h), and that more than 32 share groups (balanced.c). Loads tell sums
  * over nodes only: of what ranks have above their share, for each node, at least the sum moves.
  */
 struct balancing {
@@ -369,7 +377,7 @@ static inline void balancing_us(struct balancing *x, struct ry_cost_parts *p, co
 /* What the stages cost: a message of its own bytes, and one of others', from each rank. */
 static void add_stages(struct ry_cost_parts *p, const struct ry_cost_model *m, const struct balancing *x)
 {
-    double partners = x->partners, stages = partners > 1 ? partners * 1.25 : partners;
+    double partners = x->partners, stages = partners > 1 ? smaller(partners * 1.5, 32) : partners;
     p->spread = x->spread;
     p->stages = stages;
     p->nic = 0;
@@ -459,7 +467,8 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                             .nic = pace_of(m, RY_LINK_NIC),
                             .passed = inside_pace(m, RY_LINK_LOCAL, m->node_comm),
                             .passed_self = inside_pace(m, RY_LINK_SELF, m->node_comm),
-                            .rank_per_byte = 1 / m->nic_rank_bytes_per_us};
+                            .rank_per_byte = 1 / m->nic_rank_bytes_per_us,
+                            .incast = m->nic_incast};
     uint64_t most_self = 0, most_out = 0, busiest = 0, all = 0, packed = 0, most_packed = 0, most_scanned = 0;
     uint32_t most_nodes = 0;
     double local = 0, written = 0;
@@ -496,8 +505,8 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
         sum_up(sum, c, loads, relayed, first, n);
         for (int i = 0; i < n; i++) {
-            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out));
-            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in));
+            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes);
+            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard);
             int size = c->node_size[first + i];
             relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
             balancing_us(&even, balanced, &k, first + i, size, &sum[i]);
@@ -560,6 +569,7 @@ struct side {
 struct walker {
     int next;            /* step */
     struct side out, in; /* of the present group */
+    int nodes_in;        /* that it gets from */
 };
 
 static void add(struct side *s, enum ry_link link, uint64_t bytes)
@@ -585,8 +595,10 @@ static double copies_us(const struct ry_cost_model *m, const struct ry_plan *pla
 }
 
 /* Its transfers of group `group`. */
-static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, struct walker *w, int group)
+static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, struct walker *w, int group, long *heard)
 {
+    long now = (long)group * c->nranks + plan->rank + 1; /* heard[node]: when last */
+    w->nodes_in = 0;
     w->out = w->in = (struct side){0};
     for (; w->next < plan->nsteps; w->next++) {
         const struct ry_step *s = &plan->steps[w->next];
@@ -596,6 +608,10 @@ static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, s
                             : c->node[s->peer] == c->node[plan->rank] ? RY_LINK_LOCAL
                                                                       : RY_LINK_NIC;
         add(s->kind == RY_STEP_SEND ? &w->out : &w->in, link, s->bytes);
+        if (s->kind == RY_STEP_RECV && link == RY_LINK_NIC && heard[c->node[s->peer]] != now) {
+            heard[c->node[s->peer]] = now;
+            w->nodes_in++;
+        }
     }
 }
 
@@ -616,7 +632,8 @@ static double group_us(const struct ry_cost_model *m, const struct ry_cluster *c
             if (s->messages[RY_LINK_NIC] > 0)
                 most = larger(most, nic.alpha + s->messages[RY_LINK_NIC] * nic.per_message +
                                         larger(node_bytes[c->node[r]] * nic.per_byte,
-                                               s->bytes[RY_LINK_NIC] / m->nic_rank_bytes_per_us));
+                                               s->bytes[RY_LINK_NIC] / m->nic_rank_bytes_per_us) *
+                                            crowded(m->nic_incast, in ? walkers[r].nodes_in : 1));
         }
     }
     return most > 0 ? most + m->group_us : 0;
@@ -628,8 +645,9 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
     struct walker *walkers = calloc((size_t)(n ? n : 1), sizeof *walkers);
     double *node_bytes = calloc((size_t)(n ? n : 1), sizeof *node_bytes);
     double *over = calloc((size_t)groups + 1, sizeof *over); /* when groups are over, of the first part */
+    long *heard = calloc((size_t)n + 1, sizeof *heard);
     double us = NAN;
-    if (!walkers || !node_bytes || !over)
+    if (!walkers || !node_bytes || !over || !heard)
         goto out;
     double first = model->agreement_us, second = 0;
     if (n && plans[0]->strategy != RY_DIRECT)
@@ -646,7 +664,7 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
             beside = model->node_comm && walkers[r].next >= ry_second(p) && walkers[r].next < p->nsteps;
             if (beside && p->steps[walkers[r].next].after > after)
                 after = p->steps[walkers[r].next].after;
-            take_group(cluster, plans[r], &walkers[r], g);
+            take_group(cluster, plans[r], &walkers[r], g, heard);
         }
         double *now = after < 0 ? &first : &second;
         bool inside = model->node_comm && n && ry_inside(plans[0]->inside, g);
@@ -660,5 +678,6 @@ out:
     free(walkers);
     free(node_bytes);
     free(over);
+    free(heard);
     return us;
 }

@@ -34,6 +34,8 @@ struct ry_cost_model {
         bool measured;       /* by railyard calibrate */
     } link[RY_LINKS];
     double nic_rank_bytes_per_us; /* the most that one rank alone gets out of its node's NIC, each way */
+    double nic_incast; /* 0 to below 1: the share of its bandwidth that a NIC loses at most where many nodes send to it at once:
+                          of f nodes, 1 - 1 / f of this. 0 unless somebody knows better: nobody measures it, nor is it in files */
     double copy_us, copy_bytes_per_us; /* of each copy between groups; SELF is what goes through NCCL. Kernels that pack rows and
                                           write them out are copies; a search reads each byte twice, for once read and written */
     double group_us;                   /* of each NCCL group (a kernel launch) */

@@ -17,8 +17,9 @@
  *                 In-node segments go directly.
  *   balanced      what node a has for node b is spread evenly over a's ranks first, inside the node, so that every rail carries
  *                 as much; then it crosses, evenly to b's ranks, in stages, in each of which a node sends to at most one node and gets
- *                 from at most one (birkhoff.h); last it is passed on inside b. A group each: spreading, the stages, passing on.
- *                 In-node segments go with the first stage.
+ *                 from at most one (birkhoff.h); last it is passed on inside b. A group each: spreading, the stages, passing on; if
+ *                 there are more than 32 stages, neighbours share a group.
+ *                 In-node segments go beside the longest stage.
  *   dedup         hierarchical, but what a rank sends to a node is cut into rows, and of equal rows only one crosses: the
  *                 packed message of run/rows.h, for every message where that is shorter (ry_packs()). The relay hands the
  *                 packed message on to those ranks of its node for which that is shorter than their rows, and writes
@@ -206,7 +207,7 @@ struct ry_plan {
     uint64_t stage_bytes; /* staging memory needed */
     int nsteps;
     struct ry_step *steps;
-    uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; by the map alone, equal on all ranks */
+    uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; equal on all ranks */
     int beside;      /* so many steps at the end may also be carried out beside those before them, in their own order, each
                         once the groups up to its `after` are over; their groups all stay inside the nodes */
 };
