@@ -216,13 +216,12 @@ static void need_of_pair(struct scratch *s, const struct ry_cluster *c, const st
     for (int i = 0; i < nsenders; i++)
         if (rank < 0 || senders[i] == rank)
             need[senders[i]] = ry_sum(need[senders[i]], too_much ? UINT64_MAX : room_to_send(&s->line, i));
-    int staged = -1; /* receivers up to this one are known to need room */
     struct ry_line_walk w = {.line = &s->line, .cells = s->cells, .columns = receivers};
     while (!too_much && (rank < 0 || c->node[rank] == to) && ry_line_next(&w)) {
         int m = w.piece.receiver;
-        if (m == staged || ry_line_straight(&w.piece))
+        if (ry_line_straight(&w.piece))
             continue;
-        staged = m;
+        ry_line_skip(&w, s->line.ends[m]); /* it needs room, whatever else comes */
         if (rank < 0 || receivers[m] == rank)
             need[receivers[m]] = ry_sum(need[receivers[m]], room_to_get(&s->line, m));
     }

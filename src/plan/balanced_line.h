@@ -150,6 +150,20 @@ static inline bool ry_line_next(struct ry_line_walk *w)
     w->skip += bytes;
     return true;
 }
+/* Go on from there, further on on the line. */
+static inline void ry_line_skip(struct ry_line_walk *w, uint64_t at)
+{
+    const struct ry_line *l = w->line;
+    while (w->part < l->nparts && l->parts[w->part].at + l->parts[w->part].bytes <= at) {
+        w->part++;
+        w->done = 0;
+    }
+    if (w->part >= l->nparts || l->parts[w->part].at >= at)
+        return;
+    w->done = at - l->parts[w->part].at;
+    w->target = 0;
+    w->skip = l->parts[w->part].from + w->done;
+}
 /* Is the piece the whole of its flow, and for who gets it? Then it is received straight into place. */
 static inline bool ry_line_straight(const struct ry_line_piece *p)
 {

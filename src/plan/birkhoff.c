@@ -6,7 +6,7 @@
 #include <string.h>
 
 #define MORE_TIME 32 /* all have L and so much of it */
-#define FIRST_STAGES(n) (n)
+#define FIRST_STAGES(n) ((n) > 64 ? (n) / 2 : (n)) /* by matchings; finding them takes longer than all else */
 #define MOST (UINT64_C(1) << 62)
 
 int ry_stages_most(int n)
@@ -137,14 +137,15 @@ static uint64_t carry_out(struct finder *f)
 
 struct pair {
     uint64_t bytes;
-    int from, to;
+    int from, to, shift; /* how much further on `to` is, going round */
 };
+/* Of equal ones those with one shift together: they get into no one's way. */
 static int by_bytes(const void *x, const void *y)
 {
     const struct pair *a = x, *b = y;
     if (a->bytes != b->bytes)
         return a->bytes > b->bytes ? -1 : 1;
-    return a->from != b->from ? a->from - b->from : a->to - b->to;
+    return a->shift != b->shift ? a->shift - b->shift : a->from - b->from;
 }
 
 /* What is left, each pair at once: the longest first, and with it whatever fits. */
@@ -156,7 +157,7 @@ static int send_rest(struct finder *f, struct ry_err *err)
         return ry_fail(err, "out of memory for the stages of %d nodes", f->n);
     for (size_t i = 0; i < n * n; i++)
         if (f->left[i])
-            pairs[count++] = (struct pair){f->left[i], (int)(i / n), (int)(i % n)};
+            pairs[count++] = (struct pair){f->left[i], (int)(i / n), (int)(i % n), (int)((i % n + n - i / n) % n)};
     qsort(pairs, count, sizeof *pairs, by_bytes);
     while (count) {
         struct ry_stage *s = new_stage(f);

@@ -8,7 +8,8 @@
  * other need not take longer than the busiest node must, whatever the others do. Exact decompositions are of up to n² - 2n + 2 stages,
  * the last of which are short, and each costs its latency. So (1) all nodes get a 32nd more time than the busiest one needs, which
  * lets stages be longer; (2) each stage is the longest that there is, roughly: a perfect matching by the least time that pairs could
- * go on, found again from the one before; and (3) from stage n on pairs send all that they have left, which is in less than 2n more.
+ * go on, found again from the one before; and (3) after n stages (n / 2 of more than 64 nodes) pairs send all that they have left, the
+ * longest first, which is in less than 2n more.
  *
  * Deterministic: integers only. Thread-safety: a function of its arguments.
  */
