@@ -1,25 +1,26 @@
 /*
  * balanced.c: the strategy `balanced`: every rail carries as much, and stages of one-to-one transfers between nodes.
  *
- * Owns: its steps, its staging memory, and the words of its slices. Not: which rank carries what across (balanced_line.h), nor in
- * which stage (birkhoff.h).
+ * Owns: its steps, its staging memory, and the words of its slices. Not: which rank carries what across
+ * (balanced_line.h), nor in which stage (birkhoff.h).
  *
- * Before group 0 what goes to each node is copied together unless it is neighbours in the send buffer. Group 0: what ranks have more
- * of than their share goes to those that have less, inside the node. Groups 1 … K, the stages: of the bytes that cross between two
- * nodes in a stage each pair of ranks has its part, by the length of its flow; a flow is what of a sender's share, kept or moved, is
- * in one receiver's. So between nodes of one size a rank sends in each stage at most two messages, both to its rail: of its own bytes,
- * from where they lie, and of others', from staging memory. What stays in the node goes beside them, in the group in which
- * its node has most to send or get. Group K + 1: receivers
- * pass on what is for others of their node, and to themselves what is for them, unless a flow is one piece for them: it is received
- * straight into place. A rank that is alone on its node, and may have no communicator for that, copies.
+ * Before group 0 what goes to each node is copied together unless it is neighbours in the send buffer. Group 0: what
+ * ranks have more of than their share goes to those that have less, inside the node. Groups 1 … K, the stages: of the
+ * bytes that cross between two nodes in a stage each pair of ranks has its part, by the length of its flow; a flow is
+ * what of a sender's share, kept or moved, is in one receiver's. So between nodes of one size a rank sends in each
+ * stage at most two messages, both to its rail: of its own bytes, from where they lie, and of others', from staging
+ * memory. What stays in the node goes beside them, in the group in which its node has most to send or get. Group K + 1:
+ * receivers pass on what is for others of their node, and to themselves what is for them, unless a flow is one piece
+ * for them: it is received straight into place. A rank that is alone on its node, and may have no communicator for
+ * that, copies.
  *
- * Each group costs its latency, so there are no more than MOST_TURNS between nodes: if there are more stages, some are carried out at
- * once, as many in each group, and in such a group a node has so many partners at most. Groups 0 and K + 1 stay inside the nodes.
- * Staging memory: what is packed, by node; what others give to be sent, by node; what comes, by node. Nothing in it is
- * used twice.
+ * Each group costs its latency, so there are no more than MOST_TURNS between nodes: if there are more stages, some are
+ * carried out at once, as many in each group, and in such a group a node has so many partners at most. Groups 0 and K +
+ * 1 stay inside the nodes. Staging memory: what is packed, by node; what others give to be sent, by node; what comes,
+ * by node. Nothing in it is used twice.
  *
- * Words of a slice: [ranks of the node][nodes] bytes, then three for each stage that there could be: its node's partners (0: there is no
- * such stage), bytes out, bytes in.
+ * Words of a slice: [ranks of the node][nodes] bytes, then three for each stage that there could be: its node's
+ * partners (0: there is no such stage), bytes out, bytes in.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -134,7 +135,8 @@ static size_t most_steps(const struct ry_building *b)
     if (nnodes < 2)
         return n;
     for (int s = 0; get_turn(b, s, &t); s++)
-        n += (t.to < 0 ? 0 : (size_t)c->node_size[t.to] + 1) + (t.from < 0 ? 0 : 2 * (size_t)c->node_size[t.from] + size);
+        n += (t.to < 0 ? 0 : (size_t)c->node_size[t.to] + 1) +
+             (t.from < 0 ? 0 : 2 * (size_t)c->node_size[t.from] + size);
     for (size_t a = 0; a < nnodes; a++) /* cells, cut where parts and shares begin */
         n += 2 * ((size_t)c->node_size[a] * (size + 3) + size);
     return n;
@@ -200,8 +202,8 @@ static int get_seats(struct seats *s, const struct ry_cluster *c, struct ry_err 
 }
 
 /* What node `from` sends to node `to`, by the full matrix: adds what `rank` (-1: each of them) needs to need[rank]. */
-static void need_of_pair(struct scratch *s, const struct ry_cluster *c, const struct seats *seats, const uint64_t *matrix,
-                         int from, int to, int rank, uint64_t *need)
+static void need_of_pair(struct scratch *s, const struct ry_cluster *c, const struct seats *seats,
+                         const uint64_t *matrix, int from, int to, int rank, uint64_t *need)
 {
     const int *senders = seats->members + seats->start[from], *receivers = seats->members + seats->start[to];
     int nsenders = c->node_size[from], nreceivers = c->node_size[to];
@@ -292,18 +294,19 @@ struct flows {
 struct balancing {
     struct ry_building *b;
     struct scratch s;
-    struct ry_departure *departures; /* [nnodes] */
-    struct flows *out, *in;          /* [nnodes] */
+    struct ry_departure *departures;          /* [nnodes] */
+    struct flows *out, *in;                   /* [nnodes] */
     uint64_t *packed_at, *moved_at, *come_at; /* [nnodes] in staging memory */
     struct flow *flow;
-    int *row_of;  /* [nranks] in the slice */
-    int self;     /* local index */
+    int *row_of; /* [nranks] in the slice */
+    int self;    /* local index */
     uint64_t stage;
 };
 
 static int too_many(const struct ry_building *b)
 {
-    return ry_fail(b->err, "plan of rank %d: what nodes send to each other adds up to more than 64 bits of bytes", b->rank);
+    return ry_fail(b->err, "plan of rank %d: what nodes send to each other adds up to more than 64 bits of bytes",
+                   b->rank);
 }
 
 static void lay_out(struct balancing *x, int to)
@@ -352,8 +355,10 @@ static int depart(struct balancing *x)
         x->departures[n] = ry_departure_of(pieces, b->in->send_at, (struct ry_repeats){0});
         uint64_t told = b->in->slice->words[(size_t)x->self * (size_t)c->nnodes + (size_t)n];
         if (told != x->departures[n].m.bytes)
-            return ry_fail(b->err, "plan of rank %d: its slice of the matrix says that it sends node %d %llu bytes, but it sends %llu",
-                           b->rank, n, (unsigned long long)told, (unsigned long long)x->departures[n].m.bytes);
+            return ry_fail(
+                b->err,
+                "plan of rank %d: its slice of the matrix says that it sends node %d %llu bytes, but it sends %llu",
+                b->rank, n, (unsigned long long)told, (unsigned long long)x->departures[n].m.bytes);
         x->packed_at[n] = x->stage;
         if (x->departures[n].room)
             ry_gather(b, pieces, x->stage);
@@ -396,10 +401,11 @@ static int spread(struct balancing *x)
                 if (l->ends[m] <= at)
                     continue;
                 uint64_t end = l->ends[m] < p->range_end ? l->ends[m] : p->range_end;
-                *x->flow++ = (struct flow){.peer = b->members[b->start[n] + m],
-                                           .bytes = end - at,
-                                           .first_of_all = !p->moved,
-                                           .at = ry_at_stage(p->moved ? x->moved_at[n] + at - range_at : at - range_at)};
+                *x->flow++ =
+                    (struct flow){.peer = b->members[b->start[n] + m],
+                                  .bytes = end - at,
+                                  .first_of_all = !p->moved,
+                                  .at = ry_at_stage(p->moved ? x->moved_at[n] + at - range_at : at - range_at)};
                 out->count++;
                 at = end;
             }
@@ -502,7 +508,8 @@ static int carry_across(struct balancing *x)
         if (group == longest)
             stay(b, group);
         for (; s < stages && group_of(s, stages) == group && get_turn(b, s, &t); s++)
-            if ((t.to >= 0 && cross(x, group, t.to, true, t.out)) || (t.from >= 0 && cross(x, group, t.from, false, t.in)))
+            if ((t.to >= 0 && cross(x, group, t.to, true, t.out)) ||
+                (t.from >= 0 && cross(x, group, t.from, false, t.in)))
                 return -1;
     }
     for (int n = 0; n < b->cluster->nnodes; n++)

@@ -1,13 +1,14 @@
 /*
- * balanced_line.h: what one node sends to another, laid out on a line that both cut into equal shares, one for each of their ranks.
+ * balanced_line.h: what one node sends to another, laid out on a line that both cut into equal shares, one for each of
+ * their ranks.
  *
- * Owns: which rank of the sending node carries which bytes across, which of the receiving node gets them, and whose they are.
- * Not: when they cross (birkhoff.h), steps (balanced.c). Only src/plan includes it.
+ * Owns: which rank of the sending node carries which bytes across, which of the receiving node gets them, and whose
+ * they are. Not: when they cross (birkhoff.h), steps (balanced.c). Only src/plan includes it.
  *
- * The line is cut into shares of the senders, alike but for SLACK. A sender keeps the first of its own bytes, as many as fit, so that as
- * few as possible move, and moves none where they fit but for SLACK; what is moved fills up the shares of those that have less, in
- * ascending order. So a share has a kept range and, behind it, a moved one. The receivers' shares are the same where nodes are of one
- * size, one for each rail; else they are alike.
+ * The line is cut into shares of the senders, alike but for SLACK. A sender keeps the first of its own bytes, as many
+ * as fit, so that as few as possible move, and moves none where they fit but for SLACK; what is moved fills up the
+ * shares of those that have less, in ascending order. So a share has a kept range and, behind it, a moved one. The
+ * receivers' shares are the same where nodes are of one size, one for each rail; else they are alike.
  */
 #ifndef RY_PLAN_BALANCED_LINE_H
 #define RY_PLAN_BALANCED_LINE_H

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MORE_TIME 32 /* all have L and so much of it */
+#define MORE_TIME 32                               /* all have L and so much of it */
 #define FIRST_STAGES(n) ((n) > 64 ? (n) / 2 : (n)) /* by matchings; finding them takes longer than all else */
 #define MOST (UINT64_C(1) << 62)
 
@@ -16,10 +16,10 @@ int ry_stages_most(int n)
 
 struct finder {
     int n;
-    uint64_t *left;                     /* [n][n] bytes to be sent, yet */
-    uint64_t *row_idle, *col_idle;      /* [n]: time that the node need not send, or get */
-    int *to, *from;                     /* [n]: the present matching, -1: none */
-    int *queue, *reached_by;            /* [n] of a search */
+    uint64_t *left;                /* [n][n] bytes to be sent, yet */
+    uint64_t *row_idle, *col_idle; /* [n]: time that the node need not send, or get */
+    int *to, *from;                /* [n]: the present matching, -1: none */
+    int *queue, *reached_by;       /* [n] of a search */
     struct ry_stages *out;
 };
 
@@ -30,8 +30,8 @@ static inline uint64_t can_last(const struct finder *f, int a, int b)
     return f->left[(size_t)a * (size_t)f->n + (size_t)b] + idle;
 }
 
-/* A partner of its own for node `a`, the one with most left to be sent, among those that nobody sends to; of equal ones the next in
- * number, so that even matrices become shifts. */
+/* A partner of its own for node `a`, the one with most left to be sent, among those that nobody sends to; of equal ones
+ * the next in number, so that even matrices become shifts. */
 static bool find_free(struct finder *f, int a, uint64_t least)
 {
     const uint64_t *left = f->left + (size_t)a * (size_t)f->n;

@@ -1,5 +1,5 @@
-/* test_plan_balanced.c: stages between nodes (plan/birkhoff.h), and what plans by `balanced` promise besides being right, which
- * test_plan.c proves: even rails, one partner a stage, time to plan. */
+/* test_plan_balanced.c: stages between nodes (plan/birkhoff.h), and what plans by `balanced` promise besides being
+ * right, which test_plan.c proves: even rails, one partner a stage, time to plan. */
 #include <malloc.h>
 #include <math.h>
 #include <stdio.h>
@@ -93,10 +93,10 @@ START_TEST(stages)
         ry_stages_free(&again);
         free(m);
     }
-    printf("stages: %.2f for each node; in all, over what the busiest node needs: mean x%.3f, worst x%.3f\n", parts / rounds,
-           sum / rounds, worst);
-    ck_assert_double_lt(worst, 1.6);
-    ck_assert_double_lt(sum / rounds, 1.15);
+    printf("stages: %.2f for each node; in all, over what the busiest node needs: mean x%.3f, worst x%.3f\n",
+           parts / rounds, sum / rounds, worst);
+    ck_assert_double_lt(worst, 1.4);
+    ck_assert_double_lt(sum / rounds, 1.035);
     uint64_t huge[4] = {0, UINT64_C(1) << 62, UINT64_C(1) << 62, 0};
     struct ry_stages s;
     struct ry_err err = {""};
@@ -162,15 +162,15 @@ static void check_turns(const struct job *job)
             const struct ry_step *s = &job->plans[r]->steps[i];
             if (!ry_is_transfer(s) || c->node[s->peer] == c->node[r]) {
                 /* who is alone has no communicator inside the node */
-                ck_assert(!ry_is_transfer(s) || c->node_size[c->node[r]] > 1 || (s->group > 0 && s->group < groups - 1) ||
-                          c->nnodes == 1);
+                ck_assert(!ry_is_transfer(s) || c->node_size[c->node[r]] > 1 ||
+                          (s->group > 0 && s->group < groups - 1) || c->nnodes == 1);
                 continue;
             }
             ck_assert_int_gt(s->group, 0);
             ck_assert_int_lt(s->group, groups - 1);
             int *p = &partner[(2 * c->node[r] + (s->kind == RY_STEP_RECV)) * groups + s->group];
-            ck_assert_msg(*p < 0 || *p == c->node[s->peer], "node %d has partners %d and %d in group %d", c->node[r], *p,
-                          c->node[s->peer], s->group);
+            ck_assert_msg(*p < 0 || *p == c->node[s->peer], "node %d has partners %d and %d in group %d", c->node[r],
+                          *p, c->node[s->peer], s->group);
             *p = c->node[s->peer];
             bool alike = true; /* then it is its rail alone, its own bytes and others', and as many come */
             for (int k = 0; k < c->nnodes; k++)
@@ -193,8 +193,7 @@ static void check_staging(const struct job *job)
         const uintptr_t *at = job->send_at && !job->blind ? job->send_at[r] : NULL;
         ck_assert_uint_eq(relay[r], ry_plan_stage_relay(c, r, RY_BALANCED, job->matrix, NULL));
         ck_assert_uint_eq(pack[r], ry_plan_stage_pack(c, r, RY_BALANCED, row, NULL, NULL));
-        ck_assert_uint_eq(job->plans[r]->stage_bytes,
-                          relay[r] + ry_plan_stage_pack(c, r, RY_BALANCED, row, at, NULL));
+        ck_assert_uint_eq(job->plans[r]->stage_bytes, relay[r] + ry_plan_stage_pack(c, r, RY_BALANCED, row, at, NULL));
         ck_assert_uint_eq(relay[r] + pack[r], ry_plan_stage_bytes(c, r, RY_BALANCED, job->matrix, NULL));
     }
     free(relay);
@@ -217,7 +216,8 @@ START_TEST(promises)
         for (int i = 0; i < job.plans[0]->nsteps; i++) {
             const struct ry_step *s = &job.plans[0]->steps[i];
             moved += s->kind == RY_STEP_SEND && s->group == 0 && job.cluster->nnodes > 1;
-            straight += s->kind == RY_STEP_RECV && s->to.place == RY_AT_RECV && job.cluster->node[s->peer] != job.cluster->node[0];
+            straight += s->kind == RY_STEP_RECV && s->to.place == RY_AT_RECV &&
+                        job.cluster->node[s->peer] != job.cluster->node[0];
         }
         several += job.plans[0]->ngroups > 4;
         free_job(&job);
@@ -244,11 +244,13 @@ START_TEST(moves_no_more_than_it_must)
     build_all(&job, RY_BALANCED);
     uint64_t given = 0;
     for (int i = 0; i < job.plans[2]->nsteps; i++)
-        given += job.plans[2]->steps[i].kind == RY_STEP_SEND && job.plans[2]->steps[i].group == 0 ? job.plans[2]->steps[i].bytes : 0;
+        given += job.plans[2]->steps[i].kind == RY_STEP_SEND && job.plans[2]->steps[i].group == 0
+                     ? job.plans[2]->steps[i].bytes
+                     : 0;
     ck_assert_uint_eq(given, 48000);
-    ck_assert_uint_eq(job.plans[2]->stage_bytes, 0);                /* its own share goes from where it lies */
-    ck_assert_uint_eq(job.plans[5]->stage_bytes, 0);                /* and arrives where it is for */
-    ck_assert_uint_eq(job.plans[3]->stage_bytes, 16128);            /* one share, at multiples of 256 */
+    ck_assert_uint_eq(job.plans[2]->stage_bytes, 0);     /* its own share goes from where it lies */
+    ck_assert_uint_eq(job.plans[5]->stage_bytes, 0);     /* and arrives where it is for */
+    ck_assert_uint_eq(job.plans[3]->stage_bytes, 16128); /* one share, at multiples of 256 */
     ck_assert_int_eq(job.plans[3]->nsteps, 2);
     ck_assert_int_eq(job.plans[4]->nsteps, 2);
     struct ry_err err = {""};
@@ -270,7 +272,12 @@ START_TEST(contradictions)
     ck_assert_int_eq(ry_slice_init(&slice, job.cluster, 1, RY_BALANCED, &err), 0);
     ck_assert_uint_eq(slice.nwords, 2 * 3 + 3 * (size_t)ry_stages_most(3));
     ry_slice_fill(&slice, job.cluster, job.matrix, NULL);
-    struct ry_plan_input in = {.cluster = job.cluster, .rank = 1, .strategy = RY_BALANCED, .send = job.matrix + 6, .recv = column, .slice = &slice};
+    struct ry_plan_input in = {.cluster = job.cluster,
+                               .rank = 1,
+                               .strategy = RY_BALANCED,
+                               .send = job.matrix + 6,
+                               .recv = column,
+                               .slice = &slice};
     struct ry_plan *p = ry_plan_build(&in, &err);
     ck_assert_ptr_nonnull(p);
     ry_plan_free(p);
@@ -311,7 +318,8 @@ END_TEST
 static void plans_within(int nodes, int size, int shape, double limit_us)
 {
     int n = nodes * size, r = n / 3;
-    struct job job = {.n = n, .cluster = cluster_of(n, blocks, nodes), .matrix = malloc((size_t)n * (size_t)n * sizeof(uint64_t))};
+    struct job job = {
+        .n = n, .cluster = cluster_of(n, blocks, nodes), .matrix = malloc((size_t)n * (size_t)n * sizeof(uint64_t))};
     uint64_t *column = malloc((size_t)n * sizeof *column);
     for (int i = 0; i < n; i++)
         for (int j = 0; j < n; j++)
@@ -323,8 +331,12 @@ static void plans_within(int nodes, int size, int shape, double limit_us)
     struct ry_slice slice;
     ck_assert_int_eq(ry_slice_init(&slice, job.cluster, r, RY_BALANCED, NULL), 0);
     ry_slice_fill(&slice, job.cluster, job.matrix, NULL);
-    struct ry_plan_input in = {
-        .cluster = job.cluster, .rank = r, .strategy = RY_BALANCED, .send = job.matrix + n * r, .recv = column, .slice = &slice};
+    struct ry_plan_input in = {.cluster = job.cluster,
+                               .rank = r,
+                               .strategy = RY_BALANCED,
+                               .send = job.matrix + n * r,
+                               .recv = column,
+                               .slice = &slice};
     double all = 1e9, own = 1e9;
     int groups = 0, steps = 0;
     for (int i = 0; i < 2000 && (i < 15 || all >= limit_us); i++) {

@@ -1,12 +1,12 @@
 /*
- * sim_exchange.c: `railyard sim --exchange BYTES`: one skewed exchange by each strategy that needs no rows, from the steps of all
- * ranks' plans.
+ * sim_exchange.c: `railyard sim --exchange BYTES`: one skewed exchange by each strategy that needs no rows, from the
+ * steps of all ranks' plans.
  *
  * Owns: the matrices, the table. Not: what steps cost (plan/cost.h).
  *
- * Two matrices, both by Zipf: what a rank sends to its k-th favourite goes with 1 / k^s. Popular: all ranks have the same
- * favourites, as experts are popular. Pairs: each rank has favourites of its own. Favourites are drawn, so a few draws are taken and
- * their means shown.
+ * Two matrices, both by Zipf: what a rank sends to its k-th favourite goes with 1 / k^s. Popular: all ranks have the
+ * same favourites, as experts are popular. Pairs: each rank has favourites of its own. Favourites are drawn, so a few
+ * draws are taken and their means shown.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -39,7 +39,8 @@ static void shuffle(int *order, int n, uint64_t *state)
 }
 
 /* `order` and `weight`: [n], scratch. */
-static void fill(uint64_t *matrix, int n, int kind, const struct sim_skewed *s, uint64_t *state, int *order, double *weight)
+static void fill(uint64_t *matrix, int n, int kind, const struct sim_skewed *s, uint64_t *state, int *order,
+                 double *weight)
 {
     double sum = 0;
     for (int k = 0; k < n; k++)
@@ -53,8 +54,8 @@ static void fill(uint64_t *matrix, int n, int kind, const struct sim_skewed *s, 
 }
 
 /* All ranks' plans, carried out by the model: microseconds, or NAN. *groups and *plan_us: of the plans. */
-static double by_steps(const struct ry_cost_model *m, const struct ry_cluster *c, const uint64_t *matrix, uint64_t *columns,
-                       enum ry_strategy strategy, int *groups, double *plan_us, struct ry_err *err)
+static double by_steps(const struct ry_cost_model *m, const struct ry_cluster *c, const uint64_t *matrix,
+                       uint64_t *columns, enum ry_strategy strategy, int *groups, double *plan_us, struct ry_err *err)
 {
     size_t n = (size_t)c->nranks;
     double us = NAN;
@@ -70,7 +71,8 @@ static double by_steps(const struct ry_cost_model *m, const struct ry_cluster *c
         if (ry_slice_init(&slice, c, (int)r, strategy, err))
             goto out;
         for (size_t i = 0; i < (size_t)slice.nrows * (size_t)slice.ncols; i++)
-            slice.cells[i] = matrix[(size_t)slice.rows[i / (size_t)slice.ncols] * n + (size_t)slice.cols[i % (size_t)slice.ncols]];
+            slice.cells[i] =
+                matrix[(size_t)slice.rows[i / (size_t)slice.ncols] * n + (size_t)slice.cols[i % (size_t)slice.ncols]];
         if (balance && slice.nwords)
             ry_balance_words(balance, c, c->node[r], slice.words);
         at[0] = 4096; /* segments follow each other */
@@ -116,13 +118,15 @@ static enum ry_strategy chosen(const struct ry_cost_model *m, const struct ry_cl
             relayed[relay] += relay == to ? 0 : matrix[(size_t)from * (size_t)c->nranks + (size_t)to];
         }
     for (int r = 0; r < c->nranks; r++)
-        ry_load_of(&loads[r], c, r, matrix + (size_t)r * (size_t)c->nranks, columns + (size_t)r * (size_t)c->nranks, NULL);
+        ry_load_of(&loads[r], c, r, matrix + (size_t)r * (size_t)c->nranks, columns + (size_t)r * (size_t)c->nranks,
+                   NULL);
     ry_cost_choose(&choice, m, NULL, c, loads, &(struct ry_cost_matrix){.relayed = relayed}, 0.05);
     free(relayed);
     return choice.strategy;
 }
 
-static int one_size(const struct sim_skewed *s, const struct ry_cost_model *given, const struct ry_cluster *c, struct ry_err *err)
+static int one_size(const struct sim_skewed *s, const struct ry_cost_model *given, const struct ry_cluster *c,
+                    struct ry_err *err)
 {
     static const char *const kinds[MATRICES] = {"popular", "pairs"};
     static const enum ry_strategy ways[] = {RY_DIRECT, RY_HIERARCHICAL, RY_BALANCED};
@@ -134,8 +138,8 @@ static int one_size(const struct sim_skewed *s, const struct ry_cost_model *give
     double *weight = malloc(n * sizeof *weight);
     if (!matrix || !loads || !order || !weight)
         rc = ry_fail(err, "out of memory for %d GPUs", c->nranks);
-    model.node_comm = true;  /* jobs split them off */
-    model.measured = true;   /* no doubt about made-up figures */
+    model.node_comm = true; /* jobs split them off */
+    model.measured = true;  /* no doubt about made-up figures */
     for (int kind = 0; kind < MATRICES && !rc; kind++) {
         double us[RY_STRATEGIES] = {0}, plan_us = INFINITY, took;
         int groups = 0, stages = 0, choices[RY_STRATEGIES] = {0};
@@ -158,10 +162,11 @@ static int one_size(const struct sim_skewed *s, const struct ry_cost_model *give
         char choice[64] = "";
         for (int w = 0; w < RY_STRATEGIES; w++)
             if (choices[w])
-                snprintf(choice + strlen(choice), sizeof choice - strlen(choice), "%s%s", *choice ? ", " : "", ry_strategy_name((enum ry_strategy)w));
-        printf("  %4d  %-7s  %10.0f  %12.0f  %10.0f  %8.2fx  %8.2fx  %6.1f  %10.0f  %s\n", c->nranks, kinds[kind], us[RY_DIRECT],
-               us[RY_HIERARCHICAL], us[RY_BALANCED], us[RY_DIRECT] / us[RY_BALANCED], us[RY_HIERARCHICAL] / us[RY_BALANCED],
-               (double)stages / DRAWS, plan_us, choice);
+                snprintf(choice + strlen(choice), sizeof choice - strlen(choice), "%s%s", *choice ? ", " : "",
+                         ry_strategy_name((enum ry_strategy)w));
+        printf("  %4d  %-7s  %10.0f  %12.0f  %10.0f  %8.2fx  %8.2fx  %6.1f  %10.0f  %s\n", c->nranks, kinds[kind],
+               us[RY_DIRECT], us[RY_HIERARCHICAL], us[RY_BALANCED], us[RY_DIRECT] / us[RY_BALANCED],
+               us[RY_HIERARCHICAL] / us[RY_BALANCED], (double)stages / DRAWS, plan_us, choice);
     }
     free(matrix);
     free(loads);
@@ -173,13 +178,14 @@ static int one_size(const struct sim_skewed *s, const struct ry_cost_model *give
 int sim_skewed(const struct sim_skewed *s, const struct sim_study *study, struct ry_err *err)
 {
     const struct ry_fabric *f = &study->points[0].fabric;
-    printf("one exchange of %.4g MiB from every GPU, Zipf with exponent %g; nodes of %d GPUs, %d NIC%s of %.4g GB/s together, %.4g GB/s "
+    printf("one exchange of %.4g MiB from every GPU, Zipf with exponent %g; nodes of %d GPUs, %d NIC%s of %.4g GB/s "
+           "together, %.4g GB/s "
            "inside",
            s->bytes / 1048576, s->exponent, f->gpus, f->nics, f->nics == 1 ? "" : "s", f->node_gbs, f->local_gbs);
     if (s->incast > 0)
         printf(";\na NIC that many nodes send to loses up to %g %%", 100 * s->incast);
-    printf("\n\n  %4s  %-7s  %10s  %12s  %10s  %9s  %9s  %6s  %10s  %s\n", "GPUs", "matrix", "direct us", "hierarchical", "balanced",
-           "to direct", "to hier.", "groups", "planned us", "auto takes");
+    printf("\n\n  %4s  %-7s  %10s  %12s  %10s  %9s  %9s  %6s  %10s  %s\n", "GPUs", "matrix", "direct us",
+           "hierarchical", "balanced", "to direct", "to hier.", "groups", "planned us", "auto takes");
     for (int i = 0; i < study->npoints; i++) {
         struct sim_point *p = &study->points[i];
         struct ry_cluster *c = ry_fabric_cluster(&p->fabric, err);
@@ -187,7 +193,8 @@ int sim_skewed(const struct sim_skewed *s, const struct sim_study *study, struct
             return -1;
         p->model.nic_incast = s->incast;
         int rc = c->nranks > SIM_SKEWED_MOST
-                     ? ry_fail(err, "%d GPUs are more than the %d whose plans are built: give fewer --nodes", c->nranks, SIM_SKEWED_MOST)
+                     ? ry_fail(err, "%d GPUs are more than the %d whose plans are built: give fewer --nodes", c->nranks,
+                               SIM_SKEWED_MOST)
                      : one_size(s, &p->model, c, err);
         ry_cluster_free(c);
         if (rc)
