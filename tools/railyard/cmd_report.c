@@ -209,6 +209,7 @@ static void print_comm(const struct ry_summary *s)
     print_time(s);
     ry_report_agreed_text(s);
     ry_report_ways_text(s);
+    ry_report_local_text(s);
     if (s->dropped || s->dropped_durations)
         printf("  dropped    %" PRIu64 " exchange lines and %" PRIu64
                " durations (the sums hold them; raise RAILYARD_TRACE_BUFFER)\n",
