@@ -11,6 +11,7 @@
 
 #include "place/capacity.h"
 #include "place/random.h"
+#include "place/stay.h"
 
 static uint64_t state;
 
@@ -220,6 +221,53 @@ START_TEST(loads)
 }
 END_TEST
 
+/* Two nodes of two ranks, an expert each; a layer in which all stays, one by hand. */
+START_TEST(stays)
+{
+    enum { S = 4, T = 3, E = 4 };
+    struct ry_err err;
+    struct ry_routing *r = ry_routing_new(S, 2, E, 2, T, S, &err);
+    struct ry_cluster *c = ry_place_cluster(2, 2, 1, 1, &err);
+    int expert_rank[2 * E];
+    uint64_t nodes[4] = {0};
+    ck_assert(r && c && !ry_experts_contiguous(expert_rank, 2, E, 4, &err));
+    uint16_t *counts = (uint16_t *)r->counts;
+    uint8_t *choices = (uint8_t *)r->choices8;
+    for (int s = 0; s < S; s++)
+        for (int l = 0; l < 2; l++)
+            for (int t = 0; t < T; t++)
+                for (int k = 0; k < 2; k++) { /* layer 0: the sample's rank and its neighbour; layer 1: expert 0, then t + s */
+                    int e = l ? k ? 1 + (t + s) % 3 : 0 : s / 2 * 2 + (k ? (s + 1) % 2 : s % 2);
+                    counts[(s * 2 + l) * E + e]++;
+                    choices[((s * 2 + l) * T + t) * 2 + k] = (uint8_t)e;
+                }
+    struct ry_stay all = {.nodes = nodes};
+    ck_assert_msg(!ry_stay_add(&all, r, c, expert_rank, 0, S, 0, 1, &err), "%s", err.msg);
+    ck_assert(all.copies == S * T * 2 && all.on_rank == S * T && all.on_node == S * T * 2);
+    ck_assert(all.pairs == S * T && all.pairs_on_node == S * T && all.rank_pairs == S * T * 2 && all.rank_pairs_on_rank == S * T);
+    ck_assert(nodes[0] == S * T && nodes[1] == 0 && nodes[2] == 0 && nodes[3] == S * T);
+    /* layer 1: each sample sends 3 to expert 0, and one to each of 1, 2, 3: 4 to node 0, 2 to node 1; tokens with expert 1 reach
+       node 0 only, the others both */
+    memset(nodes, 0, sizeof nodes);
+    int capacity[4], home[2];
+    ry_capacity_even(capacity, 4, 2);
+    ry_home_in_order(home, capacity, 4, 2);
+    ck_assert(c->node[home[0]] == 0 && c->node[home[1]] == 1); /* the batches' two samples live on different nodes */
+    struct ry_stay by_hand = {.nodes = nodes};
+    ck_assert(!ry_stay_add(&by_hand, r, c, expert_rank, 1, 2, 0, 2, &err));
+    uint64_t on_rank = 0;
+    for (int i = 0; i < 2; i++)
+        on_rank += home[i] == 0 ? 3 : 1;
+    ck_assert(by_hand.copies == 24 && by_hand.on_rank == 2 * on_rank && by_hand.on_node == 4 + 2 + 4 + 2);
+    ck_assert(by_hand.pairs == 4 * 5 && by_hand.pairs_on_node == 3 + 2 + 3 + 2);
+    ck_assert(by_hand.rank_pairs == 24 && by_hand.rank_pairs_on_rank == 2 * on_rank);
+    ck_assert(nodes[0] == 8 && nodes[1] == 4 && nodes[2] == 8 && nodes[3] == 4);
+    ck_assert(ry_stay_add(&by_hand, r, c, expert_rank, 1, 3, 0, 2, &err) == -1);
+    ry_cluster_free(c);
+    ry_routing_close(r);
+}
+END_TEST
+
 START_TEST(shared_traces)
 {
     static const char *const names[] = {"gpt-e32-k2", "gpt-e64-k6"};
@@ -267,6 +315,7 @@ int main(void)
     tcase_add_test(t, even_tokens);
     tcase_add_test(t, uneven_tokens);
     tcase_add_test(t, loads);
+    tcase_add_test(t, stays);
     tcase_add_test(t, shared_traces);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);

@@ -75,7 +75,7 @@ void ry_report_local_text(const struct ry_summary *s)
     int last;
     if (!any(s) || !(b.nodes = room(s, &last)))
         return;
-    printf("  locality   direction   on its rank   on its node    leaves  equal rows once    KL to local    on its "
+    printf("  locality   direction   on its rank   on its node    leaves     leaves, dedup    KL to local    on its "
            "node, over the run\n");
     for (int w = 0; w < l->nways; w++) {
         double kl = distance(s, w, 0, RY_LOCAL_BINS, &b), distinct = leaves_distinct(s, l->way[w].name, &b);
