@@ -266,10 +266,10 @@ int ry_affinity_measure(struct ry_affinity *out, const void *gates, size_t gate_
 void ry_capacity_grap(float *out, int experts, int hidden)
 {
     for (int i = 0; i < experts; i++) {
-        size_t from = (size_t)i * (size_t)hidden / (size_t)experts,
-               to = ((size_t)i + 1) * (size_t)hidden / (size_t)experts;
-        for (size_t j = 0; j < (size_t)hidden; j++)
-            out[(size_t)i * (size_t)hidden + j] = j >= from && j < to ? (float)experts / (float)hidden : 0;
+        for (size_t j = 0; j < (size_t)hidden; j++) { /* i d / n <= j < (i + 1) d / n */
+            bool own = j * (size_t)experts / (size_t)hidden == (size_t)i;
+            out[(size_t)i * (size_t)hidden + j] = own ? (float)experts / (float)hidden : 0;
+        }
     }
 }
 
