@@ -507,13 +507,30 @@ static bool is_set(const char *name)
     return v && *v && strcmp(v, "0") && strcasecmp(v, "no") && strcasecmp(v, "off") && strcasecmp(v, "false");
 }
 
+/* An address in the NCCL that calls us. */
+static _Atomic(void *) caller;
+
+/* Which library that is (libtorch_cuda.so, the program itself, …), and its version if it tells. */
+static void name_nccl(struct ry_host *host)
+{
+    Dl_info at;
+    int (*version)(int *);
+    void *lib, *symbol;
+    if (!dladdr(atomic_load(&caller), &at) || !at.dli_fname || !(host->nccl_path = strdup(at.dli_fname)))
+        return;
+    if (!(lib = dlopen(at.dli_fname, RTLD_LAZY | RTLD_NOLOAD)))
+        return;
+    if ((symbol = dlsym(lib, "ncclGetVersion"))) {
+        memcpy(&version, &symbol, sizeof version);
+        version(&host->nccl_version);
+    }
+    dlclose(lib);
+}
+
 static void open_engine(void)
 {
-    static struct ry_host host = {.version = RY_HOOKS_VERSION,
-                                  .size = sizeof host,
-                                  .find = find,
-                                  .observe_only = true,
-                                  .nccl_path = "NCCL's profiler interface"};
+    static struct ry_host host = {
+        .version = RY_HOOKS_VERSION, .size = sizeof host, .find = find, .observe_only = true, .nccl_path = "(unknown)"};
     char why[512] = "";
     if (is_set("RAILYARD_DISABLE"))
         return;
@@ -521,6 +538,7 @@ static void open_engine(void)
         ry_warn("the profiler plugin has nothing to do: set RAILYARD_TRACE to the folder to record in");
         return;
     }
+    name_nccl(&host);
     if (railyard_engine_open(&host, &plugin.hooks, why, sizeof why)) {
         ry_log(strstr(why, "already") ? RY_LOG_INFO : RY_LOG_WARN, "the profiler plugin observes nothing: %s", why);
         return;
@@ -619,12 +637,14 @@ static int communicator(void **context, int *mask, const char *name, uint64_t id
 static int init_v4(void **context, int *mask, const char *name, uint64_t id, int nnodes, int nranks, int rank,
                    void *logger)
 {
+    atomic_store(&caller, __builtin_return_address(0));
     return communicator(context, mask, name, id, nranks, rank, false);
 }
 
 static int init_v5(void **context, uint64_t id, int *mask, const char *name, int nnodes, int nranks, int rank,
                    void *logger)
 {
+    atomic_store(&caller, __builtin_return_address(0));
     return communicator(context, mask, name, id, nranks, rank, true);
 }
 
