@@ -60,7 +60,7 @@ static struct ry_prof_v5 *v5;
 
 /* ---- what is exchanged ---- */
 
-enum kind { PLAIN, IN_PLACE, LATE, MIXED, UNNAMED, KINDS };
+enum kind { PLAIN, IN_PLACE, LATE, LATE_IN_PLACE, MIXED, UNNAMED, KINDS };
 
 static uint64_t mix(uint64_t v)
 {
@@ -81,13 +81,13 @@ static uint64_t elements(uint64_t comm, int n, int from, int to)
 static enum kind kind_of(int n)
 {
     enum kind k = (enum kind)(n % KINDS);
-    return version == 4 && (k == IN_PLACE || k == LATE) ? PLAIN : k;
+    return version == 4 && (k == IN_PLACE || k == LATE || k == LATE_IN_PLACE) ? PLAIN : k;
 }
 
 static const char *type_of(int n, int from, int to)
 {
     enum kind k = kind_of(n);
-    return k == MIXED && (from + to) % 2 ? "ncclInt8" : k == UNNAMED ? "Unknown" : "ncclBfloat16";
+    return k == MIXED && (from + to) % 2 == 0 ? "ncclInt8" : k == UNNAMED ? "Unknown" : "ncclBfloat16";
 }
 
 static uint64_t bytes(uint64_t comm, int n, int from, int to)
@@ -216,11 +216,11 @@ static void exchange(struct rank *r, void *context, uint64_t comm, int n)
     enum kind k = kind_of(n);
     group_start(r);
     calls_of_exchange(r, context, comm, n, false);
-    if (k == IN_PLACE)
+    if (k == IN_PLACE || k == LATE_IN_PLACE)
         r->call[0].hidden = r->call[1].hidden = true;
-    if (k == LATE) {
+    if (k == LATE || k == LATE_IN_PLACE) {
         pthread_t t;
-        bool after = n % 2;
+        bool after = n / KINDS % 2;
         if (after)
             group_end(r);
         CHECK(!pthread_create(&t, NULL, launch_late, r), "thread");
