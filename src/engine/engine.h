@@ -21,6 +21,7 @@
 #include "direction.h"
 #include "hooks.h"
 #include "node_comm.h"
+#include "pace.h"
 #include "pairing.h"
 #include "policy.h"
 #include "record/record.h"
@@ -94,6 +95,13 @@ struct reissue {
     struct {
         _Atomic uint64_t number, bytes;
     } moved[64]; /* what the latest timed exchanges had this rank move, until their duration is known */
+    struct ry_pace *pace; /* on the yardmaster */
+    struct {
+        struct ry_sample *sample; /* begun at the end of exchange `number`; NULL: none */
+        uint64_t number, bytes;
+        enum ry_pace_way way;
+        void *stream;
+    } pacing;
     uint64_t carried_out[RY_STRATEGIES], verified;
     uint64_t over_node; /* of those carried out: by means of `node` */
 };

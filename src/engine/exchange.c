@@ -12,7 +12,7 @@
  *                        takes besides is in sum.c: ry_sum_begin() before all this finds what it answers, ry_sum_keep()
  *                        after a packed exchange keeps what its return will need.
  *                        May start the clock (sampler.c), once nothing is waited for any more.
- *   ry_exchange_end()    records it, and stops the clock.
+ *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
  *
  * Between a verdict and its plan nothing may be left to chance: the other ranks go the same way whatever happens here. So
  * memory is held before the manifest is sent, and what fails all the same makes the job's call fail, with a line that says
@@ -323,6 +323,43 @@ static void exchange_took(void *context, uint64_t number, double us)
     }
 }
 
+/* On the sampler's thread. */
+static void followed(void *context, uint64_t number, double us)
+{
+    struct comm *c = context;
+    struct reissue *r = atomic_load(&c->reissue);
+    if (r && r->pace)
+        ry_pace_took(r->pace, number, us);
+}
+
+static uint64_t busier_way(const struct ry_exchange *x)
+{
+    uint64_t sent = 0, got = 0;
+    for (int p = 0; p < x->nranks; p++) {
+        sent += x->send_count[p];
+        got += x->recv_count[p];
+    }
+    return (sent > got ? sent : got) * x->type_bytes;
+}
+
+/* On the yardmaster: the time from the end of the last exchange to the end of this one, if both went the same way, and the
+   start of the next such interval. What is tried to find out is neither one. */
+static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
+{
+    bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
+    enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
+    bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
+    uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;
+    if (r->pacing.sample) {
+        bool follows = good && r->pacing.way == way && r->pacing.number + 1 == now.number && r->pacing.stream == x->stream;
+        if (follows)
+            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes);
+        ry_sampler_end(ry_engine.sampler, r->pacing.sample, x->stream, follows, followed, c, now.number);
+    }
+    r->pacing.sample = wanted ? ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream) : NULL;
+    r->pacing.number = now.number, r->pacing.bytes = bytes, r->pacing.way = way, r->pacing.stream = x->stream;
+}
+
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)
 {
     struct comm *c = handle;
@@ -355,6 +392,9 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
        (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
     if (now.sample)
         ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    if (r && r->pace)
+        keep_pace(c, r, x, result == NCCL_OK);
     ry_engine_leave();
 }
 

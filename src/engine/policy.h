@@ -11,6 +11,7 @@
 #define RY_ENGINE_POLICY_H
 
 #include "control/agree.h"
+#include "pace.h"
 #include "plan/cost.h"
 #include "plan/plan.h"
 
@@ -72,6 +73,7 @@ struct ry_policy_config {
     uint64_t staging_limit;
     int chunks; /* of plans by dedup; 0: by the model */
     struct ry_cost_model model;
+    struct ry_pace *pace; /* of the yardmaster's own rank; must live as long. NULL: only estimates count */
     const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */
 };
 

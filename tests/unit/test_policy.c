@@ -21,10 +21,12 @@ static struct ry_repeats found[RANKS * NODES];
 static double message_us = 2; /* across, where the NIC is slow */
 static bool slow_nic;         /* and fast links in the nodes */
 static int asked_chunks;      /* RAILYARD_CHUNKS */
+static struct ry_pace *pace;  /* NULL: only estimates count */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth */
 static int went[RY_STRATEGIES];
 static bool last, verify;
+static unsigned rest;
 
 /* Made by what a test would change of it. */
 static void begin(uint64_t verify_every, uint64_t staging_limit, double agreement_us)
@@ -43,6 +45,7 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
                                       .verify = verify_every,
                                       .staging_limit = staging_limit,
                                       .chunks = asked_chunks,
+                                      .pace = pace,
                                       .name = "test"};
     ry_cost_guess(&config.model, map);
     config.model.agreement_us = agreement_us;
@@ -156,8 +159,9 @@ static int exchange(void)
     size_t bytes[RANKS], ncells;
     const uint64_t *cells;
     struct ry_agreed x = agreed(extra, bytes);
-    verify = last = false;
-    int s = policy.choose(policy.context, &x, &verify, &last);
+    verify = false;
+    int s = policy.choose(policy.context, &x, &verify, &rest);
+    last = rest > 0;
     ck_assert_int_ge(s, 0);
     ck_assert_int_lt(s, RY_STRATEGIES);
     went[s]++;
@@ -448,6 +452,80 @@ START_TEST(finds_out)
 }
 END_TEST
 
+/* The next `n` exchanges follow each other so fast, agreed on or not. */
+static void follow(enum ry_pace_way way, int n, double us)
+{
+    for (int i = 0; i < n; i++, number += way == RY_PACE_PLAIN)
+        if (ry_pace_wants(pace, way)) {
+            ry_pace_began(pace, number, way, 64 << 20, 64 << 20);
+            ry_pace_took(pace, number, us);
+        }
+}
+
+/* By its duration hierarchical is a fifth faster; but what counts is how fast exchanges follow each other. */
+START_TEST(keeps_pace)
+{
+    for (int gains = 0; gains < 2; gains++) {
+        pace = ry_pace_new();
+        begin(0, 1 << 30, 50);
+        uniform(64 << 20, 1 << 30);
+        takes_us[RY_DIRECT] = 100000;
+        takes_us[RY_HIERARCHICAL] = 80000;
+        ck_assert(worth());
+        for (rest = 0; !rest && number < 100;) {
+            exchange();
+            follow(RY_PACE_ENGAGED, 1, gains ? 85000 : 105000);
+        }
+        ck_assert_uint_eq(rest, 16);
+        ck_assert_uint_le(number, 2 * (6 + 6) + 12 + 1);
+        follow(RY_PACE_PLAIN, (int)rest, 100000);
+        ck_assert_int_eq(worth(), gains);
+        number += 5; /* nor is it asked about again at once */
+        ck_assert_int_eq(worth(), gains);
+        for (int i = 0; gains && i < 200; i++) {
+            exchange();
+            follow(RY_PACE_ENGAGED, 1, 85000);
+            ck_assert_uint_eq(rest, 0);
+        }
+        if (gains) { /* plain NCCL has become faster, as it turns out when it is watched again */
+            for (rest = 0; !rest && number < 3000;) {
+                exchange();
+                follow(RY_PACE_ENGAGED, 1, 85000);
+            }
+            ck_assert_uint_eq(rest, 16);
+            follow(RY_PACE_PLAIN, (int)rest, 80000);
+            ck_assert(!worth());
+        }
+        end();
+        ry_pace_free(pace);
+    }
+    pace = NULL;
+}
+END_TEST
+
+/* Where much is saved nothing passes by for the sake of knowing it better. */
+START_TEST(sure_of_much)
+{
+    pace = ry_pace_new();
+    slow_nic = true;
+    begin(0, 1 << 30, 50);
+    uniform(4 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 22000;
+    takes_us[RY_DEDUP] = 6500;
+    duplicates(4096, 4);
+    for (int i = 0; i < 300; i++) {
+        exchange();
+        follow(RY_PACE_ENGAGED, 1, 30000);
+        ck_assert_uint_eq(rest, 0);
+    }
+    ck_assert(!ry_pace_wants(pace, RY_PACE_PLAIN));
+    end();
+    slow_nic = false;
+    ry_pace_free(pace);
+    pace = NULL;
+}
+END_TEST
+
 /* Rows are equal: dedup is what is chosen, and stays, whatever is tried besides. */
 static void dedup_pays(double agreement_us)
 {
@@ -510,8 +588,9 @@ START_TEST(kinds_take_turns)
             ck_assert(!last); /* one pays for both */
             ck_assert_int_eq(s == RY_DEDUP, i % 2 == 0);
         }
-        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over */
-        for (int i = 0; i < 80 && !last; i++) {
+        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over: after what is still
+         * tried, and an account */
+        for (int i = 0; i < 100 && !last; i++) {
             uniform(4 << 20, 1 << 30);
             duplicates(4096, 1);
             exchange();
@@ -814,9 +893,9 @@ START_TEST(nonsense_from_a_rank_ends_it)
     size_t bytes[RANKS];
     struct ry_agreed x = agreed(extra, bytes);
     bytes[3] = 5;
-    verify = last = false;
-    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &last), RY_DIRECT);
-    ck_assert(last);
+    verify = false, rest = 0;
+    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &rest), RY_DIRECT);
+    ck_assert_uint_eq(rest, 1);
     ck_assert(!policy.worth(policy.context, 0, extra, bytes));
     end();
     /* of what it found */
@@ -842,10 +921,10 @@ START_TEST(nonsense_from_a_rank_ends_it)
             bytes[3] -= sizeof(uint64_t);
         if (bad == 7)
             bytes[3] = sizeof(struct ry_side);
-        verify = last = false;
-        int s = policy.choose(policy.context, &x, &verify, &last);
+        verify = false, rest = 0;
+        int s = policy.choose(policy.context, &x, &verify, &rest);
         bool refused = bad == 1 || bad >= 4;
-        ck_assert_msg(last == refused, "%d: %d", bad, last);
+        ck_assert_msg(rest == refused, "%d: %u", bad, rest);
         size_t size = 1;
         ck_assert(!refused || (s == RY_DIRECT && !policy.slice(policy.context, &x, s, 3, &size) && !size));
         end();
@@ -855,9 +934,9 @@ START_TEST(nonsense_from_a_rank_ends_it)
     uniform(10000, 1 << 20);
     x = agreed(extra, bytes);
     bytes[3] += NODES * sizeof(uint64_t);
-    verify = last = false;
-    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &last), RY_DIRECT);
-    ck_assert(last);
+    verify = false, rest = 0;
+    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &rest), RY_DIRECT);
+    ck_assert_uint_eq(rest, 1);
     end();
 }
 END_TEST
@@ -874,6 +953,8 @@ int main(void)
     tcase_add_test(t, every_nth_is_verified);
     tcase_add_test(t, declines_where_agreeing_costs_more);
     tcase_add_test(t, finds_out);
+    tcase_add_test(t, keeps_pace);
+    tcase_add_test(t, sure_of_much);
     tcase_add_test(t, durations_never_come);
     tcase_add_test(t, equal_rows);
     tcase_add_test(t, kinds_take_turns);
