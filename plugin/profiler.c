@@ -371,7 +371,7 @@ static int start_v5(void *context, void **handle, struct ry_prof_event *e)
 
 static int stop_v5(void *handle)
 {
-    if (atomic_load_explicit(&plugin.watching, memory_order_acquire) && handle && !((uintptr_t)handle & 1) &&
+    if (atomic_load_explicit(&plugin.watching, memory_order_acquire) && group.number && !((uintptr_t)handle & 1) &&
         number_of(handle) == group.number)
         group_over();
     return 0;
@@ -455,7 +455,8 @@ static int start_v4(void *context, void **handle, struct ry_prof_event *e)
 
 static int stop_v4(void *handle)
 {
-    if (atomic_load_explicit(&plugin.watching, memory_order_acquire) && handle && number_of(handle) == group.number)
+    if (atomic_load_explicit(&plugin.watching, memory_order_acquire) && group.number &&
+        number_of(handle) == group.number)
         launch_ends(group.comm[0], group.number);
     return 0;
 }
@@ -501,10 +502,11 @@ static void in_child(void)
     atomic_store(&plugin.watching, false);
 }
 
-static bool is_set(const char *name)
+/* As the preload reads it. */
+static bool disabled(void)
 {
-    const char *v = getenv(name);
-    return v && *v && strcmp(v, "0") && strcasecmp(v, "no") && strcasecmp(v, "off") && strcasecmp(v, "false");
+    const char *v = getenv("RAILYARD_DISABLE");
+    return v && (!strcmp(v, "1") || !strcasecmp(v, "yes") || !strcasecmp(v, "on") || !strcasecmp(v, "true"));
 }
 
 /* An address in the NCCL that calls us. */
@@ -532,7 +534,7 @@ static void open_engine(void)
     static struct ry_host host = {
         .version = RY_HOOKS_VERSION, .size = sizeof host, .find = find, .observe_only = true, .nccl_path = "(unknown)"};
     char why[512] = "";
-    if (is_set("RAILYARD_DISABLE"))
+    if (disabled())
         return;
     if (!getenv("RAILYARD_TRACE") || !*getenv("RAILYARD_TRACE")) {
         ry_warn("the profiler plugin has nothing to do: set RAILYARD_TRACE to the folder to record in");
