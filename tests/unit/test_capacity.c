@@ -262,6 +262,10 @@ START_TEST(stays)
     ck_assert(by_hand.pairs == 4 * 5 && by_hand.pairs_on_node == 3 + 2 + 3 + 2);
     ck_assert(by_hand.rank_pairs == 24 && by_hand.rank_pairs_on_rank == 2 * on_rank);
     ck_assert(nodes[0] == 8 && nodes[1] == 4 && nodes[2] == 8 && nodes[3] == 4);
+    memset(nodes, 0, sizeof nodes); /* layer 0 in two batches: samples 0 and 2 live on node 0, 1 and 3 on node 1 */
+    struct ry_stay two = {.nodes = nodes};
+    ck_assert(!ry_stay_add(&two, r, c, expert_rank, 0, 2, 0, 2, &err));
+    ck_assert(nodes[0] == 6 && nodes[1] == 6 && nodes[2] == 6 && nodes[3] == 6 && two.on_node == 12);
     ck_assert(ry_stay_add(&by_hand, r, c, expert_rank, 1, 3, 0, 2, &err) == -1);
     ry_cluster_free(c);
     ry_routing_close(r);
