@@ -29,7 +29,8 @@
 #include "record/trace.h"
 
 #define RANKS 4
-#define EXCHANGES 240 /* of each rank on its first communicator */
+#define EXCHANGES 240  /* of each rank on its first communicator */
+#define CE_COUNT 12345 /* of one more at the end, in version 6 */
 #define COMM_A 0x1234567890abcdefull
 #define COMM_B 0xfedcba0987654321ull
 
@@ -343,6 +344,14 @@ static void *run_rank(void *arg)
         if (n % 4 == 0)
             exchange(&r, r.b, COMM_B, n / 4);
     }
+    if (version == 6) { /* by copy engines: no p2p calls */
+        void *none;
+        struct ry_prof_event e = {.type.v5 = RY_PROF_CE_COLL,
+                                  .coll = {.func = "AlltoAll", .count = CE_COUNT, .type = "ncclFloat16"}};
+        start(r.a, &none, &e);
+        e.coll.func = "AllGather";
+        start(r.a, &none, &e);
+    }
     fini(r.a);
     if (r.rank % 2)
         fini(r.b); /* the others end with the process */
@@ -411,18 +420,18 @@ static struct ry_trace_comm *find(const struct ry_trace *trace, uint64_t key)
     return NULL;
 }
 
-static void check_comm(const struct ry_trace *trace, uint64_t key, int exchanges, int plain)
+static void check_comm(const struct ry_trace *trace, uint64_t key, int exchanges, int plain, int by_copy_engine)
 {
     struct ry_trace_comm *c = find(trace, key);
     CHECK(c->nranks == RANKS && c->present == RANKS, "%d of %d ranks", c->present, c->nranks);
     CHECK(!strcmp(c->birth, "seen") && !c->mapped, "%s", c->birth);
     uint64_t timed = 0;
     for (int r = 0; r < RANKS; r++) {
-        CHECK(c->ranks[r]->exchanges == (uint64_t)exchanges, "rank %d: %llu exchanges, %d were told", r,
-              (unsigned long long)c->ranks[r]->exchanges, exchanges);
+        CHECK(c->ranks[r]->exchanges == (uint64_t)(exchanges + by_copy_engine), "rank %d: %llu exchanges, %d were told",
+              r, (unsigned long long)c->ranks[r]->exchanges, exchanges);
         timed += c->ranks[r]->times.n;
         for (int p = 0; p < RANKS; p++) {
-            uint64_t sent = 0, got = 0;
+            uint64_t sent = (uint64_t)by_copy_engine * CE_COUNT * 2, got = sent;
             for (int n = 0; n < exchanges; n++) {
                 sent += bytes(key, n, r, p);
                 got += bytes(key, n, p, r);
@@ -433,6 +442,7 @@ static void check_comm(const struct ry_trace *trace, uint64_t key, int exchanges
                   (unsigned long long)sent, (unsigned long long)got);
         }
     }
+    CHECK(c->one_call == (uint64_t)by_copy_engine * RANKS, "%llu by one call", (unsigned long long)c->one_call);
     if (version == 4)
         CHECK(timed == 0, "version 4 does not tell of streams");
     else
@@ -453,8 +463,8 @@ static void check_trace(const char *folder)
         a += version == 4 && n % 7 == 6;
         b += version != 4 && n % 7 == 5;
     }
-    check_comm(trace, COMM_A, EXCHANGES, a);
-    check_comm(trace, COMM_B, (EXCHANGES + 3) / 4, b);
+    check_comm(trace, COMM_A, EXCHANGES, a, version == 6);
+    check_comm(trace, COMM_B, (EXCHANGES + 3) / 4, b, 0);
     const struct ry_trace_comm *c = find(trace, COMM_A);
     CHECK(c->name && !strcmp(c->name, "experts"), "name %s", c->name ? c->name : "(none)");
     if (version != 4)
