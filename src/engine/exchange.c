@@ -130,16 +130,28 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
     r->staging_wanted = 0;
 }
 
+/* What became known since the last manifest. */
+static void tell_durations(struct reissue *r, struct ry_took took[RY_TOOK])
+{
+    int n = 0;
+    for (size_t i = 0; i < sizeof r->moved / sizeof *r->moved && n < RY_TOOK; i++) {
+        if (!(atomic_load(&r->moved[i].us) > 0))
+            continue;
+        took[n++] = (struct ry_took){.number = atomic_load(&r->moved[i].number),
+                                     .bytes = atomic_load(&r->moved[i].bytes),
+                                     .us = atomic_exchange(&r->moved[i].us, 0)};
+    }
+}
+
 /* `repeats`: what was found equal in what goes to each node, or NULL. */
 static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                   const struct ry_repeats *repeats, struct ry_verdict *verdict)
 {
-    struct ry_side side = {.measured = atomic_load(&r->measured)}, seen;
+    struct ry_side side = {0}, seen;
     bool able = x->held && !now.captured && !r->quit;
     if (able)
         grow_staging(c, r, x->stream);
-    side.measured_us = atomic_load(&r->measured_us);
-    side.measured_bytes = atomic_load(&r->measured_bytes);
+    tell_durations(r, side.took);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_node_comm_state(r->node);
     side.staging = ry_run_staging(r->runner);
@@ -215,8 +227,9 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
         sent += r->send[p];
         got += r->recv[p];
     }
-    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
     atomic_store(&r->moved[now.number % 64].number, now.number + 1);
+    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
+    atomic_store(&r->moved[now.number % 64].us, 0);
 }
 
 static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
@@ -316,11 +329,8 @@ static void exchange_took(void *context, uint64_t number, double us)
     struct reissue *r = atomic_load(&c->reissue);
     if (c->record)
         ry_record_duration(ry_engine.record, c->record, number, us);
-    if (r && atomic_load(&r->moved[number % 64].number) == number + 1) { /* goes to the yardmaster with the next manifest */
-        atomic_store(&r->measured_us, us);
-        atomic_store(&r->measured_bytes, atomic_load(&r->moved[number % 64].bytes));
-        atomic_store(&r->measured, number + 1);
-    }
+    if (r && atomic_load(&r->moved[number % 64].number) == number + 1)
+        atomic_store(&r->moved[number % 64].us, us); /* goes to the yardmaster with the next manifest */
 }
 
 /* On the sampler's thread. */

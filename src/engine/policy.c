@@ -58,7 +58,6 @@ struct ry_chooser {
     } node_comm;
     uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
-    uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
     struct ry_side *sides;                  /* [nranks] */
     struct ry_load *loads;                  /* [nranks] */
@@ -257,17 +256,17 @@ static void learn(struct ry_chooser *c)
         const struct ry_side *s = &c->sides[r];
         if (s->messages_us > agreement)
             agreement = s->messages_us;
-        if (!s->measured || s->measured == c->measured[r])
-            continue;
-        c->measured[r] = s->measured;
-        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
-        if (k->number != s->measured - 1)
-            continue;
-        k->reported++;
-        if (s->measured_us > 0 && s->measured_us < k->least && 2 * s->measured_bytes >= k->busiest)
-            k->least = s->measured_us;
-        if (k->reported == n)
-            ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        for (int i = 0; i < RY_TOOK; i++) {
+            const struct ry_took *took = &s->took[i];
+            struct recent *k = &c->recent[(took->number - 1) % RECENT];
+            if (!took->number || k->number != took->number - 1)
+                continue;
+            k->reported++;
+            if (took->us > 0 && took->us < k->least && 2 * took->bytes >= k->busiest)
+                k->least = took->us;
+            if (k->reported == n)
+                ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        }
     }
     if (agreement > 0)
         c->config.model.agreement_us = agreement;
@@ -733,7 +732,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     }
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
-        !(c->spare = calloc(n, sizeof *c->spare)) || !(c->measured = calloc(n, sizeof *c->measured)) ||
+        !(c->spare = calloc(n, sizeof *c->spare)) ||
         !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
@@ -762,7 +761,6 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->need);
     free(c->spare);
     free(c->sides);
-    free(c->measured);
     free(c->repeats);
     free(c->packed_in);
     free(c->order);
