@@ -26,6 +26,7 @@
 #include <strings.h>
 
 #include "base/log.h"
+#include "control/load.h"
 #include "hooks.h"
 #include "watched.h"
 
@@ -298,12 +299,16 @@ static int record(void *handle, int state, void *args)
 
 /* ---- the plugin comes and goes ---- */
 
-void ry_quiet_over(void);
+/*
+ * NCCL opens us knowing nothing of control/load.h. So the engine is linked with -z initfirst: this runs before the
+ * constructors of all libraries that the same dlopen() brings along, UCX's among them. Where it is opened quietly, by
+ * the preload or by Python, it finds nothing to do. Ends when NCCL first calls.
+ */
+static struct ry_quiet quiet;
 
-/* When NCCL opens the engine: what it needs has run its constructors by now, see quiet.c. */
 __attribute__((constructor)) static void opened(void)
 {
-    ry_quiet_over();
+    quiet = ry_quiet_begin();
 }
 
 static void *find(const char *name)
@@ -363,6 +368,7 @@ static void open_engine(void)
     static struct ry_host host = {
         .version = RY_HOOKS_VERSION, .size = sizeof host, .find = find, .observe_only = true, .nccl_path = "(unknown)"};
     char why[512] = "";
+    ry_quiet_end(quiet);
     if (disabled())
         return;
     if (!getenv("RAILYARD_TRACE") || !*getenv("RAILYARD_TRACE")) {

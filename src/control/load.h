@@ -47,6 +47,10 @@ static inline struct ry_quiet ry_quiet_begin(void)
         if (!set)
             copy[used++] = quiet[i];
     }
+    if (used == n) { /* quiet already */
+        free(copy);
+        return (struct ry_quiet){before, before};
+    }
     copy[used] = NULL;
     kept = copy;
     __atomic_store_n(&environ, kept, __ATOMIC_RELEASE);
