@@ -310,7 +310,7 @@ static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choic
     double best = INFINITY;
     for (int s = 0; s < RY_STRATEGIES; s++)
         best = choice->us[s] < best ? choice->us[s] : best;
-    if (!isfinite(choice->us[strategy]) || (strategy == RY_HIERARCHICAL && map->nnodes == map->nranks))
+    if (!isfinite(choice->us[strategy]) || ((strategy == RY_HIERARCHICAL || strategy == RY_BALANCED) && map->nnodes == map->nranks))
         return 0;
     if ((!isfinite(choice->us[RY_DEDUP]) && strategy != RY_BALANCED) || choice->us[strategy] <= CLOSE * best)
         return TRIES;
