@@ -91,12 +91,10 @@ struct reissue {
     _Atomic bool aborted;
     struct ry_waits waits;    /* for verdicts */
     struct ry_waits messages; /* the same without the waiting for other ranks: what agreeing itself takes */
-    _Atomic uint64_t measured; /* 1 + the latest exchange whose duration is known, and that */
-    _Atomic double measured_us;
-    _Atomic uint64_t measured_bytes;
     struct {
-        _Atomic uint64_t number, bytes;
-    } moved[64]; /* what the latest timed exchanges had this rank move, until their duration is known */
+        _Atomic uint64_t number, bytes; /* 1 + the exchange; what this rank had to move in it */
+        _Atomic double us;              /* 0: not known yet, or told */
+    } moved[64]; /* the latest exchanges agreed on, until the yardmaster was told how long they took */
     struct ry_pace *pace; /* on the yardmaster */
     struct {
         struct ry_sample *sample; /* begun at the end of exchange `number`; NULL: none */
@@ -227,6 +225,8 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);
+void *ry_exchange_clock(void *handle, uint64_t ordinal, void *stream);
+void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, uint64_t wall_ns, bool ok);
 void ry_exchange_stray(void *handle);
 void ry_exchange_aborting(void *handle);
 void ry_exchange_int64_allgather(void *handle, uint64_t count);

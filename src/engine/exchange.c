@@ -134,16 +134,28 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
     r->staging_wanted = 0;
 }
 
+/* What became known since the last manifest. */
+static void tell_durations(struct reissue *r, struct ry_took took[RY_TOOK])
+{
+    int n = 0;
+    for (size_t i = 0; i < sizeof r->moved / sizeof *r->moved && n < RY_TOOK; i++) {
+        if (!(atomic_load(&r->moved[i].us) > 0))
+            continue;
+        took[n++] = (struct ry_took){.number = atomic_load(&r->moved[i].number),
+                                     .bytes = atomic_load(&r->moved[i].bytes),
+                                     .us = atomic_exchange(&r->moved[i].us, 0)};
+    }
+}
+
 /* `repeats`: what was found equal in what goes to each node, or NULL. */
 static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                   const struct ry_repeats *repeats, struct ry_verdict *verdict)
 {
-    struct ry_side side = {.measured = atomic_load(&r->measured)}, seen;
+    struct ry_side side = {0}, seen;
     bool able = x->held && !now.captured && !r->quit;
     if (able)
         grow_staging(c, r, x->stream);
-    side.measured_us = atomic_load(&r->measured_us);
-    side.measured_bytes = atomic_load(&r->measured_bytes);
+    tell_durations(r, side.took);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_node_comm_state(r->node);
     side.staging = ry_run_staging(r->runner);
@@ -219,8 +231,9 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
         sent += r->send[p];
         got += r->recv[p];
     }
-    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
     atomic_store(&r->moved[now.number % 64].number, now.number + 1);
+    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
+    atomic_store(&r->moved[now.number % 64].us, 0);
 }
 
 static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
@@ -363,11 +376,8 @@ static void exchange_took(void *context, uint64_t number, double us)
         ry_record_duration(ry_engine.record, c->record, number, us);
     if (r)
         ry_twins_took(r->twins, number, us);
-    if (r && atomic_load(&r->moved[number % 64].number) == number + 1) { /* goes to the yardmaster with the next manifest */
-        atomic_store(&r->measured_us, us);
-        atomic_store(&r->measured_bytes, atomic_load(&r->moved[number % 64].bytes));
-        atomic_store(&r->measured, number + 1);
-    }
+    if (r && atomic_load(&r->moved[number % 64].number) == number + 1)
+        atomic_store(&r->moved[number % 64].us, us); /* goes to the yardmaster with the next manifest */
 }
 
 /* On the sampler's thread. */
@@ -443,6 +453,42 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (r && r->pace)
         keep_pace(c, r, x, result == NCCL_OK);
+    ry_engine_leave();
+}
+
+/* ---- seen from afar (plugin/profiler.c) ---- */
+
+void *ry_exchange_clock(void *handle, uint64_t ordinal, void *stream)
+{
+    const struct comm *c = handle;
+    struct ry_sample *sample = NULL;
+    if (!ry_engine_enter())
+        return NULL;
+    if (ry_engine.sampler && ordinal % ry_engine.settings.sample == 0)
+        sample = ry_sampler_begin(ry_engine.sampler, c->info.device, stream);
+    ry_engine_leave();
+    return sample;
+}
+
+void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, uint64_t wall_ns, bool ok)
+{
+    struct comm *c = handle;
+    if (!ry_engine_enter())
+        return;
+    if (!x) {
+        if (clock)
+            ry_sampler_end(ry_engine.sampler, clock, NULL, false, NULL, NULL, 0);
+        ry_engine_leave();
+        return;
+    }
+    now.number = x->ordinal;
+    now.wall_ns = wall_ns;
+    now.captured = now.timed = now.verify = false;
+    now.strategy = NULL;
+    now.waited_us = now.late_us = now.plain_us = 0;
+    now.sample = clock;
+    ry_look_see(c, NULL, x, &now.rows);
+    ry_exchange_end(handle, x, c, ok ? NCCL_OK : NCCL_SYSTEM_ERROR);
     ry_engine_leave();
 }
 

@@ -58,7 +58,6 @@ struct ry_chooser {
     } node_comm;
     uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
-    uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
     struct ry_side *sides;                  /* [nranks] */
     struct ry_load *loads;                  /* [nranks] */
@@ -68,6 +67,7 @@ struct ry_chooser {
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
     uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
+    struct ry_balance *balance;             /* what the words of slices by balanced are made of */
     char *order;                            /* what one rank is told */
     size_t order_size;
 };
@@ -132,7 +132,7 @@ static size_t cells_bytes(const struct ry_slice *s)
 
 size_t ry_order_bytes(const struct ry_slice *slice)
 {
-    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) : 0) +
+    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) + slice->nwords * sizeof *slice->words : 0) +
            (slice && slice->repeats ? (size_t)slice->nrows * (sizeof(uint64_t) + RY_CHUNKS * sizeof(uint32_t)) : 0);
 }
 
@@ -143,6 +143,8 @@ int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, str
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", bytes, expected);
     if (cells)
         memcpy(slice->cells, (const char *)extra + order, cells);
+    if (slice->nwords)
+        memcpy(slice->words, (const char *)extra + order + cells, slice->nwords * sizeof *slice->words);
     const char *widths = (const char *)extra + order + cells, *list = widths + (size_t)slice->nrows * sizeof(uint64_t);
     for (int i = 0; slice->repeats && i < slice->nrows; i++) {
         uint64_t width;
@@ -257,17 +259,17 @@ static void learn(struct ry_chooser *c)
         const struct ry_side *s = &c->sides[r];
         if (s->messages_us > agreement)
             agreement = s->messages_us;
-        if (!s->measured || s->measured == c->measured[r])
-            continue;
-        c->measured[r] = s->measured;
-        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
-        if (k->number != s->measured - 1)
-            continue;
-        k->reported++;
-        if (s->measured_us > 0 && s->measured_us < k->least && 2 * s->measured_bytes >= k->busiest)
-            k->least = s->measured_us;
-        if (k->reported == n)
-            ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        for (int i = 0; i < RY_TOOK; i++) {
+            const struct ry_took *took = &s->took[i];
+            struct recent *k = &c->recent[(took->number - 1) % RECENT];
+            if (!took->number || k->number != took->number - 1)
+                continue;
+            k->reported++;
+            if (took->us > 0 && took->us < k->least && 2 * took->bytes >= k->busiest)
+                k->least = took->us;
+            if (k->reported == n)
+                ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        }
     }
     if (agreement > 0)
         c->config.model.agreement_us = agreement;
@@ -308,9 +310,9 @@ static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choic
     double best = INFINITY;
     for (int s = 0; s < RY_STRATEGIES; s++)
         best = choice->us[s] < best ? choice->us[s] : best;
-    if (!isfinite(choice->us[strategy]) || (strategy == RY_HIERARCHICAL && map->nnodes == map->nranks))
+    if (!isfinite(choice->us[strategy]) || ((strategy == RY_HIERARCHICAL || strategy == RY_BALANCED) && map->nnodes == map->nranks))
         return 0;
-    if (!isfinite(choice->us[RY_DEDUP]) || choice->us[strategy] <= CLOSE * best)
+    if ((!isfinite(choice->us[RY_DEDUP]) && strategy != RY_BALANCED) || choice->us[strategy] <= CLOSE * best)
         return TRIES;
     return strategy == RY_DIRECT ? RY_COST_ENOUGH : 0;
 }
@@ -430,8 +432,12 @@ static bool has_slice(int strategy)
 }
 
 /* Everything that telling the ranks will need: once a verdict is being sent nothing may fail. */
-static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
+static bool prepare(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix)
 {
+    ry_balance_free(c->balance);
+    c->balance = strategy == RY_BALANCED ? ry_balance_of(c->config.map, matrix, NULL) : NULL;
+    if (strategy == RY_BALANCED && !c->balance)
+        return false;
     for (int r = 0; has_slice(strategy) && r < c->config.map->nranks; r++) {
         struct ry_slice *s = &c->slices[strategy][r];
         if (!s->rows && ry_slice_init(s, c->config.map, r, strategy, NULL))
@@ -517,14 +523,14 @@ static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, cons
     return enough && !*never;
 }
 
-/* The choice that the ranks' staging memory allows; dedup takes more than hierarchical, which may be next. */
+/* The choice that the ranks' staging memory allows; dedup and balanced take more than hierarchical, which may be next. */
 static void fit_staging(struct ry_chooser *c, struct ry_choice *choice, const uint64_t *matrix, bool forced)
 {
     bool never;
     if (enough_staging(c, choice->strategy, matrix, choice, &never))
         return;
     c->counts.short_of_staging++;
-    bool next = never && !forced && choice->strategy == RY_DEDUP &&
+    bool next = never && !forced && (choice->strategy == RY_DEDUP || choice->strategy == RY_BALANCED) &&
                 choice->us[RY_HIERARCHICAL] < choice->us[RY_DIRECT] * (1 - MARGIN) &&
                 enough_staging(c, RY_HIERARCHICAL, matrix, choice, &never);
     choice->strategy = next ? RY_HIERARCHICAL : RY_DIRECT;
@@ -668,7 +674,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         choice.strategy = forced == RY_DEDUP && !c->all_pack ? RY_HIERARCHICAL : (enum ry_strategy)forced;
     }
     fit_staging(c, &choice, x->matrix, forced >= 0);
-    if (!prepare(c, choice.strategy)) {
+    if (!prepare(c, choice.strategy, x->matrix)) {
         snprintf(choice.why, sizeof choice.why, "out of memory for the verdict");
         choice.strategy = RY_DIRECT;
     }
@@ -709,6 +715,8 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     for (int i = 0; i < s->nrows; i++)
         for (int j = 0; j < s->ncols; j++)
             *cell++ = x->matrix[(size_t)s->rows[i] * (size_t)x->nranks + (size_t)s->cols[j]];
+    if (s->nwords)
+        ry_balance_words(c->balance, c->config.map, (int)node, cell);
     uint64_t *width = cell;
     for (int i = 0; s->repeats && i < s->nrows; i++) {
         const struct ry_repeats *its = c->looked ? &c->repeats[(size_t)s->rows[i] * nnodes + node] : NULL;
@@ -735,7 +743,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     }
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
-        !(c->spare = calloc(n, sizeof *c->spare)) || !(c->measured = calloc(n, sizeof *c->measured)) ||
+        !(c->spare = calloc(n, sizeof *c->spare)) ||
         !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
@@ -764,10 +772,10 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->need);
     free(c->spare);
     free(c->sides);
-    free(c->measured);
     free(c->repeats);
     free(c->packed_in);
     free(c->order);
+    ry_balance_free(c->balance);
     free(c);
 }
 

@@ -50,10 +50,10 @@ static int build(struct ry_building *b)
             if (near && k)
                 continue;
             int i = twin * chunks + k, of = n * chunks; /* this part of this share */
-            uint64_t out = near ? 0 : ry_share_at(in->send[p], i, of),
-                     back = near ? 0 : ry_share_at(in->recv[p], i, of);
-            uint64_t out_end = near ? in->send[p] : ry_share_at(in->send[p], i + 1, of);
-            uint64_t back_end = near ? in->recv[p] : ry_share_at(in->recv[p], i + 1, of);
+            uint64_t out = near ? 0 : ry_replica_at(in->send[p], i, of),
+                     back = near ? 0 : ry_replica_at(in->recv[p], i, of);
+            uint64_t out_end = near ? in->send[p] : ry_replica_at(in->send[p], i + 1, of);
+            uint64_t back_end = near ? in->recv[p] : ry_replica_at(in->recv[p], i + 1, of);
             ry_step_send(plan, k, p, (struct ry_at){RY_AT_SEND, p, out}, out_end - out);
             ry_step_recv(plan, k, p, (struct ry_at){RY_AT_RECV, p, back}, back_end - back);
         }
@@ -63,14 +63,14 @@ static int build(struct ry_building *b)
             if (c->node[p] == b->node)
                 continue;
             int i = twin * chunks + k, of = n * chunks;
-            uint64_t at = ry_share_at(in->recv[p], i, of), bytes = ry_share_at(in->recv[p], i + 1, of) - at;
+            uint64_t at = ry_replica_at(in->recv[p], i, of), bytes = ry_replica_at(in->recv[p], i + 1, of) - at;
             for (int t = 0; t < n; t++) {
                 if (t == twin)
                     continue;
-                uint64_t its = ry_share_at(in->recv[p], t * chunks + k, of);
+                uint64_t its = ry_replica_at(in->recv[p], t * chunks + k, of);
                 ry_step_send(plan, chunks + k, t * each + own, (struct ry_at){RY_AT_RECV, p, at}, bytes);
                 ry_step_recv(plan, chunks + k, t * each + own, (struct ry_at){RY_AT_RECV, p, its},
-                             ry_share_at(in->recv[p], t * chunks + k + 1, of) - its);
+                             ry_replica_at(in->recv[p], t * chunks + k + 1, of) - its);
             }
         }
     for (int i = second; i < plan->nsteps; i++)
