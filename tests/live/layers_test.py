@@ -158,7 +158,7 @@ def case_findings():
 class Said:
     """A job of one rank, as far as a Mover asks it."""
 
-    rank = 0
+    rank, pid = 0, 0
 
     def __init__(self):
         self.stops = []

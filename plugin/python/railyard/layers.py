@@ -12,7 +12,9 @@ Words: group: the expert-parallel ranks, which exchange samples. Leader: its fir
 micro-batch, numbered rank by rank; `sample[slot]`: the home slot of the sample that is there now.
 """
 
+import atexit
 import json
+import os
 import queue
 import threading
 import time
@@ -230,6 +232,7 @@ class Mover:
         self.counted = {"micro-batches": 0, "moves": 0, "late": 0}
         if self.rank == 0:
             threading.Thread(target=self._work, name="railyard-layers", daemon=True).start()
+            atexit.register(self.last_words)
 
     # ---- what wrappers call
 
@@ -319,6 +322,10 @@ class Mover:
             if self.counted["micro-batches"] % TELL == 0:
                 self.tell()
 
+    def last_words(self) -> None:
+        if self.counted["micro-batches"] % TELL and self.job.pid == os.getpid():
+            self.tell()
+
     def tell(self) -> None:
         c = self.counted
         say.info(f"layer placement: in {c['micro-batches']} micro-batches {c['moves']} moves, {c['late']} decisions too late; "
@@ -378,7 +385,7 @@ class Mover:
                     host.copy_(every, non_blocking=True)
                     event = torch.cuda.Event()
                     event.record(self._side)
-                self._jobs.put((micro.number, layer, list(micro.sample), host, event))
+                self._jobs.put((micro.number, layer, list(micro.sample), host, event and (event, like.device)))
                 self._pending = (micro.number, layer, event)
 
     def _obey(self, micro: Micro, layer: int, like: Any) -> None:
@@ -447,10 +454,17 @@ class Mover:
 
     def _work(self) -> None:
         """The solver's thread."""
+        mine = None
         while True:
-            number, layer, sample, host, event = self._jobs.get()
+            number, layer, sample, host, waited = self._jobs.get()
             try:
-                if event is not None:
+                if waited is not None:
+                    event, device = waited
+                    if device != mine:  # or this thread would wait by way of device 0, and take memory there
+                        import torch
+
+                        torch.cuda.set_device(device)
+                        mine = device
                     event.synchronize()
                 answer = self._decide(number, layer, sample, host)
             except Exception as e:
