@@ -7,8 +7,6 @@ usage: layers_test.py CASE [librailyard-engine.so]
 
 import contextlib
 import importlib
-import io
-import json
 import multiprocessing
 import os
 import random
@@ -22,7 +20,7 @@ import types
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CASE = sys.argv[1] if len(sys.argv) > 1 else "routes"
-PURE = ("routes", "agreement", "findings", "answers")
+PURE = ("routes", "agreement", "findings")
 if len(sys.argv) > 2:
     os.environ["RAILYARD_ENGINE"] = sys.argv[2]
 WANTED = os.environ.get("RY_TEST_PYTHON")
@@ -239,6 +237,43 @@ def case_answers():
     mover._pending = None  # anything that goes wrong in answering
     got = mover._answer(layers.Micro(5, 4, 0, None, True), 0)
     check(got[2] == layers.END and "answering failed" in mover.job.stops[0], got)
+
+
+ACTIVATED = """
+import importlib, sys
+for module, names in %r.items():
+    owner = importlib.import_module(module)
+    for name in names:
+        found = owner
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert getattr(found, "railyard_layers", False), (module, name)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import transformer_block
+assert transformer_block.tensor_parallel.checkpoint.railyard_layers
+wrapped, f = 0, GPTModel.forward
+while hasattr(f, "__wrapped__"):
+    wrapped, f = wrapped + 1, f.__wrapped__
+assert wrapped == 3 and f.__qualname__ == "GPTModel.forward", wrapped  # megatron.py, megatron_experts.py, megatron_layers.py
+print("activated")
+"""
+
+
+def run_activation():
+    """What the environment variables alone bring about, in an interpreter of its own."""
+    import subprocess
+
+    names = {
+        "megatron.core.models.gpt.gpt_model": ["GPTModel.forward"], "megatron.core.tensor_parallel": ["checkpoint"],
+        "megatron.core.transformer.transformer_layer": ["TransformerLayer._forward_mlp"],
+        "megatron.core.transformer.transformer_block": ["TransformerBlock.forward"],
+        "megatron.core.transformer.moe.router": ["TopKRouter.forward"],
+        "megatron.core.transformer.moe.token_dispatcher": ["MoEAlltoAllTokenDispatcher.token_dispatch"],
+    }
+    env = {**os.environ, "RAILYARD_PLACEMENT": "layer", "PYTHONPATH": os.path.join(HERE, "..", "..", "plugin", "python")}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ACTIVATED % names], env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=120)
+    check(done.returncode == 0 and "activated" in done.stdout and "railyard" not in done.stderr, done.stderr[-2000:])
 
 
 # ---- with Megatron-core
@@ -524,6 +559,7 @@ def run_recomputed(rank):
 
 
 CASES = {
+    "activation": [],
     "forced": [(2, {"ep": 2}, run_forced)],
     "four": [(4, {"ep": 4}, run_forced)],
     "replicas": [(4, {"ep": 2}, run_forced)],
@@ -560,7 +596,7 @@ def child(rank, world, port, parallel, scenario):
 
 def main():
     print(f"{CASE}: seed {SEED}", flush=True)
-    if CASE in PURE:
+    if CASE in (*PURE, "answers"):
         return {"routes": case_routes, "agreement": case_agreement, "findings": case_findings, "answers": case_answers}[CASE]()
     try:
         import torch
@@ -572,6 +608,8 @@ def main():
     import warnings
 
     warnings.simplefilter("ignore")
+    if CASE == "activation":
+        return run_activation()
     torch.set_num_threads(1)
     on_cpu()
     states = importlib.import_module("megatron.core.tensor_parallel.random")
