@@ -495,9 +495,66 @@ def run_failing(rank):
         t.same(plain, placed, f"rank {bad} fails at {fails}")
 
 
+def run_late(rank):
+    """A solver that is late now and then: nobody moves where it is, on no rank."""
+    t = Trainer(rank)
+
+    def slow(**_):
+        planner, pick = layers.Forced(SEED), random.Random(SEED)
+        own = planner.next
+
+        def dawdles(*args):
+            time.sleep(pick.choice((0, 0, 0.05)))
+            return own(*args)
+        planner.next = dawdles
+        return planner
+
+    plain = t.train(*t.model(), 8)
+    placed = t.train(*t.model(slow), 8)
+    check(t.mover.over is None and t.mover.moved, "nobody moved")
+    if t.mover.rank == 0:
+        check(t.mover.counted["late"] > 3 and t.mover.counted["moves"] > 3, t.mover.counted)
+    t.same(plain, placed, "decisions late and in time")
+
+
+def run_joint(rank):
+    """Several forward passes before one backward pass, of which parts are recomputed: each moves back as it moved forth."""
+    t = Trainer(rank)
+    waits(t)
+    positions = rank.torch.arange(Rank.LENGTH)[None].expand(2, -1)
+    config = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+    Rank.LAYERS = 4
+    both = []
+    for planner in (None, forced):
+        model, optimizer = t.model(planner, **config)
+        t.train(model, optimizer, 1)  # so that moves begin
+        result = []
+        for step in range(1, 4):
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            outs = []
+            for micro in range(3):
+                tokens = t.batch(step, micro, 2)
+                outs.append(model(tokens, positions, None, labels=tokens))
+            (outs[1].mean() + 2 * outs[0].mean() + 3 * outs[2].mean()).backward()
+            model.finish_grad_sync()
+            result.append((rank.torch.stack([o.detach() for o in outs]), {n: p.main_grad.clone() for n, p in model.named_parameters()}))
+        both.append(result)
+    check(t.mover.moved and t.mover.over is None and t.mover.why is None, "nobody moved")
+    t.same(*both, "one backward pass of three forward passes", most=5e-4)  # after a step of Adam
+
+
 def run_solver_fails(rank):
     t = Trainer(rank)
     waits(t)
+
+    def none(**_):
+        raise RuntimeError("made to fail")
+
+    plain = t.train(*t.model(), 4)
+    placed = t.train(*t.model(none), 4)
+    check(t.mover.over is not None and not t.mover.moved, "it goes on without a planner")
+    t.same(plain, placed, "no planner")
 
     def broken(**_):
         planner = layers.Forced(SEED)
@@ -566,6 +623,8 @@ CASES = {
     "left_alone": [(2, {"ep": 2}, run_left_alone)],
     "learned": [(2, {"ep": 2}, run_learned)],
     "failing": [(2, {"ep": 2}, run_failing), (4, {"ep": 2}, run_failing)],
+    "late": [(4, {"ep": 4}, run_late)],
+    "joint": [(2, {"ep": 2}, run_joint)],
     "solver": [(2, {"ep": 2}, run_solver_fails)],
     "refused": [(2, {"ep": 2}, run_refused)],
     "recomputed": [(2, {"ep": 2}, run_recomputed)],

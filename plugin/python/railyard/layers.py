@@ -319,11 +319,11 @@ class Mover:
         micro.over, micro.counts, micro.mask = True, None, None
         if self.rank == 0 and self.over is None:
             self.counted["micro-batches"] += 1
-            if self.counted["micro-batches"] % TELL == 0:
+            if self.counted["micro-batches"] % TELL == 0 and self.planner is not None:
                 self.tell()
 
     def last_words(self) -> None:
-        if self.counted["micro-batches"] % TELL and self.job.pid == os.getpid():
+        if self.counted["micro-batches"] % TELL and self.planner is not None and self.job.pid == os.getpid():
             self.tell()
 
     def tell(self) -> None:
@@ -578,11 +578,17 @@ def start(job: Any, offer: dict, group: Any, distinct: bool, make_planner: Optio
     rank_place = [names.index(decision["nodes"][r]) for r in ranks]
     held = experts // len(ranks)
     expert_place = [rank_place[e // held] for e in range(experts)]
-    planner = None
+    planner, trouble = None, ""
     if ranks[0] == job.rank:
-        planner = (make_planner or Planner)(ranks=len(ranks), samples=b, tokens=s, layers=layers, experts=experts, topk=topk,
-                                            places=len(names), distinct=int(distinct), rank_place=rank_place,
-                                            expert_place=expert_place)
+        try:
+            planner = (make_planner or Planner)(ranks=len(ranks), samples=b, tokens=s, layers=layers, experts=experts, topk=topk,
+                                                places=len(names), distinct=int(distinct), rank_place=rank_place,
+                                                expert_place=expert_place)
+        except Exception as e:  # the others count on this rank by now: its answers will be "end"
+            trouble = f"nobody to decide: {say.failure(e)}"
     if job.rank == 0:
         say.info(f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each")
-    return Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner)
+    mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner)
+    if trouble:
+        mover.fail(trouble)
+    return mover
