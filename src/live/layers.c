@@ -496,7 +496,7 @@ int railyard_live_layers_state(struct railyard_live_layers *l, struct railyard_l
                        "layers: a state of %u bytes, but %zu are known: adapter and library are of two versions",
                        s->size, sizeof *s);
     pthread_mutex_lock(&l->lock);
-    s->sure = sure(l);
+    s->sure = sure(l) && !l->rest;
     s->samples = l->learned;
     s->batches = l->tried;
     s->home = l->sent > 0 ? l->home / l->sent : 0;

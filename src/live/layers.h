@@ -57,7 +57,7 @@ struct railyard_live_layers_plan {
 
 struct railyard_live_layers_state {
     uint32_t size;
-    int32_t sure;     /* 1: enough was learned to move samples */
+    int32_t sure;     /* 1: enough was learned to move samples, and lately it paid */
     uint64_t samples; /* learned from */
     uint64_t batches; /* micro-batches in which samples moved */
     double home;      /* share of rows that would have crossed with everyone at home; of these, running means */

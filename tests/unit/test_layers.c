@@ -227,6 +227,23 @@ START_TEST(moves_are_paid_for)
 }
 END_TEST
 
+/* A move costs a sample's tokens, and as many on the way home. Of tokens with one expert each, 7 of 8 at another place, one
+ * layer to come is worth 1.5 times its tokens, two 3 times. */
+START_TEST(the_way_home_counts)
+{
+    static struct world w;
+    for (int layers = 2; layers <= 3; layers++) {
+        make(&w, 4, 8, 2, layers, 0, 64);
+        w.job.topk = 1;
+        start(&w);
+        runs(&w, 20);
+        struct outcome o = runs(&w, 20);
+        ck_assert_msg(layers == 2 ? o.moved == 0 : o.moved > 50, "%d layers: %d moves", layers, o.moved);
+        railyard_live_layers_free(w.layers);
+    }
+}
+END_TEST
+
 /* What layers to come send is no longer what it was: moving must end by itself, and begin again when it has learned. */
 START_TEST(rests_when_it_does_not_pay)
 {
@@ -328,6 +345,7 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_test(t, follows_what_is_seen);
     tcase_add_test(t, moves_are_paid_for);
+    tcase_add_test(t, the_way_home_counts);
     tcase_add_test(t, rests_when_it_does_not_pay);
     tcase_add_test(t, any_job);
     tcase_add_test(t, refuses);
