@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Samples moved between layers: routes and the agreement (no torch needed), and real Megatron-core models trained with and without
-(megatron_cpu.py): losses and gradients must be the same but for the order of sums.
+"""Samples moved between layers: real Megatron-core models trained with and without (megatron_cpu.py), whose losses and gradients
+must be the same but for the order of sums. What needs no framework: layers_rules.py.
 
 usage: layers_test.py CASE [librailyard-engine.so]
 """
@@ -10,10 +10,8 @@ import importlib
 import multiprocessing
 import os
 import random
-import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import types
@@ -24,7 +22,13 @@ PURE = ("routes", "agreement", "findings")
 if len(sys.argv) > 2:
     os.environ["RAILYARD_ENGINE"] = sys.argv[2]
 WANTED = os.environ.get("RY_TEST_PYTHON")
-if __name__ == "__main__" and CASE not in PURE and WANTED and os.path.abspath(WANTED) != sys.executable and "RY_TEST_AGAIN" not in os.environ:
+if (
+    __name__ == "__main__"
+    and CASE not in PURE
+    and WANTED
+    and os.path.abspath(WANTED) != sys.executable
+    and "RY_TEST_AGAIN" not in os.environ
+):
     os.environ["RY_TEST_AGAIN"] = "1"
     os.execv(WANTED, [WANTED] + sys.argv)
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -33,210 +37,11 @@ os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
 sys.path.insert(0, os.path.join(HERE, "..", "..", "plugin", "python"))
 
 from railyard import board, job, layers  # noqa: E402
+import layers_rules  # noqa: E402
 from megatron_cpu import Rank, check, on_cpu, patched  # noqa: E402
 
 SEED = int(os.environ.get("RY_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
 MICRO = 4  # micro-batches of a step
-
-
-# ---- without torch
-
-
-def case_routes():
-    """What ranks give and take fits together, brings every sample where it shall be, and back."""
-    pick = random.Random(SEED)
-    for _ in range(300):
-        ranks, b = pick.randint(1, 5), pick.randint(1, 4)
-        now, then = (pick.sample(range(ranks * b), ranks * b) for _ in range(2))
-        ways = [layers.route(now, then, r, b) for r in range(ranks)]
-        for ways, start, want in ((ways, now, then), ([w.back() for w in ways], then, now)):
-            held = [start[r * b : (r + 1) * b] for r in range(ranks)]
-            got = [[None] * b for _ in range(ranks)]
-            wire = {}
-            for r, w in enumerate(ways):
-                given = iter(w.give)
-                for to, n in enumerate(w.gives):
-                    wire[r, to] = [held[r][next(given)] for _ in range(n)]
-                for old, new in w.keep:
-                    got[r][new] = held[r][old]
-            for r, w in enumerate(ways):
-                taken = iter(w.take)
-                for source, n in enumerate(w.takes):
-                    check(len(wire[source, r]) == n, "what is given is not what is taken")
-                    for sample in wire[source, r]:
-                        got[r][next(taken)] = sample
-            check(sum(got, []) == list(want), f"{start} to {want}: {got}")
-            check(all(not wire[r, r] for r in range(ranks)), "a rank sends to itself")
-
-
-def an_offer(rank, **more):
-    return {"no": "", "version": 1, "shape": [12, 2, 32, "f"], "model": [3, 8, 2], "group": [0, 1] if rank < 2 else [2, 3],
-            "node": f"n{rank % 2}", **more}
-
-
-def case_agreement():
-    offers = {r: an_offer(r) for r in range(4)}
-    verdict = layers.judge(offers, 4)
-    check(verdict["go"] and verdict["nodes"] == ["n0", "n1", "n0", "n1"], verdict)
-    for what, rank, bad in (
-        ("rank 2 did not come", 2, None),
-        ("rank 1: fp8", 1, an_offer(1, no="fp8: because")),
-        ("of another shape", 3, an_offer(3, shape=[12, 1, 32, "f"])),
-        ("another model", 1, an_offer(1, model=[4, 8, 2])),
-        ("another version", 1, an_offer(1, version=2)),
-        ("not the same for all", 1, an_offer(1, group=[1, 0])),
-        ("not the same for all", 1, an_offer(1, group=[1])),
-        ("all on one node", 1, an_offer(1, node="n0")),
-    ):
-        verdict = layers.judge({**offers, rank: bad}, 4)
-        check(not verdict["go"] and what in verdict["why"], f"{what}: {verdict}")
-
-    def together(ranks, patience=0.5, late=()):
-        shared, said = board.MemoryBoard(), {}
-
-        def one(rank):
-            time.sleep(2 * patience if rank in late else 0)
-            said[rank] = layers.agree(shared, rank, 4, offers[rank], patience)
-
-        threads = [threading.Thread(target=one, args=(r,)) for r in ranks]
-        [t.start() for t in threads], [t.join(20) for t in threads]
-        check(len(said) == len(ranks) and all(v == said[ranks[0]] for v in said.values()), f"not all do the same: {said}")
-        return said[ranks[0]]
-
-    check(together([0, 1, 2, 3], patience=30)["go"], "all are there")
-    check("rank 1 did not come" in together([0, 2, 3])["why"], "a rank that is not there")
-    check("for rank 0 in vain" in together([1, 2, 3])["why"], "no rank 0")
-    check(not together([0, 1, 2, 3], late=(0,))["go"] and not together([0, 1, 2, 3], late=(2,))["go"], "late")
-
-    class Deaf(board.MemoryBoard):
-        def wait(self, key, seconds):
-            raise OSError("the board cannot be reached")
-
-    try:
-        layers.agree(Deaf(), 1, 4, offers[1], 0.2)
-        check(False, "a rank that said yes and hears nothing must not go on")
-    except layers.Doubt as e:
-        check("cannot learn" in str(e), e)
-
-
-GOOD = dict(moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", cuda_graph_impl="none", cuda_graph_scope=[])
-FACTS = {"version": (0, 16, 1), "ep": 4, "dp": 4, "position": "rope", "moe_layers": 3}
-
-
-def case_findings():
-    """Each option alone is refused, by one line that names it; the table in docs/live-placement.md has these and no others."""
-    from railyard import megatron, megatron_layers
-
-    def refused(change, facts):
-        return megatron_layers.refusals(types.SimpleNamespace(**{**GOOD, **change}), {**FACTS, **facts})
-
-    check(refused({}, {}) == [], refused({}, {}))
-    check(refused({"moe_router_load_balancing_type": "seq_aux_loss", "recompute_granularity": "full", "hidden_dropout": 0.1}, {}) == [], "")
-    seen = set()
-    cases = [({n: True}, {}, n) for n in megatron_layers.UNSURE] + [({n: 2}, {}, n) for n in megatron_layers.SIZES] + [
-        ({}, {"version": (0, 15, 0)}, "megatron-core"), ({}, {"version": (0, 17, 0)}, "megatron-core"),
-        ({"moe_token_dispatcher_type": "flex"}, {}, "moe_token_dispatcher_type"),
-        ({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": ["attn"]}, {}, "cuda_graph_impl"),
-        ({"cuda_graph_impl": "local"}, {}, "cuda_graph_impl"),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "moe_router_load_balancing_type=sinkhorn"),
-        ({}, {"position": "mrope"}, "position_embedding_type=mrope"), ({}, {"moe_layers": 1}, "moe_layer_freq"),
-    ]
-    for change, facts, option in cases:
-        lines = refused(change, facts)
-        check(len(lines) == 1 and option in lines[0] and "\n" not in lines[0], f"{change}, {facts}: {lines}")
-        seen.add(option)
-    check(len(refused({"moe_enable_routing_replay": True}, {})) == 1, "what batch placement refuses is refused here too")
-    with open(os.path.join(HERE, "..", "..", "docs", "live-placement.md"), encoding="utf-8") as f:
-        table = f.read().split("## Samples moved between layers")[1]
-    told = set(re.findall(r"`([a-z0-9_=-]+)`", "".join(line for line in table.splitlines(True) if line.endswith("| refused |\n"))))
-    check(told == seen, f"docs/live-placement.md and the adapter differ: {sorted(told ^ seen)}")
-    print(f"{len(seen)} options, all in the documentation")
-
-
-class Said:
-    """A job of one rank, as far as a Mover asks it."""
-
-    rank, pid = 0, 0
-
-    def __init__(self):
-        self.stops = []
-
-    def stop(self, why):
-        self.stops.append(why)
-
-    def stopped(self, now=False):
-        return self.stops[0] if self.stops else None
-
-
-def case_answers():
-    """The leader's answers, whatever its thread does: late, failing, contradicted, told that somebody cannot go on."""
-    try:
-        import numpy as np
-    except ImportError as e:
-        print(f"skipped: {e}")
-        sys.exit(77)
-
-    class Plan:
-        pause, fails = 0.0, False
-
-        def next(self, number, layer, sample, counts, distinct):
-            time.sleep(self.pause)
-            if self.fails:
-                raise RuntimeError("made to fail")
-            return list(reversed(sample)), True, "reversed"
-
-        def words(self):
-            return ""
-
-    class Host:
-        def __init__(self, rows):
-            self.rows = np.array(rows, dtype=np.int32)
-
-        def numpy(self):
-            return self.rows
-
-    def told(mover, number, layer, flags=0, mask=1, rank=1):
-        rows = np.zeros((2, mover.size), dtype=np.int32)
-        rows[:, 0], rows[:, 1], rows[:, 3] = number, layer, 1
-        rows[rank, 2], rows[rank, 3] = flags, mask
-        mover._jobs.put((number, layer, list(range(mover.slots)), Host(rows), None))
-        mover._pending = (number, layer, None)
-
-    def answer(plan, late, told_of=(5, 0), asked=(5, 0), **what):
-        mover = layers.Mover(Said(), None, [0, 1], 2, 12, 3, 8, [0] * 4 + [1] * 4, 2, plan, late=late)
-        told(mover, *told_of, **what)
-        micro = layers.Micro(asked[0], 4, 0, None, True)
-        return mover, mover._answer(micro, asked[1])
-
-    plan = Plan()
-    for layer in (0, 1):
-        _, got = answer(plan, 20.0, (5, layer), (5, layer))
-        check(got == [5, layer, layers.MOVE, 0, 3, 2, 1, 0], got)
-    mover, got = answer(plan, 20.0, asked=(6, 0))
-    check(got[2] == layers.STAY and not mover.job.stops, f"an answer to other counts: {got}")
-    plan.pause = 0.5
-    mover, got = answer(plan, 0.01)
-    check(got[2] == layers.STAY and mover.counted["late"] == 1 and not mover.job.stops, f"late: {got}")
-    time.sleep(0.7)
-    told(mover, 5, 1)
-    check(mover._answer(layers.Micro(5, 4, 0, None, True), 1)[2] == layers.STAY, "a late answer was taken for another layer's")
-    plan.pause = 0.0
-    _, got = answer(plan, 20.0, flags=layers.UNREADY)
-    check(got[2:4] == [layers.STAY, 0], f"no backward pass yet: {got}")
-    for what in ({"flags": layers.UNFIT}, {"mask": 0}):
-        mover, got = answer(plan, 20.0, **what)
-        check(got[2:4] == [layers.STAY, layers.QUIET] and not mover.job.stops, f"{what}: {got}")
-        told(mover, 5, 1)
-        check(mover._answer(layers.Micro(5, 4, 0, None, True), 1)[2] == layers.STAY, "moved in a micro-batch that is unfit")
-    for what in ({"flags": layers.FAILED}, {"told_of": (5, 0), "fails": True}):
-        plan.fails = what.pop("fails", False)
-        mover, got = answer(plan, 20.0, **what)
-        check(got[2] == layers.END and len(mover.job.stops) == 1, f"{what}: {got}, {mover.job.stops}")
-    plan.fails = False
-    mover = layers.Mover(Said(), None, [0, 1], 2, 12, 3, 8, [0] * 4 + [1] * 4, 2, plan, late=20.0)
-    mover._pending = None  # anything that goes wrong in answering
-    got = mover._answer(layers.Micro(5, 4, 0, None, True), 0)
-    check(got[2] == layers.END and "answering failed" in mover.job.stops[0], got)
 
 
 ACTIVATED = """
@@ -264,15 +69,22 @@ def run_activation():
     import subprocess
 
     names = {
-        "megatron.core.models.gpt.gpt_model": ["GPTModel.forward"], "megatron.core.tensor_parallel": ["checkpoint"],
+        "megatron.core.models.gpt.gpt_model": ["GPTModel.forward"],
+        "megatron.core.tensor_parallel": ["checkpoint"],
         "megatron.core.transformer.transformer_layer": ["TransformerLayer._forward_mlp"],
         "megatron.core.transformer.transformer_block": ["TransformerBlock.forward"],
         "megatron.core.transformer.moe.router": ["TopKRouter.forward"],
         "megatron.core.transformer.moe.token_dispatcher": ["MoEAlltoAllTokenDispatcher.token_dispatch"],
     }
     env = {**os.environ, "RAILYARD_PLACEMENT": "layer", "PYTHONPATH": os.path.join(HERE, "..", "..", "plugin", "python")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ACTIVATED % names], env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ACTIVATED % names],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
     check(done.returncode == 0 and "activated" in done.stdout and "railyard" not in done.stderr, done.stderr[-2000:])
 
 
@@ -290,8 +102,15 @@ class Trainer:
         """planner(): who decides (None: nothing is placed)."""
         self.runs += 1
         store = self.rank.dist.PrefixStore(f"run{self.runs}", self.rank.store)
-        settings = {"RAILYARD_PLACEMENT": "layer" if planner else "off", "RAILYARD_ROUTING": "", "RAILYARD_PATIENCE": "10",
-                    "RAILYARD_EXPERTS": "", "RAILYARD_STRATEGY": "auto", "RAILYARD_COMBINE": "exact", "RAILYARD_HOME_MODEL": ""}
+        settings = {
+            "RAILYARD_PLACEMENT": "layer" if planner else "off",
+            "RAILYARD_ROUTING": "",
+            "RAILYARD_PATIENCE": "10",
+            "RAILYARD_EXPERTS": "",
+            "RAILYARD_STRATEGY": "auto",
+            "RAILYARD_COMBINE": "exact",
+            "RAILYARD_HOME_MODEL": "",
+        }
         ep = self.rank.parallel["ep"]
         node = node or f"node{self.rank.rank % ep * 2 // ep}"
         job.install(job.Job(self.rank.rank, self.rank.world, board.StoreBoard(store), settings, node))
@@ -324,7 +143,9 @@ class Trainer:
         self.kinds = True
 
     def batch(self, step, micro, b):
-        generator = self.torch.Generator().manual_seed(SEED % 1000 + step * 1009 + micro * 101 + self.rank.state.get_data_parallel_rank())
+        generator = self.torch.Generator().manual_seed(
+            SEED % 1000 + step * 1009 + micro * 101 + self.rank.state.get_data_parallel_rank()
+        )
         if self.kinds:
             tokens = self.torch.randint(0, Rank.VOCABULARY // 2, (b, Rank.LENGTH), generator=generator) * 2
             return tokens + self.torch.randint(0, 2, (b, 1), generator=generator)
@@ -346,8 +167,14 @@ class Trainer:
 
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            get_forward_backward_func()(forward_step_func=forward_step, data_iterator=None, model=model, num_microbatches=MICRO,
-                                        seq_length=Rank.LENGTH, micro_batch_size=self.b)
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=None,
+                model=model,
+                num_microbatches=MICRO,
+                seq_length=Rank.LENGTH,
+                micro_batch_size=self.b,
+            )
             result.append((self.torch.stack(losses), {n: p.main_grad.clone() for n, p in model.named_parameters()}))
             optimizer.step()
             if meanwhile:
@@ -372,8 +199,20 @@ class Trainer:
         self.rank.say(f"{what}: gradients at most {worst:.1e} of their largest element apart")
 
 
+class Noting(layers.Forced):
+    """asked: what was decided on, in order."""
+
+    def __init__(self):
+        super().__init__(SEED)
+        self.asked = []
+
+    def next(self, number, layer, *rest):
+        self.asked.append((number, layer))
+        return super().next(number, layer, *rest)
+
+
 def forced(**_):
-    return layers.Forced(SEED)
+    return Noting()
 
 
 def waits(trainer):
@@ -393,13 +232,20 @@ def run_forced(rank):
     waits(t)
     causal = rank.torch.ones(Rank.LENGTH, Rank.LENGTH, dtype=bool).triu(1).view(1, 1, Rank.LENGTH, Rank.LENGTH)
     cases = {
-        "two samples": {}, "one sample": {"b": 1}, "three samples": {"b": 3},
+        "two samples": {},
+        "one sample": {"b": 1},
+        "three samples": {"b": 3},
         "dense layers": {"moe_layer_freq": [1, 0, 1, 1]},
         "full, uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
         "full, block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe", "layernorm"]},
-        "losses of balance": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3,
-                              "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
+        "losses of balance": {
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_aux_loss_coeff": 1e-2,
+            "moe_z_loss_coeff": 1e-3,
+            "moe_router_score_function": "softmax",
+            "moe_router_enable_expert_bias": False,
+        },
         "shared experts": {"moe_shared_expert_intermediate_size": 24},
     }
     Rank.LAYERS = 4
@@ -412,6 +258,11 @@ def run_forced(rank):
         check(mover.moved, f"{what}: nobody moved")
         if mover.rank == 0:
             check(mover.counted["moves"] > 5 and not mover.counted["late"], f"{what}: {mover.counted}")
+            once = [(n, layer) for n in range(4 * MICRO) for layer in range(mover.layers)]
+            ends = time.monotonic() + 10
+            while len(mover.planner.asked) < len(once) and time.monotonic() < ends:
+                time.sleep(0.01)
+            check(mover.planner.asked == once, f"{what}: not each layer once: {mover.planner.asked}")
         t.same(plain, placed, what)
 
 
@@ -435,7 +286,7 @@ def run_left_alone(rank):
     before = t.train(plain, optimizer, 3, meanwhile=lambda _: kept.append(evaluate(plain)))
     model, optimizer = t.model(forced, **config)
     other, _ = rank.model(seed=9)
-    after, moves = [], []
+    after = []
 
     def meanwhile(step):
         number, moved = t.mover.number, dict(t.mover.counted)
@@ -506,6 +357,7 @@ def run_late(rank):
         def dawdles(*args):
             time.sleep(pick.choice((0, 0, 0.05)))
             return own(*args)
+
         planner.next = dawdles
         return planner
 
@@ -538,7 +390,9 @@ def run_joint(rank):
                 outs.append(model(tokens, positions, None, labels=tokens))
             (outs[1].mean() + 2 * outs[0].mean() + 3 * outs[2].mean()).backward()
             model.finish_grad_sync()
-            result.append((rank.torch.stack([o.detach() for o in outs]), {n: p.main_grad.clone() for n, p in model.named_parameters()}))
+            result.append(
+                (rank.torch.stack([o.detach() for o in outs]), {n: p.main_grad.clone() for n, p in model.named_parameters()})
+            )
         both.append(result)
     check(t.mover.moved and t.mover.over is None and t.mover.why is None, "nobody moved")
     t.same(*both, "one backward pass of three forward passes", most=5e-4)  # after a step of Adam
@@ -564,6 +418,7 @@ def run_solver_fails(rank):
             if number == 6 and layer == 1:
                 raise RuntimeError("made to fail")
             return own(number, layer, *rest)
+
         planner.next = fails
         return planner
 
@@ -585,8 +440,15 @@ def run_refused(rank):
         for (la, ga), (lb, gb) in zip(plain, placed):
             check(rank.torch.equal(la, lb) and all(rank.torch.equal(ga[n], gb[n]) for n in ga), f"{what}: not the same bits")
 
-    untouched("sinkhorn", {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 1, "moe_router_score_function": "softmax",
-                           "moe_router_enable_expert_bias": False})
+    untouched(
+        "sinkhorn",
+        {
+            "moe_router_load_balancing_type": "sinkhorn",
+            "moe_router_topk": 1,
+            "moe_router_score_function": "softmax",
+            "moe_router_enable_expert_bias": False,
+        },
+    )
     untouched("one node", {}, node="one")
     mask = rank.torch.ones(2, 1, Rank.LENGTH, Rank.LENGTH, dtype=bool).triu(1)
     if rank.rank == 1:
@@ -655,8 +517,8 @@ def child(rank, world, port, parallel, scenario):
 
 def main():
     print(f"{CASE}: seed {SEED}", flush=True)
-    if CASE in (*PURE, "answers"):
-        return {"routes": case_routes, "agreement": case_agreement, "findings": case_findings, "answers": case_answers}[CASE]()
+    if CASE in layers_rules.CASES:
+        return layers_rules.CASES[CASE](SEED)
     try:
         import torch
 

@@ -12,7 +12,7 @@ Started by sitecustomize.py beside this package, never imported by a user. docs/
   planner.py    the leader's windows: asks the library, claims, says what came of it
   tokens.py     samples' tokens, read ahead                                             (torch)
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
-  layers.py     samples moved between layers: agreement, answers, moves                 (torch)
+  layers.py, moving.py      samples moved between layers: agreement and answers; the moves themselves     (torch)
   adapt.py      what the adapters of frameworks share: findings, wrapping, joining
   experts.py    experts moved between ranks at start: agreement, exchange, notes        (torch)
   expert_tensors.py     what belongs to an expert, and where optimizers keep it         (torch)

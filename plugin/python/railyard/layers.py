@@ -1,7 +1,7 @@
 """Samples moved between layers with experts (NetMoE): how ranks come to do the same, and the moves.
 
-Owns: the agreement to begin, what ranks tell in each layer, the leader's answers, moving hidden states forth and back. Not:
-where samples should be (live/layers.h, C), where in a framework a layer begins (megatron_layers.py).
+Owns: the agreement to begin, what ranks tell in each layer, the leader's answers. Not: moving itself (moving.py), where samples
+should be (live/layers.h, C), where in a framework a layer begins (megatron_layers.py).
 
 docs/live-placement.md, "Samples moved between layers", has the argument why nobody waits for ever and nobody does otherwise
 than the others. In short: a rank acts on nothing but what its group's leader broadcast; whether there is a broadcast follows
@@ -18,9 +18,10 @@ import os
 import queue
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import VERSION, say
+from .moving import Doubt, Route, lawful, move, route
 
 FIRST = 2  # micro-batches in which nobody moves: their backward passes show whether layers run in ways that are not known
 QUIET = 8  # micro-batches without answers, where the leader would not move anybody anyway
@@ -33,50 +34,6 @@ STAY, MOVE, END = 0, 1, 2  # what the leader answers
 HEAD = 4  # words: micro-batch, layer, what the rank says, whether its attention mask is the one known
 
 
-class Doubt(RuntimeError):
-    """The job must not go on: samples may be elsewhere than the other ranks take them to be."""
-
-
-# ---- routes: pure
-
-
-class Route(NamedTuple):
-    """One rank's part of a move. Columns are those of its micro-batch. give: columns that leave, by the rank that they go to,
-    gives[rank] each; take, takes: those that come; keep: (column now, column then)."""
-
-    give: List[int]
-    gives: List[int]
-    take: List[int]
-    takes: List[int]
-    keep: List[Tuple[int, int]]
-
-    def back(self) -> "Route":
-        return Route(self.take, self.takes, self.give, self.gives, [(then, now) for now, then in self.keep])
-
-
-def route(now: Sequence[int], then: Sequence[int], rank: int, b: int) -> Route:
-    """From sample[slot] = now[slot] to then[slot], for rank `rank` of b columns. Between two ranks samples go in the order of
-    the slots that they come to, which both know."""
-    at = {sample: slot for slot, sample in enumerate(now)}
-    ranks = len(now) // b
-    give: List[List[int]] = [[] for _ in range(ranks)]
-    take: List[List[int]] = [[] for _ in range(ranks)]
-    keep = []
-    for slot, sample in enumerate(then):
-        source, to = at[sample], slot // b
-        if source // b == rank and to == rank:
-            keep.append((source % b, slot % b))
-        elif source // b == rank:
-            give[to].append(source % b)
-        elif to == rank:
-            take[source // b].append(slot % b)
-    return Route(sum(give, []), [len(g) for g in give], sum(take, []), [len(t) for t in take], keep)
-
-
-def lawful(order: Sequence[int], slots: int) -> bool:
-    return len(order) == slots and sorted(order) == list(range(slots))
-
-
 # ---- the agreement to begin
 
 
@@ -87,7 +44,10 @@ def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
     if no:
         return {"go": False, "why": f"rank {no[0]}: {offers[no[0]]['no']}"}
     if missing:
-        return {"go": False, "why": f"rank {missing[0]} did not come to its first training step in time, or runs without the adapter"}
+        return {
+            "go": False,
+            "why": f"rank {missing[0]} did not come to its first training step in time, or runs without the adapter",
+        }
     for key, what in (
         ("version", "another version of Railyard's adapter"),
         ("shape", "micro-batches of another shape"),
@@ -148,7 +108,9 @@ class Planner:
 
         self._layers = library.Layers(**job)
 
-    def next(self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any) -> Tuple[Optional[List[int]], bool, str]:
+    def next(
+        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
+    ) -> Tuple[Optional[List[int]], bool, str]:
         """(what each slot shall have in the next layer, or None: all stay; whether asking on is of use; why)"""
         order, plan = self._layers.next(layer, sample, counts, distinct)
         return (order if plan.moved else None), self._layers.state().sure, plan.why
@@ -169,7 +131,9 @@ class Forced:
 
         self._pick, self._stay = random.Random(seed), stay
 
-    def next(self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any) -> Tuple[Optional[List[int]], bool, str]:
+    def next(
+        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
+    ) -> Tuple[Optional[List[int]], bool, str]:
         if self._pick.random() < self._stay:
             return None, True, "forced to stay"
         order = list(sample)
@@ -205,8 +169,20 @@ class Mover:
     the leader.
     """
 
-    def __init__(self, job: Any, group: Any, ranks: Sequence[int], b: int, s: int, layers: int, experts: int,
-                 expert_place: Sequence[int], places: int, planner: Any, late: float = LATE) -> None:
+    def __init__(
+        self,
+        job: Any,
+        group: Any,
+        ranks: Sequence[int],
+        b: int,
+        s: int,
+        layers: int,
+        experts: int,
+        expert_place: Sequence[int],
+        places: int,
+        planner: Any,
+        late: float = LATE,
+    ) -> None:
         self.job, self.group, self.ranks, self.late = job, group, list(ranks), late
         self.rank = self.ranks.index(job.rank)
         self.b, self.s, self.layers, self.experts = b, s, layers, experts
@@ -282,7 +258,9 @@ class Mover:
         try:
             self._gather(micro, layer, like)
         except Exception as e:
-            raise Doubt(f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: counts cannot be gathered: {say.failure(e)}") from e
+            raise Doubt(
+                f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: counts cannot be gathered: {say.failure(e)}"
+            ) from e
 
     def arrive(self, micro: Micro, layer: int, hidden: Any) -> Any:
         """Hidden states [s, b, …] as the layer's experts are to have them."""
@@ -290,7 +268,9 @@ class Mover:
             try:
                 self._obey(micro, layer, hidden)
             except Exception as e:
-                raise Doubt(f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: the leader's answer is lost: {say.failure(e)}") from e
+                raise Doubt(
+                    f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: the leader's answer is lost: {say.failure(e)}"
+                ) from e
         way = micro.routes.get(layer)
         return hidden if way is None else move(hidden, way, self)
 
@@ -309,9 +289,11 @@ class Mover:
 
     def foreign(self, layer: int) -> None:
         """A layer was run outside of a forward pass that we know, nor is it recomputed by what we know."""
-        why = f"layer {layer} with experts is run, or recomputed, by something else than GPTModel.forward and Megatron's checkpoint()"
+        why = (
+            f"layer {layer} with experts is run, or recomputed, by something else than GPTModel.forward and Megatron's checkpoint"
+        )
         if self.moved and self.over is None:
-            raise Doubt(f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: {why}: its samples cannot be told; start the job without")
+            raise Doubt(f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: {why}: its samples cannot be told")
         if self.over is None:
             self.fail(why)
 
@@ -328,8 +310,10 @@ class Mover:
 
     def tell(self) -> None:
         c = self.counted
-        say.info(f"layer placement: in {c['micro-batches']} micro-batches {c['moves']} moves, {c['late']} decisions too late; "
-                 f"{self.planner.words()}")
+        say.info(
+            f"layer placement: in {c['micro-batches']} micro-batches {c['moves']} moves, {c['late']} decisions too late; "
+            f"{self.planner.words()}"
+        )
 
     # ---- between ranks
 
@@ -443,8 +427,6 @@ class Mover:
                     self.counted["late"] += 1
                 else:
                     kind, then, quiet, _ = got
-            if self.why is not None:
-                kind, then = END, None
         except Exception as e:
             self.fail(f"answering failed: {say.failure(e)}")
             kind, then, quiet = END, None, 0
@@ -493,8 +475,11 @@ class Mover:
             bad = [r for r, row in enumerate(rows) if row[2] & UNFIT or not row[3]]
             self._left_out = number if bad else None
             if bad and not rows[bad[0]][2] & UNFIT:
-                say.warn_once("layers-mask", f"samples stay in micro-batches like this one: rank {self.ranks[bad[0]]} has an attention mask "
-                              "that is not causal for all its samples")
+                say.warn_once(
+                    "layers-mask",
+                    f"samples stay in micro-batches like this one: rank {self.ranks[bad[0]]} has an attention mask "
+                    "that is not causal for all its samples",
+                )
         if self._left_out == number:
             return STAY, None, QUIET if layer == 0 else 0, "unfit"
         split = HEAD + self.b * self.experts
@@ -507,62 +492,12 @@ class Mover:
         return (STAY if order is None else MOVE), order, quiet, why
 
 
-# ---- moving
-
-
-def _function() -> Any:
-    """The autograd function, made when torch is there."""
-    global _moving
-    if _moving is None:
-        import torch
-
-        class Moving(torch.autograd.Function):
-            """Columns of [s, b, …] exchanged between ranks; gradients go back the same way."""
-
-            @staticmethod
-            def forward(ctx, hidden, way, mover):
-                ctx.way, ctx.mover = way, mover
-                return exchange(hidden, way, mover)
-
-            @staticmethod
-            def backward(ctx, gradient):
-                return exchange(gradient, ctx.way.back(), ctx.mover), None, None
-
-        _moving = Moving
-    return _moving
-
-
-_moving: Any = None
-
-
-def move(hidden: Any, way: Route, mover: Mover) -> Any:
-    return _function().apply(hidden, way, mover)
-
-
-def exchange(x: Any, way: Route, mover: Mover) -> Any:
-    """Every rank of the group takes part, those with nothing to send too."""
-    import torch
-    import torch.distributed as dist
-
-    if x.shape[1] != len(way.take) + len(way.keep) or x.shape[1] != mover.b:
-        raise Doubt(f"railyard: rank {mover.job.rank}: RAILYARD_PLACEMENT=layer: hidden states of shape {tuple(x.shape)} for {mover.b} samples")
-    one = (x.shape[0],) + tuple(x.shape[2:])
-    send, receive = x.new_empty((len(way.give),) + one), x.new_empty((len(way.take),) + one)
-    for i, column in enumerate(way.give):
-        send[i].copy_(x[:, column])
-    dist.all_to_all_single(receive, send, way.takes, way.gives, group=mover.group)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for now, then in way.keep:
-        out[:, then].copy_(x[:, now])
-    for i, column in enumerate(way.take):
-        out[:, column].copy_(receive[i])
-    return out
-
-
 # ---- this process
 
 
-def start(job: Any, offer: dict, group: Any, distinct: bool, make_planner: Optional[Callable[..., Any]] = None) -> Optional[Mover]:
+def start(
+    job: Any, offer: dict, group: Any, distinct: bool, make_planner: Optional[Callable[..., Any]] = None
+) -> Optional[Mover]:
     """Agrees with all ranks; the Mover, or None where samples stay. offer: no, shape [s, b, hidden, dtype], model [layers,
     experts, topk], group."""
     offer = {"version": VERSION, "node": job.node, **offer}
@@ -581,13 +516,24 @@ def start(job: Any, offer: dict, group: Any, distinct: bool, make_planner: Optio
     planner, trouble = None, ""
     if ranks[0] == job.rank:
         try:
-            planner = (make_planner or Planner)(ranks=len(ranks), samples=b, tokens=s, layers=layers, experts=experts, topk=topk,
-                                                places=len(names), distinct=int(distinct), rank_place=rank_place,
-                                                expert_place=expert_place)
+            planner = (make_planner or Planner)(
+                ranks=len(ranks),
+                samples=b,
+                tokens=s,
+                layers=layers,
+                experts=experts,
+                topk=topk,
+                places=len(names),
+                distinct=int(distinct),
+                rank_place=rank_place,
+                expert_place=expert_place,
+            )
         except Exception as e:  # the others count on this rank by now: its answers will be "end"
             trouble = f"nobody to decide: {say.failure(e)}"
     if job.rank == 0:
-        say.info(f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each")
+        say.info(
+            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each"
+        )
     mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner)
     if trouble:
         mover.fail(trouble)

@@ -80,7 +80,8 @@ class _Ahead(ctypes.Structure):
 
 class _Worth(ctypes.Structure):
     _fields_ = [("size", ctypes.c_uint32), ("sure", ctypes.c_int32), ("samples", ctypes.c_uint64), ("batches", ctypes.c_uint64),
-                ("home", ctypes.c_double), ("crossed", ctypes.c_double), ("carried", ctypes.c_double), ("why", ctypes.c_char * 192)]
+                ("home", ctypes.c_double), ("crossed", ctypes.c_double), ("carried", ctypes.c_double),
+                ("why", ctypes.c_char * 192)]
 
 
 class _Buffer(ctypes.Structure):  # Py_buffer: the address of read-only memory, which ctypes' own from_buffer() refuses

@@ -134,8 +134,12 @@ def _offer(model: Any, tokens: Any) -> Dict[str, Any]:
     for layer in moe:
         _dispatchers[layer.mlp.token_dispatcher] = megatron._numbers[layer.mlp.router]
     b, s = tuple(tokens.shape) if tokens is not None else (0, 0)
-    return {"no": no[0] if no else "", "shape": [s, b, config.hidden_size, str(config.params_dtype)],
-            "model": [description["layers"], description["n_experts"], description["topk"]], "group": description["ep_ranks"]}
+    return {
+        "no": no[0] if no else "",
+        "shape": [s, b, config.hidden_size, str(config.params_dtype)],
+        "model": [description["layers"], description["n_experts"], description["topk"]],
+        "group": description["ep_ranks"],
+    }
 
 
 def _set_up(model: Any, tokens: Any) -> None:
@@ -230,6 +234,7 @@ def patch_model(module: Any) -> None:
                     return original(self, *args, **kwargs)
             finally:
                 _state["mover"].end(micro)
+
         return forward
 
     _wrap(model, "forward", make)
@@ -252,6 +257,7 @@ def patch_layer(module: Any) -> None:
                     elif self.training and _grad():
                         mover.foreign(number)
             return original(self, hidden_states, *args, **kwargs)
+
         return _forward_mlp
 
     _wrap(layer, "_forward_mlp", make)
@@ -278,6 +284,7 @@ def patch_block(module: Any) -> None:
             if not hasattr(result, "requires_grad"):
                 raise layers.Doubt("railyard: RAILYARD_PLACEMENT=layer: TransformerBlock returned %s" % type(result).__name__)
             return _state["mover"].home(micro, result)
+
         return forward
 
     _wrap(block, "forward", make)
@@ -295,6 +302,7 @@ def patch_router(module: Any) -> None:
                 if number is not None:
                     _state["mover"].routed(micro, number, result[1])
             return result
+
         return forward
 
     _wrap(module.TopKRouter, "forward", make)
@@ -313,6 +321,7 @@ def patch_dispatcher(module: Any) -> None:
                 if number is not None:
                     _state["mover"].dispatched(micro, number, result[0])
             return result
+
         return token_dispatch
 
     _wrap(dispatcher, "token_dispatch", make)
@@ -330,7 +339,9 @@ def patch_checkpoint(module: Any) -> None:
             def again(*inputs, **more):
                 with entered(micro):
                     return function(*inputs, **more)
+
             return original(again, *args, **kwargs)
+
         return checkpoint
 
     _wrap(module, "checkpoint", make)
