@@ -1,6 +1,6 @@
 """Railyard's adapter: what a Python framework must be asked, and nothing that C can do.
 
-Started by sitecustomize.py beside this package, never imported by a user. docs/live-placement.md is the picture; the parts:
+Started by sitecustomize.py beside this package, not imported by a user (but for locmoe.py). docs/live-placement.md is the picture; the parts:
 
   hook.py       waits for modules to be imported, then patches them                     (standard library only, like all but those marked)
   say.py        lines on stderr, "railyard: rank 3: …", by RAILYARD_LOG
@@ -20,6 +20,10 @@ Started by sitecustomize.py beside this package, never imported by a user. docs/
   megatron_layers.py    where Megatron's layers let samples move, and which options forbid it  (megatron)
   megatron.py   Megatron-core: what to wrap, what to refuse, who holds what             (megatron)
   deepspeed.py  DeepSpeed: the same                                                     (deepspeed)
+
+And one that a user may import, of which the rest knows nothing:
+
+  locmoe.py     LocMoE's router and losses as modules                                   (torch)
 """
 
 VERSION = 1  # of what ranks tell each other; ranks of one job must agree
