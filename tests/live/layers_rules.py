@@ -201,6 +201,22 @@ def case_answers(_):
         micro = layers.Micro(asked[0], 4, 0, None, True)
         return mover, mover._answer(micro, asked[1])
 
+    from railyard import adapt
+
+    class Asked(Said):
+        described = None
+
+        def setting(self, name):
+            return {"RAILYARD_PLACEMENT": "layer", "RAILYARD_ROUTING": ""}[name]
+
+        def describe(self, **what):
+            self.described = what
+
+    for framework, stops in (("megatron-core 0.16.1", 0), ("deepspeed 0.19.8", 1)):
+        asked = Asked()
+        check(adapt.join(asked, [], {"framework": framework}) is None and asked.described, "nobody was told of the job")
+        check(len(asked.stops) == stops and all(framework in why for why in asked.stops), f"{framework}: {asked.stops}")
+
     plan = Plan()
     for layer in (0, 1):
         _, got = answer(plan, 20.0, (5, layer), (5, layer))

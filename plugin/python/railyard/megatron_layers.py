@@ -158,13 +158,13 @@ def _set_up(model: Any, tokens: Any) -> None:
             offer["no"] = offer["no"] or "placement is off: %s" % job.stopped()
     except Exception as e:
         offer = {"no": say.failure(e)}
-    forced = os.environ.get("RAILYARD_LAYERS_FORCED")  # for tests: a seed
+    forced = os.environ.get("RY_TEST_LAYERS")  # for tests: a seed
     made = {"make_planner": lambda **_: layers.Forced(int(forced))} if forced else {}
     group = parallel_state.get_expert_model_parallel_group()
     _state["mover"] = mover = layers.start(job, offer, group, job.rows_once(), **made)
     if forced and mover is not None:
         mover.late = 60.0
-        say.warn_once("layers-forced", "RAILYARD_LAYERS_FORCED=%s: samples move for no reason" % forced)
+        say.warn_once("layers-forced", "RY_TEST_LAYERS=%s: samples move for no reason" % forced)
     if mover is not None and job.rank == 0 and offer["shape"][1] > 1:
         for f in megatron.findings(model.config, megatron._facts):
             if f.kind == adapt.WARN:
