@@ -217,6 +217,18 @@ def case_answers(_):
         check(adapt.join(asked, [], {"framework": framework}) is None and asked.described, "nobody was told of the job")
         check(len(asked.stops) == stops and all(framework in why for why in asked.stops), f"{framework}: {asked.stops}")
 
+    planner, moves = layers.Planner.__new__(layers.Planner), iter([1] + 3 * (layers.IDLE + 1) * [0] + [0, 1, 0] + [0])
+    planner._idle, planner._moved = 0, True
+    planner._layers = types.SimpleNamespace(
+        next=lambda layer, sample, *_: (sample, types.SimpleNamespace(moved=next(moves), why="")),
+        state=lambda: types.SimpleNamespace(sure=True),
+    )
+    planner.next(0, 0, [], None, None)
+    asked = [planner.next(1 + n, layer, [], None, None)[1] for n in range(layers.IDLE + 1) for layer in range(3)]
+    check(asked[0] and not asked[-3], f"no end of asking where nobody moves: {asked}")
+    [planner.next(9, layer, [], None, None) for layer in range(3)]
+    check(planner.next(10, 0, [], None, None)[1], "no asking although samples would move again")
+
     plan = Plan()
     for layer in (0, 1):
         _, got = answer(plan, 20.0, (5, layer), (5, layer))

@@ -25,6 +25,7 @@ from .moving import Doubt, Route, lawful, move, route
 
 FIRST = 2  # micro-batches in which nobody moves: their backward passes show whether layers run in ways that are not known
 QUIET = 8  # micro-batches without answers, where the leader would not move anybody anyway
+IDLE = 4  # micro-batches one after the other that moved nobody, after which it is taken that the next would not
 LATE = 0.005  # seconds that the leader waits for the solver once it can begin; then nobody moves
 PATIENCES = 4  # as experts.py has it
 TELL = 200  # micro-batches between two lines of what came of it
@@ -107,13 +108,18 @@ class Planner:
         from . import library
 
         self._layers = library.Layers(**job)
+        self._idle, self._moved = 0, True
 
     def next(
         self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
     ) -> Tuple[Optional[List[int]], bool, str]:
         """(what each slot shall have in the next layer, or None: all stay; whether asking on is of use; why)"""
         order, plan = self._layers.next(layer, sample, counts, distinct)
-        return (order if plan.moved else None), self._layers.state().sure, plan.why
+        if layer == 0:
+            self._idle, self._moved = 0 if self._moved else self._idle + 1, False
+        self._moved |= plan.moved > 0
+        use = self._layers.state().sure and (plan.moved > 0 or self._idle < IDLE)
+        return (order if plan.moved else None), use, plan.why
 
     def words(self) -> str:
         s = self._layers.state()
