@@ -12,10 +12,12 @@ Started by sitecustomize.py beside this package, not imported by a user (but for
   planner.py    the leader's windows: asks the library, claims, says what came of it
   tokens.py     samples' tokens, read ahead                                             (torch)
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
+  layers.py, moving.py      samples moved between layers: agreement and answers; the moves themselves     (torch)
   adapt.py      what the adapters of frameworks share: findings, wrapping, joining
   experts.py    experts moved between ranks at start: agreement, exchange, notes        (torch)
   expert_tensors.py     what belongs to an expert, and where optimizers keep it         (torch)
   megatron_experts.py, deepspeed_experts.py  where the frameworks keep what is moved    (megatron, deepspeed)
+  megatron_layers.py    where Megatron's layers let samples move, and which options forbid it  (megatron)
   megatron.py   Megatron-core: what to wrap, what to refuse, who holds what             (megatron)
   deepspeed.py  DeepSpeed: the same                                                     (deepspeed)
 
