@@ -341,7 +341,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
         if (r)
             atomic_store(&r->aborted, true); /* a thread that waits for the device must not hold up the end */
         if (r)
-            ry_twins_leave(r->twins);
+            ry_twins_leave(r->twins, false);
         if (r && r->talk)
             ry_talk_leave(r->talk);
     }

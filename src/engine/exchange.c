@@ -119,7 +119,7 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
                     " on: Railyard keeps off this communicator from here. Please report this",
                     c->id, bad.number, bad.peer, bad.offset);
         ry_talk_leave(r->talk);
-        ry_twins_leave(r->twins);
+        ry_twins_leave(r->twins, false);
         r->quit = true;
     }
     r->verified += equal;
@@ -513,7 +513,7 @@ void ry_exchange_aborting(void *handle)
         return;
     atomic_store(&r->aborted, true);
     ry_node_comm_abort(r->node);
-    ry_twins_leave(r->twins);
+    ry_twins_leave(r->twins, true);
     if (r->talk)
         ry_talk_leave(r->talk);
     ry_engine_leave();

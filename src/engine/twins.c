@@ -48,6 +48,8 @@ struct ry_twins {
     struct group *group;  /* NULL: no twin is known */
     uint64_t been[GROUPS];
     int nbeen;
+    struct ry_node_comm *retired[GROUPS]; /* of groups before: what was enqueued on them may not be over yet */
+    int nretired;
     struct ry_digest digest; /* the latest that is known, */
     uint64_t digested;       /* of exchange digested - 1 */
     uint64_t digesting;      /* the same of the one under way; 0: none */
@@ -67,13 +69,13 @@ static void trouble(void *context, int peer, const char *why)
                 peer, why);
 }
 
-static void free_group(struct group *g, bool leak)
+/* All but its communicator, which is the caller's to keep. */
+static void free_group(struct group *g)
 {
     if (!g)
         return;
     if (g->talk)
         ry_talk_close(g->talk);
-    ry_node_comm_end(g->comm, leak);
     ry_twin_chooser_free(g->chooser);
     ry_cluster_free(g->map);
     free(g->send);
@@ -83,13 +85,15 @@ static void free_group(struct group *g, bool leak)
     free(g);
 }
 
-static void drop_group(struct ry_twins *t, bool leak)
+static void drop_group(struct ry_twins *t)
 {
     pthread_mutex_lock(&t->lock);
     struct group *g = t->group;
     t->group = NULL;
+    if (g && g->comm)
+        t->retired[t->nretired++] = g->comm; /* there are no more groups than there is room */
     pthread_mutex_unlock(&t->lock);
-    free_group(g, leak);
+    free_group(g);
 }
 
 /* The map of all twins: this communicator's, so many times over. What differs between twins, their GPUs, is of no
@@ -161,7 +165,8 @@ static struct group *make_group(struct ry_twins *t, uint64_t key, struct ry_err 
         goto failed;
     return g;
 failed:
-    free_group(g, false);
+    ry_node_comm_end(g->comm, false);
+    free_group(g);
     return NULL;
 }
 
@@ -218,7 +223,7 @@ static void look(struct ry_twins *t)
         } else if (!same(now, t->next)) {
             *t->next = *now;
         } else {
-            drop_group(t, false);
+            drop_group(t);
             *t->found = *now;
             t->next->n = 0;
             settle(t);
@@ -442,15 +447,17 @@ struct ry_twins *ry_twins_open(struct comm *c, struct reissue *r, const void *ad
     return t;
 }
 
-void ry_twins_leave(struct ry_twins *t)
+void ry_twins_leave(struct ry_twins *t, bool abort)
 {
     if (!t)
         return;
     pthread_mutex_lock(&t->lock);
-    if (t->group) {
+    if (t->group)
         ry_talk_leave(t->group->talk);
+    if (t->group && abort)
         ry_node_comm_abort(t->group->comm);
-    }
+    for (int i = 0; i < t->nretired && abort; i++)
+        ry_node_comm_abort(t->retired[i]);
     pthread_mutex_unlock(&t->lock);
 }
 
@@ -465,7 +472,9 @@ void ry_twins_close(struct ry_twins *t, bool leak)
     if (!t)
         return;
     ry_twin_card_free(t->card);
-    drop_group(t, leak);
+    drop_group(t);
+    for (int i = 0; i < t->nretired; i++)
+        ry_node_comm_end(t->retired[i], leak);
     pthread_mutex_destroy(&t->lock);
     free(t->address);
     free(t->next);

@@ -31,8 +31,9 @@ struct ry_twins;
 struct ry_twins *ry_twins_open(struct comm *c, struct reissue *r, const void *address, size_t size);
 /** `leak`: nothing may be asked of NCCL any more. NULL is fine. */
 void ry_twins_close(struct ry_twins *t, bool leak);
-/** The communicator is aborted, or the engine wants no more of it: ends waits at once. NULL is fine. */
-void ry_twins_leave(struct ry_twins *t);
+/** The communicator is aborted (`abort`), or the engine wants no more of it, but what is under way shall end well: ends waits at once.
+ * NULL is fine. */
+void ry_twins_leave(struct ry_twins *t, bool abort);
 void ry_twins_stray(struct ry_twins *t);
 
 struct ry_twins_verdict {
