@@ -20,7 +20,8 @@
 #define MOST_PATIENCE 5.0    /* and never more seconds */
 #define MOST_DIGEST_WAIT 1.0 /* seconds */
 #define SPIN_NS 2000000u
-#define GROUPS 16 /* that are remembered, so as not to be made again */
+#define GROUPS 16 /* that are made, at most */
+#define WINDOW 4  /* looks for which a group has the same line */
 
 /* The twins as they were found, all ranks numbered through. */
 struct group {
@@ -46,8 +47,9 @@ struct ry_twins {
     bool off;
     pthread_mutex_t lock; /* guards `group` against ry_twins_leave() */
     struct group *group;  /* NULL: no twin is known */
-    uint64_t been[GROUPS];
-    int nbeen;
+    int made;
+    uint64_t window;                      /* of the latest */
+    bool engaged;                         /* it has been: so it has on all of its ranks */
     struct ry_node_comm *retired[GROUPS]; /* of groups before: what was enqueued on them may not be over yet */
     int nretired;
     struct ry_digest digest; /* the latest that is known, */
@@ -175,23 +177,21 @@ static bool same(const struct ry_twin_found *a, const struct ry_twin_found *b)
     return a->n == b->n && !memcmp(a->key, b->key, (size_t)a->n * sizeof *a->key);
 }
 
-/* Who they are was the same twice. */
-static void settle(struct ry_twins *t)
+static void make(struct ry_twins *t, uint64_t window)
 {
     const struct ry_twin_found *f = t->found;
     struct ry_err err;
-    uint64_t key = XXH64(f->key, (size_t)f->n * sizeof *f->key, 1);
-    for (int i = 0; i < t->nbeen; i++)
-        if (t->been[i] == key) /* what was said on the same line once before may still be on its way */
-            return;
-    if (f->n < 2 || t->nbeen == GROUPS)
+    if (f->n < 2 || t->made == GROUPS)
         return;
-    t->been[t->nbeen++] = key;
+    drop_group(t);
+    t->made++;
+    t->window = window;
+    t->engaged = false;
     if (f->n > MOST_RANKS / t->r->map->nranks) {
         ry_info("communicator %s has %d twins: too many ranks to agree on anything", t->c->id, f->n - 1);
         return;
     }
-    struct group *g = make_group(t, key, &err);
+    struct group *g = make_group(t, XXH64(f->key, (size_t)f->n * sizeof *f->key, window + 1), &err);
     if (g)
         ry_info("communicator %s is one of %d twins", t->c->id, g->twins);
     else
@@ -203,14 +203,27 @@ static void settle(struct ry_twins *t)
         ry_talk_leave(g->talk);
 }
 
+/* How many looks come before that at exchange `number`. */
+static uint64_t looks_before(uint64_t number)
+{
+    uint64_t looks = 0;
+    for (uint64_t n = 0; n < number; looks++)
+        n = ry_agree_next_seen(0, n + 1);
+    return looks;
+}
+
 /*
  * Who is there now? Others are another group, with an agreement of its own, once they are the same at two looks in a
- * row: while communicators come and go, some see one already and some do not yet.
+ * row: while communicators come and go, some see one already and some do not yet. Who sees them sooner or later must
+ * all the same come to talk on one line, on which nobody has talked before: so a line is for a group and a few looks,
+ * by their numbers; if it has not brought all together by then, everybody goes on to the next one, at the same
+ * exchange.
  */
-static void look(struct ry_twins *t)
+static void look(struct ry_twins *t, uint64_t number)
 {
     struct ry_err err = {""};
     struct ry_twin_found *now = calloc(1, sizeof *now);
+    uint64_t window = looks_before(number) / WINDOW;
     if (!t->card &&
         !(t->card = ry_twin_card_new(t->r->map, t->c->info.rank, t->c->key, t->address, t->address_size, &err))) {
         ry_info("communicator %s: twins of it are not looked for: %s", t->c->id, err.msg);
@@ -220,13 +233,15 @@ static void look(struct ry_twins *t)
         ry_twin_look(t->card, now);
         if (same(now, t->found)) {
             t->next->n = 0;
+            if (!t->engaged && window != t->window)
+                make(t, window);
         } else if (!same(now, t->next)) {
             *t->next = *now;
         } else {
             drop_group(t);
             *t->found = *now;
             t->next->n = 0;
-            settle(t);
+            make(t, window);
         }
     }
     free(now);
@@ -375,7 +390,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     if (!t || t->off)
         return false;
     if (ry_agree_next_seen(0, number) == number && !forbidden()) /* dense at first, then one in a thousand */
-        look(t);
+        look(t, number);
     struct group *g = t->group;
     if (!g || ry_talk_passes(g->talk, number))
         return false;
@@ -385,8 +400,10 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     }
     if (!ask(t, g, x, b, number, &verdict, wait))
         return false;
-    if (verdict.extra_bytes == sizeof order)
+    if (verdict.extra_bytes == sizeof order) { /* all had a say in it */
         memcpy(&order, verdict.extra, sizeof order);
+        t->engaged = true;
+    }
     wait->timed = order.timed;
     atomic_store(&t->asked[number % 64], number + 1);
     if (order.make && g->comm) {
