@@ -177,7 +177,7 @@ static bool same(const struct ry_twin_found *a, const struct ry_twin_found *b)
     return a->n == b->n && !memcmp(a->key, b->key, (size_t)a->n * sizeof *a->key);
 }
 
-static void make(struct ry_twins *t, uint64_t window)
+static void make(struct ry_twins *t, uint64_t window, bool others)
 {
     const struct ry_twin_found *f = t->found;
     struct ry_err err;
@@ -192,9 +192,9 @@ static void make(struct ry_twins *t, uint64_t window)
         return;
     }
     struct group *g = make_group(t, XXH64(f->key, (size_t)f->n * sizeof *f->key, window + 1), &err);
-    if (g)
+    if (g && others)
         ry_info("communicator %s is one of %d twins", t->c->id, g->twins);
-    else
+    else if (!g)
         ry_info("communicator %s: nothing is shared with its twins: %s", t->c->id, err.msg);
     pthread_mutex_lock(&t->lock);
     t->group = g;
@@ -234,14 +234,14 @@ static void look(struct ry_twins *t, uint64_t number)
         if (same(now, t->found)) {
             t->next->n = 0;
             if (!t->engaged && window != t->window)
-                make(t, window);
+                make(t, window, false);
         } else if (!same(now, t->next)) {
             *t->next = *now;
         } else {
             drop_group(t);
             *t->found = *now;
             t->next->n = 0;
-            make(t, window);
+            make(t, window, true);
         }
     }
     free(now);
