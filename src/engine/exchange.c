@@ -14,6 +14,10 @@
  *                        May start the clock (sampler.c), once nothing is waited for any more.
  *   ry_exchange_end()    records it, and stops the clock.
  *
+ * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
+ * exchange away, and ry_exchange_carry() does take and end, and what the preload would have done between them, on another
+ * thread and another stream.
+ *
  * Between a verdict and its plan nothing may be left to chance: the other ranks go the same way whatever happens here. So
  * memory is held before the manifest is sent, and what fails all the same makes the job's call fail, with a line that says
  * why, instead of letting this rank go direct alone and hang the job or mix up its data.
@@ -26,23 +30,8 @@
 
 enum { NCCL_OK = 0, NCCL_SYSTEM_ERROR = 2, NCCL_IN_PROGRESS = 7 };
 
-/* What begin leaves for take and end, on the same thread. */
-static __thread struct {
-    uint64_t number, wall_ns;
-    struct ry_sample *sample;
-    bool captured;
-    bool timed; /* the yardmaster wants to know how long it takes */
-    const char *strategy; /* NULL: not agreed on */
-    bool verify;
-    enum ry_node_order node; /* with the verdict */
-    double waited_us, late_us; /* for the verdict; of it for other ranks */
-    int chunks;                /* of the plan, as the yardmaster says */
-    double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
-    struct rows_seen rows;
-    /* the latest all-gather of 64-bit integers since the exchange before */
-    char gather_comm[17];
-    uint64_t gather_count;
-} now;
+/* Of the exchange at hand on this thread. */
+static __thread struct way now;
 
 /* ---- begin ---- */
 
@@ -60,7 +49,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.timed = false;
+    now.captured = now.timed = now.given_away = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -141,7 +130,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.measured_us = atomic_load(&r->measured_us);
     side.measured_bytes = atomic_load(&r->measured_bytes);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
-    side.node_comm = ry_node_comm_state(r->node);
+    side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
@@ -284,13 +273,10 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     return taken;
 }
 
-bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
+static bool take(struct comm *c, const struct ry_exchange *x, int *result)
 {
-    struct comm *c = handle;
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     bool taken = false;
-    if (!cookie || !ry_engine_enter())
-        return false;
     struct ry_buffers b;
     if (r)
         b = describe(r, x);
@@ -303,6 +289,19 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     }
     if (!taken && (c->record || now.strategy)) /* nobody asks how long others take */
         start_clock(c, x);
+    return taken;
+}
+
+bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
+{
+    struct comm *c = handle;
+    if (!cookie || !ry_engine_enter())
+        return false;
+    bool taken = now.given_away = ry_later_take(c, x, &now, result);
+    if (taken)
+        now.gather_count = 0;
+    else
+        taken = take(c, x, result);
     ry_engine_leave();
     return taken;
 }
@@ -323,12 +322,9 @@ static void exchange_took(void *context, uint64_t number, double us)
     }
 }
 
-void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)
+static void end(struct comm *c, const struct ry_exchange *x, int result)
 {
-    struct comm *c = handle;
     bool ok = result == NCCL_OK || result == NCCL_IN_PROGRESS;
-    if (!cookie || !ry_engine_enter())
-        return;
     if (ok && c->record) {
         struct ry_record_exchange r = {.number = now.number,
                                        .wall_ns = now.wall_ns,
@@ -355,7 +351,25 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
        (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
     if (now.sample)
         ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+}
+
+void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)
+{
+    if (!cookie || now.given_away || !ry_engine_enter())
+        return;
+    end(handle, x, result);
     ry_engine_leave();
+}
+
+int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct way *way)
+{
+    const struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    int result = NCCL_OK;
+    now = *way;
+    if (!take(c, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
+        result = r && !atomic_load(&r->aborted) ? ry_engine.host.plain(c->info.nccl, x) : NCCL_SYSTEM_ERROR;
+    end(c, x, result);
+    return result;
 }
 
 /* ---- besides ---- */
@@ -380,6 +394,7 @@ void ry_exchange_aborting(void *handle)
     ry_node_comm_abort(r->node);
     if (r->talk)
         ry_talk_leave(r->talk);
+    ry_later_aborting(c);
     ry_engine_leave();
 }
 

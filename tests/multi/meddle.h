@@ -11,8 +11,11 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-/* Calls on this thread since it last set them to zero: of the engine, and of the job (passed on by librailyard.so). */
+#include <nccl.h>
+
+/* Calls on this thread, and by any thread on communicators that it watches, since it last set them to zero: of the engine, and of the job (passed on by librailyard.so). */
 #define MEDDLE_PEERS 64
+void meddle_watch(ncclComm_t comm);
 extern _Thread_local struct meddle_counts {
     unsigned engine, job;
     unsigned inside; /* of the engine's: on a communicator that it made itself */
