@@ -50,7 +50,7 @@ static struct {
     pthread_once_t once;
     pthread_key_t key;
     bool ready; /* thread key and watch are there */
-    _Atomic bool closed;
+    _Atomic bool closing, closed;
     struct ry_later_queue *queues;
     struct comm *comms;
     int pending, gate; /* of all queues; threads that are freeing something */
@@ -101,7 +101,7 @@ static __attribute__((noreturn)) void end_process(void)
 static void failed(struct task *t, int result)
 {
     struct comm *c = t->c;
-    if (aborted(c))
+    if (aborted(c) || atomic_load(&later.closing)) /* then others may have gone already */
         return;
     ry_log(RY_LOG_ERROR,
            "communicator %s, exchange %" PRIu64 " fails on rank %d after its call has returned: %s. Unless the job aborts the "
@@ -688,6 +688,7 @@ void ry_later_end(struct comm *c)
 
 void ry_later_close(void)
 {
+    atomic_store(&later.closing, true);
     pthread_mutex_lock(&later.lock);
     wait_until(&later.pending, CLOSE_S);
     atomic_store(&later.closed, true);

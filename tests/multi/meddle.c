@@ -14,6 +14,7 @@
 EXPORT _Thread_local struct meddle_counts meddle_counts;
 EXPORT _Atomic(unsigned char *) meddle_flip;
 EXPORT _Atomic int meddle_fail;
+EXPORT _Atomic int meddle_block;
 EXPORT _Atomic int meddle_hold, meddle_made, meddle_ended, meddle_splitting;
 static _Atomic(ncclComm_t) made[64]; /* of the engine; NULL: ended */
 static _Atomic(ncclComm_t) made_of[64];
@@ -132,6 +133,8 @@ static void flip(void)
 
 MEDDLE(ncclGroupStart, 0, NULL, (void), (), {
     group.n = 0;
+    while (atomic_load(&meddle_block))
+        usleep(1000);
     if (fails(MEDDLE_START))
         return ncclSystemError;
 })

@@ -31,6 +31,9 @@ extern _Atomic(unsigned char *) meddle_flip;
 enum meddle_failure { MEDDLE_NONE, MEDDLE_START, MEDDLE_SEND, MEDDLE_END, MEDDLE_SPLIT };
 extern _Atomic int meddle_fail;
 
+/* While it is set the engine's groups do not begin. */
+extern _Atomic int meddle_block;
+
 /* Communicators that the engine made, and that it destroyed or aborted; threads that are in ncclCommSplit for it now. */
 /* While `hold` is set they do not get to NCCL. */
 extern _Atomic int meddle_hold, meddle_made, meddle_ended, meddle_splitting;

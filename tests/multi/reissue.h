@@ -461,6 +461,7 @@ static inline struct side *new_side(ncclComm_t comm, uint64_t tag)
     kept[n++ % 64] = s;
     s->comm = comm;
     s->tag = tag;
+    s->stream = (cudaStream_t)s; /* one of its own, as two threads that do the same in another order must have */
     NCCL(ncclCommCount(comm, &s->n));
     NCCL(ncclCommUserRank(comm, &s->rank));
     return s;
