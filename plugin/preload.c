@@ -10,7 +10,7 @@
  * again after the real call. Where the engine wants to carry it out by itself, group.c keeps the calls back, and
  * offer_exchange() gives it to the engine, or to NCCL after all.
  *
- * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in
+ * In a process that never calls NCCL nothing here ever runs, but for one look at RAILYARD_HOLD (start.c). Every failure of ours ends in
  * plain NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
  */
 #include <stdatomic.h>
