@@ -12,7 +12,6 @@
 #include "engine.h"
 
 #define PAGE 4096               /* bytes of words for all communicators of the process */
-#define WORDS 2                 /* of a communicator */
 #define TRIALS 3                /* that may fail before a stream is left alone */
 #define KEPT 64                 /* exchanges that are kept for the sake of the node's communicator */
 #define ABORT_MS 200            /* as long as the preload waits for calls that are held */
@@ -55,7 +54,7 @@ static struct {
     struct comm *comms;
     int pending, gate; /* of all queues; threads that are freeing something */
     uint32_t *page, used;
-    uint32_t *spare[PAGE / sizeof(uint32_t) / WORDS];
+    uint32_t *spare[PAGE / sizeof(uint32_t) / RY_LATER_WORDS];
     int spares;
 } later = {.lock = PTHREAD_MUTEX_INITIALIZER, .done = PTHREAD_COND_INITIALIZER, .once = PTHREAD_ONCE_INIT};
 
@@ -84,9 +83,14 @@ static bool aborted(const struct comm *c)
 }
 
 /* Nothing on the device may ever get there: the host lets the stream go. */
-static void let_go(const struct comm *c, uint32_t ticket)
+static void let_go(const struct comm *c, int word, uint32_t ticket)
 {
-    __atomic_store_n(&c->later.word[1], ticket, __ATOMIC_RELEASE);
+    __atomic_store_n(&c->later.word[word], ticket, __ATOMIC_RELEASE);
+}
+
+static uint32_t read_word(const struct comm *c, int word)
+{
+    return __atomic_load_n(&c->later.word[word], __ATOMIC_ACQUIRE);
 }
 
 /* ---- what cannot be mended ---- */
@@ -127,7 +131,7 @@ static void judge(struct ry_later_queue *q)
     if (!q->now || ++q->ticks <= most_ticks() || atomic_load(&later.closed) || aborted(q->now))
         return;
     if (q->trial) {
-        let_go(q->now, q->trial);
+        let_go(q->now, RY_LATER_TRIED, q->trial);
         q->now = NULL;
         return;
     }
@@ -143,9 +147,9 @@ static void judge(struct ry_later_queue *q)
 static void look_at(struct comm *c)
 {
     struct ry_later *l = &c->later;
-    uint32_t arrived = __atomic_load_n(&l->word[0], __ATOMIC_ACQUIRE), gone = __atomic_load_n(&l->word[1], __ATOMIC_ACQUIRE);
-    if ((int32_t)(arrived - gone) <= 0 || arrived != l->late || atomic_load(&l->pending) || aborted(c)) {
-        l->late = arrived;
+    uint32_t came = read_word(c, RY_LATER_CAME);
+    if ((int32_t)(came - read_word(c, RY_LATER_OVER)) <= 0 || came != l->late || atomic_load(&l->pending) || aborted(c)) {
+        l->late = came;
         l->late_ticks = 0;
         return;
     }
@@ -207,14 +211,14 @@ static int carry(struct task *t)
     struct ry_exchange x = t->x;
     struct ry_err err;
     x.stream = c->later.stream;
-    if (device->stream_wait(x.stream, t->before, &err) || device->stream_write_value(x.stream, &c->later.word[0], t->ticket, &err)) {
+    if (device->stream_wait(x.stream, t->before, &err) || device->stream_write_value(x.stream, &c->later.word[RY_LATER_CAME], t->ticket, &err)) {
         ry_log(RY_LOG_ERROR, "communicator %s: %s", c->id, err.msg);
         return 1;
     }
     int result = ry_exchange_carry(c, &x, &t->way);
     if (result && result != NCCL_IN_PROGRESS)
         return result;
-    if (device->stream_write_value(x.stream, &c->later.word[1], t->ticket, &err)) {
+    if (device->stream_write_value(x.stream, &c->later.word[RY_LATER_OVER], t->ticket, &err)) {
         ry_log(RY_LOG_ERROR, "communicator %s: %s", c->id, err.msg);
         return 1;
     }
@@ -243,7 +247,7 @@ static void do_task(struct ry_later_queue *q, struct task *t)
             failed(t, result);
     }
     if (!open || aborted(c))
-        let_go(c, t->ticket);
+        let_go(c, RY_LATER_OVER, t->ticket);
     pthread_mutex_lock(&later.lock);
     q->now = NULL;
     atomic_fetch_sub(&q->length, 1);
@@ -390,7 +394,9 @@ static bool count(struct comm *c)
     return true;
 }
 
-static bool begin(struct task *t, struct ry_later_queue *q)
+enum begun { BEGUN, NOT_NOW, NOT_HERE }; /* somebody is freeing memory; the device cannot */
+
+static enum begun begin(struct task *t, struct ry_later_queue *q, int word)
 {
     struct comm *c = t->c;
     pthread_mutex_lock(&later.lock);
@@ -399,27 +405,27 @@ static bool begin(struct task *t, struct ry_later_queue *q)
     bool counted = count(c);
     if (counted) {
         c->later.queue = q;
-        t->ticket = ++c->later.ticket;
+        t->ticket = word == RY_LATER_TRIED ? ++c->later.trial : ++c->later.ticket;
     }
     pthread_mutex_unlock(&later.lock);
     if (!counted)
-        return false;
+        return NOT_NOW;
     struct ry_err err;
     if (!ry_engine.device->event_record(t->before, t->x.stream, &err) &&
-        !ry_engine.device->stream_wait_value(t->x.stream, &c->later.word[1], t->ticket, &err))
-        return true;
+        !ry_engine.device->stream_wait_value(t->x.stream, &c->later.word[word], t->ticket, &err))
+        return BEGUN;
     ry_log(RY_LOG_PLAN, "communicator %s: %s", c->id, err.msg);
     pthread_mutex_lock(&later.lock);
     ended(t);
     pthread_mutex_unlock(&later.lock);
-    return false;
+    return NOT_HERE;
 }
 
 static bool give_away(struct comm *c, const struct ry_exchange *x, const struct way *way)
 {
     struct ry_later_queue *q = own_queue();
     struct task *t = q ? new_task(c, x, way) : NULL;
-    if (!t || !begin(t, q)) {
+    if (!t || begin(t, q, RY_LATER_OVER) != BEGUN) {
         free_task(t);
         return false;
     }
@@ -465,29 +471,41 @@ static bool take_words(struct ry_later *l)
     }
     if (later.spares)
         l->word = later.spare[--later.spares];
-    else if (later.page && later.used < PAGE / sizeof(uint32_t) / WORDS)
-        l->word = later.page + WORDS * later.used++;
-    if (l->word)
-        l->ticket = __atomic_load_n(&l->word[1], __ATOMIC_ACQUIRE);
+    else if (later.page && later.used < PAGE / sizeof(uint32_t) / RY_LATER_WORDS)
+        l->word = later.page + RY_LATER_WORDS * later.used++;
+    if (l->word) {
+        l->ticket = l->word[RY_LATER_OVER]; /* nobody else writes it now */
+        l->trial = l->word[RY_LATER_TRIED];
+    }
     pthread_mutex_unlock(&later.lock);
     return l->word;
 }
 
-/* A new R, since the one that was tried did not do. */
+/* A new R behind the one that was tried and did not do. What that was good for is to be tried anew. */
 static bool renew(struct comm *c)
 {
+    const struct ry_device *device = ry_engine.device;
     struct make m = {.c = c};
+    struct ry_event *ev = NULL;
     pthread_t thread;
-    if (!c->later.word && !take_words(&c->later))
-        return false;
-    if (ry_thread_start(&thread, make_stream, &m))
+    if ((!c->later.word && !take_words(&c->later)) || ry_thread_start(&thread, make_stream, &m))
         return false;
     pthread_join(thread, NULL);
+    if (m.stream && c->later.stream &&
+        (device->event_create_untimed(&ev, NULL) || device->event_record(ev, c->later.stream, NULL) ||
+         device->stream_wait(m.stream, ev, NULL))) {
+        device->stream_destroy(m.stream, NULL);
+        m.stream = NULL;
+    }
+    if (ev)
+        device->event_destroy(ev);
     if (!m.stream)
         return false;
+    for (int i = 0; i < c->later.ntried; i++)
+        c->later.tried[i].good = false;
     pthread_mutex_lock(&later.lock);
     if (c->later.stream) {
-        ry_engine.device->stream_destroy(c->later.stream, NULL); /* when all on it is done */
+        device->stream_destroy(c->later.stream, NULL); /* when all on it is done */
     } else {
         c->later.next = later.comms;
         later.comms = c;
@@ -498,14 +516,14 @@ static bool renew(struct comm *c)
 }
 
 /* Is all of R over before S is let go? -1: nobody knows, S did not even get there. */
-static int over_first(struct comm *c, struct ry_event *after, uint32_t ticket)
+static int over_first(struct comm *c, struct ry_event *before, struct ry_event *after)
 {
     double patience = ry_engine.settings.patience / 4, most = patience < 1 ? patience : 1;
     uint64_t begun = ry_now_ns(), there = 0;
-    bool done = false;
+    bool done = false, came = false;
     while (!ry_engine.device->event_done(after, &done, NULL) && !done && !aborted(c)) {
         uint64_t now = ry_now_ns();
-        if (!there && (int32_t)(__atomic_load_n(&c->later.word[0], __ATOMIC_ACQUIRE) - ticket) >= 0)
+        if (!there && !ry_engine.device->event_done(before, &came, NULL) && came) /* R may not be able to tell */
             there = now;
         if (there ? (double)(now - there) > most * 1e9 : (double)(now - begun) > patience * 1e9)
             break;
@@ -523,11 +541,13 @@ static bool try_stream(struct comm *c, const struct ry_exchange *x, const struct
     if (!own_queue() || ((!c->later.stream || c->later.tried[at].trials) && !renew(c)))
         return false;
     struct task *t = new_task(c, x, way);
-    if (!t || device->event_create_untimed(&after, NULL) || !begin(t, own)) {
+    bool made = t && !device->event_create_untimed(&after, NULL);
+    enum begun begun = made ? begin(t, own, RY_LATER_TRIED) : NOT_HERE;
+    if (begun != BEGUN) {
         if (after)
             device->event_destroy(after);
         free_task(t);
-        c->later.tried[at].trials++;
+        c->later.tried[at].trials += begun == NOT_HERE;
         return false;
     }
     void *stream = c->later.stream;
@@ -537,8 +557,7 @@ static bool try_stream(struct comm *c, const struct ry_exchange *x, const struct
     own->now = c, own->number = way->number, own->ticks = 0, own->trial = t->ticket;
     pthread_mutex_unlock(&later.lock);
     ours = true; /* as far as waiting for what is pending goes, which this is */
-    bool fine = !device->stream_wait(stream, t->before, &err) &&
-                !device->stream_write_value(stream, &c->later.word[0], t->ticket, &err);
+    bool fine = !device->stream_wait(stream, t->before, &err);
     if (fine) {
         *result = ry_exchange_carry(c, &on_own, way);
         fine = !device->event_record(after, stream, &err) && !device->stream_wait(x->stream, after, &err);
@@ -547,8 +566,8 @@ static bool try_stream(struct comm *c, const struct ry_exchange *x, const struct
         ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 ": %s", c->id, way->number, err.msg);
         *result = 2; /* ncclSystemError: the call has not returned yet */
     }
-    int good = *result ? -1 : over_first(c, after, t->ticket);
-    let_go(c, t->ticket);
+    int good = *result ? -1 : over_first(c, t->before, after);
+    let_go(c, RY_LATER_TRIED, t->ticket);
     c->later.tried[at].good = good > 0;
     c->later.tried[at].trials += good == 0;
     if (!good)
@@ -649,7 +668,7 @@ void ry_later_aborting(struct comm *c)
         nap(1000);
     pthread_mutex_lock(&later.lock);
     if (atomic_load(&c->later.pending) && c->later.word) /* it sits in NCCL, which only the abort ends */
-        let_go(c, c->later.ticket);
+        let_go(c, RY_LATER_OVER, c->later.ticket);
     pthread_mutex_unlock(&later.lock);
 }
 
@@ -679,7 +698,7 @@ void ry_later_end(struct comm *c)
             *p = l->next;
             break;
         }
-    if (__atomic_load_n(&l->word[1], __ATOMIC_ACQUIRE) == l->ticket) /* else a stream may still write it */
+    if (read_word(c, RY_LATER_OVER) == l->ticket) /* else a stream may still write it */
         later.spare[later.spares++] = l->word;
     pthread_mutex_unlock(&later.lock);
     ry_engine.device->stream_destroy(l->stream, NULL);

@@ -5,8 +5,8 @@
  * them and letting it go; who has to wait for whom on the host meanwhile; whether a stream can be used so at all; and the
  * end of a process where nothing else is left. Not: the way of an exchange (exchange.c), which is the same on any thread.
  *
- *   the job's stream S    ... [event] [wait for word >= n] what the job enqueues next ...
- *   Railyard's stream R   [wait for the event] [arrived = n] the exchange [word = n]
+ *   the job's stream S    ... [event] [wait for OVER >= n] what the job enqueues next ...
+ *   Railyard's stream R   [wait for the event] [CAME = n] the exchange [OVER = n]
  *
  * R belongs to the communicator, the thread to the job's thread: a thread's exchanges are agreed on and enqueued one after
  * the other in the order in which it made them, and any other call of NCCL that it makes waits for that first. So what
@@ -29,12 +29,18 @@ struct comm;
 struct way;
 
 enum { RY_LATER_STREAMS = 4 }; /* of the job's that are told apart on one communicator */
+enum {
+    RY_LATER_CAME, /* the latest ticket whose turn came on its S */
+    RY_LATER_OVER, /* the latest that S need not wait for any more: written by R */
+    RY_LATER_TRIED, /* the same of trials: written by the host */
+    RY_LATER_WORDS = 4
+};
 
 /* A communicator's part. */
 struct ry_later {
     void *stream;            /* R; NULL: none yet */
-    uint32_t *word;          /* [2]: the latest ticket whose turn came on S, and the latest that S need not wait for any more */
-    uint32_t ticket;         /* given to the latest exchange */
+    uint32_t *word;          /* [RY_LATER_WORDS], in memory that streams can wait for */
+    uint32_t ticket, trial;  /* given to the latest exchange, and to the latest trial */
     struct ry_later_queue *queue; /* where those pending are */
     _Atomic int pending;     /* given away, and not enqueued */
     struct {
