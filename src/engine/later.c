@@ -569,11 +569,11 @@ static bool try_stream(struct comm *c, const struct ry_exchange *x, const struct
     int good = *result ? -1 : over_first(c, t->before, after);
     let_go(c, RY_LATER_TRIED, t->ticket);
     c->later.tried[at].good = good > 0;
-    c->later.tried[at].trials += good == 0;
-    if (!good)
-        ry_info("communicator %s: an exchange did not end while the job's stream waited (trial %d of %d)%s", c->id,
+    c->later.tried[at].trials += good <= 0 && !*result;
+    if (good <= 0 && !*result)
+        ry_info("communicator %s: an exchange did not end in time while the job's stream waited (trial %d of %d)%s", c->id,
                 c->later.tried[at].trials, TRIALS,
-                c->later.tried[at].trials < TRIALS ? "" : ": streams share a hardware queue, the calling thread is held");
+                c->later.tried[at].trials < TRIALS ? "" : ": streams may share a hardware queue, the calling thread is held");
     ours = false;
     pthread_mutex_lock(&later.lock);
     own->now = NULL;

@@ -71,7 +71,9 @@ static void at_once(void)
         uint64_t t = ry_now_ns();
         double call = give_away(s, &large, &b);
         CHECK(s->rank == late || call < 0.1, "the call took %.3f s although rank %d is late", call, late);
+#ifndef __SANITIZE_THREAD__ /* looks where a job must not */
         CHECK(s->rank == late || b.recv[0] == GUARD, "it cannot be there yet");
+#endif
         take_back(s, &large, &b);
         CHECK(s->rank == late || seconds_since(t) > 0.2, "the stream did not wait for rank %d", late);
     }
