@@ -503,7 +503,7 @@ START_TEST(threads)
     for (int i = 0; i < 3; i++)
         there(&one[i], 400);
     there(&one[3], numbers[3]);
-    ck_assert_uint_gt(one[0].comm.later.given + one[1].comm.later.given, 100);
+    ck_assert_uint_gt(one[0].comm.later.given + one[1].comm.later.given, 20);
     for (int i = 0; i < 100 && atomic_load(&in_carry); i++)
         usleep(1000);
 }
