@@ -364,6 +364,27 @@ START_TEST(given_away)
 }
 END_TEST
 
+/* What the job enqueued before comes before: an exchange sends what that writes. */
+START_TEST(after_what_was_before)
+{
+    struct one *o = &one[0];
+    uint32_t work = 0;
+    setup_with(4);
+    job_streams(1);
+    issue(o, 0);
+    there(o, 1);
+    wait_value(o->stream, &work, 1, NULL);
+    for (uint64_t n = 1; n < 5; n++)
+        ck_assert(issue(o, n));
+    ry_later_settle(&o->comm);
+    usleep(20000);
+    for (int n = 1; n < 5; n++)
+        ck_assert_uint_eq(__atomic_load_n(&o->at[n], __ATOMIC_ACQUIRE), 0);
+    __atomic_store_n(&work, 1, __ATOMIC_RELEASE);
+    there(o, 5);
+}
+END_TEST
+
 /* One hardware queue for everything: each trial ends by the host's hand, nothing hangs, and the thread is held from there. */
 START_TEST(shared_queue)
 {
@@ -599,6 +620,7 @@ int main(void)
     TCase *t = tcase_create("later");
     tcase_set_timeout(t, 60);
     tcase_add_test(t, given_away);
+    tcase_add_test(t, after_what_was_before);
     tcase_add_test(t, shared_queue);
     tcase_add_test(t, shared_by_nccl);
     tcase_add_test(t, another_stream);
