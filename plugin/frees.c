@@ -1,10 +1,11 @@
 /*
  * frees.c: the calls of CUDA that keep every other thread from launching until the device is idle.
  *
- * Owns: standing in front of them where exchanges may be pending (RAILYARD_HOLD=no): they would wait for a stream that waits
- * for a launch that they prevent. So what is pending goes first, and nothing is given away while they last. Not: what is pending
- * (the engine). Otherwise each is one test and a jump. Signatures are the ABI's, so that no header of CUDA is needed; a call that
- * cannot be found (nothing of CUDA is loaded, yet a program that looked for the name found ours) says that CUDA is not there.
+ * Owns: standing in front of them where exchanges may be pending (RAILYARD_HOLD=no): they would wait for a stream that
+ * waits for a launch that they prevent. So what is pending goes first, and nothing is given away while they last. Not:
+ * what is pending (the engine). Otherwise each is one test and a jump. Signatures are the ABI's, so that no header of
+ * CUDA is needed; a call that cannot be found (nothing of CUDA is loaded, yet a program that looked for the name found
+ * ours) says that CUDA is not there.
  *
  * Who gets these functions by dlsym() on a library's own handle, or links CUDA statically, passes by.
  */
@@ -63,18 +64,18 @@ static bool begin(void)
 }
 
 #define STAND_BEFORE(library, missing, name, params, args)                                                             \
-    API int before_##name params __asm__(#name); /* a header that NCCL's brings along declares some of them, too */   \
+    API int before_##name params __asm__(#name); /* a header that NCCL's brings along declares some of them, too */    \
     API int before_##name params                                                                                       \
     {                                                                                                                  \
         static void *_Atomic real;                                                                                     \
-        void *f_ = atomic_load_explicit(&real, memory_order_acquire);                                                   \
-        if (__builtin_expect(!f_, 0)) {                                                                                 \
-            if (!(f_ = find(library, #name)))                                                                           \
+        void *f_ = atomic_load_explicit(&real, memory_order_acquire);                                                  \
+        if (__builtin_expect(!f_, 0)) {                                                                                \
+            if (!(f_ = find(library, #name)))                                                                          \
                 return missing;                                                                                        \
-            atomic_store_explicit(&real, f_, memory_order_release);                                                     \
+            atomic_store_explicit(&real, f_, memory_order_release);                                                    \
         }                                                                                                              \
         bool waited = begin();                                                                                         \
-        int r = ((int(*) params)f_)args;                                                                                \
+        int r = ((int(*) params)f_)args;                                                                               \
         if (waited)                                                                                                    \
             FREED();                                                                                                   \
         return r;                                                                                                      \
@@ -117,6 +118,7 @@ DRIVER(cuModuleLoadDataEx, (void **out, const void *image, unsigned n, int *opti
 DRIVER(cuModuleLoadFatBinary, (void **out, const void *image), (out, image))
 DRIVER(cuModuleUnload, (void *module), (module))
 DRIVER(cuLibraryLoadData,
-       (void **out, const void *code, int *jit, void **jit_values, unsigned njit, int *options, void **values, unsigned n),
+       (void **out, const void *code, int *jit, void **jit_values, unsigned njit, int *options, void **values,
+        unsigned n),
        (out, code, jit, jit_values, njit, options, values, n))
 DRIVER(cuLibraryUnload, (void *library), (library))

@@ -162,8 +162,9 @@ struct ry_policy {
     /** All ranks were seen at exchange `number` with these SEEN extras (NULL where none came): would reissuing pay?
      * Called while observing. None of these callbacks may call the machines. */
     bool (*worth)(void *context, uint64_t number, const void *const *seen, const size_t *seen_bytes);
-    /** Decide exchange: the strategy (0 … 255); *verify; *last: no longer worth it, go back to observing. */
-    int (*choose)(void *context, const struct ry_agreed *x, bool *verify, bool *last);
+    /** Decide exchange: the strategy (0 … 255); *verify; *rest: go back to observing after it, and do not ask worth() before so
+     * many more exchanges; 0: stay engaged. */
+    int (*choose)(void *context, const struct ry_agreed *x, bool *verify, unsigned *rest);
     /** What to tell `rank` with the verdict just chosen, direct (0) as well: *size bytes, owned by the policy, valid
      * until its next call; NULL: nothing. */
     const void *(*slice)(void *context, const struct ry_agreed *x, int strategy, int rank, size_t *size);

@@ -380,8 +380,10 @@ static void decide(struct ry_yard *y)
         y->extra_bytes[r] = y->side[r].rest.size - skip;
         y->extra[r] = y->extra_bytes[r] ? y->side[r].rest.bytes + skip : NULL;
     }
-    bool verify = false, last = false;
-    int strategy = y->policy.choose(y->policy.context, &x, &verify, &last);
+    bool verify = false;
+    unsigned rest = 0;
+    int strategy = y->policy.choose(y->policy.context, &x, &verify, &rest);
+    bool last = rest > 0;
     if (strategy < 0 || strategy > UINT8_MAX)
         strategy = 0;
     y->agreed++;
@@ -392,7 +394,8 @@ static void decide(struct ry_yard *y)
     if (took > y->counts.gather_most_ns)
         y->counts.gather_most_ns = took;
 
-    uint64_t watch = y->begun + (uint64_t)y->config.engage_after - 1;
+    unsigned least = (unsigned)y->config.engage_after;
+    uint64_t watch = y->begun + (rest > least ? rest : least) - 1;
     for (int r = 0; r < n; r++) {
         size_t bytes = 0;
         const void *slice = NULL;

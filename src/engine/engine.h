@@ -22,6 +22,7 @@
 #include "hooks.h"
 #include "later.h"
 #include "node_comm.h"
+#include "pace.h"
 #include "pairing.h"
 #include "policy.h"
 #include "record/record.h"
@@ -108,12 +109,17 @@ struct reissue {
     _Atomic bool aborted;
     struct ry_waits waits;    /* for verdicts */
     struct ry_waits messages; /* the same without the waiting for other ranks: what agreeing itself takes */
-    _Atomic uint64_t measured; /* 1 + the latest exchange whose duration is known, and that */
-    _Atomic double measured_us;
-    _Atomic uint64_t measured_bytes;
     struct {
-        _Atomic uint64_t number, bytes;
-    } moved[64]; /* what the latest timed exchanges had this rank move, until their duration is known */
+        _Atomic uint64_t number, bytes; /* 1 + the exchange; what this rank had to move in it */
+        _Atomic double us;              /* 0: not known yet, or told */
+    } moved[64]; /* the latest exchanges agreed on, until the yardmaster was told how long they took */
+    struct ry_pace *pace; /* on the yardmaster */
+    struct {
+        struct ry_sample *sample; /* begun at the end of exchange `number`; NULL: none */
+        uint64_t number, bytes;
+        enum ry_pace_way way;
+        void *stream;
+    } pacing;
     uint64_t carried_out[RY_STRATEGIES], verified;
     uint64_t over_node; /* of those carried out: by means of `node` */
 };

@@ -12,7 +12,7 @@
  *                        takes besides is in sum.c: ry_sum_begin() before all this finds what it answers, ry_sum_keep()
  *                        after a packed exchange keeps what its return will need.
  *                        May start the clock (sampler.c), once nothing is waited for any more.
- *   ry_exchange_end()    records it, and stops the clock.
+ *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
  *
  * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
  * exchange away, and ry_exchange_carry() does take and end, and what the preload would have done between them, on another
@@ -119,16 +119,28 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
     r->staging_wanted = 0;
 }
 
+/* What became known since the last manifest. */
+static void tell_durations(struct reissue *r, struct ry_took took[RY_TOOK])
+{
+    int n = 0;
+    for (size_t i = 0; i < sizeof r->moved / sizeof *r->moved && n < RY_TOOK; i++) {
+        if (!(atomic_load(&r->moved[i].us) > 0))
+            continue;
+        took[n++] = (struct ry_took){.number = atomic_load(&r->moved[i].number),
+                                     .bytes = atomic_load(&r->moved[i].bytes),
+                                     .us = atomic_exchange(&r->moved[i].us, 0)};
+    }
+}
+
 /* `repeats`: what was found equal in what goes to each node, or NULL. */
 static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                   const struct ry_repeats *repeats, struct ry_verdict *verdict)
 {
-    struct ry_side side = {.measured = atomic_load(&r->measured)}, seen;
+    struct ry_side side = {0}, seen;
     bool able = x->held && !now.captured && !r->quit;
     if (able)
         grow_staging(c, r, x->stream);
-    side.measured_us = atomic_load(&r->measured_us);
-    side.measured_bytes = atomic_load(&r->measured_bytes);
+    tell_durations(r, side.took);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
@@ -204,8 +216,9 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
         sent += r->send[p];
         got += r->recv[p];
     }
-    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
     atomic_store(&r->moved[now.number % 64].number, now.number + 1);
+    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
+    atomic_store(&r->moved[now.number % 64].us, 0);
 }
 
 static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
@@ -315,11 +328,45 @@ static void exchange_took(void *context, uint64_t number, double us)
     struct reissue *r = atomic_load(&c->reissue);
     if (c->record)
         ry_record_duration(ry_engine.record, c->record, number, us);
-    if (r && atomic_load(&r->moved[number % 64].number) == number + 1) { /* goes to the yardmaster with the next manifest */
-        atomic_store(&r->measured_us, us);
-        atomic_store(&r->measured_bytes, atomic_load(&r->moved[number % 64].bytes));
-        atomic_store(&r->measured, number + 1);
+    if (r && atomic_load(&r->moved[number % 64].number) == number + 1)
+        atomic_store(&r->moved[number % 64].us, us); /* goes to the yardmaster with the next manifest */
+}
+
+/* On the sampler's thread. */
+static void followed(void *context, uint64_t number, double us)
+{
+    struct comm *c = context;
+    struct reissue *r = atomic_load(&c->reissue);
+    if (r && r->pace)
+        ry_pace_took(r->pace, number, us);
+}
+
+static uint64_t busier_way(const struct ry_exchange *x)
+{
+    uint64_t sent = 0, got = 0;
+    for (int p = 0; p < x->nranks; p++) {
+        sent += x->send_count[p];
+        got += x->recv_count[p];
     }
+    return (sent > got ? sent : got) * x->type_bytes;
+}
+
+/* On the yardmaster: the time from the end of the last exchange to the end of this one, if both went the same way, and the
+   start of the next such interval. What is tried to find out is neither one. */
+static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
+{
+    bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
+    enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
+    bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
+    uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;
+    if (r->pacing.sample) {
+        bool follows = good && r->pacing.way == way && r->pacing.number + 1 == now.number && r->pacing.stream == x->stream;
+        if (follows)
+            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes);
+        ry_sampler_end(ry_engine.sampler, r->pacing.sample, x->stream, follows, followed, c, now.number);
+    }
+    r->pacing.sample = wanted ? ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream) : NULL;
+    r->pacing.number = now.number, r->pacing.bytes = bytes, r->pacing.way = way, r->pacing.stream = x->stream;
 }
 
 static void end(struct comm *c, const struct ry_exchange *x, int result)
@@ -351,6 +398,9 @@ static void end(struct comm *c, const struct ry_exchange *x, int result)
        (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
     if (now.sample)
         ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    if (r && r->pace)
+        keep_pace(c, r, x, result == NCCL_OK);
 }
 
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)

@@ -1,4 +1,5 @@
-/* later.c: see later.h. One lock for all of it: it is taken a few times per exchange, and never held while anything waits. */
+/* later.c: see later.h. One lock for all of it: it is taken a few times per exchange, and never held while anything
+ * waits. */
 #include "later.h"
 
 #include <inttypes.h>
@@ -10,33 +11,24 @@
 #include "base/clock.h"
 #include "base/thread.h"
 #include "engine.h"
+#include "later_stream.h"
 
-#define PAGE 4096               /* bytes of words for all communicators of the process */
-#define TRIALS 3                /* that may fail before a stream is left alone */
-#define KEPT 64                 /* exchanges that are kept for the sake of the node's communicator */
-#define ABORT_MS 200            /* as long as the preload waits for calls that are held */
-#define CLOSE_S 2.0             /* for what is pending when the process exits */
-#define TICK_MS 100             /* of the watch */
-#define PATIENCES 2             /* how many an exchange may take to be enqueued, waiting for other ranks included, */
-#define PATIENCE_MORE 5         /* and seconds besides */
+#define KEPT 64         /* exchanges that are kept for the sake of the node's communicator */
+#define ABORT_MS 200    /* as long as the preload waits for calls that are held */
+#define CLOSE_S 2.0     /* for what is pending when the process exits */
+#define TICK_MS 100     /* of the watch */
+#define PATIENCES 2     /* how many an exchange may take to be enqueued, waiting for other ranks included, */
+#define PATIENCE_MORE 5 /* and seconds besides */
 enum { NCCL_IN_PROGRESS = 7 };
-
-struct task {
-    struct task *next;
-    struct comm *c;
-    struct ry_exchange x; /* its arrays lie behind */
-    struct way way;
-    struct ry_event *before; /* on the job's stream */
-    uint32_t ticket;
-};
 
 struct ry_later_queue {
     struct ry_later_queue *next;
     pthread_cond_t pushed;
-    struct task *first, **last;
+    struct ry_later_task *first, **last;
     _Atomic int length; /* with the one that is being carried out */
     bool over;          /* the job's thread has ended */
-    const struct comm *now; /* whose exchange is being carried out, for the watch; NULL: none, or nobody may be blamed */
+    const struct comm
+        *now; /* whose exchange is being carried out, for the watch; NULL: none, or nobody may be blamed */
     uint64_t number;
     unsigned ticks;
     uint32_t trial; /* its ticket, which the host gives back: nobody need die for it. 0: it is none */
@@ -53,9 +45,6 @@ static struct {
     struct ry_later_queue *queues;
     struct comm *comms;
     int pending, gate; /* of all queues; threads that are freeing something */
-    uint32_t *page, used;
-    uint32_t *spare[PAGE / sizeof(uint32_t) / RY_LATER_WORDS];
-    int spares;
 } later = {.lock = PTHREAD_MUTEX_INITIALIZER, .done = PTHREAD_COND_INITIALIZER, .once = PTHREAD_ONCE_INIT};
 
 static __thread struct ry_later_queue *own;
@@ -71,19 +60,19 @@ bool ry_later_on(void)
     return later.on;
 }
 
-static void nap(unsigned us)
+void ry_later_nap(unsigned us)
 {
     nanosleep(&(struct timespec){.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000}, NULL);
 }
 
-static bool aborted(const struct comm *c)
+bool ry_later_is_aborted(const struct comm *c)
 {
     const struct reissue *r = atomic_load(&c->reissue);
     return !r || atomic_load(&r->aborted);
 }
 
 /* Nothing on the device may ever get there: the host lets the stream go. */
-static void let_go(const struct comm *c, int word, uint32_t ticket)
+void ry_later_let_go(const struct comm *c, int word, uint32_t ticket)
 {
     __atomic_store_n(&c->later.word[word], ticket, __ATOMIC_RELEASE);
 }
@@ -102,22 +91,24 @@ static __attribute__((noreturn)) void end_process(void)
 
 /* The call has returned success long ago. What broke may be another rank: then the job, which sees that, may abort the
    communicator. */
-static void failed(struct task *t, int result)
+static void failed(struct ry_later_task *t, int result)
 {
     struct comm *c = t->c;
-    if (aborted(c) || atomic_load(&later.closing)) /* then others may have gone already */
+    if (ry_later_is_aborted(c) || atomic_load(&later.closing)) /* then others may have gone already */
         return;
     ry_log(RY_LOG_ERROR,
-           "communicator %s, exchange %" PRIu64 " fails on rank %d after its call has returned: %s. Unless the job aborts the "
+           "communicator %s, exchange %" PRIu64
+           " fails on rank %d after its call has returned: %s. Unless the job aborts the "
            "communicator, this process ends in %g s; with RAILYARD_HOLD=yes the call itself returns such errors",
            c->id, t->way.number, c->info.rank, ry_engine.nccl.error_string(result), ry_engine.settings.patience);
     pthread_mutex_lock(&later.lock);
     own->now = NULL; /* not for the watch to judge */
     pthread_mutex_unlock(&later.lock);
     uint64_t begun = ry_now_ns();
-    while (!aborted(c) && !atomic_load(&later.closed) && (double)(ry_now_ns() - begun) < ry_engine.settings.patience * 1e9)
-        nap(10000);
-    if (!aborted(c) && !atomic_load(&later.closed))
+    while (!ry_later_is_aborted(c) && !atomic_load(&later.closed) &&
+           (double)(ry_now_ns() - begun) < ry_engine.settings.patience * 1e9)
+        ry_later_nap(10000);
+    if (!ry_later_is_aborted(c) && !atomic_load(&later.closed))
         end_process();
 }
 
@@ -128,16 +119,18 @@ static unsigned most_ticks(void)
 
 static void judge(struct ry_later_queue *q)
 {
-    if (!q->now || ++q->ticks <= most_ticks() || atomic_load(&later.closed) || aborted(q->now))
+    if (!q->now || ++q->ticks <= most_ticks() || atomic_load(&later.closed) || ry_later_is_aborted(q->now))
         return;
     if (q->trial) {
-        let_go(q->now, RY_LATER_TRIED, q->trial);
+        ry_later_let_go(q->now, RY_LATER_TRIED, q->trial);
         q->now = NULL;
         return;
     }
     ry_log(RY_LOG_ERROR,
-           "communicator %s, exchange %" PRIu64 " could not be enqueued for %u s while the job's stream waits for it: some call keeps "
-           "the CUDA driver from launching, or NCCL does not return. This process ends; RAILYARD_HOLD=yes holds the calling "
+           "communicator %s, exchange %" PRIu64
+           " could not be enqueued for %u s while the job's stream waits for it: some call keeps "
+           "the CUDA driver from launching, or NCCL does not return. This process ends; RAILYARD_HOLD=yes holds the "
+           "calling "
            "thread instead, and cannot come to this",
            q->now->id, q->number, q->ticks * TICK_MS / 1000);
     end_process();
@@ -148,7 +141,8 @@ static void look_at(struct comm *c)
 {
     struct ry_later *l = &c->later;
     uint32_t came = read_word(c, RY_LATER_CAME);
-    if ((int32_t)(came - read_word(c, RY_LATER_OVER)) <= 0 || came != l->late || atomic_load(&l->pending) || aborted(c)) {
+    if ((int32_t)(came - read_word(c, RY_LATER_OVER)) <= 0 || came != l->late || atomic_load(&l->pending) ||
+        ry_later_is_aborted(c)) {
         l->late = came;
         l->late_ticks = 0;
         return;
@@ -156,7 +150,8 @@ static void look_at(struct comm *c)
     if (++l->late_ticks <= most_ticks() || l->late_said)
         return;
     l->late_said = true;
-    ry_warn("communicator %s: the job's stream has waited %u s for an exchange that is enqueued. If all ranks are well, streams share "
+    ry_warn("communicator %s: the job's stream has waited %u s for an exchange that is enqueued. If all ranks are "
+            "well, streams share "
             "a hardware queue with one that waits: RAILYARD_HOLD=yes, or a larger CUDA_DEVICE_MAX_CONNECTIONS",
             c->id, l->late_ticks * TICK_MS / 1000);
 }
@@ -165,7 +160,7 @@ static void look_at(struct comm *c)
 static void *watch(void *arg)
 {
     for (;;) {
-        nap(TICK_MS * 1000);
+        ry_later_nap(TICK_MS * 1000);
         pthread_mutex_lock(&later.lock);
         for (struct ry_later_queue *q = later.queues; q; q = q->next)
             judge(q);
@@ -196,7 +191,7 @@ static void begin_once(void)
     later.ready = true;
 }
 
-static void free_task(struct task *t)
+void ry_later_task_free(struct ry_later_task *t)
 {
     if (t && t->before)
         ry_engine.device->event_destroy(t->before);
@@ -204,14 +199,15 @@ static void free_task(struct task *t)
 }
 
 /* The exchange on R, and S let go behind it. */
-static int carry(struct task *t)
+static int carry(struct ry_later_task *t)
 {
     struct comm *c = t->c;
     const struct ry_device *device = ry_engine.device;
     struct ry_exchange x = t->x;
     struct ry_err err;
     x.stream = c->later.stream;
-    if (device->stream_wait(x.stream, t->before, &err) || device->stream_write_value(x.stream, &c->later.word[RY_LATER_CAME], t->ticket, &err)) {
+    if (device->stream_wait(x.stream, t->before, &err) ||
+        device->stream_write_value(x.stream, &c->later.word[RY_LATER_CAME], t->ticket, &err)) {
         ry_log(RY_LOG_ERROR, "communicator %s: %s", c->id, err.msg);
         return 1;
     }
@@ -226,7 +222,7 @@ static int carry(struct task *t)
 }
 
 /* Enqueued, or never to be: with the lock held. */
-static bool ended(struct task *t)
+static bool ended(struct ry_later_task *t)
 {
     bool last = atomic_fetch_sub(&t->c->later.pending, 1) == 1;
     later.pending--;
@@ -234,7 +230,7 @@ static bool ended(struct task *t)
     return last && t->c->later.ended;
 }
 
-static void do_task(struct ry_later_queue *q, struct task *t)
+static void do_task(struct ry_later_queue *q, struct ry_later_task *t)
 {
     struct comm *c = t->c;
     bool open = ry_engine_enter(), end = false;
@@ -242,12 +238,12 @@ static void do_task(struct ry_later_queue *q, struct task *t)
         pthread_mutex_lock(&later.lock);
         q->now = c, q->number = t->way.number, q->ticks = 0, q->trial = 0;
         pthread_mutex_unlock(&later.lock);
-        int result = aborted(c) ? 0 : carry(t);
+        int result = ry_later_is_aborted(c) ? 0 : carry(t);
         if (result)
             failed(t, result);
     }
-    if (!open || aborted(c))
-        let_go(c, RY_LATER_OVER, t->ticket);
+    if (!open || ry_later_is_aborted(c))
+        ry_later_let_go(c, RY_LATER_OVER, t->ticket);
     pthread_mutex_lock(&later.lock);
     q->now = NULL;
     atomic_fetch_sub(&q->length, 1);
@@ -260,7 +256,7 @@ static void do_task(struct ry_later_queue *q, struct task *t)
     }
     if (open)
         ry_engine_leave();
-    free_task(t);
+    ry_later_task_free(t);
 }
 
 static void forget_queue(struct ry_later_queue *q)
@@ -283,7 +279,7 @@ static void *work(void *arg)
         pthread_mutex_lock(&later.lock);
         while (!q->first && !q->over)
             pthread_cond_wait(&q->pushed, &later.lock);
-        struct task *t = q->first;
+        struct ry_later_task *t = q->first;
         if (t && !(q->first = t->next))
             q->last = &q->first;
         if (!t)
@@ -328,8 +324,8 @@ static struct ry_later_queue *own_queue(void)
 
 /* ---- may it be given away? ---- */
 
-/* The communicator of the node's ranks is made, and connected at its first use, while nothing waits. Until then nothing is given
-   away, so nobody else changes what is asked here. */
+/* The communicator of the node's ranks is made, and connected at its first use, while nothing waits. Until then nothing
+   is given away, so nobody else changes what is asked here. */
 static bool wait_for_node(struct comm *c, const struct reissue *r)
 {
     if (c->later.settled)
@@ -356,13 +352,13 @@ static bool fit(struct comm *c, const struct ry_exchange *x)
     return !ry_engine.device->stream_capturing(x->stream, &captured, NULL) && !captured && !wait_for_node(c, r);
 }
 
-static struct task *new_task(struct comm *c, const struct ry_exchange *x, const struct way *way)
+struct ry_later_task *ry_later_task_new(struct comm *c, const struct ry_exchange *x, const struct way *way)
 {
     size_t n = (size_t)x->nranks, most = n * (4 * sizeof(uint64_t) + 2 * sizeof(uint32_t));
-    struct task *t = malloc(sizeof *t + most);
+    struct ry_later_task *t = malloc(sizeof *t + most);
     if (!t)
         return NULL;
-    *t = (struct task){.c = c, .x = *x, .way = *way};
+    *t = (struct ry_later_task){.c = c, .x = *x, .way = *way};
     char *at = (char *)(t + 1);
 #define KEEP(member)                                                                                                   \
     if (x->member) {                                                                                                   \
@@ -394,11 +390,12 @@ static bool count(struct comm *c)
     return true;
 }
 
-enum begun { BEGUN, NOT_NOW, NOT_HERE }; /* somebody is freeing memory; the device cannot */
-
-static enum begun begin(struct task *t, struct ry_later_queue *q, int word)
+enum ry_later_begun ry_later_begin(struct ry_later_task *t, int word)
 {
+    struct ry_later_queue *q = own_queue();
     struct comm *c = t->c;
+    if (!q)
+        return RY_LATER_NOT_HERE;
     pthread_mutex_lock(&later.lock);
     while (atomic_load(&c->later.pending) && c->later.queue != q) /* as NCCL has it: one thread after the other */
         pthread_cond_wait(&later.done, &later.lock);
@@ -409,24 +406,52 @@ static enum begun begin(struct task *t, struct ry_later_queue *q, int word)
     }
     pthread_mutex_unlock(&later.lock);
     if (!counted)
-        return NOT_NOW;
+        return RY_LATER_NOT_NOW;
     struct ry_err err;
     if (!ry_engine.device->event_record(t->before, t->x.stream, &err) &&
         !ry_engine.device->stream_wait_value(t->x.stream, &c->later.word[word], t->ticket, &err))
-        return BEGUN;
+        return RY_LATER_BEGUN;
     ry_log(RY_LOG_PLAN, "communicator %s: %s", c->id, err.msg);
+    ry_later_tried(t);
+    return RY_LATER_NOT_HERE;
+}
+
+void ry_later_trying(const struct ry_later_task *t)
+{
     pthread_mutex_lock(&later.lock);
+    own->now = t->c, own->number = t->way.number, own->ticks = 0, own->trial = t->ticket;
+    pthread_mutex_unlock(&later.lock);
+    ours = true; /* as far as waiting for what is pending goes, which this is */
+}
+
+void ry_later_tried(struct ry_later_task *t)
+{
+    ours = false;
+    pthread_mutex_lock(&later.lock);
+    own->now = NULL;
     ended(t);
     pthread_mutex_unlock(&later.lock);
-    return NOT_HERE;
+}
+
+void ry_later_watch(struct comm *c, bool on)
+{
+    struct comm **p = &later.comms;
+    pthread_mutex_lock(&later.lock);
+    while (*p && *p != c)
+        p = &(*p)->later.next;
+    if (on && !*p)
+        *p = c, c->later.next = NULL;
+    else if (!on && *p)
+        *p = c->later.next;
+    pthread_mutex_unlock(&later.lock);
 }
 
 static bool give_away(struct comm *c, const struct ry_exchange *x, const struct way *way)
 {
     struct ry_later_queue *q = own_queue();
-    struct task *t = q ? new_task(c, x, way) : NULL;
-    if (!t || begin(t, q, RY_LATER_OVER) != BEGUN) {
-        free_task(t);
+    struct ry_later_task *t = q ? ry_later_task_new(c, x, way) : NULL;
+    if (!t || ry_later_begin(t, RY_LATER_OVER) != RY_LATER_BEGUN) {
+        ry_later_task_free(t);
         return false;
     }
     pthread_mutex_lock(&later.lock);
@@ -439,163 +464,6 @@ static bool give_away(struct comm *c, const struct ry_exchange *x, const struct 
     return true;
 }
 
-/* ---- trying a stream ---- */
-
-/* Streams share hardware queues (CUDA_DEVICE_MAX_CONNECTIONS): a wait at the head of one keeps everything behind it from
-   running, whatever stream that belongs to. If that is R, or a stream that NCCL has made for itself, nothing ever lets S go. So the first
-   exchange of each stream is carried out by the job's thread on R while S waits, and S, which waits for the exchange's end besides, is let go by the
-   host when that was seen, or has not come in time. */
-
-struct make {
-    const struct comm *c;
-    void *stream;
-};
-
-/* On a thread of its own: whose device may be set. */
-static void *make_stream(void *arg)
-{
-    struct make *m = arg;
-    ry_engine.device->relax_thread();
-    if (ry_engine.device->use(m->c->info.device, NULL) || ry_engine.device->stream_create(&m->stream, NULL))
-        m->stream = NULL;
-    return NULL;
-}
-
-static bool take_words(struct ry_later *l)
-{
-    pthread_mutex_lock(&later.lock);
-    void *page = NULL;
-    if (!later.page && !ry_engine.device->pinned_alloc(&page, PAGE, NULL)) {
-        memset(page, 0, PAGE);
-        later.page = page;
-    }
-    if (later.spares)
-        l->word = later.spare[--later.spares];
-    else if (later.page && later.used < PAGE / sizeof(uint32_t) / RY_LATER_WORDS)
-        l->word = later.page + RY_LATER_WORDS * later.used++;
-    if (l->word) {
-        l->ticket = l->word[RY_LATER_OVER]; /* nobody else writes it now */
-        l->trial = l->word[RY_LATER_TRIED];
-    }
-    pthread_mutex_unlock(&later.lock);
-    return l->word;
-}
-
-/* A new R behind the one that was tried and did not do. What that was good for is to be tried anew. */
-static bool renew(struct comm *c)
-{
-    const struct ry_device *device = ry_engine.device;
-    struct make m = {.c = c};
-    struct ry_event *ev = NULL;
-    pthread_t thread;
-    if ((!c->later.word && !take_words(&c->later)) || ry_thread_start(&thread, make_stream, &m))
-        return false;
-    pthread_join(thread, NULL);
-    if (m.stream && c->later.stream &&
-        (device->event_create_untimed(&ev, NULL) || device->event_record(ev, c->later.stream, NULL) ||
-         device->stream_wait(m.stream, ev, NULL))) {
-        device->stream_destroy(m.stream, NULL);
-        m.stream = NULL;
-    }
-    if (ev)
-        device->event_destroy(ev);
-    if (!m.stream)
-        return false;
-    for (int i = 0; i < c->later.ntried; i++)
-        c->later.tried[i].good = false;
-    pthread_mutex_lock(&later.lock);
-    if (c->later.stream) {
-        device->stream_destroy(c->later.stream, NULL); /* when all on it is done */
-    } else {
-        c->later.next = later.comms;
-        later.comms = c;
-    }
-    c->later.stream = m.stream;
-    pthread_mutex_unlock(&later.lock);
-    return true;
-}
-
-/* Is all of R over before S is let go? -1: nobody knows, S did not even get there. */
-static int over_first(struct comm *c, struct ry_event *before, struct ry_event *after)
-{
-    double patience = ry_engine.settings.patience / 4, most = patience < 1 ? patience : 1;
-    uint64_t begun = ry_now_ns(), there = 0;
-    bool done = false, came = false;
-    while (!ry_engine.device->event_done(after, &done, NULL) && !done && !aborted(c)) {
-        uint64_t now = ry_now_ns();
-        if (!there && !ry_engine.device->event_done(before, &came, NULL) && came) /* R may not be able to tell */
-            there = now;
-        if (there ? (double)(now - there) > most * 1e9 : (double)(now - begun) > patience * 1e9)
-            break;
-        nap(20);
-    }
-    return done ? 1 : there ? 0 : -1;
-}
-
-/* True: carried out. */
-static bool try_stream(struct comm *c, const struct ry_exchange *x, const struct way *way, int at, int *result)
-{
-    const struct ry_device *device = ry_engine.device;
-    struct ry_err err;
-    struct ry_event *after = NULL;
-    if (!own_queue() || ((!c->later.stream || c->later.tried[at].trials) && !renew(c)))
-        return false;
-    struct task *t = new_task(c, x, way);
-    bool made = t && !device->event_create_untimed(&after, NULL);
-    enum begun begun = made ? begin(t, own, RY_LATER_TRIED) : NOT_HERE;
-    if (begun != BEGUN) {
-        if (after)
-            device->event_destroy(after);
-        free_task(t);
-        c->later.tried[at].trials += begun == NOT_HERE;
-        return false;
-    }
-    void *stream = c->later.stream;
-    struct ry_exchange on_own = *x;
-    on_own.stream = stream;
-    pthread_mutex_lock(&later.lock);
-    own->now = c, own->number = way->number, own->ticks = 0, own->trial = t->ticket;
-    pthread_mutex_unlock(&later.lock);
-    ours = true; /* as far as waiting for what is pending goes, which this is */
-    bool fine = !device->stream_wait(stream, t->before, &err);
-    if (fine) {
-        *result = ry_exchange_carry(c, &on_own, way);
-        fine = !device->event_record(after, stream, &err) && !device->stream_wait(x->stream, after, &err);
-    }
-    if (!fine) {
-        ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 ": %s", c->id, way->number, err.msg);
-        *result = 2; /* ncclSystemError: the call has not returned yet */
-    }
-    int good = *result ? -1 : over_first(c, t->before, after);
-    let_go(c, RY_LATER_TRIED, t->ticket);
-    c->later.tried[at].good = good > 0;
-    c->later.tried[at].trials += good <= 0 && !*result;
-    if (good <= 0 && !*result)
-        ry_info("communicator %s: an exchange did not end in time while the job's stream waited (trial %d of %d)%s", c->id,
-                c->later.tried[at].trials, TRIALS,
-                c->later.tried[at].trials < TRIALS ? "" : ": streams may share a hardware queue, the calling thread is held");
-    ours = false;
-    pthread_mutex_lock(&later.lock);
-    own->now = NULL;
-    ended(t);
-    pthread_mutex_unlock(&later.lock);
-    device->event_destroy(after);
-    free_task(t);
-    return true;
-}
-
-/* Where the stream's trials are noted; -1: there are too many. */
-static int trials_of(struct ry_later *l, void *stream)
-{
-    for (int i = 0; i < l->ntried; i++)
-        if (l->tried[i].stream == stream)
-            return i;
-    if (l->ntried == RY_LATER_STREAMS)
-        return -1;
-    l->tried[l->ntried].stream = stream;
-    return l->ntried++;
-}
-
 bool ry_later_take(struct comm *c, const struct ry_exchange *x, const struct way *way, int *result)
 {
     if (!later.on || !ry_engine.device)
@@ -604,13 +472,12 @@ bool ry_later_take(struct comm *c, const struct ry_exchange *x, const struct way
         ry_later_settle(c);
         return false;
     }
-    int at = trials_of(&c->later, x->stream);
-    if (at >= 0 && c->later.tried[at].good && give_away(c, x, way)) {
+    if (ry_later_stream_good(c, x->stream) && give_away(c, x, way)) {
         *result = 0;
         return true;
     }
     ry_later_settle(c);
-    return at >= 0 && !c->later.tried[at].good && c->later.tried[at].trials < TRIALS && try_stream(c, x, way, at, result);
+    return ry_later_try(c, x, way, result);
 }
 
 /* ---- who waits on the host ---- */
@@ -665,10 +532,10 @@ void ry_later_freed(void)
 void ry_later_aborting(struct comm *c)
 {
     for (int i = 0; i < ABORT_MS && atomic_load(&c->later.pending); i++)
-        nap(1000);
+        ry_later_nap(1000);
     pthread_mutex_lock(&later.lock);
     if (atomic_load(&c->later.pending) && c->later.word) /* it sits in NCCL, which only the abort ends */
-        let_go(c, RY_LATER_OVER, c->later.ticket);
+        ry_later_let_go(c, RY_LATER_OVER, c->later.ticket);
     pthread_mutex_unlock(&later.lock);
 }
 
@@ -685,24 +552,6 @@ bool ry_later_ends(struct comm *c, enum ry_death how, const struct ry_comm_count
     }
     pthread_mutex_unlock(&later.lock);
     return wait;
-}
-
-void ry_later_end(struct comm *c)
-{
-    struct ry_later *l = &c->later;
-    if (!l->stream)
-        return;
-    pthread_mutex_lock(&later.lock);
-    for (struct comm **p = &later.comms; *p; p = &(*p)->later.next)
-        if (*p == c) {
-            *p = l->next;
-            break;
-        }
-    if (read_word(c, RY_LATER_OVER) == l->ticket) /* else a stream may still write it */
-        later.spare[later.spares++] = l->word;
-    pthread_mutex_unlock(&later.lock);
-    ry_engine.device->stream_destroy(l->stream, NULL);
-    l->stream = NULL;
 }
 
 void ry_later_close(void)

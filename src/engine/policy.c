@@ -16,8 +16,11 @@
 #define ACCOUNT 64
 #define MOST_UNPAID 6     /* accounts in a row after which proposals do not become rarer any more */
 #define MARGIN 0.05       /* a strategy must promise as much over direct */
+#define SURE 0.3          /* of plain NCCL's time: with so much saved by all estimates, the pace need not be asked */
 #define RECENT 256        /* choices remembered until their duration is known */
-#define CHEAP 0.02        /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+/* Agreeing that costs no more than this share of an exchange is worth it just to find out; less where rows are equal, */
+#define CHEAP 0.1
+#define CHEAP_EQUAL 0.02 /* since there every exchange that goes another way loses much */
 #define TRIES 6           /* exchanges measured to find out about a strategy, of twice as many made */
 #define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much, */
 #define NODE_COMM_PROMISING 1 /* unless by the model relaying is faster than direct, once they are there */
@@ -37,7 +40,8 @@ struct ry_chooser {
     char name[24];
     struct ry_cost_learned learned;
     struct ry_chooser_counts counts;
-    double saved_us;        /* since the account was opened: what plain NCCL would have taken, less what was chosen */
+    /* since the account was opened: what plain NCCL would have taken, and that less what was chosen */
+    double accounted_us, saved_us;
     int accounted, account; /* exchanges in it; to be */
     int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
     uint64_t reissued;      /* exchanges, for verify */
@@ -54,7 +58,6 @@ struct ry_chooser {
     } node_comm;
     uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
-    uint64_t *measured; /* [nranks]: latest exchange that each rank reported on, 1 + number */
     /* of the exchange being decided */
     struct ry_side *sides;                  /* [nranks] */
     struct ry_load *loads;                  /* [nranks] */
@@ -253,17 +256,17 @@ static void learn(struct ry_chooser *c)
         const struct ry_side *s = &c->sides[r];
         if (s->messages_us > agreement)
             agreement = s->messages_us;
-        if (!s->measured || s->measured == c->measured[r])
-            continue;
-        c->measured[r] = s->measured;
-        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
-        if (k->number != s->measured - 1)
-            continue;
-        k->reported++;
-        if (s->measured_us > 0 && s->measured_us < k->least && 2 * s->measured_bytes >= k->busiest)
-            k->least = s->measured_us;
-        if (k->reported == n)
-            ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        for (int i = 0; i < RY_TOOK; i++) {
+            const struct ry_took *took = &s->took[i];
+            struct recent *k = &c->recent[(took->number - 1) % RECENT];
+            if (!took->number || k->number != took->number - 1)
+                continue;
+            k->reported++;
+            if (took->us > 0 && took->us < k->least && 2 * took->bytes >= k->busiest)
+                k->least = took->us;
+            if (k->reported == n)
+                ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        }
     }
     if (agreement > 0)
         c->config.model.agreement_us = agreement;
@@ -286,8 +289,9 @@ static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choi
 /* ---- finding out ---- */
 
 /*
- * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs next to nothing, each
- * strategy is therefore tried a few times in every size class, once, and measured. Where rows are equal much is at
+ * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs little, each
+ * strategy is therefore tried a few times in every size class, once, and measured: what that may take longer is little,
+ * and soon over; what it may find is there for the whole job. Where rows are equal much is at
  * stake, and what is far from the best is left out, but for a few of direct: that the model says so must not be all
  * there is against it.
  */
@@ -314,8 +318,12 @@ static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choic
 static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choice, int class)
 {
     double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
+    bool equal = isfinite(choice->us[RY_DEDUP]), begun = false;
+    double cheap = equal ? CHEAP_EQUAL : CHEAP;
     int make = -1, measure = -1, several = 0;
-    if (c->config.map->nnodes < 2 || !(c->config.model.agreement_us <= CHEAP * plain))
+    for (int s = 0; s < RY_STRATEGIES && !equal; s++) /* what agreeing is said to cost changes while it is learned */
+        begun |= c->tried[s][class] > 0;
+    if (c->config.map->nnodes < 2 || !(begun || c->config.model.agreement_us <= cheap * plain))
         return -1;
     for (int s = 0; s < RY_STRATEGIES; s++) {
         uint32_t enough = wanted(c, choice, s), made = c->tried[s][class], measured = c->learned.at[s][class].samples;
@@ -334,7 +342,7 @@ static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choic
 
 static void open_account(struct ry_chooser *c, int exchanges)
 {
-    c->saved_us = 0;
+    c->saved_us = c->accounted_us = 0;
     c->accounted = 0;
     c->account = exchanges;
 }
@@ -351,25 +359,53 @@ static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
     snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", all,
              (1ull << class) >> 10);
     open_account(c, FIRST_ACCOUNT); /* what was estimated before is not what is known after */
+    if (c->config.pace)
+        ry_pace_changed(c->config.pace);
     return true;
+}
+
+/* What the model expects to be gained may be lost between exchanges (pace.h). False: it is; *rest: to be seen, after so many. */
+static bool keeps_pace(struct ry_chooser *c, uint64_t number, bool engaged, unsigned *rest)
+{
+    double ratio;
+    *rest = 0;
+    if (!c->config.pace || c->saved_us > SURE * c->accounted_us)
+        return true;
+    enum ry_pace_advice advice = ry_pace_ask(c->config.pace, number, engaged, &ratio, rest);
+    if (ratio > 0)
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the time from one exchange to the next is %.1f %% of what it is "
+               "without agreeing%s", c->name, number, 100 * ratio, advice == RY_PACE_LEAVE ? ": not enough is gained" : "");
+    if (advice == RY_PACE_WATCH)
+        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the next %u pass by, to see how fast plain NCCL goes", c->name,
+               number, *rest);
+    return advice != RY_PACE_LEAVE;
+}
+
+static void did_it_pay(struct ry_chooser *c, bool pays)
+{
+    c->unpaid = pays ? 0 : c->unpaid < MOST_UNPAID ? c->unpaid + 1 : c->unpaid;
+    c->skip = pays ? 0 : (1 << c->unpaid) - 2;
 }
 
 /*
  * Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ; soon after it began, or after
- * something was found out. Where it did not pay again and again, proposals are made less and less often.
+ * something was found out. Where it did not pay again and again, proposals are made less and less often. Returns how many
+ * exchanges are to pass by before it is asked again; 0: it pays.
  */
-static bool pays(struct ry_chooser *c, const struct ry_choice *choice)
+static unsigned rest_after(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
 {
-    c->saved_us += choice->us[RY_DIRECT] - c->config.model.agreement_us - choice->us[choice->strategy];
+    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
+    c->accounted_us += plain;
+    c->saved_us += plain - choice->us[choice->strategy];
     if (choice->strategy != RY_DEDUP)
         c->saved_us -= choice->search_us; /* looked for nothing */
     if (++c->accounted < c->account)
-        return true;
-    bool pays = c->saved_us > 0;
-    c->unpaid = pays ? 0 : c->unpaid < MOST_UNPAID ? c->unpaid + 1 : c->unpaid;
-    c->skip = pays ? 0 : (1 << c->unpaid) - 2;
+        return 0;
+    unsigned watched = 0;
+    bool pays = c->saved_us > 0 && keeps_pace(c, number, true, &watched);
+    did_it_pay(c, pays);
     open_account(c, ACCOUNT);
-    return pays;
+    return watched ? watched : !pays;
 }
 
 /* What each rank passes on for others, from the matrix. */
@@ -426,7 +462,14 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
     bool ask = !yes && to_find_out(c, &choice, size_class(c)) >= 0, skip = yes && c->skip > 0;
+    unsigned rest;
     c->skip -= skip;
+    c->accounted_us = plain;
+    c->saved_us = plain - choice.us[choice.strategy];
+    if (yes && !skip && !keeps_pace(c, number, false, &rest)) {
+        did_it_pay(c, false);
+        skip = true;
+    }
     open_account(c, FIRST_ACCOUNT); /* nothing is engaged */
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
            skip  ? "not worth agreeing on, since it did not pay lately"
@@ -499,6 +542,8 @@ static void start_node_comms(struct ry_chooser *c)
     if (c->node_comm.used || !c->node_comm.asked || !all_node_comms(c, RY_NODE_HAS))
         return;
     c->node_comm.used = true;
+    if (c->config.pace)
+        ry_pace_changed(c->config.pace);
     for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++) {
         ry_cost_forget(&c->learned, (enum ry_strategy)s);
         memset(c->tried[s], 0, sizeof c->tried[s]);
@@ -593,7 +638,7 @@ static bool verified(struct ry_chooser *c, enum ry_strategy strategy)
     return strategy != RY_SUM;
 }
 
-static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
+static int choose(void *context, const struct ry_agreed *x, bool *verify, unsigned *rest)
 {
     struct ry_chooser *c = context;
     struct ry_choice choice;
@@ -603,7 +648,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
         memset(c->need, 0, (size_t)c->config.map->nranks * sizeof *c->need);
         c->timed = false;
         c->node_comm.order = RY_NODE_NOTHING;
-        *last = true;
+        *rest = 1;
         return RY_DIRECT;
     }
     learn(c);
@@ -629,8 +674,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
     c->counts.chosen[choice.strategy]++;
     if (choice.strategy == RY_DEDUP)
         note_dedup(c, x->number, &choice);
-    *last = forced < 0 && !trial && !pays(c, &choice);
-    order_node_comms(c, &choice, *last);
+    *rest = forced < 0 && !trial ? rest_after(c, x->number, &choice) : 0;
+    order_node_comms(c, &choice, *rest > 0);
     order_chunks(c, &choice);
     *verify = verified(c, choice.strategy);
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s (%s)%s%s", c->name, x->number,
@@ -638,7 +683,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, bool *
            c->chunks > 2   ? " in 4 chunks"
            : c->chunks > 1 ? " in 2 chunks"
                            : "",
-           choice.why, *verify ? ", verified" : "", *last ? "; agreeing does not pay any more" : "");
+           choice.why, *verify ? ", verified" : "", *rest ? "; the next are not agreed on" : "");
     return (int)choice.strategy;
 }
 
@@ -687,7 +732,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     }
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
-        !(c->spare = calloc(n, sizeof *c->spare)) || !(c->measured = calloc(n, sizeof *c->measured)) ||
+        !(c->spare = calloc(n, sizeof *c->spare)) ||
         !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
@@ -716,7 +761,6 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->need);
     free(c->spare);
     free(c->sides);
-    free(c->measured);
     free(c->repeats);
     free(c->packed_in);
     free(c->order);

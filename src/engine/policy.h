@@ -11,6 +11,7 @@
 #define RY_ENGINE_POLICY_H
 
 #include "control/agree.h"
+#include "pace.h"
 #include "plan/cost.h"
 #include "plan/plan.h"
 
@@ -24,13 +25,16 @@ enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
  * 0 (0 for its own node and for nodes that were not searched). In SEEN, load.scanned and packed_out may be an expectation from earlier
  * exchanges, and nothing follows.
  */
+#define RY_TOOK 8
 struct ry_side {
     struct ry_load load;
     uint64_t staging;             /* bytes that it holds */
     uint64_t pack[RY_STRATEGIES]; /* staging that it needs for what it packs itself: ry_plan_stage_pack(); RY_SUM: for all */
-    uint64_t measured;            /* 1 + the latest exchange that was timed here, 0: none yet */
-    double measured_us;           /* how long that took on the device, the search for equal rows not included */
-    uint64_t measured_bytes;      /* how much this rank had to send or get in it, whichever is more */
+    struct ry_took { /* exchanges timed here of which nothing was told yet, in any order */
+        uint64_t number; /* 1 + it; 0: none */
+        uint64_t bytes;  /* how much this rank had to send or get in it, whichever is more */
+        double us;       /* on the device, the search for equal rows not included */
+    } took[RY_TOOK]; /* several, since they become known some at a time */
     uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
     uint64_t parts;               /* that it took them in */
     uint64_t node_comm;           /* enum ry_node_state */
@@ -72,6 +76,7 @@ struct ry_policy_config {
     uint64_t staging_limit;
     int chunks; /* of plans by dedup; 0: by the model */
     struct ry_cost_model model;
+    struct ry_pace *pace; /* of the yardmaster's own rank; must live as long. NULL: only estimates count */
     const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */
 };
 

@@ -58,6 +58,9 @@ static void free_reissue(struct reissue *r, bool aborted)
     if (r->runner)
         ry_runner_free(r->runner, aborted);
     ry_chooser_free(r->chooser);
+    if (r->pacing.sample)
+        ry_sampler_end(ry_engine.sampler, r->pacing.sample, NULL, 0, NULL, NULL, 0); /* unused */
+    ry_pace_free(r->pace);
     for (int i = 0; i < RY_STRATEGIES; i++)
         ry_slice_free(&r->slices[i]);
     free(r->send);
@@ -123,6 +126,11 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                           .chunks = ry_engine.chunks,
                                           .name = c->id};
         load_model(&config.model, map);
+        if (ry_engine.sampler && !(r->pace = ry_pace_new())) {
+            ry_fail(&err, "out of memory");
+            goto failed;
+        }
+        config.pace = r->pace;
         if (!(r->chooser = ry_chooser_new(&config, &err)))
             goto failed;
         policy = ry_chooser_policy(r->chooser);

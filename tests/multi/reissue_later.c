@@ -81,7 +81,8 @@ static void at_once(void)
 }
 
 /*
- * Up to six on their way, on two communicators and three streams, in an order that only the calls give. An all-reduce now and then, which finds all before it enqueued.
+ * Up to six on their way, on two communicators and three streams, in an order that only the calls give. An all-reduce
+ * now and then, which finds all before it enqueued.
  */
 struct under_way {
     struct side *s;
@@ -129,7 +130,8 @@ static void ahead(void)
         result(side[i]);
 }
 
-/* What arrives by one is sent on by the next, which is called before it has arrived: from rank to rank around the ring. */
+/* What arrives by one is sent on by the next, which is called before it has arrived: from rank to rank around the ring.
+ */
 static void chained(void)
 {
     enum { N = 1000 };
@@ -155,8 +157,8 @@ static void chained(void)
         railyard_emu_synchronize(s->stream);
         for (int p = 0; p < s->n; p++)
             for (int i = 0; i < N; i++)
-                CHECK(a[p * N + i] == round * 1000000 + s->rank * 10000 + p * 1000 + i, "round %d: element %d for %d is %d", round, i,
-                      p, a[p * N + i]);
+                CHECK(a[p * N + i] == round * 1000000 + s->rank * 10000 + p * 1000 + i,
+                      "round %d: element %d for %d is %d", round, i, p, a[p * N + i]);
     }
     free(a);
     free(b);

@@ -38,6 +38,7 @@ struct leaning {
     bool worth, verify, last;
     int strategy;
     bool bent;        /* what comes with messages is not the test's: do not look at it */
+    unsigned rest;    /* so many exchanges beyond the first pass by after the last verdict */
     uint64_t last_at; /* the verdict of this exchange is the last; UINT64_MAX none */
     int asked;        /* worth() calls */
     int chosen;
@@ -98,7 +99,7 @@ static inline bool world_worth(void *context, uint64_t number, const void *const
     return w->lean.worth;
 }
 
-static inline int world_choose(void *context, const struct ry_agreed *x, bool *verify, bool *last)
+static inline int world_choose(void *context, const struct ry_agreed *x, bool *verify, unsigned *rest)
 {
     struct world *w = context;
     MUST(x->nranks == w->n, "%d ranks", x->nranks);
@@ -111,7 +112,7 @@ static inline int world_choose(void *context, const struct ry_agreed *x, bool *v
     memcpy(w->lean.matrix, x->matrix, sizeof(uint64_t) * (size_t)(w->n * w->n));
     w->lean.chosen++;
     *verify = w->lean.verify;
-    *last = w->lean.last || x->number == w->lean.last_at;
+    *rest = w->lean.last || x->number == w->lean.last_at ? 1 + w->lean.rest : 0;
     return w->lean.strategy;
 }
 

@@ -143,6 +143,33 @@ START_TEST(engages_decides_and_stops)
 }
 END_TEST
 
+/* The policy wants some to pass by: it is not asked sooner, then it is, and no sooner than usual where it names few. */
+START_TEST(passes_by_for_a_while)
+{
+    for (int i = 0; i < 2; i++) {
+        open_world(4);
+        engage();
+        w.lean.last = true;
+        w.lean.rest = i ? 20 : 0;
+        wait_all();
+        world_flush(&w);
+        w.lean.last = false;
+        int asked = w.lean.asked, passed = 0;
+        for (; w.lean.asked == asked && passed < 100; passed++) {
+            for (int r = 0; r < 4; r++) {
+                uint64_t none[4] = {0};
+                struct ry_manifest m = {.type = 9, .ordinal = w.next[r], .send = none, .recv = none};
+                ck_assert_int_eq(world_exchange(&w, r, &m), RY_GO_DIRECT);
+            }
+            world_flush(&w);
+        }
+        ck_assert_int_eq(passed, i ? 21 : 4);
+        if (!i)
+            world_close(&w);
+    }
+}
+END_TEST
+
 START_TEST(policy_says_direct)
 {
     open_world(3);
@@ -1117,6 +1144,7 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_checked_fixture(t, NULL, teardown);
     tcase_add_test(t, engages_decides_and_stops);
+    tcase_add_test(t, passes_by_for_a_while);
     tcase_add_test(t, policy_says_direct);
     tcase_add_test(t, not_worth_while_is_asked_ever_more_rarely);
     tcase_add_test(t, one_rank_alone_costs_next_to_nothing);

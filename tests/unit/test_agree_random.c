@@ -296,6 +296,7 @@ static void deliver_some(struct world *w, bool to_yard)
         return;
     w->lean.verify = one_in(4);
     w->lean.last = !s.clean && one_in(30);
+    w->lean.rest = one_in(2) ? pick(40) : 0;
     w->lean.strategy = s.clean || !one_in(8);
     w->lean.worth = s.clean || !one_in(4);
     if (w->mail[i].from == w->yardmaster && w->mail[i].to == YARD)

@@ -1,8 +1,9 @@
 /*
  * test_later.c: giving exchanges away (engine/later.c), on a device whose streams run by themselves.
  *
- * The device here has hardware queues, as a GPU has: each stream belongs to one, each queue does one thing after the other whatever
- * stream it is of, and a wait at its head keeps everything behind it. An exchange is a number that is written on its stream.
+ * The device here has hardware queues, as a GPU has: each stream belongs to one, each queue does one thing after the
+ * other whatever stream it is of, and a wait at its head keeps everything behind it. An exchange is a number that is
+ * written on its stream.
  */
 #include <check.h>
 #include <pthread.h>
@@ -212,13 +213,13 @@ enum { COMMS = 4, NUMBERS = 1000 };
 static struct one {
     struct comm comm;
     struct reissue reissue;
-    void *stream;        /* the job's */
-    void *nccl;          /* a stream that NCCL made for itself, or NULL */
+    void *stream;         /* the job's */
+    void *nccl;           /* a stream that NCCL made for itself, or NULL */
     uint32_t at[NUMBERS]; /* what exchanges leave */
-    _Atomic int allowed; /* exchanges that the other ranks have made; -1: all */
+    _Atomic int allowed;  /* exchanges that the other ranks have made; -1: all */
     _Atomic int carried;
     pthread_t by[NUMBERS];
-    uint32_t gate;  /* where it is used: exchanges that the device has got on with */
+    uint32_t gate; /* where it is used: exchanges that the device has got on with */
     bool gated;
     int result;
 } one[COMMS];
@@ -385,7 +386,8 @@ START_TEST(after_what_was_before)
 }
 END_TEST
 
-/* One hardware queue for everything: each trial ends by the host's hand, nothing hangs, and the thread is held from there. */
+/* One hardware queue for everything: each trial ends by the host's hand, nothing hangs, and the thread is held from
+ * there. */
 START_TEST(shared_queue)
 {
     struct one *o = &one[0];
@@ -474,8 +476,8 @@ START_TEST(no_such_call)
 }
 END_TEST
 
-/* Threads with a communicator each, and all of them in turn on a third one; one that frees memory all the time: then nothing is
-   pending, and nothing becomes so. */
+/* Threads with a communicator each, and all of them in turn on a third one; one that frees memory all the time: then
+   nothing is pending, and nothing becomes so. */
 static pthread_mutex_t third = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic int threads_over;
 static uint64_t numbers[COMMS];

@@ -21,10 +21,13 @@ static struct ry_repeats found[RANKS * NODES];
 static double message_us = 2; /* across, where the NIC is slow */
 static bool slow_nic;         /* and fast links in the nodes */
 static int asked_chunks;      /* RAILYARD_CHUNKS */
+static struct ry_pace *pace;  /* NULL: only estimates count */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth */
 static int went[RY_STRATEGIES];
-static bool last, verify;
+static bool last, verify, late; /* late: durations become known eight exchanges at a time */
+static struct ry_took later[RANKS][RY_TOOK];
+static unsigned rest;
 
 /* Made by what a test would change of it. */
 static void begin(uint64_t verify_every, uint64_t staging_limit, double agreement_us)
@@ -43,6 +46,7 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
                                       .verify = verify_every,
                                       .staging_limit = staging_limit,
                                       .chunks = asked_chunks,
+                                      .pace = pace,
                                       .name = "test"};
     ry_cost_guess(&config.model, map);
     config.model.agreement_us = agreement_us;
@@ -59,6 +63,7 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
     memset(sides, 0, sizeof sides);
     memset(found, 0, sizeof found);
     memset(went, 0, sizeof went);
+    memset(later, 0, sizeof later);
     number = 0;
 }
 
@@ -156,16 +161,22 @@ static int exchange(void)
     size_t bytes[RANKS], ncells;
     const uint64_t *cells;
     struct ry_agreed x = agreed(extra, bytes);
-    verify = last = false;
-    int s = policy.choose(policy.context, &x, &verify, &last);
+    verify = false;
+    int s = policy.choose(policy.context, &x, &verify, &rest);
+    last = rest > 0;
     ck_assert_int_ge(s, 0);
     ck_assert_int_lt(s, RY_STRATEGIES);
     went[s]++;
     bool timed = order_of(s, 0, &cells, &ncells).timed;
-    for (int r = 0; (timed || number % 8 == 0) && r < RANKS; r++) {
-        sides[r].measured = number + 1;
-        sides[r].measured_us = takes_us[s] * (r ? 1 : 3);
-        sides[r].measured_bytes = matrix[r] * RANKS;
+    for (int r = 0; r < RANKS; r++) {
+        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s] * (r ? 1 : 3)};
+        bool known = timed || number % 8 == 0;
+        later[r][number % RY_TOOK] = known ? took : (struct ry_took){0};
+        memset(sides[r].took, 0, sizeof sides[r].took); /* told */
+        if (!late || number % RY_TOOK == RY_TOOK - 1) {
+            memcpy(sides[r].took, later[r], sizeof later[r]);
+            memset(later[r], 0, sizeof later[r]);
+        }
     }
     number++;
     return s;
@@ -417,21 +428,23 @@ END_TEST
  * left after. */
 START_TEST(finds_out)
 {
-    for (int better = 0; better <= RY_HIERARCHICAL; better++) {
+    for (int i = 0; i < 4; i++) {
+        int better = i % 2;
+        late = i / 2;
         begin(0, 1 << 30, 50);
         uniform(64 << 20, 1 << 30);
         takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 100000;
         takes_us[better] = 80000;
         ck_assert(worth());
         bool ended = false;
-        for (int i = 0; i < 64 && !ended; i++) {
+        for (int k = 0; k < 64 && !ended; k++) {
             exchange();
             ended = last;
         }
         ck_assert_int_ge(went[RY_DIRECT], 6);
         ck_assert_int_ge(went[RY_HIERARCHICAL], 6);
         int before = went[better];
-        for (int i = 0; i < 60 && !ended; i++) {
+        for (int k = 0; k < 60 && !ended; k++) {
             exchange();
             ended = last;
         }
@@ -440,11 +453,86 @@ START_TEST(finds_out)
             ck_assert_int_ge(went[better] - before, 55);
         } else { /* plain NCCL does that, too, without agreeing */
             ck_assert(ended);
-            ck_assert_int_le((int)number, 12 + 4 + 12); /* durations come four exchanges late */
+            ck_assert_int_le((int)number, 12 + (late ? 8 : 4) + 12); /* durations come some exchanges late */
             ck_assert(!worth());                        /* and that is known now */
         }
         end();
     }
+    late = false;
+}
+END_TEST
+
+/* The next `n` exchanges follow each other so fast, agreed on or not. */
+static void follow(enum ry_pace_way way, int n, double us)
+{
+    for (int i = 0; i < n; i++, number += way == RY_PACE_PLAIN)
+        if (ry_pace_wants(pace, way)) {
+            ry_pace_began(pace, number, way, 64 << 20, 64 << 20);
+            ry_pace_took(pace, number, us);
+        }
+}
+
+/* By its duration hierarchical is a fifth faster; but what counts is how fast exchanges follow each other. */
+START_TEST(keeps_pace)
+{
+    for (int gains = 0; gains < 2; gains++) {
+        pace = ry_pace_new();
+        begin(0, 1 << 30, 50);
+        uniform(64 << 20, 1 << 30);
+        takes_us[RY_DIRECT] = 100000;
+        takes_us[RY_HIERARCHICAL] = 80000;
+        ck_assert(worth());
+        for (rest = 0; !rest && number < 100;) {
+            exchange();
+            follow(RY_PACE_ENGAGED, 1, gains ? 85000 : 105000);
+        }
+        ck_assert_uint_eq(rest, 16);
+        ck_assert_uint_le(number, 2 * (6 + 6) + 12 + 1);
+        follow(RY_PACE_PLAIN, (int)rest, 100000);
+        ck_assert_int_eq(worth(), gains);
+        number += 5; /* nor is it asked about again at once */
+        ck_assert_int_eq(worth(), gains);
+        for (int i = 0; gains && i < 200; i++) {
+            exchange();
+            follow(RY_PACE_ENGAGED, 1, 85000);
+            ck_assert_uint_eq(rest, 0);
+        }
+        if (gains) { /* plain NCCL has become faster, as it turns out when it is watched again */
+            for (rest = 0; !rest && number < 3000;) {
+                exchange();
+                follow(RY_PACE_ENGAGED, 1, 85000);
+            }
+            ck_assert_uint_eq(rest, 16);
+            follow(RY_PACE_PLAIN, (int)rest, 80000);
+            ck_assert(!worth());
+        }
+        end();
+        ry_pace_free(pace);
+    }
+    pace = NULL;
+}
+END_TEST
+
+/* Where much is saved nothing passes by for the sake of knowing it better. */
+START_TEST(sure_of_much)
+{
+    pace = ry_pace_new();
+    slow_nic = true;
+    begin(0, 1 << 30, 50);
+    uniform(4 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = takes_us[RY_HIERARCHICAL] = 22000;
+    takes_us[RY_DEDUP] = 6500;
+    duplicates(4096, 4);
+    for (int i = 0; i < 300; i++) {
+        exchange();
+        follow(RY_PACE_ENGAGED, 1, 30000);
+        ck_assert_uint_eq(rest, 0);
+    }
+    ck_assert(!ry_pace_wants(pace, RY_PACE_PLAIN));
+    end();
+    slow_nic = false;
+    ry_pace_free(pace);
+    pace = NULL;
 }
 END_TEST
 
@@ -510,8 +598,9 @@ START_TEST(kinds_take_turns)
             ck_assert(!last); /* one pays for both */
             ck_assert_int_eq(s == RY_DEDUP, i % 2 == 0);
         }
-        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over */
-        for (int i = 0; i < 80 && !last; i++) {
+        /* no more equal rows, but the ranks go on looking: that is not for nothing, and soon over: after what is still
+         * tried, and an account */
+        for (int i = 0; i < 100 && !last; i++) {
             uniform(4 << 20, 1 << 30);
             duplicates(4096, 1);
             exchange();
@@ -570,7 +659,7 @@ START_TEST(durations_never_come)
     for (last = false; !last && number < 100;) {
         exchange();
         for (int r = 0; r < RANKS; r++)
-            sides[r].measured = 0;
+            memset(sides[r].took, 0, sizeof sides[r].took);
     }
     ck_assert_int_le((int)number, 2 * 12 + 12);
     ck_assert(!worth());
@@ -587,8 +676,10 @@ START_TEST(learns_from_the_busy)
     takes_us[RY_HIERARCHICAL] = 80000;
     for (int i = 0; i < 40; i++) {
         exchange();
-        sides[7].measured_us = 1; /* it had next to nothing to do */
-        sides[7].measured_bytes = 1000;
+        for (int k = 0; k < RY_TOOK; k++) { /* it had next to nothing to do */
+            sides[7].took[k].us = 1;
+            sides[7].took[k].bytes = 1000;
+        }
     }
     went[RY_HIERARCHICAL] = 0;
     for (int i = 0; i < 20; i++)
@@ -814,9 +905,9 @@ START_TEST(nonsense_from_a_rank_ends_it)
     size_t bytes[RANKS];
     struct ry_agreed x = agreed(extra, bytes);
     bytes[3] = 5;
-    verify = last = false;
-    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &last), RY_DIRECT);
-    ck_assert(last);
+    verify = false, rest = 0;
+    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &rest), RY_DIRECT);
+    ck_assert_uint_eq(rest, 1);
     ck_assert(!policy.worth(policy.context, 0, extra, bytes));
     end();
     /* of what it found */
@@ -842,10 +933,10 @@ START_TEST(nonsense_from_a_rank_ends_it)
             bytes[3] -= sizeof(uint64_t);
         if (bad == 7)
             bytes[3] = sizeof(struct ry_side);
-        verify = last = false;
-        int s = policy.choose(policy.context, &x, &verify, &last);
+        verify = false, rest = 0;
+        int s = policy.choose(policy.context, &x, &verify, &rest);
         bool refused = bad == 1 || bad >= 4;
-        ck_assert_msg(last == refused, "%d: %d", bad, last);
+        ck_assert_msg(rest == refused, "%d: %u", bad, rest);
         size_t size = 1;
         ck_assert(!refused || (s == RY_DIRECT && !policy.slice(policy.context, &x, s, 3, &size) && !size));
         end();
@@ -855,9 +946,9 @@ START_TEST(nonsense_from_a_rank_ends_it)
     uniform(10000, 1 << 20);
     x = agreed(extra, bytes);
     bytes[3] += NODES * sizeof(uint64_t);
-    verify = last = false;
-    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &last), RY_DIRECT);
-    ck_assert(last);
+    verify = false, rest = 0;
+    ck_assert_int_eq(policy.choose(policy.context, &x, &verify, &rest), RY_DIRECT);
+    ck_assert_uint_eq(rest, 1);
     end();
 }
 END_TEST
@@ -874,6 +965,8 @@ int main(void)
     tcase_add_test(t, every_nth_is_verified);
     tcase_add_test(t, declines_where_agreeing_costs_more);
     tcase_add_test(t, finds_out);
+    tcase_add_test(t, keeps_pace);
+    tcase_add_test(t, sure_of_much);
     tcase_add_test(t, durations_never_come);
     tcase_add_test(t, equal_rows);
     tcase_add_test(t, kinds_take_turns);
