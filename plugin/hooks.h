@@ -38,7 +38,7 @@ enum ry_call {
 };
 
 /* How a communicator came to be. */
-enum ry_birth { RY_BIRTH_INIT, RY_BIRTH_INIT_ALL, RY_BIRTH_SPLIT, RY_BIRTH_SHRINK };
+enum ry_birth { RY_BIRTH_INIT, RY_BIRTH_INIT_ALL, RY_BIRTH_SPLIT, RY_BIRTH_SHRINK, RY_BIRTH_SEEN /* nobody told how */ };
 /* How it ended. */
 enum ry_death { RY_DEATH_DESTROY, RY_DEATH_ABORT, RY_DEATH_REVOKE, RY_DEATH_EXIT };
 
@@ -46,14 +46,16 @@ struct ry_comm_info {
     void *nccl; /* ncclComm_t */
     enum ry_birth birth;
     int nranks, rank;
-    int device;      /* CUDA ordinal, -1 unknown */
+    int device;      /* CUDA ordinal, -1 unknown; RY_DEVICE_CURRENT: the calling thread's */
     bool blocking;   /* false: made with ncclConfig_t.blocking = 0 */
     const char *name; /* ncclConfig_t.commName where the job set one, else NULL */
     const uint8_t *unique_id; /* RY_NCCL_ID_BYTES; INIT: the (first) id that all ranks were given; else NULL */
     void *parent;    /* engine's handle of the parent (SPLIT, SHRINK); NULL if it is not known */
     uint32_t ordinal; /* which of the parent's children this is, counted alike by all ranks; INIT_ALL: in this process */
     int color;       /* SPLIT */
+    uint64_t key;    /* SEEN: a number that all ranks have alike, never 0; else 0 */
 };
+#define RY_DEVICE_CURRENT (-2)
 
 /* One side of an exchange: element r of each array concerns peer r. */
 struct ry_exchange {
@@ -96,10 +98,14 @@ struct ry_host {
     void *(*find)(const char *); /* symbol of the real NCCL, or NULL */
     const char *nccl_path;       /* where the real NCCL was found */
     int nccl_version;            /* ncclGetVersion's number, 0 unknown */
+<<<<<<< HEAD
     /** The calling thread is the engine's own: what NCCL calls of its public functions there is not the job's doing. */
     void (*own_thread)(void);
     /** On such a thread: pass the exchange on to NCCL as it is. An ncclResult_t. */
     int (*plain)(void *nccl, const struct ry_exchange *x);
+=======
+    bool observe_only;           /* nothing can be reissued, whatever the settings say: the profiler plugin */
+>>>>>>> main
 };
 
 /* What the engine offers the preload. Every member may be NULL: nothing to call then. */
@@ -121,6 +127,11 @@ struct ry_hooks {
      * carried it out, or is about to (settle()), *result is the ncclResult_t for the job. False: the preload passes it on as it is. May wait for other ranks.
      */
     bool (*exchange_take)(void *comm, const struct ry_exchange *x, void *cookie, int *result);
+    /** For who learns of an exchange only when NCCL has it, the profiler plugin: start the clock, if it is the turn of exchange
+     *  `ordinal`, before it is known whether it will be one; NULL if not. */
+    void *(*exchange_clock)(void *comm, uint64_t ordinal, void *stream);
+    /** It was one, issued at `wall_ns`, instead of the three above; or (`x` NULL) it was none. `clock` is done with, NULL is fine. */
+    void (*exchange_seen)(void *comm, const struct ry_exchange *x, void *clock, uint64_t wall_ns, bool ok);
     /** p2p that is no exchange was issued on a communicator while `hold` was set (before it is passed on). */
     void (*stray)(void *comm);
     /** The job aborts or revokes the communicator, or shrinks it with NCCL_SHRINK_ABORT, perhaps while another thread waits in

@@ -77,11 +77,11 @@ static bool parse_level(const char *s, enum ry_log_level *out)
     return false;
 }
 
-static const char *const placements[] = {"off", "watch", "batch"};
+static const char *const placements[] = {"off", "watch", "batch", "layer"};
 
 static bool parse_placement(const char *s, enum ry_placement *out)
 {
-    for (int i = 0; i <= RY_PLACEMENT_BATCH; i++)
+    for (int i = 0; i <= RY_PLACEMENT_LAYER; i++)
         if (!strcasecmp(s, placements[i]))
             return *out = (enum ry_placement)i, true;
     return false;
@@ -129,7 +129,7 @@ static void show_placement(enum ry_placement v, char *buf, size_t n)
 #define EXPECT_seconds "seconds, such as 10 or 0.5"
 #define EXPECT_text "text"
 #define EXPECT_level "error, warn, info, plan or debug"
-#define EXPECT_placement "off, watch or batch"
+#define EXPECT_placement "off, watch, batch or layer"
 
 static void add_problem(char *problems, size_t size, int *n, const char *text)
 {

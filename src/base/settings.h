@@ -24,7 +24,7 @@ typedef uint64_t ry_type_size;
 typedef double ry_type_seconds;
 typedef const char *ry_type_text; /* points into the environment given to ry_settings_parse, or at the default */
 typedef enum ry_log_level ry_type_level;
-typedef enum ry_placement { RY_PLACEMENT_OFF, RY_PLACEMENT_WATCH, RY_PLACEMENT_BATCH } ry_type_placement;
+typedef enum ry_placement { RY_PLACEMENT_OFF, RY_PLACEMENT_WATCH, RY_PLACEMENT_BATCH, RY_PLACEMENT_LAYER } ry_type_placement;
 
 struct ry_settings {
 #define RY_SETTING(field, name, type, def, help) ry_type_##type field;

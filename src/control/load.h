@@ -17,8 +17,14 @@
 #include <string.h>
 #include <unistd.h>
 
-/** dlopen() that keeps UCX's hands still. The copy is not freed: other threads may be reading it. For a few calls in a process. */
-static inline void *ry_load_quietly(const char *path, int flags)
+/* What `environ` was, and what it was made. */
+struct ry_quiet {
+    char **before, **copy;
+};
+
+/** UCX's constructors keep their hands still until ry_quiet_end(). The copy is not freed: other threads may be reading it. For a
+ *  few calls in a process. */
+static inline struct ry_quiet ry_quiet_begin(void)
 {
     static char *const quiet[] = {"UCX_MEM_EVENTS=n", "UCX_HANDLE_ERRORS=none", "UCX_DEBUG_SIGNO=0",
                                   "UCX_VFS_ENABLE=n"};
@@ -29,7 +35,7 @@ static inline void *ry_load_quietly(const char *path, int flags)
     while (before && before[n])
         n++;
     if (!(copy = malloc((n + QUIET + 1) * sizeof *copy)))
-        return dlopen(path, flags);
+        return (struct ry_quiet){before, before};
     if (n)
         memcpy(copy, before, n * sizeof *copy);
     used = n;
@@ -41,12 +47,28 @@ static inline void *ry_load_quietly(const char *path, int flags)
         if (!set)
             copy[used++] = quiet[i];
     }
+    if (used == n) { /* quiet already */
+        free(copy);
+        return (struct ry_quiet){before, before};
+    }
     copy[used] = NULL;
     kept = copy;
     __atomic_store_n(&environ, kept, __ATOMIC_RELEASE);
-    void *library = dlopen(path, flags);
+    return (struct ry_quiet){before, copy};
+}
+
+static inline void ry_quiet_end(struct ry_quiet q)
+{
     /* Left as it is where somebody called setenv() meanwhile: that made an environment of its own. */
-    __atomic_compare_exchange_n(&environ, &copy, before, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    __atomic_compare_exchange_n(&environ, &q.copy, q.before, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+/** dlopen() that keeps UCX's hands still. */
+static inline void *ry_load_quietly(const char *path, int flags)
+{
+    struct ry_quiet q = ry_quiet_begin();
+    void *library = dlopen(path, flags);
+    ry_quiet_end(q);
     return library;
 }
 

@@ -114,6 +114,12 @@ void ry_cuda_leave(void)
     cu.ctx_pop(&ignored);
 }
 
+static int cuda_current(void)
+{
+    CUdevice device; /* the ordinal, as all drivers so far have it */
+    return cu.ctx_device(&device) ? -1 : (int)device;
+}
+
 static int cuda_count(int *n, struct ry_err *err)
 {
     TRY(err, device_count, n);
@@ -408,6 +414,7 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
         .count = cuda_count,
         .identify = cuda_identify,
         .use = cuda_use,
+        .current = cuda_current,
         .alloc = cuda_alloc,
         .release = cuda_release,
         .copy = cuda_copy,

@@ -56,6 +56,8 @@ struct ry_device {
     int (*identify)(int ordinal, struct ry_device_id *out, struct ry_err *err);
     /** Make `ordinal` the calling thread's device (its primary context becomes current). */
     int (*use)(int ordinal, struct ry_err *err);
+    /** The calling thread's device; -1 it has none. NULL in a backend that cannot say. */
+    int (*current)(void);
 
     int (*alloc)(void **out, size_t bytes, struct ry_err *err); /* on the thread's device; bytes 0 gives NULL */
     int (*release)(void *p, struct ry_err *err);

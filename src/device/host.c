@@ -106,6 +106,11 @@ static int host_use(int ordinal, struct ry_err *err)
     return 0;
 }
 
+static int host_current(void)
+{
+    return 0;
+}
+
 static int host_alloc(void **out, size_t bytes, struct ry_err *err)
 {
     *out = NULL;
@@ -251,6 +256,7 @@ const struct ry_device *ry_device_host(void)
         .count = host_count,
         .identify = host_identify,
         .use = host_use,
+        .current = host_current,
         .alloc = host_alloc,
         .release = host_release,
         .copy = host_copy,

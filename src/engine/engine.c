@@ -124,6 +124,8 @@ static void parts_known(void)
 /* A number that all ranks of the communicator arrive at alike, and no other communicator of the job has. */
 static uint64_t communicator_key(const struct ry_comm_info *info, const struct comm *parent)
 {
+    if (info->key)
+        return info->key;
     if (info->unique_id)
         return XXH64(info->unique_id, RY_NCCL_ID_BYTES, 0);
     struct {
@@ -178,7 +180,7 @@ static void seats_swapped(void *context, const void *all, const void *address, s
 
 static const char *birth_name(enum ry_birth birth)
 {
-    static const char *const names[] = {"init", "init_all", "split", "shrink"};
+    static const char *const names[] = {"init", "init_all", "split", "shrink", "seen"};
     return names[birth];
 }
 
@@ -201,7 +203,9 @@ static void meet(struct comm *c, const struct comm *parent)
     struct ry_err err = {""};
     size_t address_size;
     const void *address = ry_reissue_address(c, &address_size);
-    if (c->info.birth == RY_BIRTH_INIT_ALL) {
+    if (c->info.birth == RY_BIRTH_SEEN) {
+        ry_fail(&err, "NCCL's profiler interface does not let ranks meet");
+    } else if (c->info.birth == RY_BIRTH_INIT_ALL) {
         struct sockaddr_in here = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
         pthread_mutex_lock(&ry_engine.lock);
         if (!ry_engine.local)
@@ -225,7 +229,7 @@ static void *comm_created(const struct ry_comm_info *info)
     struct comm *parent = info->parent, *c = NULL;
     if (!ry_engine_enter())
         return NULL;
-    if (!info->unique_id && info->birth != RY_BIRTH_INIT_ALL && !parent) {
+    if (!info->key && !info->unique_id && info->birth != RY_BIRTH_INIT_ALL && !parent) {
         ry_info("a communicator of %d ranks is not followed: its parent is not known", info->nranks);
         goto out;
     }
@@ -238,9 +242,11 @@ static void *comm_created(const struct ry_comm_info *info)
         goto out;
     }
     c->info = *info;
+    if (info->device == RY_DEVICE_CURRENT)
+        c->info.device = ry_engine.device && ry_engine.device->current ? ry_engine.device->current() : -1;
     c->key = communicator_key(info, parent);
     snprintf(c->id, sizeof c->id, "%016llx", (unsigned long long)c->key);
-    ry_seat_take(&c->seat, ry_engine.device, ry_engine.topo, info->rank, info->device, ry_engine.settings_hash);
+    ry_seat_take(&c->seat, ry_engine.device, ry_engine.topo, info->rank, c->info.device, ry_engine.settings_hash);
     c->seat.able = ry_reissue_able(info);
     if (ry_engine.record)
         c->record = begin_recording(c, parent);
@@ -416,7 +422,7 @@ static void read_strategy(void)
 {
     struct ry_err err;
     atomic_store(&ry_engine.forced, -1);
-    ry_engine.observe = !strcmp(ry_engine.settings.strategy, "observe");
+    ry_engine.observe = ry_engine.host.observe_only || !strcmp(ry_engine.settings.strategy, "observe");
     if (!ry_engine.observe && set_strategy(ry_engine.settings.strategy, &err))
         ry_warn("RAILYARD_STRATEGY: %s; also known: auto, observe. Taken as auto", err.msg);
 }
@@ -474,6 +480,10 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
     if (host->version != RY_HOOKS_VERSION || host->size != sizeof *host)
         return snprintf(why, why_size, "librailyard.so speaks version %u of the hooks, the engine %u: they are of different "
                                        "installations", host->version, RY_HOOKS_VERSION), -1;
+    static _Atomic bool opened;
+    if (atomic_exchange(&opened, true))
+        return snprintf(why, why_size, ry_engine.host.observe_only ? "Railyard as NCCL's profiler plugin observes this process already"
+                                                                   : "librailyard.so, preloaded, watches this process already"), -1;
     ry_engine.host = *host;
     if (ry_settings_parse(&ry_engine.settings, environ, problems, sizeof problems))
         ry_warn("%s", problems);
@@ -513,7 +523,10 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
             hooks->freed = ry_later_freed;
         }
     }
-    if (ry_engine.record)
+    if (ry_engine.record) {
         hooks->int64_allgather = ry_exchange_int64_allgather;
+        hooks->exchange_clock = ry_exchange_clock;
+        hooks->exchange_seen = ry_exchange_seen;
+    }
     return 0;
 }

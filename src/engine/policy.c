@@ -67,6 +67,7 @@ struct ry_chooser {
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
     uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
+    struct ry_balance *balance;             /* what the words of slices by balanced are made of */
     char *order;                            /* what one rank is told */
     size_t order_size;
 };
@@ -131,7 +132,7 @@ static size_t cells_bytes(const struct ry_slice *s)
 
 size_t ry_order_bytes(const struct ry_slice *slice)
 {
-    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) : 0) +
+    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) + slice->nwords * sizeof *slice->words : 0) +
            (slice && slice->repeats ? (size_t)slice->nrows * (sizeof(uint64_t) + RY_CHUNKS * sizeof(uint32_t)) : 0);
 }
 
@@ -142,6 +143,8 @@ int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, str
         return ry_fail(err, "the verdict holds %zu bytes instead of %zu", bytes, expected);
     if (cells)
         memcpy(slice->cells, (const char *)extra + order, cells);
+    if (slice->nwords)
+        memcpy(slice->words, (const char *)extra + order + cells, slice->nwords * sizeof *slice->words);
     const char *widths = (const char *)extra + order + cells, *list = widths + (size_t)slice->nrows * sizeof(uint64_t);
     for (int i = 0; slice->repeats && i < slice->nrows; i++) {
         uint64_t width;
@@ -307,9 +310,9 @@ static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choic
     double best = INFINITY;
     for (int s = 0; s < RY_STRATEGIES; s++)
         best = choice->us[s] < best ? choice->us[s] : best;
-    if (!isfinite(choice->us[strategy]) || (strategy == RY_HIERARCHICAL && map->nnodes == map->nranks))
+    if (!isfinite(choice->us[strategy]) || ((strategy == RY_HIERARCHICAL || strategy == RY_BALANCED) && map->nnodes == map->nranks))
         return 0;
-    if (!isfinite(choice->us[RY_DEDUP]) || choice->us[strategy] <= CLOSE * best)
+    if ((!isfinite(choice->us[RY_DEDUP]) && strategy != RY_BALANCED) || choice->us[strategy] <= CLOSE * best)
         return TRIES;
     return strategy == RY_DIRECT ? RY_COST_ENOUGH : 0;
 }
@@ -429,8 +432,12 @@ static bool has_slice(int strategy)
 }
 
 /* Everything that telling the ranks will need: once a verdict is being sent nothing may fail. */
-static bool prepare(struct ry_chooser *c, enum ry_strategy strategy)
+static bool prepare(struct ry_chooser *c, enum ry_strategy strategy, const uint64_t *matrix)
 {
+    ry_balance_free(c->balance);
+    c->balance = strategy == RY_BALANCED ? ry_balance_of(c->config.map, matrix, NULL) : NULL;
+    if (strategy == RY_BALANCED && !c->balance)
+        return false;
     for (int r = 0; has_slice(strategy) && r < c->config.map->nranks; r++) {
         struct ry_slice *s = &c->slices[strategy][r];
         if (!s->rows && ry_slice_init(s, c->config.map, r, strategy, NULL))
@@ -515,14 +522,14 @@ static bool enough_staging(struct ry_chooser *c, enum ry_strategy strategy, cons
     return enough && !*never;
 }
 
-/* The choice that the ranks' staging memory allows; dedup takes more than hierarchical, which may be next. */
+/* The choice that the ranks' staging memory allows; dedup and balanced take more than hierarchical, which may be next. */
 static void fit_staging(struct ry_chooser *c, struct ry_choice *choice, const uint64_t *matrix, bool forced)
 {
     bool never;
     if (enough_staging(c, choice->strategy, matrix, choice, &never))
         return;
     c->counts.short_of_staging++;
-    bool next = never && !forced && choice->strategy == RY_DEDUP &&
+    bool next = never && !forced && (choice->strategy == RY_DEDUP || choice->strategy == RY_BALANCED) &&
                 choice->us[RY_HIERARCHICAL] < choice->us[RY_DIRECT] * (1 - MARGIN) &&
                 enough_staging(c, RY_HIERARCHICAL, matrix, choice, &never);
     choice->strategy = next ? RY_HIERARCHICAL : RY_DIRECT;
@@ -665,7 +672,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         choice.strategy = forced == RY_DEDUP && !c->all_pack ? RY_HIERARCHICAL : (enum ry_strategy)forced;
     }
     fit_staging(c, &choice, x->matrix, forced >= 0);
-    if (!prepare(c, choice.strategy)) {
+    if (!prepare(c, choice.strategy, x->matrix)) {
         snprintf(choice.why, sizeof choice.why, "out of memory for the verdict");
         choice.strategy = RY_DIRECT;
     }
@@ -706,6 +713,8 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     for (int i = 0; i < s->nrows; i++)
         for (int j = 0; j < s->ncols; j++)
             *cell++ = x->matrix[(size_t)s->rows[i] * (size_t)x->nranks + (size_t)s->cols[j]];
+    if (s->nwords)
+        ry_balance_words(c->balance, c->config.map, (int)node, cell);
     uint64_t *width = cell;
     for (int i = 0; s->repeats && i < s->nrows; i++) {
         const struct ry_repeats *its = c->looked ? &c->repeats[(size_t)s->rows[i] * nnodes + node] : NULL;
@@ -764,6 +773,7 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->repeats);
     free(c->packed_in);
     free(c->order);
+    ry_balance_free(c->balance);
     free(c);
 }
 

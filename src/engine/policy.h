@@ -54,7 +54,7 @@ size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const str
 /** The other way. repeats[nnodes]; all zero where it did not look. -1 where the size is wrong. */
 int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes);
 
-/* What a verdict adds, followed by the cells of the rank's slice (none for direct and sum), then, dedup, its repeats: row widths
+/* What a verdict adds, followed by the cells of the rank's slice (none for direct and sum), then, balanced, its words, or, dedup, its repeats: row widths
  * as uint64_t, with the parts in the highest byte, and behind these numbers as in manifests. */
 struct ry_order {
     uint64_t staging_wanted; /* hold as much before the next exchange; 0: no wish */

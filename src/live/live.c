@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/settings.h"
+#include "live/internal.h"
 #include "place/assign.h"
 #include "place/home_model.h"
 #include "place/routing_writer.h"
@@ -45,7 +46,7 @@ struct railyard_live {
     int64_t most_samples;
 };
 
-static _Thread_local struct ry_err error;
+_Thread_local struct ry_err ry_live_err;
 
 int railyard_live_abi(void)
 {
@@ -54,12 +55,12 @@ int railyard_live_abi(void)
 
 const char *railyard_live_error(void)
 {
-    return error.msg;
+    return ry_live_err.msg;
 }
 
 int railyard_live_setting(const char *name, char *out, size_t size)
 {
-    return ry_settings_get(name, environ, out, size, &error);
+    return ry_settings_get(name, environ, out, size, &ry_live_err);
 }
 
 /* ---- making ---- */
@@ -67,28 +68,28 @@ int railyard_live_setting(const char *name, char *out, size_t size)
 static int check_job(const struct railyard_live_job *j)
 {
     if (j->size != sizeof *j)
-        return ry_fail(&error, "live: a job of %u bytes, but %zu are known: adapter and library are of two versions",
+        return ry_fail(&ry_live_err, "live: a job of %u bytes, but %zu are known: adapter and library are of two versions",
                        j->size, sizeof *j);
     if (j->ranks < 1 || j->samples < 1 || (int64_t)j->ranks * j->samples > MOST_SLOTS)
-        return ry_fail(&error, "live: %d ranks of %d samples: a list has 1 to %d", j->ranks, j->samples, MOST_SLOTS);
+        return ry_fail(&ry_live_err, "live: %d ranks of %d samples: a list has 1 to %d", j->ranks, j->samples, MOST_SLOTS);
     if (j->places < 2 || j->places > RY_HOME_NODES || j->places > j->ranks)
-        return ry_fail(&error, "live: %d places of %d ranks: 2 to %d are possible, and no more than ranks", j->places,
+        return ry_fail(&ry_live_err, "live: %d places of %d ranks: 2 to %d are possible, and no more than ranks", j->places,
                        j->ranks, RY_HOME_NODES);
     if ((int64_t)j->ranks * j->samples * j->places > MOST_CELLS)
-        return ry_fail(&error, "live: lists of %d samples are too long for %d places", j->ranks * j->samples,
+        return ry_fail(&ry_live_err, "live: lists of %d samples are too long for %d places", j->ranks * j->samples,
                        j->places);
     if (j->layers < 1 || j->experts < 1 || j->topk < 1 || j->topk > j->experts ||
         (int64_t)j->layers * j->experts > MOST_CELLS)
-        return ry_fail(&error, "live: %d layers of %d experts, each token to %d of them", j->layers, j->experts,
+        return ry_fail(&ry_live_err, "live: %d layers of %d experts, each token to %d of them", j->layers, j->experts,
                        j->topk);
     if (!j->rank_place || !j->expert_place)
-        return ry_fail(&error, "live: no places of %s", j->rank_place ? "experts" : "ranks");
+        return ry_fail(&ry_live_err, "live: no places of %s", j->rank_place ? "experts" : "ranks");
     for (int r = 0; r < j->ranks; r++)
         if (j->rank_place[r] < 0 || j->rank_place[r] >= j->places)
-            return ry_fail(&error, "live: rank %d is at place %d of %d", r, j->rank_place[r], j->places);
+            return ry_fail(&ry_live_err, "live: rank %d is at place %d of %d", r, j->rank_place[r], j->places);
     for (int i = 0; i < j->layers * j->experts; i++)
         if (j->expert_place[i] < 0 || j->expert_place[i] >= j->places)
-            return ry_fail(&error, "live: expert %d of layer %d is at place %d of %d", i % j->experts, i / j->experts,
+            return ry_fail(&ry_live_err, "live: expert %d of layer %d is at place %d of %d", i % j->experts, i / j->experts,
                            j->expert_place[i], j->places);
     return 0;
 }
@@ -112,7 +113,7 @@ struct railyard_live *railyard_live_new(const struct railyard_live_job *j)
         return NULL;
     struct railyard_live *l = calloc(1, sizeof *l);
     if (!l) {
-        ry_fail(&error, "live: out of memory");
+        ry_fail(&ry_live_err, "live: out of memory");
         return NULL;
     }
     pthread_mutex_init(&l->lock, NULL);
@@ -137,19 +138,19 @@ struct railyard_live *railyard_live_new(const struct railyard_live_job *j)
     l->next = malloc(places * sizeof *l->next);
     if (!l->rank_place || !l->expert_place || !l->capacity || !l->rows || !l->share || !l->weight || !l->cost ||
         !l->to || !l->left || !l->next) {
-        ry_fail(&error, "live: out of memory for lists of %zu samples and %zu places", slots, places);
+        ry_fail(&ry_live_err, "live: out of memory for lists of %zu samples and %zu places", slots, places);
         goto failed;
     }
     for (int r = 0; r < l->ranks; r++)
         l->capacity[l->rank_place[r]] += l->samples;
     for (int p = 0; p < l->places; p++) {
         if (!l->capacity[p]) {
-            ry_fail(&error, "live: no rank is at place %d of %d", p, l->places);
+            ry_fail(&ry_live_err, "live: no rank is at place %d of %d", p, l->places);
             goto failed;
         }
     }
-    if (!(l->assign = ry_assign_new(l->slots, l->places, 0, &error)) ||
-        !(l->model = ry_home_model_new(l->places, &(struct ry_home_options){.map = map_id(l)}, &error)))
+    if (!(l->assign = ry_assign_new(l->slots, l->places, 0, &ry_live_err)) ||
+        !(l->model = ry_home_model_new(l->places, &(struct ry_home_options){.map = map_id(l)}, &ry_live_err)))
         goto failed;
     return l;
 failed:
@@ -161,7 +162,7 @@ void railyard_live_free(struct railyard_live *l)
 {
     if (!l)
         return;
-    ry_routing_writer_close(l->writer, &error);
+    ry_routing_writer_close(l->writer, &ry_live_err);
     ry_home_model_free(l->model);
     ry_assign_free(l->assign);
     free(l->rank_place);
@@ -197,11 +198,11 @@ static int add_rows(struct railyard_live *l, int n, const uint32_t *counts, cons
             copies += count[e];
         }
         if (copies > most)
-            return ry_fail(&error, "live: layer %d: %llu copies of a sample of %d tokens that go to %d experts each", i,
+            return ry_fail(&ry_live_err, "live: layer %d: %llu copies of a sample of %d tokens that go to %d experts each", i,
                            (unsigned long long)copies, n, l->topk);
         for (int p = 0; p < l->places; p++) {
             if (given && given[p] > (uint32_t)n)
-                return ry_fail(&error, "live: layer %d: %u distinct tokens at place %d, of a sample of %d", i, given[p],
+                return ry_fail(&ry_live_err, "live: layer %d: %u distinct tokens at place %d, of a sample of %d", i, given[p],
                                p, n);
             if (given)
                 rows[p] += given[p];
@@ -230,7 +231,7 @@ static int record_sample(struct railyard_live *l, const uint32_t *tokens, int n,
         ry_routing_writer_left_out(l->writer);
         return 0;
     }
-    if (ry_routing_writer_add(l->writer, tokens, counts, &error) >= 0)
+    if (ry_routing_writer_add(l->writer, tokens, counts, &ry_live_err) >= 0)
         return 0;
     ry_routing_writer_close(l->writer, NULL); /* what was written before is told of, if that much is possible */
     l->writer = NULL;
@@ -241,12 +242,12 @@ int railyard_live_observe(struct railyard_live *l, const uint32_t *tokens, int32
                           const uint32_t *distinct, int32_t at)
 {
     if (!tokens || !counts || n < 1)
-        return ry_fail(&error, "live: a sample of %d tokens%s", n, counts ? "" : " without counts");
+        return ry_fail(&ry_live_err, "live: a sample of %d tokens%s", n, counts ? "" : " without counts");
     if (at < 0 || at >= l->places)
-        return ry_fail(&error, "live: a sample at place %d of %d", at, l->places);
+        return ry_fail(&ry_live_err, "live: a sample at place %d of %d", at, l->places);
     pthread_mutex_lock(&l->lock);
     int rc = -1;
-    if (!add_rows(l, n, counts, distinct) && !ry_home_model_observe(l->model, tokens, n, l->rows, &error)) {
+    if (!add_rows(l, n, counts, distinct) && !ry_home_model_observe(l->model, tokens, n, l->rows, &ry_live_err)) {
         average(l, at);
         rc = l->writer ? record_sample(l, tokens, n, counts) : 0;
     }
@@ -259,10 +260,10 @@ int railyard_live_observe(struct railyard_live *l, const uint32_t *tokens, int32
 static int check_list(const struct railyard_live *l, const uint32_t *tokens, const int64_t *first)
 {
     if (!tokens || !first)
-        return ry_fail(&error, "live: a list without tokens");
+        return ry_fail(&ry_live_err, "live: a list without tokens");
     for (int i = 0; i < l->slots; i++)
         if (first[i] < 0 || first[i + 1] < first[i] || first[i + 1] - first[i] > INT32_MAX)
-            return ry_fail(&error, "live: sample %d has tokens [%lld, %lld)", i, (long long)first[i],
+            return ry_fail(&ry_live_err, "live: sample %d has tokens [%lld, %lld)", i, (long long)first[i],
                            (long long)first[i + 1]);
     return 0;
 }
@@ -377,7 +378,7 @@ int railyard_live_place(struct railyard_live *l, const uint32_t *tokens, const i
                         struct railyard_live_plan *plan)
 {
     if (plan->size != sizeof *plan)
-        return ry_fail(&error, "live: a plan of %u bytes, but %zu are known: adapter and library are of two versions",
+        return ry_fail(&ry_live_err, "live: a plan of %u bytes, but %zu are known: adapter and library are of two versions",
                        plan->size, sizeof *plan);
     if (check_list(l, tokens, first))
         return -1;
@@ -394,7 +395,7 @@ int railyard_live_state(struct railyard_live *l, struct railyard_live_state *s)
 {
     struct ry_home_trust trust;
     if (s->size != sizeof *s)
-        return ry_fail(&error, "live: a state of %u bytes, but %zu are known: adapter and library are of two versions",
+        return ry_fail(&ry_live_err, "live: a state of %u bytes, but %zu are known: adapter and library are of two versions",
                        s->size, sizeof *s);
     pthread_mutex_lock(&l->lock);
     ry_home_model_trust(l->model, &trust);
@@ -411,14 +412,14 @@ int railyard_live_state(struct railyard_live *l, struct railyard_live_state *s)
 int railyard_live_save(struct railyard_live *l, const char *path)
 {
     pthread_mutex_lock(&l->lock);
-    int rc = ry_home_model_save(l->model, path, &error);
+    int rc = ry_home_model_save(l->model, path, &ry_live_err);
     pthread_mutex_unlock(&l->lock);
     return rc;
 }
 
 int railyard_live_load(struct railyard_live *l, const char *path)
 {
-    struct ry_home_model *model = ry_home_model_load(path, l->places, map_id(l), &error);
+    struct ry_home_model *model = ry_home_model_load(path, l->places, map_id(l), &ry_live_err);
     if (!model)
         return -1;
     pthread_mutex_lock(&l->lock);
@@ -432,10 +433,10 @@ int railyard_live_record(struct railyard_live *l, const char *dir, int32_t token
 {
     struct ry_routing_shape shape = {l->layers, l->experts, l->topk, tokens_per_sample};
     if (max_samples < 0)
-        return ry_fail(&error, "live: at most %lld samples to record", (long long)max_samples);
+        return ry_fail(&ry_live_err, "live: at most %lld samples to record", (long long)max_samples);
     pthread_mutex_lock(&l->lock);
-    int rc = ry_routing_writer_close(l->writer, &error);
-    l->writer = rc ? NULL : ry_routing_writer_open(dir, &shape, &error);
+    int rc = ry_routing_writer_close(l->writer, &ry_live_err);
+    l->writer = rc ? NULL : ry_routing_writer_open(dir, &shape, &ry_live_err);
     l->tokens_per_sample = tokens_per_sample;
     l->most_samples = max_samples;
     rc = l->writer ? 0 : -1;
@@ -447,7 +448,7 @@ int railyard_live_record_flush(struct railyard_live *l)
 {
     pthread_mutex_lock(&l->lock);
     int rc =
-        l->writer ? ry_routing_writer_flush(l->writer, &error) : ry_fail(&error, "live: nothing is being recorded");
+        l->writer ? ry_routing_writer_flush(l->writer, &ry_live_err) : ry_fail(&ry_live_err, "live: nothing is being recorded");
     pthread_mutex_unlock(&l->lock);
     return rc;
 }

@@ -1,10 +1,10 @@
-/* predict.c: see predict.h. Coefficients B solve (XᵀX + λ) B = XᵀY, by Cholesky; X are counts of some layers, Y of the
- * next. */
+/* predict.c: see predict.h. In the regression X are counts of some layers, Y those of the next. */
 #include "place/predict.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "place/ridge.h"
 
 #define MOST_FEATURES 512
 /* λ in units of the mean count: a count's own chance variance is about its mean, and coefficients are about 0.1. */
@@ -96,43 +96,15 @@ void ry_predictor_observe(struct ry_predictor *p, const uint16_t *counts)
     p->observed++;
 }
 
-static void fit_step(struct ry_predictor *p, struct step *s, double ridge)
-{
-    size_t F = (size_t)s->features, E = (size_t)p->experts;
-    double *c = p->factor, *z = p->solution;
-    /* c cᵀ = xx + ridge; positive definite, as ridge > 0 */
-    for (size_t i = 0; i < F; i++) {
-        for (size_t j = 0; j <= i; j++) {
-            double sum = s->xx[i * F + j] + (i == j ? ridge : 0);
-            for (size_t k = 0; k < j; k++)
-                sum -= c[i * F + k] * c[j * F + k];
-            c[i * F + j] = i == j ? sqrt(sum) : sum / c[j * F + j];
-        }
-    }
-    memcpy(z, s->xy, F * E * sizeof *z);
-    for (size_t i = 0; i < F; i++) {
-        for (size_t k = 0; k < i; k++)
-            for (size_t e = 0; e < E; e++)
-                z[i * E + e] -= c[i * F + k] * z[k * E + e];
-        for (size_t e = 0; e < E; e++)
-            z[i * E + e] /= c[i * F + i];
-    }
-    for (size_t i = F; i-- > 0;) {
-        for (size_t k = i + 1; k < F; k++)
-            for (size_t e = 0; e < E; e++)
-                z[i * E + e] -= c[k * F + i] * z[k * E + e];
-        for (size_t e = 0; e < E; e++)
-            s->b[i * E + e] = (float)(z[i * E + e] /= c[i * F + i]);
-    }
-}
-
 void ry_predictor_fit(struct ry_predictor *p)
 {
     if (!p->observed || p->counts <= 0)
         return;
     double mean = p->counts / ((double)p->observed * p->layers * p->experts);
-    for (int l = 0; l + 1 < p->layers; l++)
-        fit_step(p, &p->steps[l], RIDGE * mean);
+    for (int l = 0; l + 1 < p->layers; l++) {
+        struct step *s = &p->steps[l];
+        ry_ridge(s->xx, s->xy, (size_t)s->features, (size_t)p->experts, RIDGE * mean, p->factor, p->solution, s->b);
+    }
 }
 
 void ry_predictor_next(const struct ry_predictor *p, int layer, const uint16_t *counts, float *out)

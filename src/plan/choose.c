@@ -130,7 +130,10 @@ static void say_gain(struct ry_choice *c, int best, const struct ry_cost_parts *
             bytes_text(p->nic_bytes, text), bytes_text(direct->nic_bytes, before));
     if (best == RY_DEDUP && p->chunks > 1)
         SAY(c, ", in %d chunks", p->chunks);
-    if (best != RY_DEDUP)
+    if (best == RY_BALANCED)
+        SAY(c, "node %d %s %s evenly over its rails, in about %.0f stages", p->nic_node, p->nic_in ? "gets" : "sends",
+            bytes_text(p->nic_bytes, text), p->stages);
+    else if (best != RY_DEDUP)
         SAY(c, "NIC of node %d %s %s in %llu instead of %llu messages a rank", direct->nic_node,
             direct->nic_in ? "gets" : "sends", bytes_text(direct->nic_bytes, text), (unsigned long long)p->nic_messages,
             (unsigned long long)direct->nic_messages);
@@ -141,9 +144,12 @@ static void say_loss(struct ry_choice *c, int other, const struct ry_cost_parts 
     char text[16];
     const struct ry_cost_parts *direct = &parts[RY_DIRECT], *p = &parts[other];
     double extra =
-        p->groups - direct->groups + p->search + p->copies + p->forward + p->overhead - direct->overhead - p->hidden;
+        p->groups - direct->groups + p->search + p->copies + p->spread + p->forward + p->overhead - direct->overhead - p->hidden;
     if (other == RY_DEDUP)
         SAY(c, "sending equal rows once costs %.0f us, saves %.0f us on the NIC of node %d", extra,
+            direct->nic - p->nic, direct->nic_node);
+    else if (other == RY_BALANCED)
+        SAY(c, "about %.0f stages, and evening out, cost %.0f us, save %.0f us on the NIC of node %d", p->stages, extra,
             direct->nic - p->nic, direct->nic_node);
     else
         SAY(c, "relaying %s in node %d costs %.0f us, saves %.0f us of messages", bytes_text(p->forward_bytes, text),
@@ -161,6 +167,12 @@ static bool usable(const struct ry_cost_model *m)
     return good;
 }
 
+/* What few samples tell of nothing yet is to be had more of, before another is begun with. */
+static uint32_t turns_had(const struct ry_cost_cell *cell)
+{
+    return cell->samples && cell->samples < RY_COST_ENOUGH ? 0 : cell->samples + 1;
+}
+
 /* Of those that come close to the best it is the one measured least, if it is time to measure one again; or -1. */
 static int trial_of(struct ry_cost_learned *learned, int class, const bool *can, const double *us, int best)
 {
@@ -174,7 +186,7 @@ static int trial_of(struct ry_cost_learned *learned, int class, const bool *can,
     for (int s = 0; s < RY_STRATEGIES; s++) {
         if (s == best || !can[s] || us[s] > us[best] * TRIAL_WITHIN)
             continue;
-        uint32_t n = learned->at[s][class].samples, least = other < 0 ? UINT32_MAX : learned->at[other][class].samples;
+        uint32_t n = turns_had(&learned->at[s][class]), least = other < 0 ? UINT32_MAX : turns_had(&learned->at[other][class]);
         if (n < least || (n == least && us[s] < us[other]))
             other = s;
     }
@@ -206,6 +218,7 @@ void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model,
     const double *us = choice->us, direct_us = us[RY_DIRECT];
     bool can[RY_STRATEGIES] = {[RY_DIRECT] = true,
                                [RY_HIERARCHICAL] = parts[RY_HIERARCHICAL].forward_node >= 0,
+                               [RY_BALANCED] = parts[RY_HIERARCHICAL].forward_node >= 0,
                                [RY_DEDUP] = isfinite(us[RY_DEDUP])};
     if (cluster->nnodes < 2 || direct->nic_node < 0 || !(can[RY_HIERARCHICAL] || can[RY_DEDUP])) {
         SAY(choice, "direct %.0f us: %s", direct_us,

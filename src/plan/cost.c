@@ -209,11 +209,13 @@ struct node_sum {
     uint64_t most_relayed;        /* 0 where that is not known */
     uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
     uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
+    uint32_t heard;               /* and that it gets from */
 };
 
 /* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
 #define CHUNK 512
 
+#define STAGES_US 0.004  /* finding the stages, by the cube of the nodes: seen 8 ms at 128 */
 #define SEARCH_KERNELS 8 /* that a search for equal rows enqueues: src/run/rows.c */
 
 static inline uint64_t more(uint64_t a, uint64_t b)
@@ -247,6 +249,7 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
         s->sends = l->cross_sends > s->sends ? l->cross_sends : s->sends;
         s->recvs = l->cross_recvs > s->recvs ? l->cross_recvs : s->recvs;
         s->nodes = l->nodes_out > s->nodes ? l->nodes_out : s->nodes;
+        s->heard = l->nodes_in > s->heard ? l->nodes_in : s->heard;
         if (relayed)
             s->most_relayed = more(s->most_relayed, relayed[r]);
     }
@@ -256,14 +259,21 @@ struct paces {
     struct pace self, local, nic;
     struct pace passed, passed_self; /* what relays pass on: to others of the node, to themselves */
     double rank_per_byte;            /* over the NIC, of one rank alone */
+    double incast;
 };
 
+/* How much longer it takes where so many nodes send to one. */
+static inline double crowded(double incast, double nodes)
+{
+    return incast > 0 && nodes > 1 ? 1 / (1 - incast * (1 - 1 / nodes)) : 1;
+}
+
 static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
-                          uint64_t bytes, double rank_bytes)
+                          uint64_t bytes, double rank_bytes, uint32_t nodes)
 {
     if (!messages)
         return;
-    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte);
+    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte) * crowded(k->incast, in ? nodes : 1);
     double us = k->nic.alpha + number(messages) * k->nic.per_message + transfer;
     if (us <= p->nic)
         return;
@@ -296,8 +306,8 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
         arrives *= number(in) / number(s->in);
     /* The node hears of at least as many remote ranks as its best-connected rank does. */
     uint64_t heard = (uint64_t)(int64_t)(s->recvs * share + 0.999);
-    nic_us(p, k, node, false, s->nodes, out, number(most_out));
-    nic_us(p, k, node, true, heard, in, arrives);
+    nic_us(p, k, node, false, s->nodes, out, number(most_out), s->nodes);
+    nic_us(p, k, node, true, heard, in, arrives, s->heard);
     if (!s->in || node_size < 2)
         return;
     double gets = s->recvs * others, passes = number(s->pieces) * share * others;
@@ -311,6 +321,73 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
         p->forward_node = node;
         p->forward_bytes = (uint64_t)bytes;
     }
+}
+
+/*
+ * Balanced: groups inside the node before and after, and stages between. Each rail of a node carries as much, so its ranks' own sums
+ * do not matter to the NIC. As many stages as the best-connected node has partners would do, and all together would take as long as
+ * the busiest node needs, if all were alike; reckoned with are half as many more, and a 16th more time
+ * (birkhoff.h), and that more than 32 share groups (balanced.c). Loads tell sums
+ * over nodes only: of what ranks have above their share, for each node, at least the sum moves.
+ */
+struct balancing {
+    double spread, nic; /* of the node that takes longest */
+    int nic_node;
+    bool nic_in;
+    uint64_t nic_bytes;
+    uint32_t partners;
+};
+
+static inline void across_us(struct balancing *x, const struct paces *k, int node, bool in, uint64_t bytes, int node_size)
+{
+    double us = number(bytes) * larger(k->nic.per_byte, k->rank_per_byte / node_size);
+    if (us <= x->nic)
+        return;
+    x->nic = us;
+    x->nic_node = node;
+    x->nic_in = in;
+    x->nic_bytes = bytes;
+}
+
+static inline void balancing_us(struct balancing *x, struct ry_cost_parts *p, const struct paces *k, int node, int node_size,
+                                const struct node_sum *s)
+{
+    double share = 1.0 / node_size, others = 1 - share;
+    double above = larger(number(s->most_out) - number(s->out) * share, 0);
+    across_us(x, k, node, false, s->out, node_size);
+    across_us(x, k, node, true, s->in, node_size);
+    x->partners = s->nodes > x->partners ? s->nodes : x->partners;
+    x->partners = s->heard > x->partners ? s->heard : x->partners;
+    if (node_size < 2)
+        return;
+    if (above > 0)
+        x->spread = larger(x->spread, link_us(k->passed, s->nodes, above));
+    if (!s->in)
+        return;
+    double bytes = larger(number(s->in) * share, number(s->most_in)) * others;
+    double us = link_us(k->passed, larger(s->recvs, number(s->pieces) * share) * others, bytes);
+    us = larger(us, link_us(k->passed_self, s->recvs * share, number(s->most_in) * share));
+    if (us > p->forward) {
+        p->forward = us;
+        p->forward_node = node;
+        p->forward_bytes = (uint64_t)bytes;
+    }
+}
+
+/* What the stages cost: a message of its own bytes, and one of others', from each rank. */
+static void add_stages(struct ry_cost_parts *p, const struct ry_cost_model *m, const struct balancing *x)
+{
+    double partners = x->partners, stages = partners > 1 ? smaller(partners * 1.5, 32) : partners;
+    p->spread = x->spread;
+    p->stages = stages;
+    p->nic = 0;
+    if (stages > 0)
+        p->nic = x->nic * (partners > 1 ? 1.0625 : 1) +
+                 stages * (m->link[RY_LINK_NIC].alpha_us + (x->spread > 0 ? 2 : 1) * m->link[RY_LINK_NIC].message_us);
+    p->nic_node = x->nic_node;
+    p->nic_in = x->nic_in;
+    p->nic_bytes = x->nic_bytes;
+    p->nic_messages = (uint64_t)(stages * (x->spread > 0 ? 2 : 1));
 }
 
 /*
@@ -382,13 +459,16 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
     const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
-    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP];
+    struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
+                         *balanced = &parts[RY_BALANCED];
+    struct balancing even = {.nic_node = -1};
     const struct paces k = {.self = pace_of(m, RY_LINK_SELF),
                             .local = pace_of(m, RY_LINK_LOCAL),
                             .nic = pace_of(m, RY_LINK_NIC),
                             .passed = inside_pace(m, RY_LINK_LOCAL, m->node_comm),
                             .passed_self = inside_pace(m, RY_LINK_SELF, m->node_comm),
-                            .rank_per_byte = 1 / m->nic_rank_bytes_per_us};
+                            .rank_per_byte = 1 / m->nic_rank_bytes_per_us,
+                            .incast = m->nic_incast};
     uint64_t most_self = 0, most_out = 0, busiest = 0, all = 0, packed = 0, most_packed = 0, most_scanned = 0;
     uint32_t most_nodes = 0;
     double local = 0, written = 0;
@@ -418,17 +498,18 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                                      .overhead = m->agreement_us,
                                      .nic_node = -1,
                                      .forward_node = -1};
-    *hier = *dedup = parts[RY_SUM] = *direct;
+    *hier = *dedup = *balanced = parts[RY_SUM] = *direct;
     double scale = packed < all ? number(packed) / number(all) : 1;
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
         sum_up(sum, c, loads, relayed, first, n);
         for (int i = 0; i < n; i++) {
-            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out));
-            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in));
+            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes);
+            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard);
             int size = c->node_size[first + i];
             relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
+            balancing_us(&even, balanced, &k, first + i, size, &sum[i]);
             if (packed >= all)
                 continue;
             uint64_t in = packed_in ? fewer(packed_in[first + i], sum[i].in) : (uint64_t)(number(sum[i].in) * scale);
@@ -442,6 +523,9 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         hier->copies = c->nranks * m->copy_us + number(most_out) / m->copy_bytes_per_us;
     hier->overhead += m->plan_us_per_rank * c->nranks;
     dedup->overhead = hier->overhead;
+    add_stages(balanced, m, &even);
+    balanced->copies = hier->copies;
+    balanced->overhead = hier->overhead + STAGES_US * c->nnodes * c->nnodes * c->nnodes;
     dedup->copies = most_nodes * m->copy_us + number(most_packed) / m->copy_bytes_per_us + written;
     dedup->written = written;
     if (most_scanned)
@@ -450,8 +534,9 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         struct ry_cost_parts *p = &parts[s];
         double links = larger(p->self, larger(p->local, p->nic));
         p->chunks = 1;
-        p->groups = m->group_us * ((links > 0) + (p->forward > 0));
-        p->total = p->groups + links + p->copies + p->forward + p->overhead + p->search;
+        double groups = s == RY_BALANCED ? larger(p->stages, links > 0) + (p->spread > 0) : links > 0;
+        p->groups = m->group_us * (groups + (p->forward > 0));
+        p->total = p->groups + links + p->copies + p->spread + p->forward + p->overhead + p->search;
     }
     cut(dedup, m, packed && packed < all ? number(all) / number(packed) : 1);
     if (packed >= all)
@@ -484,6 +569,7 @@ struct side {
 struct walker {
     int next;            /* step */
     struct side out, in; /* of the present group */
+    int nodes_in;        /* that it gets from */
 };
 
 static void add(struct side *s, enum ry_link link, uint64_t bytes)
@@ -509,8 +595,10 @@ static double copies_us(const struct ry_cost_model *m, const struct ry_plan *pla
 }
 
 /* Its transfers of group `group`. */
-static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, struct walker *w, int group)
+static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, struct walker *w, int group, long *heard)
 {
+    long now = (long)group * c->nranks + plan->rank + 1; /* heard[node]: when last */
+    w->nodes_in = 0;
     w->out = w->in = (struct side){0};
     for (; w->next < plan->nsteps; w->next++) {
         const struct ry_step *s = &plan->steps[w->next];
@@ -520,6 +608,10 @@ static void take_group(const struct ry_cluster *c, const struct ry_plan *plan, s
                             : c->node[s->peer] == c->node[plan->rank] ? RY_LINK_LOCAL
                                                                       : RY_LINK_NIC;
         add(s->kind == RY_STEP_SEND ? &w->out : &w->in, link, s->bytes);
+        if (s->kind == RY_STEP_RECV && link == RY_LINK_NIC && heard[c->node[s->peer]] != now) {
+            heard[c->node[s->peer]] = now;
+            w->nodes_in++;
+        }
     }
 }
 
@@ -540,7 +632,8 @@ static double group_us(const struct ry_cost_model *m, const struct ry_cluster *c
             if (s->messages[RY_LINK_NIC] > 0)
                 most = larger(most, nic.alpha + s->messages[RY_LINK_NIC] * nic.per_message +
                                         larger(node_bytes[c->node[r]] * nic.per_byte,
-                                               s->bytes[RY_LINK_NIC] / m->nic_rank_bytes_per_us));
+                                               s->bytes[RY_LINK_NIC] / m->nic_rank_bytes_per_us) *
+                                            crowded(m->nic_incast, in ? walkers[r].nodes_in : 1));
         }
     }
     return most > 0 ? most + m->group_us : 0;
@@ -552,8 +645,9 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
     struct walker *walkers = calloc((size_t)(n ? n : 1), sizeof *walkers);
     double *node_bytes = calloc((size_t)(n ? n : 1), sizeof *node_bytes);
     double *over = calloc((size_t)groups + 1, sizeof *over); /* when groups are over, of the first part */
+    long *heard = calloc((size_t)n + 1, sizeof *heard);
     double us = NAN;
-    if (!walkers || !node_bytes || !over)
+    if (!walkers || !node_bytes || !over || !heard)
         goto out;
     double first = model->agreement_us, second = 0;
     if (n && plans[0]->strategy != RY_DIRECT)
@@ -570,7 +664,7 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
             beside = model->node_comm && walkers[r].next >= ry_second(p) && walkers[r].next < p->nsteps;
             if (beside && p->steps[walkers[r].next].after > after)
                 after = p->steps[walkers[r].next].after;
-            take_group(cluster, plans[r], &walkers[r], g);
+            take_group(cluster, plans[r], &walkers[r], g, heard);
         }
         double *now = after < 0 ? &first : &second;
         bool inside = model->node_comm && n && ry_inside(plans[0]->inside, g);
@@ -584,5 +678,6 @@ out:
     free(walkers);
     free(node_bytes);
     free(over);
+    free(heard);
     return us;
 }

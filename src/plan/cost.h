@@ -34,6 +34,8 @@ struct ry_cost_model {
         bool measured;       /* by railyard calibrate */
     } link[RY_LINKS];
     double nic_rank_bytes_per_us; /* the most that one rank alone gets out of its node's NIC, each way */
+    double nic_incast; /* 0 to below 1: the share of its bandwidth that a NIC loses at most where many nodes send to it at once:
+                          of f nodes, 1 - 1 / f of this. 0 unless somebody knows better: nobody measures it, nor is it in files */
     double copy_us, copy_bytes_per_us; /* of each copy between groups; SELF is what goes through NCCL. Kernels that pack rows and
                                           write them out are copies; a search reads each byte twice, for once read and written */
     double group_us;                   /* of each NCCL group (a kernel launch) */
@@ -72,7 +74,7 @@ struct ry_cost_matrix {
  * Estimate `strategy` for an exchange in which rank r has loads[r], agreement included (plain NCCL, not engaged: take
  * model->agreement_us off direct's). Dedup includes looking for equal rows, packing and writing out; it is INFINITY where
  * nobody looked or nothing was found, and is in the fastest number of chunks, of which each is passed on inside the
- * nodes while the next crosses. Sum always is INFINITY: it is not chosen by cost. O(nranks), no allocation.
+ * nodes while the next crosses. Balanced knows of nodes' sums only, so the number of its stages is an assumption. Sum always is INFINITY: it is not chosen by cost. O(nranks), no allocation.
  */
 double ry_cost_estimate(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads,
                         const struct ry_cost_matrix *matrix, enum ry_strategy strategy);
@@ -130,7 +132,7 @@ struct ry_choice {
  * never measured and neither was the strategy. Once chosen for a size class it stays as long as it is not slower than
  * direct and no third one is faster by the margin, so that noise does not make the choice flap. A strategy that comes within
  * 25 % of the best is tried now and then (after 16 choices, then 32, … up to 1024; the one measured least), since only what
- * is tried can be learned. Hierarchical is not considered where nothing would be relayed, dedup not where it is INFINITY.
+ * is tried can be learned. Hierarchical and balanced are not considered where nothing would be relayed, dedup not where it is INFINITY.
  * `learned` may be NULL: no corrections, hysteresis or trials. O(nranks), no allocation.
  */
 void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model, struct ry_cost_learned *learned,

@@ -13,6 +13,8 @@ struct ry_cost_parts {
     double written; /* of which this is the latter */
     double hidden;  /* what chunks save of all that; groups: of all of them */
     int chunks;     /* 1 or more */
+    double spread;  /* balanced: inside the nodes, before the stages; */
+    double stages;  /* of which there are about so many */
     /* the busiest NIC: bytes in that direction, messages of its rank that has most; -1 where nothing crosses */
     int nic_node;
     bool nic_in;

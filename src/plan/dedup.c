@@ -169,8 +169,7 @@ static int list_arrivals(const struct ry_building *b, struct arrival *a, uint64_
     return 0;
 }
 
-/* Copies that lay it out at `at`; neighbours in one. */
-static void gather(struct ry_building *b, struct ry_pieces p, uint64_t at)
+void ry_gather(struct ry_building *b, struct ry_pieces p, uint64_t at)
 {
     const uintptr_t *send_at = b->in->send_at;
     int first = -1;
@@ -226,7 +225,7 @@ static int depart(struct ry_building *b, struct ry_departure *all, uint64_t *sta
                                                   .repeats = d->m.repeats,
                                                   .rows = d->m.rows});
         else if (d->room)
-            gather(b, pieces, *stage);
+            ry_gather(b, pieces, *stage);
         *stage = ry_sum(*stage, d->room);
     }
     return 0;

@@ -12,6 +12,7 @@
 static const struct ry_strategy_ops *const strategies[RY_STRATEGIES] = {
     [RY_DIRECT] = &ry_direct_ops,
     [RY_HIERARCHICAL] = &ry_hierarchical_ops,
+    [RY_BALANCED] = &ry_balanced_ops,
     [RY_DEDUP] = &ry_dedup_ops,
     [RY_SUM] = &ry_sum_ops,
 };
@@ -60,12 +61,14 @@ int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int 
         return 0;
     }
     size_t rows = (size_t)slice->nrows, cols = (size_t)slice->ncols, repeats = ops->repeats ? rows : 0;
-    slice->cells = calloc(1, rows * cols * sizeof *slice->cells + repeats * sizeof *slice->repeats +
+    slice->nwords = ops->words ? ops->words(cluster, cluster->node[rank]) : 0;
+    slice->cells = calloc(1, (rows * cols + slice->nwords) * sizeof *slice->cells + repeats * sizeof *slice->repeats +
                                  (rows + cols) * sizeof(int)); /* one block */
     if (!slice->cells)
         return ry_fail(err, "no memory for %zu cells of the matrix", rows * cols);
-    slice->repeats = repeats ? (struct ry_repeats *)(slice->cells + rows * cols) : NULL;
-    slice->rows = (int *)((struct ry_repeats *)(slice->cells + rows * cols) + repeats);
+    slice->words = slice->nwords ? slice->cells + rows * cols : NULL;
+    slice->repeats = repeats ? (struct ry_repeats *)(slice->cells + rows * cols + slice->nwords) : NULL;
+    slice->rows = (int *)((struct ry_repeats *)(slice->cells + rows * cols + slice->nwords) + repeats);
     slice->cols = slice->rows + rows;
     for (int r = 0, i = 0, j = 0; r < cluster->nranks; r++) {
         if (ops->row(cluster, rank, r))
@@ -89,6 +92,8 @@ void ry_slice_fill(struct ry_slice *slice, const struct ry_cluster *cluster, con
                                     ? repeats[from * (size_t)cluster->nnodes + (size_t)cluster->node[slice->cols[0]]]
                                     : (struct ry_repeats){0};
     }
+    if (slice->words)
+        strategies[RY_BALANCED]->fill_words(cluster, cluster->node[slice->cols[0]], matrix, slice->words);
 }
 
 void ry_slice_free(struct ry_slice *slice)
@@ -156,6 +161,9 @@ static int check_slice(const struct ry_plan_input *in, struct ry_err *err)
     if (!s)
         return ry_fail(err, "plan of rank %d: strategy %s needs cells of the matrix, but there are none", in->rank,
                        ops->name);
+    if (ops->words && s->nwords != ops->words(c, c->node[in->rank]))
+        return ry_fail(err, "plan of rank %d: the slice of the matrix has %zu words of strategy %s, not %zu", in->rank, s->nwords,
+                       ops->name, ops->words(c, c->node[in->rank]));
     rows = 0;
     for (int r = 0; r < c->nranks; r++) {
         if (ops->row(c, in->rank, r) && (rows >= s->nrows || s->rows[rows++] != r))

@@ -15,6 +15,11 @@
  *                 local index l mod size(m), which is rank l of the same rail where nodes are alike. The relay passes each
  *                 piece on inside its node. Messages across nodes: one per remote node instead of one per remote rank.
  *                 In-node segments go directly.
+ *   balanced      what node a has for node b is spread evenly over a's ranks first, inside the node, so that every rail carries
+ *                 as much; then it crosses, evenly to b's ranks, in stages, in each of which a node sends to at most one node and gets
+ *                 from at most one (birkhoff.h); last it is passed on inside b. A group each: spreading, the stages, passing on; if
+ *                 there are more than 32 stages, neighbours share a group.
+ *                 In-node segments go beside the longest stage.
  *   dedup         hierarchical, but what a rank sends to a node is cut into rows, and of equal rows only one crosses: the
  *                 packed message of run/rows.h, for every message where that is shorter (ry_packs()). The relay hands the
  *                 packed message on to those ranks of its node for which that is shorter than their rows, and writes
@@ -43,7 +48,7 @@
 #include "base/error.h"
 #include "cluster.h"
 
-enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_DEDUP, RY_SUM, RY_STRATEGIES };
+enum ry_strategy { RY_DIRECT, RY_HIERARCHICAL, RY_BALANCED, RY_DEDUP, RY_SUM, RY_STRATEGIES };
 const char *ry_strategy_name(enum ry_strategy s);
 /** -1 for a name that cannot be asked for; the error lists those that can. */
 int ry_strategy_parse(const char *name, enum ry_strategy *out, struct ry_err *err);
@@ -98,13 +103,16 @@ bool ry_packs(struct ry_repeats repeats, uint64_t rows, uint64_t bytes);
  * rows and `to` in cols, both ascending. For hierarchical: rows = the remote ranks that this rank relays for, cols = its
  * node's ranks; empty for a rank that is alone on its node. For dedup: rows = all remote ranks, cols = its node's ranks, and
  * what each row's rank found among what it sends to this node. The yardmaster sends each rank just these. For sum: none; its
- * plan is built from the slice that D's was.
+ * plan is built from the slice that D's was. For balanced: rows and cols as for dedup, and `words`: what each of its node's ranks
+ * sends to each node, and its node's part in each stage. In all 8 bytes * (W S + S N + 9 N) of W ranks, N nodes, S on its own.
  */
 struct ry_slice {
     int nrows, ncols;
     int *rows, *cols;
     uint64_t *cells;            /* [nrows][ncols], bytes */
     struct ry_repeats *repeats; /* [nrows]; NULL but for dedup */
+    size_t nwords;
+    uint64_t *words; /* balanced, and only its file knows what they say; equal on all ranks of a node */
 };
 /** Which cells rank `rank` needs; `cells` and `repeats` are allocated and zero. Freed by ry_slice_free(). -1 when out of memory. */
 int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int rank, enum ry_strategy strategy,
@@ -112,6 +120,13 @@ int ry_slice_init(struct ry_slice *slice, const struct ry_cluster *cluster, int 
 /** Fill in from the full matrix, matrix[from * nranks + to], and repeats[from * nnodes + node] (NULL: nobody looked). */
 void ry_slice_fill(struct ry_slice *slice, const struct ry_cluster *cluster, const uint64_t *matrix,
                    const struct ry_repeats *repeats);
+/** What the words of all ranks' slices are made of, to be found once for all of them; O(nranks^2 + nnodes^3). NULL with `err` when
+ *  out of memory or if bytes add up to more than 62 bits. ry_slice_fill() does it for a single slice, which then has none where that
+ *  fails, and no plan can be built from it. */
+struct ry_balance *ry_balance_of(const struct ry_cluster *cluster, const uint64_t *matrix, struct ry_err *err);
+void ry_balance_free(struct ry_balance *balance);
+/** The words of the slices of a node's ranks: slice->nwords of them to `words`. */
+void ry_balance_words(const struct ry_balance *balance, const struct ry_cluster *cluster, int node, uint64_t *words);
 void ry_slice_free(struct ry_slice *slice);
 
 struct ry_plan_input {
@@ -192,7 +207,7 @@ struct ry_plan {
     uint64_t stage_bytes; /* staging memory needed */
     int nsteps;
     struct ry_step *steps;
-    uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; by the map alone, equal on all ranks */
+    uint64_t inside; /* bit g: on no rank does group g hold a transfer between nodes; equal on all ranks */
     int beside;      /* so many steps at the end may also be carried out beside those before them, in their own order, each
                         once the groups up to its `after` are over; their groups all stay inside the nodes */
 };

@@ -77,6 +77,8 @@ static inline bool ry_relays(const struct ry_cluster *c, int rank, int from)
 bool ry_relayed_column(const struct ry_cluster *c, int rank, int other);
 size_t ry_relayed_most_steps(const struct ry_building *b);
 int ry_relayed_build(struct ry_building *b);
+/* Copies that lay pieces of the send buffer out at `at`; neighbours in one. */
+void ry_gather(struct ry_building *b, struct ry_pieces p, uint64_t at);
 /* relayed.c: */
 uint64_t ry_relayed_stage_relay(const struct ry_cluster *c, int rank, const uint64_t *matrix,
                                 const struct ry_repeats *repeats);

@@ -43,10 +43,13 @@ struct ry_strategy_ops {
                            const struct ry_repeats *repeats);
     int (*stage_all)(const struct ry_cluster *cluster, const uint64_t *matrix, const struct ry_repeats *repeats,
                      uint64_t *relay, uint64_t *pack, struct ry_err *err);
+    /* How many words a slice has, and the words themselves, all zero before. NULL: none. */
+    size_t (*words)(const struct ry_cluster *cluster, int node);
+    void (*fill_words)(const struct ry_cluster *cluster, int node, const uint64_t *matrix, uint64_t *words);
     bool repeats; /* has to do with repeats: slices hold what the rows' ranks found. Without it, no operation gets any.
                    */
 };
-extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_dedup_ops, ry_sum_ops;
+extern const struct ry_strategy_ops ry_direct_ops, ry_hierarchical_ops, ry_balanced_ops, ry_dedup_ops, ry_sum_ops;
 
 /* Append a step; one without bytes is left out. */
 static inline void ry_step_add(struct ry_plan *plan, struct ry_step step)

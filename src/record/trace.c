@@ -75,6 +75,7 @@ static void free_comm(struct ry_trace_comm *c)
     free(c->name);
     json_decref(c->counters);
     ry_agreed_free(&c->agreed);
+    ry_local_free(&c->local);
     free(c);
 }
 
@@ -512,6 +513,7 @@ static void take_exchange(struct pass2 *s, const struct ry_parsed *x)
     line.busy = to_others > from_others ? to_others : from_others;
     line.strategy = take_agreement(c, r, x);
     take_way(c, x, &line);
+    ry_local_add(&c->local, x->way, x->number, s->rank_number, c->nranks, c->node, c->nnodes, x->send, x->type_bytes);
     r->lines++;
     if (x->number != UINT64_MAX && x->number + 1 > r->exchanges && x->number < r->lines + r->dropped + (1 << 20))
         r->exchanges = x->number + 1;

@@ -20,6 +20,7 @@
 
 #include "agreed.h"
 #include "base/error.h"
+#include "local.h"
 #include "times.h"
 #include "ways.h"
 
@@ -69,6 +70,7 @@ struct ry_trace_comm {
     uint64_t gathers, gather_count;
     struct ry_trace_agreed agreed; /* what its exchange lines tell of the agreement */
     struct ry_trace_ways ways;     /* of equal rows, by direction */
+    struct ry_trace_local local;   /* what stays on its rank and node, by direction and over time */
     json_t *counters;              /* object: sums over the ranks */
     bool counted;                  /* at least one rank gave counters */
 };

@@ -30,7 +30,7 @@ struct ry_exchange {
 
 const char *ry_sim_strategy_name(enum ry_sim_strategy s)
 {
-    static const char *const names[RY_SIM_STRATEGIES] = {"plain", "hierarchical", "dedup", "sum"};
+    static const char *const names[RY_SIM_STRATEGIES] = {"plain", "hierarchical", "balanced", "dedup", "sum"};
     return (unsigned)s < RY_SIM_STRATEGIES ? names[s] : "?";
 }
 
@@ -367,6 +367,27 @@ static void fill_nics(struct ry_exchange *x, const uint64_t *in, const uint64_t 
     }
 }
 
+/* Balanced: every rank of a node has its share, each way. Returns what moves inside nodes for that, about: what ranks send above
+ * their share, and what comes to others than it is for. */
+static double even_nics(struct ry_exchange *x)
+{
+    const struct ry_cluster *c = x->cluster;
+    double moves = 0;
+    fill_nics(x, NULL, NULL);
+    for (int way = 0; way < 2; way++)
+        for (int n = 0; n < c->nnodes; n++) {
+            double sum = 0;
+            for (int k = x->first[n]; k < x->first[n + 1]; k++)
+                sum += x->nic[way][x->rank_at[k]];
+            for (int k = x->first[n]; k < x->first[n + 1]; k++) {
+                double *nic = &x->nic[way][x->rank_at[k]], share = sum / c->node_size[n];
+                moves += way == 0 ? fmax(*nic - share, 0) : *nic * (1 - 1.0 / c->node_size[n]);
+                *nic = share;
+            }
+        }
+    return moves;
+}
+
 static double total(const uint64_t *bytes, int n)
 {
     double sum = 0;
@@ -395,6 +416,9 @@ void ry_exchange_costs(struct ry_exchange *x, const struct ry_cost_model *m, dou
         fill_nics(x, x->comes, NULL);
         balance(x, rails, &o[RY_SIM_HIERARCHICAL]);
         o[RY_SIM_HIERARCHICAL].local_bytes = local + relayed;
+        o[RY_SIM_BALANCED].us = ry_cost_estimate(m, x->cluster, x->load, NULL, RY_BALANCED);
+        o[RY_SIM_BALANCED].local_bytes = local + even_nics(x);
+        balance(x, rails, &o[RY_SIM_BALANCED]);
         if (!x->pairs)
             continue;
         struct ry_exchange_cost *dedup = &o[RY_SIM_DEDUP], *sum = &o[RY_SIM_SUM];

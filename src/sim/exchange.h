@@ -2,7 +2,7 @@
  * exchange.h: one MoE layer's exchanges as bytes on links, and how long each strategy takes for them.
  *
  * Owns: counting who sends how many rows to whom, the loads that src/plan's cost model is fed with, and dedup as a byte
- * model. Not: the cost model itself (plan/cost.h): times of plain and hierarchical are ry_cost_estimate()'s.
+ * model. Not: the cost model itself (plan/cost.h): times of plain, hierarchical and balanced are ry_cost_estimate()'s.
  *
  * Dedup and sum are modelled by the parts of hierarchical's estimate, and not by ry_cost_estimate(), which knows less of who
  * relays what and has nothing for sum:
@@ -22,8 +22,8 @@
 #include "plan/cost.h"
 #include "sim/workload.h"
 
-enum ry_sim_strategy { RY_SIM_PLAIN, RY_SIM_HIERARCHICAL, RY_SIM_DEDUP, RY_SIM_SUM, RY_SIM_STRATEGIES };
-const char *ry_sim_strategy_name(enum ry_sim_strategy strategy); /* "plain", "hierarchical", "dedup", "sum" */
+enum ry_sim_strategy { RY_SIM_PLAIN, RY_SIM_HIERARCHICAL, RY_SIM_BALANCED, RY_SIM_DEDUP, RY_SIM_SUM, RY_SIM_STRATEGIES };
+const char *ry_sim_strategy_name(enum ry_sim_strategy strategy); /* "plain", "hierarchical", "balanced", … */
 
 enum ry_way { RY_THERE, RY_BACK, RY_WAYS }; /* samples' homes → experts, and the other way */
 

@@ -718,6 +718,39 @@ class DedupTest(unittest.TestCase):
         self.assertIn("all bytes as they must be", r.stdout)
 
 
+class ProfilerTest(unittest.TestCase):
+    """What tests/gpu/profiler concludes, and all of it with gloo and without Railyard where PyTorch is there."""
+
+    def test_compare(self):
+        m = load("profiler")
+        a = m.parse(["--nodes", "1", "--gpus", "2"])
+        sent = [[1, 2], [3, 4]]
+        good = {"birth": "seen", "rank_matrix": sent, "exchanges": 7, "agreement": {"same_exchanges": True, "pairs_differ": 0}, "bytes_total": 10,
+                "time": {"median_us": 5.0}, "counters": {"plain_groups": 4}, "ranks": [{"time": {"samples": 3}}, {}], "directions": [], "nnodes": 1}
+        with tempfile.TemporaryDirectory() as folder:
+            for r in range(2):
+                with open(os.path.join(folder, "rank-%d.json" % r), "w") as f:
+                    json.dump({"rank": r, "sent": sent[r], "exchanges": 7, "steps": 3}, f)
+
+            def wrong(label="profiled", processes=2, **change):
+                m.report = lambda a, trace: {"processes": processes, "communicators": [dict(good, **change)]}
+                return m.compare(a, label, folder, "")[0]
+            self.assertEqual(wrong(), [])
+            self.assertEqual(wrong("both", birth="init"), [])
+            for change in ({"exchanges": 8}, {"rank_matrix": [[1, 2], [3, 5]]}, {"time": None}, {"counters": {"plain_groups": 5}}, {"birth": "init"},
+                           {"processes": 4}, {"label": "both"}, {"agreement": {"same_exchanges": False, "pairs_differ": 0}}):
+                self.assertEqual(len(wrong(**change)), 1, change)
+
+    def test_control(self):
+        if not have_torch():
+            self.skipTest("PyTorch is not installed for %s (RY_TEST_PYTHON)" % TORCH)
+        r = subprocess.run([sys.executable, os.path.join(HERE, "profiler"), "--control", "--devices", "none", "--python", TORCH, "--seconds", "1",
+                            "--steps", "2", "--ways", "profiled", "--tokens", "64", "--hidden", "32", "--nic", "1gbit"],
+                           text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        self.assertEqual(r.returncode, 0, r.stdout + r.stderr)
+        self.assertIn("profiled costs", r.stdout)
+
+
 class FrameworksTest(unittest.TestCase):
     """What can be said of the framework jobs without their frameworks."""
 

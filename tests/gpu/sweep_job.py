@@ -7,6 +7,7 @@ a microsecond. All ranks change ways between the same exchanges, as they do ever
 import argparse
 import ctypes
 import os
+import random
 import socket
 import time
 
@@ -18,6 +19,14 @@ def table(shape, world, per_node, size):
     """Bytes from rank to rank, `size` from the rank that sends most."""
     if shape == "uniform":
         weight = [[1.0] * world for _ in range(world)]
+    elif shape == "back":  # what answers "zipf": popular ranks send most
+        weight = [[1.0 / (1 + i) for _ in range(world)] for i in range(world)]
+    elif shape == "pairs":  # Zipf over the receivers, in an order of each sender's own
+        weight = []
+        for i in range(world):
+            order = list(range(world))
+            random.Random(i).shuffle(order)
+            weight.append([1.0 / (1 + order[j]) for j in range(world)])
     else:  # Zipf over the receivers, as experts are popular; the same for every sender
         weight = [[1.0 / (1 + j) for j in range(world)] for _ in range(world)]
     most = max(sum(row) for row in weight)

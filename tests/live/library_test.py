@@ -101,7 +101,7 @@ def loading():
     check("a setting made later is not seen", library.setting("RAILYARD_PLACEMENT") == "watch")
     check("a setting's text is another one", library.setting("RAILYARD_ROUTING") == "/tmp/ä")
     os.environ["RAILYARD_PLACEMENT"] = "on"
-    refused("RAILYARD_PLACEMENT='on' is not off, watch or batch", library.setting, "RAILYARD_PLACEMENT")
+    refused("RAILYARD_PLACEMENT='on' is not off, watch, batch or layer", library.setting, "RAILYARD_PLACEMENT")
     refused("there is no setting RAILYARD_NONE", library.setting, "RAILYARD_NONE")
     del os.environ["RAILYARD_PLACEMENT"], os.environ["RAILYARD_ROUTING"]
 

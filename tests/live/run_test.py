@@ -94,7 +94,7 @@ check(
 check(
     "a wrong value",
     run("--placement", "batc", "--", "true"),
-    (2, "", "railyard run: RAILYARD_PLACEMENT='batc' is not off, watch or batch"),
+    (2, "", "railyard run: RAILYARD_PLACEMENT='batc' is not off, watch, batch or layer"),
 )
 check("no command", run()[0], 2)
 check("a command and --print", run("--print", "--", "true")[0], 2)

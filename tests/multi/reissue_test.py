@@ -122,6 +122,16 @@ def case_strategies():
     reissued(out)
 
 
+def case_balanced():
+    """Rails evened out, in stages: any shape of nodes, verified by Railyard itself too; nothing is reissued any other way."""
+    for shape, nodes in (("aabb", 2), ("abbca", 3), ("aaab", 2), ("abcd", 4), ("abcabcab", 3)):
+        done, lines = mix(shape, {"RAILYARD_STRATEGY": "balanced", "RAILYARD_VERIFY": "7"}, number="80" if len(shape) > 5 else "120")
+        for line in expect(lines, r"0 hierarchical, \d+ balanced, \d+ verified", len(shape)):
+            balanced, verified = map(int, re.search(r"(\d+) balanced, (\d+) verified", line).groups())
+            if balanced < done or verified < done // 7:
+                fail(f"{balanced} balanced and {verified} verified of {done}: {line}")
+
+
 def case_in_place():
     out, lines = job("reissue_right", "in_place", "abba")
     calm(lines)

@@ -279,8 +279,9 @@ int main(int argc, char **argv)
         struct side s = {0};
         struct ry_cluster *cluster = layout();
         static const uint64_t widths[] = {64, 100, 513, 1024, 4098};
-        static const enum ry_strategy strategies[] = {RY_DEDUP, RY_DEDUP, RY_DEDUP, RY_HIERARCHICAL, RY_DIRECT};
-        enum ry_strategy strategy = strategies[draw(5)];
+        static const enum ry_strategy strategies[] = {RY_DEDUP,    RY_DEDUP,    RY_DEDUP, RY_HIERARCHICAL,
+                                                     RY_BALANCED, RY_BALANCED, RY_DIRECT};
+        enum ry_strategy strategy = strategies[draw(7)];
         rows.width = widths[draw(5)], rows.tokens = 1 + draw(30), rows.distinct = draw(4);
         rows.width = strategy == RY_DEDUP ? rows.width : 0;
         fill(matrix, who.world);

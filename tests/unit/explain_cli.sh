@@ -32,11 +32,11 @@ expect 0 'explain' --help
 
 # 2 x 2, 100 bytes each: 25 to every rank. Across: 8 messages of 25, or 4 of 50; then half of what came is passed on in the node.
 expect 0 '4 ranks on 2 nodes; the plans of all ranks were verified' --uniform 100 --nodes 2 --gpus 2
-also 'across nodes +8, 200 B +4, 200 B$'
-also 'in the node +4, 100 B +8, 200 B$'
-also 'busiest node sends across +4, 100 B +2, 100 B$'
-also 'packed by copies +0, 0 B +0, 0 B$'
-also 'staging, rank with most +0 B +256 B$'
+also 'across nodes +8, 200 B +4, 200 B +4, 200 B$'
+also 'in the node +4, 100 B +8, 200 B +8, 200 B$'
+also 'busiest node sends across +4, 100 B +2, 100 B +2, 100 B$'
+also 'packed by copies +0, 0 B +0, 0 B +0, 0 B$'
+also 'staging, rank with most +0 B +256 B +256 B$'
 also 'send 50 B to rank 2 \(node 1, rail 0\)'
 also 'receive 50 B from rank 2 \(node 1, rail 0\): into staging at 0'
 also 'send 25 B to rank 1 in the node: what rank 2 sent, from staging at 25'
@@ -44,10 +44,22 @@ also 'receive 25 B from rank 1 in the node: what rank 3 sent'
 
 # the same with segments that lie apart, and with ranks dealt out, whose segments for a node are no neighbours: packed first
 expect 0 'copy 25 B of what goes to rank 3 into staging at 25' --uniform 100 --nodes 2 --gpus 2 --apart
-also 'packed by copies +0, 0 B +8, 200 B$'
-also 'staging, rank with most +0 B +512 B$'
+also 'packed by copies +0, 0 B +8, 200 B +8, 200 B$'
+also 'staging, rank with most +0 B +512 B +512 B$'
 expect 0 'copy 25 B of what goes to rank 3 into staging at 25' --uniform 100 --nodes 2 --gpus 2 --dealt
 expect 0 'rank 3 of 4 (node 1, rail 1): direct' --uniform 100 --nodes 2 --gpus 2 --strategy direct --rank 3
+
+# balanced: one rank of each node sends all, 600 kB; it gives half to its neighbour, which carries it across on its rail
+{ printf '\223NUMPY\001\000v\000%-117s\n' "{'descr': '<u4', 'fortran_order': False, 'shape': (4, 4), }"
+    for cell in 0 0 1 1  0 0 0 0  1 1 0 0  0 0 0 0; do
+        if [ $cell = 1 ]; then printf '\340\223\004\000'; else printf '\000\000\000\000'; fi
+    done
+} >"$dir/skew.npy"
+expect 0 'send 300 kB to rank 1 in the node: from the segment for rank 3 on' "$dir/skew.npy" --nodes 2 --gpus 2 --strategy balanced
+also '^  group 0, inside the node:'
+also 'send 300 kB to rank 2 \(node 1, rail 0\)$'
+also 'groups +1 +2 +3$'
+expect 0 'send 300 kB to rank 3 (node 1, rail 1): what rank 0 sent, from staging at 0' "$dir/skew.npy" --nodes 2 --gpus 2 --strategy balanced --rank 1
 
 # rows of 64 B, every other one new: 2 x 100 rows to the other node, 100 of them distinct, 6400 B and 4 B for each row. That is more
 # than a rank's 6400 B, so the relay writes the other rank's rows out; with a quarter distinct it passes on 4000 B.
@@ -57,8 +69,8 @@ also 'receive 7200 B from rank 2 \(node 1, rail 0\): packed, into staging at 742
 also 'write out 100 of 200 rows that rank 2 packed, 6400 B, from staging at 7424 into staging at 14848'
 also 'send 6400 B to rank 1 in the node: what rank 2 sent, written out, from staging at 14848'
 also 'write out 100 of 200 rows that rank 2 packed, 6400 B, from staging at 7424 into place'
-also 'across nodes +8, 51.2 kB +4, 51.2 kB +4, 28.8 kB$'
-also 'rows written out +0, 0 B +0, 0 B +8, 51.2 kB$'
+also 'across nodes +8, 51.2 kB +4, 51.2 kB +4, 51.2 kB +4, 28.8 kB$'
+also 'rows written out +0, 0 B +0, 0 B +0, 0 B +8, 51.2 kB$'
 expect 0 'send 4000 B to rank 1 in the node: what rank 2 sent, packed' --uniform 25600 --nodes 2 --gpus 2 --row-bytes 64 --distinct 0.25
 also 'receive 4000 B from rank 1 in the node: packed, into staging'
 expect 0 'hierarchical, 0 copies' --uniform 25600 --nodes 2 --gpus 2 --row-bytes 64 --strategy hierarchical
@@ -69,7 +81,7 @@ expect 0 'send 1536 B to rank 2 (node 1, rail 0): 7 of 14 rows' --uniform 14336 
 also 'send 2048 B to rank 2 \(node 1, rail 0\): 7 of 14 rows, packed in staging at 1536'
 also '^beside that'
 also '^  after group 1:'
-also 'across nodes +8, 28.7 kB +4, 28.7 kB +12, 14.6 kB$'
+also 'across nodes +8, 28.7 kB +4, 28.7 kB +4, 28.7 kB +12, 14.6 kB$'
 expect 2 'into 1, 2 or 4 chunks' --uniform 1K --nodes 2 --gpus 2 --row-bytes 64 --chunks 3
 expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --chunks 2
 expect 2 'by --row-bytes' --uniform 1K --nodes 2 --gpus 2 --strategy dedup
@@ -92,7 +104,7 @@ header() { # SIDES: a version 1.0 header of 128 bytes, as NumPy writes it
 { header '2, 2' && printf '\001\002\003\004'; } >"$dir/m.npy"
 expect 0 'send 2 B to rank 1 (node 1, rail 0)' "$dir/m.npy" --nodes 2 --gpus 1
 also 'receive 3 B from rank 1 \(node 1, rail 0\)'
-also 'across nodes +2, 5 B +2, 5 B$'
+also 'across nodes +2, 5 B +2, 5 B +2, 5 B$'
 { header '1, 4' && printf '\001\002\003\004'; } >"$dir/row.npy"
 expect 1 'no square matrix' "$dir/row.npy" --nodes 2 --gpus 2
 expect 1 'on which nodes' "$dir/m.npy"

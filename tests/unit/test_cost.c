@@ -118,7 +118,10 @@ START_TEST(monotonic)
                     ck_assert(us == INFINITY); /* nobody looked; never chosen by cost */
                     continue;
                 }
-                ck_assert_msg(isfinite(us) && us >= before[s] - 1e-9, "seed %u: %s falls from %f to %f", seed,
+                ck_assert(isfinite(us));
+                if (s == RY_BALANCED)
+                    continue; /* bytes of others may even out what had to be spread */
+                ck_assert_msg(us >= before[s] - 1e-9, "seed %u: %s falls from %f to %f", seed,
                               s ? "hierarchical" : "direct", before[s], us);
                 before[s] = us;
             }
@@ -180,6 +183,83 @@ START_TEST(against_plans)
         exp(worst[0]), exp(sum[0] / rounds), exp(worst[1]), exp(sum[1] / rounds), exp(worst[2]), exp(sum[2] / rounds),
         exp(worst_alike));
     ck_assert(worst_alike < log(4.0 / 3));
+}
+END_TEST
+
+/*
+ * Balanced, by the loads, against its steps: loads know nodes' sums only, and stages are assumed. And what it is for: of rails of
+ * which few carry most it is chosen where the bytes are many, and not where all carry alike or bytes are few.
+ */
+START_TEST(balanced_against_plans)
+{
+    double worst = 0, sum = 0;
+    int rounds = 300;
+    struct ry_cost_model model = typical;
+    for (int round = 0; round < rounds; round++) {
+        model.node_comm = round % 4 < 2;
+        model.nic_incast = round % 3 ? 0 : 0.4;
+        struct ry_cluster *c = round % 2 ? regular(2 + rand() % 6, 1 + rand() % 6) : random_cluster(24);
+        size_t n = (size_t)c->nranks;
+        uint64_t *m = calloc(n * n, sizeof *m), *relayed = calloc(n, sizeof *relayed);
+        double size = exp(uniform(0, 16));
+        for (size_t i = 0; i < n * n; i++)
+            m[i] = (uint64_t)(size * exp(uniform(-2, 2)) / (round % 5 ? 1 : 1 + (double)(i % n)));
+        struct ry_load *l = loads_of(c, m, NULL);
+        double error = log(ry_cost_estimate(&model, c, l, NULL, RY_BALANCED) / from_plans(&model, c, m, NULL, RY_BALANCED, relayed, NULL));
+        ck_assert_msg(fabs(error) < log(2.2), "seed %u: %d ranks on %d nodes: x%.3f", seed, c->nranks, c->nnodes, exp(error));
+        worst = fmax(worst, fabs(error));
+        sum += fabs(error);
+        free(l);
+        free(m);
+        free(relayed);
+        ry_cluster_free(c);
+    }
+    printf("balanced's estimate over steps, worst (mean): x%.2f (%.3f)\n", exp(worst), exp(sum / rounds));
+    ck_assert_double_lt(sum / rounds, log(1.3));
+}
+END_TEST
+
+START_TEST(balanced_pays)
+{
+    struct ry_cluster *c = regular(4, 8);
+    struct ry_cost_model model = typical;
+    model.nic_rank_bytes_per_us = 500; /* a NIC for every two ranks, and slower than all together */
+    uint64_t *m = calloc(32 * 32, sizeof *m), *relayed = calloc(32, sizeof *relayed);
+    struct ry_choice choice;
+    for (int skewed = 0; skewed < 2; skewed++)
+        for (int large = 0; large < 2; large++) {
+            uint64_t bytes = large ? 1 << 22 : 1 << 10;
+            for (int i = 0; i < 32; i++)
+                for (int j = 0; j < 32; j++)
+                    m[i * 32 + j] = !skewed ? bytes : i % 8 ? bytes / 8 : 4 * bytes; /* rank 0 of each node sends most */
+            struct ry_load *l = loads_of(c, m, NULL);
+            ry_cost_choose(&choice, &model, NULL, c, l, NULL, 0.05);
+            ck_assert_msg((choice.strategy == RY_BALANCED) == (skewed && large), "%s", choice.why);
+            if (skewed && large) {
+                double us = from_plans(&model, c, m, NULL, RY_BALANCED, relayed, NULL);
+                ck_assert(1.5 * us < from_plans(&model, c, m, NULL, RY_DIRECT, relayed, NULL));
+                ck_assert_msg(strstr(choice.why, "evenly over its rails") != NULL, "%s", choice.why);
+            }
+            free(l);
+        }
+    /* The same bytes from all, which many senders to a node slow down: stages, if that is known. */
+    for (int i = 0; i < 32 * 32; i++)
+        m[i] = 1 << 22;
+    struct ry_load *l = loads_of(c, m, NULL);
+    model.link[RY_LINK_LOCAL].bytes_per_us = model.link[RY_LINK_NODE].bytes_per_us;
+    for (int known = 0; known < 2; known++) {
+        model.nic_incast = known ? 0.5 : 0;
+        double staged = from_plans(&model, c, m, NULL, RY_BALANCED, relayed, NULL),
+               direct = from_plans(&model, c, m, NULL, RY_DIRECT, relayed, NULL);
+        near(ry_cost_estimate(&model, c, l, NULL, RY_DIRECT), direct, "direct, as crowded");
+        ck_assert(known ? staged < 0.85 * direct : staged > direct);
+        ry_cost_choose(&choice, &model, NULL, c, l, NULL, 0.05);
+        ck_assert_msg(choice.strategy == (known ? RY_BALANCED : RY_DIRECT), "%s", choice.why);
+    }
+    free(l);
+    free(relayed);
+    free(m);
+    ry_cluster_free(c);
 }
 END_TEST
 
@@ -305,7 +385,7 @@ START_TEST(learning)
     struct ry_cost_learned *l = calloc(1, sizeof *l);
     int trials, switches;
     /* The model says hierarchical and is wrong by half: a few samples, and it is direct for good. */
-    struct world w = {.wrong = {1, 2}, .noise = 0.05};
+    struct world w = {.wrong = {1, 2, 1}, .noise = 0.05};
     struct ry_choice before;
     ck_assert_int_eq(chosen(&typical, 4, 8, 2048, &before), RY_HIERARCHICAL);
     /* direct was seen while observing */
@@ -323,7 +403,7 @@ START_TEST(learning)
     ck_assert_int_eq(switches, 1);
     /* Wrong for both alike (another NIC than was measured): nothing changes, whatever was measured first. */
     memset(l, 0, sizeof *l);
-    w = (struct world){.wrong = {3, 3}, .noise = 0.05};
+    w = (struct world){.wrong = {3, 3, 3}, .noise = 0.05};
     ck_assert_int_ge(run_world(&w, &typical, 2048, 400, RY_HIERARCHICAL, &trials, &switches, l), 196);
     ck_assert_int_eq(switches, 0);
     free(l);
@@ -498,6 +578,8 @@ int main(void)
     tcase_add_test(t, one_node_and_nothing);
     tcase_add_test(t, monotonic);
     tcase_add_test(t, against_plans);
+    tcase_add_test(t, balanced_against_plans);
+    tcase_add_test(t, balanced_pays);
     tcase_add_test(t, crossover);
     tcase_add_test(t, doubt);
     tcase_add_test(t, learning);

@@ -361,7 +361,7 @@ START_TEST(settings)
     ck_assert_str_eq(out, "batch");
     setenv("RAILYARD_PLACEMENT", "bacth", 1);
     ck_assert_int_eq(railyard_live_setting("RAILYARD_PLACEMENT", out, sizeof out), -1);
-    ck_assert_str_eq(railyard_live_error(), "RAILYARD_PLACEMENT='bacth' is not off, watch or batch");
+    ck_assert_str_eq(railyard_live_error(), "RAILYARD_PLACEMENT='bacth' is not off, watch, batch or layer");
     setenv("RAILYARD_EXPERTS", "/a/file", 1);
     ck_assert_int_eq(railyard_live_setting("RAILYARD_EXPERTS", out, sizeof out), 7);
     ck_assert_int_eq(railyard_live_setting("RAILYARD_EXPERTS", out, 7), -1);

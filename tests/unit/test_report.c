@@ -4,9 +4,11 @@
  */
 #include <fcntl.h>
 #include <libxml/parser.h>
+#include <math.h>
 #include <stdarg.h>
 #include <sys/stat.h>
 
+#include "base/kl.h"
 #include "command.h"
 #include "trace_help.h"
 
@@ -319,6 +321,94 @@ START_TEST(equal_rows)
 }
 END_TEST
 
+static double real(const json_t *o, const char *key)
+{
+    return json_number_value(json_object_get(o, key));
+}
+
+/* Two nodes of a rank each: of 6000 bytes that each rank sends, rank 0 keeps 2000, rank 1 4000. */
+START_TEST(locality)
+{
+    char file[128];
+    record_agreed(103, 0, 0);
+    char *text = report(0, "--json", "-", NULL, NULL);
+    json_t *o = json_loads(text, 0, NULL), *way, *bin;
+    const json_t *local = json_object_get(json_array_get(json_object_get(o, "communicators"), 0), "locality");
+    double kl = (2 * log(1 / 3.0 / 0.995) + 4 * log(2 / 3.0 / 0.005) + 2 * log(1 / 3.0 / 0.005) + 4 * log(2 / 3.0 / 0.995)) / 12;
+    size_t i, k;
+    ck_assert_int_eq(integer(local, "exchanges_per_bin"), 4);
+    ck_assert_double_eq_tol(real(local, "kl_even"), (log(0.5 / 0.995) + log(0.5 / 0.005)) / 2, 1e-6);
+    ck_assert_uint_eq(json_array_size(json_object_get(local, "directions")), 3);
+    json_array_foreach(json_object_get(local, "directions"), i, way)
+    {
+        const char *name = json_string_value(json_object_get(way, "direction"));
+        json_int_t bytes = 0;
+        ck_assert_int_eq(integer(way, "bytes"), name ? 50 * 12000 : 3 * 12000);
+        ck_assert_double_eq_tol(real(way, "on_rank"), 0.5, 1e-6);
+        ck_assert_double_eq_tol(real(way, "on_node"), 0.5, 1e-6);
+        ck_assert_double_eq_tol(real(way, "leaves"), 0.5, 1e-6);
+        ck_assert_double_eq_tol(real(way, "kl"), kl, 1e-6);
+        if (name && !strcmp(name, "go")) /* searches found 600 of 2000 bytes left */
+            ck_assert_double_eq_tol(real(way, "leaves_distinct"), 0.15 / 0.65, 1e-6);
+        else
+            ck_assert(json_is_null(json_object_get(way, "leaves_distinct")));
+        ck_assert_uint_eq(json_array_size(json_object_get(way, "over_time")), 26);
+        json_array_foreach(json_object_get(way, "over_time"), k, bin)
+        {
+            ck_assert_int_eq(integer(bin, "from"), 4 * (json_int_t)k);
+            bytes += integer(bin, "bytes");
+        }
+        ck_assert_int_eq(bytes, integer(way, "bytes"));
+    }
+    json_decref(o);
+    free(text);
+    text = report(0, NULL, NULL, NULL, NULL);
+    ck_assert_msg(strstr(text, "go               50.0 %        50.0 %    50.0 %           23.1 %           2.02"), "%s", text);
+    free(text);
+    snprintf(file, sizeof file, "%s/picture.svg", dir);
+    check_picture(file);
+}
+END_TEST
+
+/* Traffic that comes home little by little, and bins that grow. */
+START_TEST(locality_over_time)
+{
+    static struct ry_trace_local l;
+    static const int node[4] = {0, 0, 1, -1};
+    uint64_t matrix[4];
+    struct ry_local_bin b = {.nodes = matrix};
+    for (uint64_t x = 0; x < 1000; x++) {
+        uint64_t count[4] = {10, x, 1000 - x, 7};
+        ry_local_add(&l, "go", x, 0, 4, node, 2, count, 2);
+    }
+    ry_local_add(&l, "go", UINT64_MAX, 0, 4, node, 2, (uint64_t[4]){1, 1, 1, 1}, 2); /* damaged */
+    ck_assert_uint_eq(l.width, 32);
+    uint64_t before = 0, lines = 0;
+    for (int i = 0; i < RY_LOCAL_BINS; i++) {
+        ck_assert(ry_local_sum(&l, 0, i, i + 1, 2, &b));
+        uint64_t n = i < 31 ? 32 : 8;
+        ck_assert_uint_eq(b.lines, n);
+        ck_assert_uint_eq(b.self, 20 * n);
+        ck_assert_uint_eq(b.unknown, 14 * n);
+        ck_assert_uint_eq(b.in_node + b.cross, 2000 * n);
+        ck_assert_uint_eq(matrix[0], b.self + b.in_node);
+        ck_assert_uint_eq(matrix[1], b.cross);
+        ck_assert(b.in_node / n > before || !i);
+        before = b.in_node / n;
+        lines += b.lines;
+    }
+    ck_assert_uint_eq(lines, 1000);
+    ck_assert(ry_local_sum(&l, 0, 0, RY_LOCAL_BINS, 2, &b));
+    ck_assert_uint_eq(b.in_node, 2 * 999 * 1000 / 2);
+    ry_local_free(&l);
+    /* the distance: nothing leaves, all leaves, and nothing there */
+    ck_assert_double_lt(ry_distance_to_local((uint64_t[4]){5, 0, 0, 9}, 2), 0.01);
+    ck_assert_double_eq_tol(ry_distance_to_local((uint64_t[4]){0, 5, 9, 0}, 2), log(1 / 0.005), 1e-9);
+    ck_assert_double_eq_tol(ry_distance_to_local((uint64_t[9]){4, 4, 4, 4, 4, 4, 4, 4, 4}, 3), ry_distance_of_even(3), 1e-9);
+    ck_assert(isnan(ry_distance_to_local((uint64_t[4]){0}, 2)));
+}
+END_TEST
+
 START_TEST(agreed_few)
 {
     record_agreed(52, 1, 30);
@@ -392,6 +482,8 @@ int main(void)
     tcase_add_test(t, agreed_few);
     tcase_add_test(t, agreed_never);
     tcase_add_test(t, equal_rows);
+    tcase_add_test(t, locality);
+    tcase_add_test(t, locality_over_time);
     tcase_add_test(t, missing_ranks);
     tcase_add_test(t, failures);
     suite_add_tcase(suite, t);

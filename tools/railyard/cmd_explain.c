@@ -550,7 +550,7 @@ int cmd_explain(int argc, char **argv)
         {"chunks", 'k', "N", 0,
          "Cut packed messages into N (1, 2 or 4): what one brought is passed on while the next crosses", 2},
         {0, 0, 0, 0, "What to show:", 3},
-        {"strategy", 's', "NAME", 0, "direct, hierarchical (the default; with --row-bytes dedup is), or dedup", 3},
+        {"strategy", 's', "NAME", 0, "direct, hierarchical (the default; with --row-bytes dedup is), balanced, or dedup", 3},
         {"rank", 'r', "RANK", 0, "Whose plan (0)", 3},
         {"all", 'a', 0, 0, "The plans of all ranks", 3},
         {"svg", 'v', "FILE", 0, "Write a picture too: who sends what in each group, beside direct", 3},
@@ -569,6 +569,7 @@ int cmd_explain(int argc, char **argv)
         "Examples:\n"
         "  railyard explain --uniform 1M --nodes 4 --gpus 8 --svg plan.svg\n"
         "  railyard explain --zipf 64K --node-sizes 4,4,2 --all\n"
+        "  railyard explain --zipf 64M --nodes 4 --gpus 8 --strategy balanced\n"
         "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --distinct 0.3\n"
         "  railyard explain --uniform 64M --nodes 2 --gpus 8 --row-bytes 14K --chunks 4\n"
         "  railyard explain trace --rank 3",

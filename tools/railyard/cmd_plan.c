@@ -22,13 +22,14 @@ static struct {
     double row_bytes, nvlink, nic, margin;
     enum ry_solver solver;
     enum ry_counting counting;
-    bool ablate, speed, busiest, shuffled, compare;
+    bool ablate, speed, busiest, shuffled, compare, local;
 } args;
 
 enum {
     KEY_ABLATE = 256,
     KEY_SPEED,
     KEY_COMPARE,
+    KEY_LOCAL,
     KEY_MAP,
     KEY_FIT,
     KEY_BATCHES,
@@ -100,6 +101,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_COMPARE:
         args.compare = true;
         return 0;
+    case KEY_LOCAL:
+        args.local = true;
+        return 0;
     case KEY_MAP:
         args.map = arg;
         return 0;
@@ -161,6 +165,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_END:
         if (args.ndirs > 1 && !args.compare)
             argp_error(state, "takes one folder, but got '%s' too", args.dirs[1]);
+        if (args.local + args.compare + args.speed + args.ablate > 1)
+            argp_error(state, "--locality, --compare, --speed and --ablate are one each");
         if (args.map && (!args.compare || args.nsizes != 1 || args.ndirs != 1))
             argp_error(state, "--map is what --compare learned from one folder for one number of --nodes");
         if (!args.dir && !args.speed)
@@ -184,6 +190,8 @@ static const struct argp_option options[] = {
      "NetMoE, experts that share a node with homes told from tokens, and de-duplicated exchanges, side by side; takes "
      "several DIRs",
      0},
+    {"locality", KEY_LOCAL, 0, 0, "what stays on its rank and node as recorded, layer by layer and over the recording, and how far "
+                                "that is from all", 0},
     {"map", KEY_MAP, "FILE", 0, "with --compare: write the expert map, loads held, to FILE.json or FILE.npy", 0},
     {"json", 'j', "FILE", 0, "write it as JSON, too; with - only that, to stdout", 0},
     {0, 0, 0, 0, "The cluster:", 2},
@@ -507,6 +515,10 @@ int cmd_plan(int argc, char **argv)
     }
     if (args.compare) {
         failed = compare_all(out, quiet, &err);
+    } else if (args.local) {
+        struct ry_study study = {.routing = r, .batch = args.batch};
+        json_t *local = plan_local(&study, args.nodes, args.nsizes, args.ranks, quiet, &err);
+        failed = local ? json_object_set_new(out, "locality", local) : -1;
     } else if (args.speed) {
         json_t *speed = plan_speed(r, args.seed, quiet, &err);
         failed = speed ? json_object_set_new(out, "speed", speed) : -1;

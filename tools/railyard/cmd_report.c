@@ -181,7 +181,10 @@ static void print_comm(const struct ry_summary *s)
            s->kind, s->why);
     printf("  who        ");
     print_nodes(c);
-    printf("; made by %s%s%s\n", c->birth, *c->parent ? " of " : "", c->parent);
+    if (!strcmp(c->birth, "seen"))
+        puts("; seen through NCCL's profiler interface");
+    else
+        printf("; made by %s%s%s\n", c->birth, *c->parent ? " of " : "", c->parent);
     if (s->exchanges) {
         printf("  exchanges  %" PRIu64, s->exchanges);
         if (c->last_ns > c->first_ns)
@@ -209,6 +212,7 @@ static void print_comm(const struct ry_summary *s)
     print_time(s);
     ry_report_agreed_text(s);
     ry_report_ways_text(s);
+    ry_report_local_text(s);
     if (s->dropped || s->dropped_durations)
         printf("  dropped    %" PRIu64 " exchange lines and %" PRIu64
                " durations (the sums hold them; raise RAILYARD_TRACE_BUFFER)\n",

@@ -23,6 +23,7 @@ static struct {
     enum ry_counting counting;
     struct ry_source source;
     bool made_up; /* an option of made-up routing was given */
+    struct sim_skewed skewed;
 } args;
 
 enum {
@@ -44,6 +45,9 @@ enum {
     KEY_PLACEMENTS,
     KEY_COUNT,
     KEY_SVG,
+    KEY_EXCHANGE,
+    KEY_SKEW,
+    KEY_INCAST,
 };
 
 static long number(struct argp_state *state, const char *option, const char *text, long least, long most)
@@ -165,7 +169,16 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args.source.fit = (int)number(state, "fit", arg, 0, 1 << 24);
         return 0;
     case KEY_SEED:
-        args.source.seed = (uint64_t)number(state, "seed", arg, 0, 1L << 30);
+        args.source.seed = args.skewed.seed = (uint64_t)number(state, "seed", arg, 0, 1L << 30);
+        return 0;
+    case KEY_EXCHANGE:
+        args.skewed.bytes = 1048576 * real(state, "exchange", arg, 1e-3, 1e6);
+        return 0;
+    case KEY_SKEW:
+        args.skewed.exponent = real(state, "skew", arg, 0, 4);
+        return 0;
+    case KEY_INCAST:
+        args.skewed.incast = real(state, "incast", arg, 0, 0.95);
         return 0;
     case KEY_PLACEMENTS:
         list(state, arg, true);
@@ -181,6 +194,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args.dir = arg;
         return 0;
     case ARGP_KEY_END:
+        if (args.skewed.bytes > 0 && (args.dir || args.made_up || args.json || args.svg))
+            argp_error(state, "--exchange is one made-up exchange instead of a job, and a table only: leave out '%s'",
+                       args.dir ? args.dir : args.json ? "--json" : args.svg ? "--svg" : "the options of routing");
         if (args.dir && args.made_up)
             argp_error(state,
                        "--locality, --layers, --topk, --tokens and --groups are for made-up routing: leave out "
@@ -217,6 +233,10 @@ static const struct argp_option options[] = {
     {"topk", KEY_TOPK, "N", 0, "experts of a token (2)", 0},
     {"tokens", KEY_TOKENS, "N", 0, "of a sample (512)", 0},
     {"groups", KEY_GROUPS, "N", 0, "groups of experts (one for every 8)", 0},
+    {0, 0, 0, 0, "One skewed exchange instead of a job:", 6},
+    {"exchange", KEY_EXCHANGE, "MIB", 0, "every GPU sends so much in all; direct, hierarchical and balanced by the steps of their plans, up to 1024 GPUs", 0},
+    {"skew", KEY_SKEW, "S", 0, "Zipf's exponent: a GPU's k-th favourite gets 1 / k^S of what its first gets (0.8)", 0},
+    {"incast", KEY_INCAST, "P", 0, "0 to 0.95: the share of its bandwidth that a NIC loses at most when many nodes send to it at once (0)", 0},
     {0, 0, 0, 0, "The protocol:", 5},
     {"placements", KEY_PLACEMENTS, "NAME,...", 0,
      "in-order, netmoe-gather, netmoe-predicted, netmoe-known, homes, coplaced, coplaced-tokens (all that can be)", 0},
@@ -236,14 +256,16 @@ static const struct argp argp = {
     "DIR holds recorded routing: meta.json and counts.npy (see routing-format.md); without it, routing is made up. A "
     "layer has four exchanges: dispatch, combine, and their gradients. Times are those of the cost model that jobs "
     "decide by, fed with data-sheet figures (of which NCCL reaches 3/4) or with measured ones (--cost).\n\n"
-    "plain is NCCL as it is. hierarchical gathers what goes to a node into one message per rail. dedup sends a token "
+    "plain is NCCL as it is. hierarchical gathers what goes to a node into one message per rail. balanced evens out "
+    "what rails carry, and crosses in stages. dedup sends a token "
     "that several experts of a node want there once; it does so where copies are equal, in dispatch and in the "
     "gradient "
     "of combine, and has no plan in this version: what it would take is put together from hierarchical's parts. sum, "
     "modelled the same way, adds up a token's rows before they cross on the way back, which changes rounding.\n\n"
     "Recorded experts and samples that are too few for the cluster stand for several each; the output says so.\n\n"
     "  railyard sim --preset netmoe traces/gpt\n"
-    "  railyard sim --preset h100-pod --nodes 2,8,32,128,512 --locality 0.8 --svg growth.svg",
+    "  railyard sim --preset h100-pod --nodes 2,8,32,128,512 --locality 0.8 --svg growth.svg\n"
+    "  railyard sim --preset h100-pod --nodes 4,16,64,128 --exchange 256 --skew 0.8",
     0,
     0,
     0};
@@ -295,7 +317,7 @@ static int experts_of(const struct ry_routing *r, int ranks, struct ry_err *err,
     return 0;
 }
 
-static int simulate(struct sim_point *p, const struct ry_routing *r, int nodes, struct ry_err *err)
+static void set_fabric(struct sim_point *p, int nodes)
 {
     p->fabric = *args.preset;
     p->fabric.nodes = nodes;
@@ -309,6 +331,11 @@ static int simulate(struct sim_point *p, const struct ry_routing *r, int nodes, 
         p->fabric.node_gbs *= (double)p->fabric.nics / args.preset->nics;
     }
     p->fabric.node_gbs = args.nic > 0 ? args.nic : p->fabric.node_gbs;
+}
+
+static int simulate(struct sim_point *p, const struct ry_routing *r, int nodes, struct ry_err *err)
+{
+    set_fabric(p, nodes);
     int ranks = nodes * p->fabric.gpus;
     if (ranks > MOST_GPUS)
         return ry_fail(err, "%d nodes of %d GPUs are more than the %d GPUs that can be simulated", nodes,
@@ -342,6 +369,16 @@ static int simulate(struct sim_point *p, const struct ry_routing *r, int nodes, 
     p->sim.cluster = NULL;
     p->seconds = now_s() - watch.begun;
     return failed ? -1 : 0;
+}
+
+static int simulate_exchange(struct sim_point *p, int nodes, struct ry_err *err)
+{
+    set_fabric(p, nodes);
+    struct ry_cluster *c = ry_fabric_cluster(&p->fabric, err);
+    int rc = c ? ry_fabric_model(&p->model, c, args.cost, err) : -1;
+    p->model.agreement_us = args.agreement_us;
+    ry_cluster_free(c);
+    return rc;
 }
 
 /* ---- what comes out ---- */
@@ -379,6 +416,7 @@ int cmd_sim(int argc, char **argv)
     args.row_bytes = 4096;
     args.preset = ry_fabric_at(0);
     args.source = (struct ry_source){.layers = 4, .topk = 2, .tokens = 512, .locality = 0.5, .fit = 1024, .seed = 1};
+    args.skewed = (struct sim_skewed){.exponent = 0.8, .seed = 1};
     for (int p = 0; p < RY_PLACINGS; p++)
         args.placings[p] = true;
     if (argp_parse(&argp, argc, argv, 0, NULL, NULL))
@@ -390,7 +428,10 @@ int cmd_sim(int argc, char **argv)
     struct sim_study study = {.dir = args.dir, .cost = args.cost, .points = points};
     int failed = 0;
     for (int i = 0; i < args.nsizes && !failed; i++, study.npoints += !failed)
-        failed = simulate(&points[i], r, args.nodes[i], &err);
+        failed = args.skewed.bytes > 0 ? simulate_exchange(&points[i], args.nodes[i], &err)
+                                       : simulate(&points[i], r, args.nodes[i], &err);
+    if (!failed && args.skewed.bytes > 0)
+        return sim_skewed(&args.skewed, &study, &err) ? command_fail(argv[0], "%s", err.msg) : 0;
     ry_routing_close(r);
     if (failed)
         return command_fail(argv[0], "%s", err.msg);

@@ -14,6 +14,7 @@ static const struct command {
 } commands[] = {
     {"bench", "exchange as mixture-of-experts layers do, check every byte, time it", cmd_bench},
     {"calibrate", "measure what the cluster's links cost, and keep it for jobs that run there", cmd_calibrate},
+    {"capacity", "how much room experts need: LocMoE's bounds, and what recorded routing took", cmd_capacity},
     {"emu", "run a program on an emulated cluster", cmd_emu},
     {"env", "print every setting, its default and the value in force", cmd_env},
     {"plan", "what placing samples where their experts are would save, on recorded routing", cmd_plan},

@@ -20,4 +20,8 @@ json_t *plan_speed(const struct ry_routing *routing, uint64_t seed, bool quiet, 
 json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes, int ranks, const char *map_file,
                      bool quiet, struct ry_err *err);
 
+/** What stays on its rank and node, layer by layer and over the recording, on the same clusters: a table on stdout unless
+ *  `quiet`, and as JSON. NULL with `err`. */
+json_t *plan_local(const struct ry_study *study, const int *nodes, int nsizes, int ranks, bool quiet, struct ry_err *err);
+
 #endif

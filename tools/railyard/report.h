@@ -34,6 +34,13 @@ json_t *ry_report_ways_json(const struct ry_summary *s);
 double ry_report_ways_height(const struct ry_summary *s);
 void ry_report_ways_svg(const struct ry_summary *s, FILE *f, double x, double y);
 
+/* report_local.c: what stays on its rank and node, in all three forms */
+
+void ry_report_local_text(const struct ry_summary *s); /* nothing where nodes are not known, or there is one */
+json_t *ry_report_local_json(const struct ry_summary *s); /* null there */
+double ry_report_local_height(const struct ry_summary *s);
+void ry_report_local_svg(const struct ry_summary *s, FILE *f, double x, double y);
+
 /** What to look at, derived from the numbers: up to RY_HINTS lines, most important first. Returns how many. */
 int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240]);
 

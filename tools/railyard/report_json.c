@@ -128,11 +128,11 @@ static json_t *comm(const struct ry_trace *t, const struct ry_summary *s)
                              number(s->dropped_durations), "one_call", number(c->one_call), "captured",
                              number(c->captured), "types", types(c), "rows", rows(c), "time", time_of(s));
     json_t *shape =
-        json_pack("{s:{s:o,s:o,s:o,s:o},s:{s:o,s:o,s:b},s:o,s:o,s:o,s:o,s:o,s:O}", "imbalance", "sent", peak(&s->peak_sent),
+        json_pack("{s:{s:o,s:o,s:o,s:o},s:{s:o,s:o,s:b},s:o,s:o,s:o,s:o,s:o,s:o,s:O}", "imbalance", "sent", peak(&s->peak_sent),
                   "received", peak(&s->peak_received), "node_sent", peak(&s->node_out), "node_received",
                   peak(&s->node_in), "agreement", "pairs_checked", number(s->pairs_checked), "pairs_differ",
                   number(s->pairs_differ), "same_exchanges", s->same_exchanges, "agreed_on",
-                  ry_report_agreed_json(s), "directions", ry_report_ways_json(s), "ranks", ranks(t, c), "rank_matrix",
+                  ry_report_agreed_json(s), "directions", ry_report_ways_json(s), "locality", ry_report_local_json(s), "ranks", ranks(t, c), "rank_matrix",
                   rank_matrix(c), "node_matrix", node_matrix(s), "counters", c->counters);
     if (!o || !more || !shape || json_object_update_new(o, more) || json_object_update_new(o, shape)) {
         json_decref(o);

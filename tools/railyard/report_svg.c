@@ -364,7 +364,7 @@ void ry_report_svg(const struct ry_summary *s, FILE *f)
         low = top + nside + 30 > low ? top + nside + 30 : low;
     }
     width = width < 760 ? 760 : width;
-    double ways_at = low + ry_report_agreed_height(s), hints_at = ways_at + ry_report_ways_height(s), height = hints_at + 24 + 18 * nhints + 14;
+    double ways_at = low + ry_report_agreed_height(s), local_at = ways_at + ry_report_ways_height(s), hints_at = local_at + ry_report_local_height(s), height = hints_at + 24 + 18 * nhints + 14;
     fprintf(f,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
             "font-family=\"DejaVu Sans, Helvetica, "
@@ -389,6 +389,7 @@ void ry_report_svg(const struct ry_summary *s, FILE *f)
     }
     ry_report_agreed_svg(s, f, 24, low);
     ry_report_ways_svg(s, f, 24, ways_at);
+    ry_report_local_svg(s, f, 24, local_at);
     for (int i = 0; i < nhints; i++) {
         fprintf(f, "<circle cx=\"28\" cy=\"%.1f\" r=\"2.5\" fill=\"" ACCENT "\"/>\n", hints_at + 20 + 18 * i);
         ry_report_svg_text(f, 38, hints_at + 24 + 18 * i, 12, "start", INK, hints[i]);

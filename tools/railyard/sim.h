@@ -27,6 +27,16 @@ struct sim_study {
     int npoints;
 };
 
+/* --exchange: one exchange instead of a job. */
+#define SIM_SKEWED_MOST 1024
+struct sim_skewed {
+    double bytes; /* that every GPU sends; 0: a job it is */
+    double exponent, incast;
+    uint64_t seed;
+};
+/** Its table on stdout, for each of the study's points, of which only fabric and model are looked at. */
+int sim_skewed(const struct sim_skewed *skewed, const struct sim_study *study, struct ry_err *err);
+
 /** All tables on stdout. */
 void sim_print(const struct sim_study *study);
 /** Schema railyard-sim (docs/routing-format.md); NULL without memory. The same for equal input: no clock in it. */

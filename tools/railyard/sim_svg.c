@@ -11,7 +11,7 @@
 #define LINE "#d5dbe1"
 #define WIDTH 980
 
-static const char *const bar_color[RY_SIM_STRATEGIES] = {"#8a97a5", "#2b6ca3", "#c8590b", "#6b4f9e"};
+static const char *const bar_color[RY_SIM_STRATEGIES] = {"#8a97a5", "#2b6ca3", "#2f8a5b", "#c8590b", "#6b4f9e"};
 static const char *const line_color[RY_PLACINGS] = {"#1f2933", "#9aa5b1", "#4f9bd0", "#2b6ca3",
                                                     "#7d9c3c", "#c8590b", "#8a2f62"};
 
@@ -64,7 +64,7 @@ static double round_up(double v)
 static void legend(FILE *f, double y, bool pairs)
 {
     double x = 290;
-    for (int k = 0; k < (pairs ? RY_SIM_STRATEGIES : RY_SIM_DEDUP); k++, x += 150) {
+    for (int k = 0; k < (pairs ? RY_SIM_STRATEGIES : RY_SIM_DEDUP); k++, x += 135) {
         char name[64];
         snprintf(name, sizeof name, "%s%s", ry_sim_strategy_name((enum ry_sim_strategy)k),
                  k >= RY_SIM_DEDUP ? " (modelled)" : "");
@@ -193,7 +193,7 @@ static void growth(const struct sim_study *s, FILE *f)
         most = least * 1.001;
     low *= 0.9;
     high *= 1.1;
-    int rows = pairs ? 2 : 1, placings = 0;
+    int rows = ((pairs ? RY_SIM_STRATEGIES : RY_SIM_DEDUP) + 1) / 2, placings = 0;
     for (int w = 0; w < RY_PLACINGS; w++)
         placings += any[w];
     describe(s, &s->points[0], sub, sizeof sub);

@@ -155,7 +155,9 @@ def join(job: Any, findings: Sequence[Finding], description: Dict[str, Any], **o
     for text in refused:
         job.stop(text)
     job.describe(**description)
-    if mode == "off" and not record or refused and not record:
+    if mode == "layer" and not description["framework"].startswith("megatron-core"):
+        job.stop("RAILYARD_PLACEMENT=layer: samples move between the layers of Megatron-core only, not of %s" % description["framework"])
+    if mode in ("off", "layer") and not record or refused and not record:
         return None
     if blind:
         if job.rank == 0:

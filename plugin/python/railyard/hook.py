@@ -20,8 +20,12 @@ from . import say
 # which settings they are for (None: any that starts the adapter at all).
 ADAPTERS = {
     "torch.utils.data": [("batch", ("batch",))],
-    "megatron.core": [("megatron", ("batch", "watch")), ("megatron_experts", ("batch", "watch", "experts"))],
-    "deepspeed": [("deepspeed", ("batch", "watch")), ("deepspeed_experts", ("batch", "watch", "experts"))],
+    "megatron.core": [
+        ("megatron", ("batch", "watch", "layer")),
+        ("megatron_experts", ("batch", "watch", "experts", "layer")),
+        ("megatron_layers", ("layer",)),
+    ],
+    "deepspeed": [("deepspeed", ("batch", "watch", "layer")), ("deepspeed_experts", ("batch", "watch", "experts"))],
 }
 
 _waiting: Dict[str, List[Callable]] = {}
@@ -132,12 +136,12 @@ def when_imported(name: str, function: Callable) -> None:
 
 
 def wants() -> set:
-    """What settings ask for: of "batch", "watch", "experts". From the environment alone: this runs in every process of a job."""
+    """What settings ask for: of "batch", "layer", "watch", "experts". From the environment alone: this runs in every process of a job."""
     env = os.environ
     out = set()
     placement = env.get("RAILYARD_PLACEMENT", "").strip().lower()
     if placement not in ("", "off"):
-        out.add("batch" if placement == "batch" else "watch")
+        out.add(placement if placement in ("batch", "layer") else "watch")
     if env.get("RAILYARD_ROUTING"):
         out.add("watch")
     if env.get("RAILYARD_EXPERTS"):

@@ -117,6 +117,10 @@ class Job:
     def setting(self, name: str) -> str:
         return self._settings[name] if self._settings is not None and name in self._settings else setting(name)
 
+    def rows_once(self) -> bool:
+        """Whether equal rows cross to a node once only: the library sees to that where it is preloaded and may."""
+        return "librailyard" in os.environ.get("LD_PRELOAD", "") and self.setting("RAILYARD_STRATEGY") in ("auto", "dedup")
+
     def patience(self) -> float:
         return float(self.setting("RAILYARD_PATIENCE"))
 

@@ -11,7 +11,7 @@ import threading
 from array import array
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
-ABI = 1  # RAILYARD_LIVE_ABI
+ABI = 2  # RAILYARD_LIVE_ABI
 
 
 class Error(Exception):
@@ -48,6 +48,40 @@ class _Plan(ctypes.Structure):
 class _State(ctypes.Structure):
     _fields_ = [("size", ctypes.c_uint32), ("sure", ctypes.c_int32), ("samples", ctypes.c_uint64), ("crossed", ctypes.c_double),
                 ("even", ctypes.c_double), ("captured", ctypes.c_double), ("why", ctypes.c_char * 192)]
+
+
+class Ahead(NamedTuple):
+    moved: int  # samples that change places
+    stay: float  # rows predicted to cross to the end of the micro-batch if all stay
+    go: float  # the same as decided
+    why: str
+
+
+class Worth(NamedTuple):
+    sure: bool
+    samples: int
+    batches: int
+    home: float
+    crossed: float
+    carried: float
+    why: str
+
+
+class _LayersJob(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_uint32)] + [
+        (name, ctypes.c_int32) for name in ("ranks", "samples", "tokens", "layers", "experts", "topk", "places", "distinct")
+    ] + [("rank_place", ctypes.POINTER(ctypes.c_int32)), ("expert_place", ctypes.POINTER(ctypes.c_int32))]
+
+
+class _Ahead(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_uint32), ("moved", ctypes.c_int32), ("stay", ctypes.c_double), ("go", ctypes.c_double),
+                ("why", ctypes.c_char * 192)]
+
+
+class _Worth(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_uint32), ("sure", ctypes.c_int32), ("samples", ctypes.c_uint64), ("batches", ctypes.c_uint64),
+                ("home", ctypes.c_double), ("crossed", ctypes.c_double), ("carried", ctypes.c_double),
+                ("why", ctypes.c_char * 192)]
 
 
 class _Buffer(ctypes.Structure):  # Py_buffer: the address of read-only memory, which ctypes' own from_buffer() refuses
@@ -144,6 +178,10 @@ def _library() -> ctypes.CDLL:
             ("record", ctypes.c_int, [p, text, i32, ctypes.c_int64]),
             ("record_flush", ctypes.c_int, [p]),
             ("expert_map", ctypes.c_int, [text, i32, i32, i32, p, p, ctypes.c_size_t]),
+            ("layers_new", p, [ctypes.POINTER(_LayersJob)]),
+            ("layers_free", None, [p]),
+            ("layers_next", ctypes.c_int, [p, i32, p, p, p, p, ctypes.POINTER(_Ahead)]),
+            ("layers_state", ctypes.c_int, [p, ctypes.POINTER(_Worth)]),
         ):
             function = getattr(lib, "railyard_live_" + name)
             function.restype, function.argtypes = result, arguments
@@ -245,8 +283,48 @@ def _places(values: Any, count: int, what: str) -> Any:
 # ---- live placement ----
 
 
-class Live:
-    """struct railyard_live. Any thread may call; a process that was forked off may not."""
+class _Handle:
+    """Something that the library made, and frees. Any thread may call; a process that was forked off may not."""
+
+    KIND = ""  # of the functions: railyard_live_KINDnew and so on
+
+    def _make(self, job: Any) -> None:
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._handle: Optional[int] = None
+        self._lib = _library()
+        self._handle = getattr(self._lib, f"railyard_live_{self.KIND}new")(ctypes.byref(job))
+        if not self._handle:
+            raise _failed(self._lib)
+
+    def _call(self, name: str, *arguments: Any) -> int:
+        with self._lock:  # also so that close() does not free what another thread is using
+            if not self._handle or self._pid != os.getpid():
+                raise Error("live: closed" if not self._handle else "live: made by another process")
+            got = getattr(self._lib, f"railyard_live_{self.KIND}{name}")(self._handle, *arguments)
+            if got < 0:
+                raise _failed(self._lib)
+            return got
+
+    def close(self) -> None:
+        with self._lock:
+            handle, self._handle = self._handle, None
+            if handle and self._pid == os.getpid():
+                getattr(self._lib, f"railyard_live_{self.KIND}free")(handle)
+
+    def __enter__(self) -> "_Handle":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+class Live(_Handle):
+    """struct railyard_live."""
 
     def __init__(self, job: Optional[dict] = None, **more: Any):
         """What struct railyard_live_job has: ranks, samples, layers, experts, topk, places, distinct, rank_place[ranks],
@@ -258,26 +336,11 @@ class Live:
         if missing or unknown:
             raise Error(f"live: missing {missing}, unknown {sorted(unknown)}")
         self.ranks, self.samples, self.layers, self.experts, self.topk, self.places = (int(job[n]) for n in names)
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._handle: Optional[int] = None
-        self._lib = _library()
         rank_place = _places(job["rank_place"], self.ranks, "rank_place")
         expert_place = _places(job["expert_place"], self.layers * self.experts, "expert_place")
         c = _Job(ctypes.sizeof(_Job), self.ranks, self.samples, self.layers, self.experts, self.topk, self.places,
                  int(bool(job["distinct"])), rank_place, expert_place)
-        self._handle = self._lib.railyard_live_new(ctypes.byref(c))
-        if not self._handle:
-            raise _failed(self._lib)
-
-    def _call(self, name: str, *arguments: Any) -> int:
-        with self._lock:  # also so that close() does not free what another thread is using
-            if not self._handle or self._pid != os.getpid():
-                raise Error("live: closed" if not self._handle else "live: made by another process")
-            got = getattr(self._lib, "railyard_live_" + name)(self._handle, *arguments)
-            if got < 0:
-                raise _failed(self._lib)
-            return got
+        self._make(c)
 
     def observe(self, tokens: Any, counts: Any, distinct: Any, at: int) -> None:
         """Learn from a sample that was at place `at`: counts[layers][experts]; distinct[layers][places] or None. 32-bit integers."""
@@ -328,18 +391,30 @@ class Live:
         """Let readers of the recording see all that was recorded."""
         self._call("record_flush")
 
-    def close(self) -> None:
-        with self._lock:
-            handle, self._handle = self._handle, None
-            if handle and self._pid == os.getpid():
-                self._lib.railyard_live_free(handle)
 
-    def __enter__(self) -> "Live":
-        return self
+class Layers(_Handle):
+    """struct railyard_live_layers (live/layers.h)."""
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    KIND = "layers_"
 
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self.close()
+    def __init__(self, **job: Any):
+        """What struct railyard_live_layers_job has."""
+        self.slots, self.experts, self.places = job["ranks"] * job["samples"], int(job["experts"]), int(job["places"])
+        rank_place = _places(job.pop("rank_place"), job["ranks"], "rank_place")
+        expert_place = _places(job.pop("expert_place"), self.experts, "expert_place")
+        self._make(_LayersJob(size=ctypes.sizeof(_LayersJob), rank_place=rank_place, expert_place=expert_place, **job))
+
+    def next(self, layer: int, sample: Sequence[int], counts: Any, distinct: Any) -> Tuple[List[int], Ahead]:
+        """The sample that each slot shall have when the next layer begins; 32-bit integers all of them."""
+        out, plan = (ctypes.c_uint32 * self.slots)(), _Ahead(size=ctypes.sizeof(_Ahead))
+        with _Words(sample, "samples") as s, _Words(counts, "counts") as c, _Words(distinct, "distinct") as d:
+            Live._check("samples", s.count, self.slots)
+            Live._check("counts", c.count, self.slots * self.experts)
+            Live._check("distinct", d.count, self.slots * self.places)
+            self._call("next", layer, s.address, c.address, d.address, out, ctypes.byref(plan))
+        return list(out), Ahead(plan.moved, plan.stay, plan.go, plan.why.decode("utf-8", "replace"))
+
+    def state(self) -> Worth:
+        s = _Worth(size=ctypes.sizeof(_Worth))
+        self._call("state", ctypes.byref(s))
+        return Worth(bool(s.sure), s.samples, s.batches, s.home, s.crossed, s.carried, s.why.decode("utf-8", "replace"))

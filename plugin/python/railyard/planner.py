@@ -248,7 +248,6 @@ class Leader:
         if order is not None and (len(order) != g.layers or any(len(row) != g.experts for row in order)):
             self._unplaceable(f"experts were moved in {len(order)} layers, but {g.layers} layers are watched")
             order = None
-        strategy, preloaded = self.job.setting("RAILYARD_STRATEGY"), "librailyard" in os.environ.get("LD_PRELOAD", "")
         # With one place only for all data-parallel ranks (recording alone) there are two all the same: geometry is made up then.
         live = self._make_live(
             ranks=g.ranks if g.ranks > 1 else 2,
@@ -257,7 +256,7 @@ class Leader:
             experts=g.experts,
             topk=g.topk,
             places=g.places,
-            distinct=int(preloaded and strategy in ("auto", "dedup")),
+            distinct=int(self.job.rows_once()),
             rank_place=g.rank_place if g.ranks > 1 else [0, 1],
             expert_place=sum(numbered(g.expert_place, order, g.layers), []),
         )

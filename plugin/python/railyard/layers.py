@@ -1,0 +1,546 @@
+"""Samples moved between layers with experts (NetMoE): how ranks come to do the same, and the moves.
+
+Owns: the agreement to begin, what ranks tell in each layer, the leader's answers. Not: moving itself (moving.py), where samples
+should be (live/layers.h, C), where in a framework a layer begins (megatron_layers.py).
+
+docs/live-placement.md, "Samples moved between layers", has the argument why nobody waits for ever and nobody does otherwise
+than the others. In short: a rank acts on nothing but what its group's leader broadcast; whether there is a broadcast follows
+from numbers that all ranks have alike; every collective here is on the job's own expert-parallel group, between two of the
+job's own on it, in the order of the program.
+
+Words: group: the expert-parallel ranks, which exchange samples. Leader: its first rank. Slot: a position in the group's
+micro-batch, numbered rank by rank; `sample[slot]`: the home slot of the sample that is there now.
+"""
+
+import atexit
+import json
+import os
+import queue
+import threading
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from . import VERSION, say
+from .moving import Doubt, Route, lawful, move, route
+
+FIRST = 2  # micro-batches in which nobody moves: their backward passes show whether layers run in ways that are not known
+QUIET = 8  # micro-batches without answers, where the leader would not move anybody anyway
+IDLE = 4  # micro-batches one after the other that moved nobody, after which it is taken that the next would not
+LATE = 0.005  # seconds that the leader waits for the solver once it can begin; then nobody moves
+PATIENCES = 4  # as experts.py has it
+TELL = 200  # micro-batches between two lines of what came of it
+
+FAILED, UNFIT, UNREADY = 1, 2, 4  # what a rank says of itself with its counts
+STAY, MOVE, END = 0, 1, 2  # what the leader answers
+HEAD = 4  # words: micro-batch, layer, what the rank says, whether its attention mask is the one known
+
+
+# ---- the agreement to begin
+
+
+def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
+    """What all ranks do, from what they offered: {"go": bool, "why": text, "nodes": [of each rank]}. Pure."""
+    no = [r for r in range(world) if (offers.get(r) or {}).get("no")]
+    missing = [r for r in range(world) if offers.get(r) is None]
+    if no:
+        return {"go": False, "why": f"rank {no[0]}: {offers[no[0]]['no']}"}
+    if missing:
+        return {
+            "go": False,
+            "why": f"rank {missing[0]} did not come to its first training step in time, or runs without the adapter",
+        }
+    for key, what in (
+        ("version", "another version of Railyard's adapter"),
+        ("shape", "micro-batches of another shape"),
+        ("model", "another model"),
+    ):
+        other = [r for r in range(world) if offers[r][key] != offers[0][key]]
+        if other:
+            return {"go": False, "why": f"rank {other[0]} has {what} than rank 0 ({offers[other[0]][key]}, {offers[0][key]})"}
+    nodes = [offers[r]["node"] for r in range(world)]
+    for r in range(world):
+        group = offers[r]["group"]
+        if r not in group or any(m not in offers or offers[m]["group"] != group for m in group):
+            return {"go": False, "why": f"rank {r}'s expert-parallel group is not the same for all its members"}
+        if len({nodes[m] for m in group}) < 2:
+            return {"go": False, "why": f"nothing to gain: the experts of rank {r}'s samples are all on one node"}
+    return {"go": True, "why": "", "nodes": nodes}
+
+
+def agree(board: Any, rank: int, world: int, offer: dict, patience: float) -> dict:
+    """Says what this rank offers and learns what all do. Never waits longer than 1.25 times `patience`, plus what the board
+    itself takes."""
+    try:
+        board.put(f"layers/{rank}", json.dumps(offer).encode())
+    except Exception as e:  # nobody has heard a yes from this rank
+        return {"go": False, "why": f"the other ranks cannot be told: {say.failure(e)}"}
+    verdict = {"go": False, "why": f"rank {rank} waited {1.25 * patience:.0f} seconds for rank 0 in vain"}
+    if rank == 0:
+        ends, offers = time.monotonic() + patience, {}
+        try:
+            for other in range(world):
+                text = board.wait(f"layers/{other}", max(0.0, ends - time.monotonic()))
+                offers[other] = json.loads(text) if text is not None else None
+                if text is None or offers[other]["no"]:
+                    ends = 0.0  # it is decided
+            verdict = judge(offers, world)
+        except Exception as e:
+            verdict = {"go": False, "why": f"rank 0 could not read all offers: {say.failure(e)}"}
+    elif offer["no"]:
+        return {"go": False, "why": offer["no"]}  # nobody goes without this rank's yes
+    try:
+        told = board.wait("layers", 1.25 * patience) if rank else None
+        return json.loads(told if told is not None else board.claim("layers", json.dumps(verdict).encode()))
+    except Exception as e:
+        raise Doubt(
+            f"railyard: rank {rank}: RAILYARD_PLACEMENT=layer: this rank agreed to move samples and cannot learn whether the "
+            f"others do ({say.failure(e)}); start the job again"
+        ) from e
+
+
+# ---- who decides
+
+
+class Planner:
+    """The library's decisions (C)."""
+
+    def __init__(self, **job: Any) -> None:
+        from . import library
+
+        self._layers = library.Layers(**job)
+        self._idle, self._moved = 0, True
+
+    def next(
+        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
+    ) -> Tuple[Optional[List[int]], bool, str]:
+        """(what each slot shall have in the next layer, or None: all stay; whether asking on is of use; why)"""
+        order, plan = self._layers.next(layer, sample, counts, distinct)
+        if layer == 0:
+            self._idle, self._moved = 0 if self._moved else self._idle + 1, False
+        self._moved |= plan.moved > 0
+        use = self._layers.state().sure and (plan.moved > 0 or self._idle < IDLE)
+        return (order if plan.moved else None), use, plan.why
+
+    def words(self) -> str:
+        s = self._layers.state()
+        return (
+            f"of what samples send {100 * s.crossed:.1f} % leaves its node, and {100 * s.carried:.1f} % as much their moves; "
+            f"{100 * s.home:.1f} % would if they stayed at home ({s.why})"
+        )
+
+
+class Forced:
+    """Any permutation at each layer: for tests."""
+
+    def __init__(self, seed: int, stay: float = 0.2) -> None:
+        import random
+
+        self._pick, self._stay = random.Random(seed), stay
+
+    def next(
+        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
+    ) -> Tuple[Optional[List[int]], bool, str]:
+        if self._pick.random() < self._stay:
+            return None, True, "forced to stay"
+        order = list(sample)
+        self._pick.shuffle(order)
+        return order, True, "forced to move"
+
+    def words(self) -> str:
+        return "forced"
+
+
+# ---- a micro-batch
+
+
+class Micro:
+    """A training forward pass, and what its backward pass must know of it."""
+
+    __slots__ = ("number", "sample", "routes", "deciding", "counts", "layer", "flags", "mask", "over")
+
+    def __init__(self, number: int, slots: int, flags: int, mask: Any, deciding: bool) -> None:
+        self.number, self.flags, self.mask, self.deciding = number, flags, mask, deciding
+        self.sample = list(range(slots))
+        self.routes: Dict[int, Route] = {}  # by the layer before whose experts samples move
+        self.counts: Any = None  # of the layer that is under way
+        self.layer = -1
+        self.over = False  # the forward pass is: what runs now is recomputed
+
+
+class Mover:
+    """This rank's part. Called from the thread that runs forward passes, but for _work().
+
+    group: the process group; ranks: its global ranks; b, s: samples of a rank's micro-batch, tokens of a sample; layers,
+    experts: of the model; expert_place, places: by which node holds what, as routers number experts; planner: who decides, on
+    the leader.
+    """
+
+    def __init__(
+        self,
+        job: Any,
+        group: Any,
+        ranks: Sequence[int],
+        b: int,
+        s: int,
+        layers: int,
+        experts: int,
+        expert_place: Sequence[int],
+        places: int,
+        planner: Any,
+        late: float = LATE,
+    ) -> None:
+        self.job, self.group, self.ranks, self.late = job, group, list(ranks), late
+        self.rank = self.ranks.index(job.rank)
+        self.b, self.s, self.layers, self.experts = b, s, layers, experts
+        self.expert_place, self.places, self.planner = list(expert_place), places, planner
+        self.slots = b * len(self.ranks)
+        self.size = HEAD + b * (experts + places)
+        self.number = 0  # of micro-batches so far
+        self.quiet = FIRST  # no answers before this one
+        self.over: Optional[str] = None  # why nobody moves any more
+        self.why: Optional[str] = None  # this rank cannot go on: to be told with the next counts
+        self.moved = False  # anybody, ever
+        self.returned = False  # a backward pass has begun
+        self.proven = False  # and ended, and no layer was run in a way that is not known
+        self._mask: Any = None  # [experts][places] on the device
+        self._side: Any = None
+        self._jobs: "queue.SimpleQueue" = queue.SimpleQueue()
+        self._answers: Dict[Tuple[int, int], Tuple[int, Optional[List[int]], int, str]] = {}
+        self._there = threading.Condition()
+        self._left_out: Optional[int] = None  # a micro-batch in which nobody moves
+        self._end = ""  # what the solver's thread has found out
+        self._any = False
+        self._pending: Tuple[int, int, Any] = (-1, -1, None)  # the last counts that were gathered
+        self.counted = {"micro-batches": 0, "moves": 0, "late": 0}
+        if self.rank == 0:
+            threading.Thread(target=self._work, name="railyard-layers", daemon=True).start()
+            atexit.register(self.last_words)
+
+    # ---- what wrappers call
+
+    def begin(self, unfit: str = "", mask: Any = None) -> Optional[Micro]:
+        """A training forward pass begins; unfit: why nobody must move in it; mask: a tensor of one element, not 0 where this
+        rank's attention mask is the one known, or None."""
+        if self.over is not None:
+            return None
+        self.proven = self.proven or self.returned
+        flags = (UNFIT if unfit else 0) | (0 if self.proven else UNREADY)
+        if unfit:
+            say.warn_once("layers-unfit", f"samples stay in micro-batches like this one: {unfit}")
+        micro = Micro(self.number, self.slots, flags, mask, self.number >= self.quiet)
+        self.number += 1
+        return micro
+
+    def fail(self, why: str) -> None:
+        """This rank cannot go on: the job's placement is off, and the leader learns it with the next counts."""
+        if self.why is None:
+            self.why = why
+            self.job.stop(why)
+
+    def routed(self, micro: Micro, layer: int, routing: Any) -> None:
+        """routing: [tokens, experts], not 0 where a token goes; tokens lie at position · b + column."""
+        micro.counts, micro.layer = None, layer
+        if self.over is not None or self.why is not None or micro.flags & UNFIT:
+            return
+        try:
+            import torch
+
+            with torch.no_grad():
+                chosen = routing.detach() if routing.dtype == torch.bool else routing.detach().ne(0)
+                if tuple(chosen.shape) != (self.b * self.s, self.experts):
+                    raise ValueError(f"routing of shape {tuple(chosen.shape)} for {self.b} samples of {self.s} tokens")
+                if self._mask is None or self._mask.device != chosen.device:
+                    self._mask = self._places(chosen.device)
+                there = chosen.to(self._mask.dtype).matmul(self._mask).gt(0).view(self.s, self.b, self.places).sum(0)
+                counts = chosen.view(self.s, self.b, self.experts).sum(0)
+                micro.counts = torch.cat([counts.reshape(-1), there.reshape(-1)]).to(torch.int32)
+        except Exception as e:
+            self.fail(f"counting routing failed: {say.failure(e)}")
+
+    def dispatched(self, micro: Micro, layer: int, like: Any) -> None:
+        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there."""
+        if self.over is not None:
+            return
+        try:
+            self._gather(micro, layer, like)
+        except Exception as e:
+            raise Doubt(
+                f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: counts cannot be gathered: {say.failure(e)}"
+            ) from e
+
+    def arrive(self, micro: Micro, layer: int, hidden: Any) -> Any:
+        """Hidden states [s, b, …] as the layer's experts are to have them."""
+        if not micro.over and micro.deciding and self.over is None and layer > 0:
+            try:
+                self._obey(micro, layer, hidden)
+            except Exception as e:
+                raise Doubt(
+                    f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: the leader's answer is lost: {say.failure(e)}"
+                ) from e
+        way = micro.routes.get(layer)
+        return hidden if way is None else move(hidden, way, self)
+
+    def home(self, micro: Micro, hidden: Any) -> Any:
+        """As the micro-batch began."""
+        there = list(range(self.slots))
+        if micro.sample != there:
+            hidden = move(hidden, route(micro.sample, there, self.rank, self.b), self)
+            micro.sample = there
+        if not self.returned and getattr(hidden, "requires_grad", False):
+            hidden.register_hook(self._backward)
+        return hidden
+
+    def _backward(self, _: Any) -> None:
+        self.returned = True
+
+    def foreign(self, layer: int) -> None:
+        """A layer was run outside of a forward pass that we know, nor is it recomputed by what we know."""
+        why = (
+            f"layer {layer} with experts is run, or recomputed, by something else than GPTModel.forward and Megatron's checkpoint"
+        )
+        if self.moved and self.over is None:
+            raise Doubt(f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: {why}: its samples cannot be told")
+        if self.over is None:
+            self.fail(why)
+
+    def end(self, micro: Micro) -> None:
+        micro.over, micro.counts, micro.mask = True, None, None
+        if self.rank == 0 and self.over is None:
+            self.counted["micro-batches"] += 1
+            if self.counted["micro-batches"] % TELL == 0 and self.planner is not None:
+                self.tell()
+
+    def last_words(self) -> None:
+        if self.counted["micro-batches"] % TELL and self.planner is not None and self.job.pid == os.getpid():
+            self.tell()
+
+    def tell(self) -> None:
+        c = self.counted
+        say.info(
+            f"layer placement: in {c['micro-batches']} micro-batches {c['moves']} moves, {c['late']} decisions too late; "
+            f"{self.planner.words()}"
+        )
+
+    # ---- between ranks
+
+    def _places(self, device: Any) -> Any:
+        import torch
+
+        rows = [[float(p == place) for p in range(self.places)] for place in self.expert_place]
+        host = torch.tensor(rows, dtype=torch.float32)
+        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True).to(torch.bfloat16)
+
+    def _stream(self, like: Any) -> Any:
+        import contextlib
+
+        import torch
+
+        if not like.is_cuda:
+            return contextlib.nullcontext()
+        if self._side is None:
+            self._side = torch.cuda.Stream(like.device)
+        return torch.cuda.stream(self._side)
+
+    def _gather(self, micro: Micro, layer: int, like: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        flags, body = micro.flags, micro.counts if micro.layer == layer else None
+        if self.why is not None or (body is None and not flags & UNFIT):
+            flags |= FAILED
+        head = torch.tensor([micro.number, layer, flags, 1], dtype=torch.int32)
+        head = head.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else head
+        with torch.no_grad():
+            if micro.mask is not None:
+                head = torch.cat([head[:3], micro.mask.view(1).to(torch.int32)])
+            if body is None:
+                body = torch.zeros(self.size - HEAD, dtype=torch.int32, device=like.device)
+            mine = torch.cat([head, body])
+        micro.counts = None
+        if like.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        with self._stream(like):
+            if like.is_cuda:
+                self._side.wait_event(ready)
+                mine.record_stream(self._side)
+            every = torch.empty(len(self.ranks) * self.size, dtype=torch.int32, device=like.device)
+            work = dist.all_gather_into_tensor(every, mine, group=self.group, async_op=like.is_cuda)
+            if like.is_cuda:
+                work.wait()  # the side stream does, not the host
+            if self.rank == 0:
+                host, event = every, None
+                if like.is_cuda:
+                    host = torch.empty(every.shape, dtype=torch.int32, pin_memory=True)
+                    host.copy_(every, non_blocking=True)
+                    event = torch.cuda.Event()
+                    event.record(self._side)
+                self._jobs.put((micro.number, layer, list(micro.sample), host, event and (event, like.device)))
+                self._pending = (micro.number, layer, event)
+
+    def _obey(self, micro: Micro, layer: int, like: Any) -> None:
+        """Gets the answer to the counts of the layer before, and notes what it means for this micro-batch."""
+        import torch
+        import torch.distributed as dist
+
+        words = self._answer(micro, layer - 1) if self.rank == 0 else [0] * (4 + self.slots)
+        host = torch.tensor(words, dtype=torch.int32)
+        if not like.is_cuda:
+            dist.broadcast(host, self.ranks[0], group=self.group)
+        else:
+            # From the side stream: what the host has queued on the job's own, attention, runs meanwhile.
+            with self._stream(like):
+                device = host.pin_memory().to(like.device, non_blocking=True)
+                dist.broadcast(device, self.ranks[0], group=self.group, async_op=True).wait()
+                host = torch.empty(device.shape, dtype=torch.int32, pin_memory=True)
+                host.copy_(device, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(self._side)
+            event.synchronize()
+        number, at, kind, quiet, *then = host.tolist()
+        if (number, at) != (micro.number, layer - 1) or (kind == MOVE and not lawful(then, self.slots)):
+            raise ValueError(f"an answer to layer {at} of micro-batch {number} in layer {layer} of micro-batch {micro.number}")
+        if quiet:
+            self.quiet, micro.deciding = micro.number + 1 + quiet, False
+        if kind == END:
+            self.over = "the leader has ended it"
+        elif kind == MOVE:
+            micro.routes[layer] = route(micro.sample, then, self.rank, self.b)
+            micro.sample = then
+            self.moved = True
+            if self.rank == 0:
+                self.counted["moves"] += 1
+                if not self._any:
+                    self._any = True
+                    say.info(f"from here on samples move between layers: {self.planner.words()}")
+
+    # ---- the leader
+
+    def _answer(self, micro: Micro, layer: int) -> List[int]:
+        """Whatever happens here, there is an answer."""
+        kind, then, quiet = STAY, None, 0
+        try:
+            number, told, event = self._pending
+            if (number, told) == (micro.number, layer):
+                if event is not None:
+                    event.synchronize()  # counts have come; experts are at work
+                with self._there:
+                    self._there.wait_for(lambda: (number, layer) in self._answers or self._end, self.late)
+                    got = self._answers.pop((number, layer), None)
+                if self._end:
+                    kind = END
+                elif got is None:
+                    self.counted["late"] += 1
+                else:
+                    kind, then, quiet, _ = got
+        except Exception as e:
+            self.fail(f"answering failed: {say.failure(e)}")
+            kind, then, quiet = END, None, 0
+        if kind == END and self._end:
+            self.fail(self._end)
+        return [micro.number, layer, kind, quiet] + (then if then is not None else [0] * self.slots)
+
+    def _work(self) -> None:
+        """The solver's thread."""
+        mine = None
+        while True:
+            number, layer, sample, host, waited = self._jobs.get()
+            try:
+                if waited is not None:
+                    event, device = waited
+                    if device != mine:  # or this thread would wait by way of device 0, and take memory there
+                        import torch
+
+                        torch.cuda.set_device(device)
+                        mine = device
+                    event.synchronize()
+                answer = self._decide(number, layer, sample, host)
+            except Exception as e:
+                with self._there:
+                    self._end = self._end or f"deciding failed: {say.failure(e)}"
+                    self._there.notify_all()
+                continue
+            with self._there:
+                self._answers[(number, layer)] = answer
+                for old in [k for k in self._answers if k[0] < number - 1]:
+                    del self._answers[old]
+                self._there.notify_all()
+
+    def _decide(self, number: int, layer: int, sample: List[int], host: Any) -> Tuple[int, Optional[List[int]], int, str]:
+        import numpy as np
+
+        rows = host.numpy().reshape(len(self.ranks), self.size)
+        for r, row in enumerate(rows):
+            if row[0] != number or row[1] != layer:
+                raise ValueError(f"rank {self.ranks[r]} tells of layer {row[1]} of micro-batch {row[0]}, not {layer} of {number}")
+            if row[2] & FAILED:
+                raise ValueError(f"rank {self.ranks[r]} cannot go on")
+        if layer == 0 and self.job.stopped() is not None:
+            raise ValueError(self.job.stopped())
+        if layer == 0:
+            bad = [r for r, row in enumerate(rows) if row[2] & UNFIT or not row[3]]
+            self._left_out = number if bad else None
+            if bad and not rows[bad[0]][2] & UNFIT:
+                say.warn_once(
+                    "layers-mask",
+                    f"samples stay in micro-batches like this one: rank {self.ranks[bad[0]]} has an attention mask "
+                    "that is not causal for all its samples",
+                )
+        if self._left_out == number:
+            return STAY, None, QUIET if layer == 0 else 0, "unfit"
+        split = HEAD + self.b * self.experts
+        counts, distinct = (np.ascontiguousarray(part, dtype=np.uint32) for part in (rows[:, HEAD:split], rows[:, split:]))
+        order, ask, why = self.planner.next(number, layer, sample, counts, distinct)
+        if any(row[2] & UNREADY for row in rows):
+            return STAY, None, 0, "no backward pass yet"
+        say.debug(f"micro-batch {number}, layer {layer}: {why}")
+        quiet = 0 if ask or layer else QUIET
+        return (STAY if order is None else MOVE), order, quiet, why
+
+
+# ---- this process
+
+
+def start(
+    job: Any, offer: dict, group: Any, distinct: bool, make_planner: Optional[Callable[..., Any]] = None
+) -> Optional[Mover]:
+    """Agrees with all ranks; the Mover, or None where samples stay. offer: no, shape [s, b, hidden, dtype], model [layers,
+    experts, topk], group."""
+    offer = {"version": VERSION, "node": job.node, **offer}
+    decision = agree(job.board, job.rank, job.world, offer, PATIENCES * job.patience())
+    if not decision["go"]:
+        (say.warn if job.rank == 0 else say.info)(f"samples stay where they are: {decision['why']}")
+        return None
+    ranks, (layers, experts, topk), (s, b) = offer["group"], offer["model"], offer["shape"][:2]
+    names: List[str] = []
+    for r in ranks:
+        if decision["nodes"][r] not in names:
+            names.append(decision["nodes"][r])
+    rank_place = [names.index(decision["nodes"][r]) for r in ranks]
+    held = experts // len(ranks)
+    expert_place = [rank_place[e // held] for e in range(experts)]
+    planner, trouble = None, ""
+    if ranks[0] == job.rank:
+        try:
+            planner = (make_planner or Planner)(
+                ranks=len(ranks),
+                samples=b,
+                tokens=s,
+                layers=layers,
+                experts=experts,
+                topk=topk,
+                places=len(names),
+                distinct=int(distinct),
+                rank_place=rank_place,
+                expert_place=expert_place,
+            )
+        except Exception as e:  # the others count on this rank by now: its answers will be "end"
+            trouble = f"nobody to decide: {say.failure(e)}"
+    if job.rank == 0:
+        say.info(
+            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each"
+        )
+    mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner)
+    if trouble:
+        mover.fail(trouble)
+    return mover
