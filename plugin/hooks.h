@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RY_HOOKS_VERSION 3u
+#define RY_HOOKS_VERSION 4u
 #define RY_ENGINE_ENTRY "railyard_engine_open"
 #define RY_NCCL_ID_BYTES 128
 
@@ -98,14 +98,11 @@ struct ry_host {
     void *(*find)(const char *); /* symbol of the real NCCL, or NULL */
     const char *nccl_path;       /* where the real NCCL was found */
     int nccl_version;            /* ncclGetVersion's number, 0 unknown */
-<<<<<<< HEAD
     /** The calling thread is the engine's own: what NCCL calls of its public functions there is not the job's doing. */
     void (*own_thread)(void);
     /** On such a thread: pass the exchange on to NCCL as it is. An ncclResult_t. */
     int (*plain)(void *nccl, const struct ry_exchange *x);
-=======
     bool observe_only;           /* nothing can be reissued, whatever the settings say: the profiler plugin */
->>>>>>> main
 };
 
 /* What the engine offers the preload. Every member may be NULL: nothing to call then. */

@@ -244,13 +244,10 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);
-<<<<<<< HEAD
 /** The whole way of an exchange whose begin left `way`, on the calling thread, plain NCCL included. The ncclResult_t. */
 int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct way *way);
-=======
 void *ry_exchange_clock(void *handle, uint64_t ordinal, void *stream);
 void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, uint64_t wall_ns, bool ok);
->>>>>>> main
 void ry_exchange_stray(void *handle);
 void ry_exchange_aborting(void *handle);
 void ry_exchange_int64_allgather(void *handle, uint64_t count);

@@ -411,7 +411,6 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
     ry_engine_leave();
 }
 
-<<<<<<< HEAD
 int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct way *way)
 {
     const struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
@@ -421,7 +420,8 @@ int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct 
         result = r && !atomic_load(&r->aborted) ? ry_engine.host.plain(c->info.nccl, x) : NCCL_SYSTEM_ERROR;
     end(c, x, result);
     return result;
-=======
+}
+
 /* ---- seen from afar (plugin/profiler.c) ---- */
 
 void *ry_exchange_clock(void *handle, uint64_t ordinal, void *stream)
@@ -449,14 +449,13 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
     }
     now.number = x->ordinal;
     now.wall_ns = wall_ns;
-    now.captured = now.timed = now.verify = false;
+    now.captured = now.timed = now.verify = now.given_away = false;
     now.strategy = NULL;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = clock;
     ry_look_see(c, NULL, x, &now.rows);
     ry_exchange_end(handle, x, c, ok ? NCCL_OK : NCCL_SYSTEM_ERROR);
     ry_engine_leave();
->>>>>>> main
 }
 
 /* ---- besides ---- */

@@ -189,13 +189,9 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-<<<<<<< HEAD
-    char dedup[64] = "", node[64] = "", later[64] = "";
+    char dedup[96] = "", node[64] = "", later[64] = "";
     if (c->later.given)
         snprintf(later, sizeof later, "; %llu after their calls had returned", (unsigned long long)c->later.given);
-=======
-    char dedup[96] = "", node[64] = "";
->>>>>>> main
     if (r->over_node)
         snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
     if (r->carried_out[RY_BALANCED])
