@@ -110,7 +110,7 @@ static bool load_eagerly(void)
     struct ry_settings s;
     char ignored[1024];
     ry_settings_parse(&s, environ, ignored, sizeof ignored);
-    return !s.hold && !setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    return !s.hold && !getenv("CUDA_MODULE_LOADING") && !setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 }
 
 static void print_variable(const char *name, const char *value)
