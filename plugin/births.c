@@ -12,6 +12,8 @@
 
 #include "preload.h"
 
+#define SOON 1.0 /* seconds: an abort does not wait for long for exchanges of other communicators */
+
 /* ---- communicators come ---- */
 
 /* Tell the engine of a communicator whose ranks are known. */
@@ -232,7 +234,9 @@ API ncclResult_t ncclCommInitRank(ncclComm_t *comm, int nranks, ncclUniqueId id,
     PASS_UNLESS_WATCHING(ncclCommInitRank, comm, nranks, id, rank)
     NO_EXCHANGE(g);
     struct ry_birth_note *b = note_init(g, comm, nranks, rank, &id, NULL);
+    FREEING(0);
     ncclResult_t r = REAL(ncclCommInitRank, comm, nranks, id, rank);
+    FREED();
     unborn(g, r, b);
     return born(g, r);
 }
@@ -242,7 +246,9 @@ API ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int nranks, ncclUnique
     PASS_UNLESS_WATCHING(ncclCommInitRankConfig, comm, nranks, id, rank, config)
     NO_EXCHANGE(g);
     struct ry_birth_note *b = note_init(g, comm, nranks, rank, &id, config);
+    FREEING(0);
     ncclResult_t r = REAL(ncclCommInitRankConfig, comm, nranks, id, rank, config);
+    FREED();
     unborn(g, r, b);
     return born(g, r);
 }
@@ -253,7 +259,9 @@ API ncclResult_t ncclCommInitRankScalable(ncclComm_t *newcomm, int nranks, int r
     PASS_UNLESS_WATCHING(ncclCommInitRankScalable, newcomm, nranks, rank, nids, ids, config)
     NO_EXCHANGE(g);
     struct ry_birth_note *b = nids > 0 && ids ? note_init(g, newcomm, nranks, rank, &ids[0], config) : NULL;
+    FREEING(0);
     ncclResult_t r = REAL(ncclCommInitRankScalable, newcomm, nranks, rank, nids, ids, config);
+    FREED();
     unborn(g, r, b);
     return born(g, r);
 }
@@ -265,7 +273,9 @@ API ncclResult_t ncclCommInitAll(ncclComm_t *comms, int ndev, const int *devlist
     static _Atomic uint32_t ordinal;
     ry_preload_open_engine();
     uint32_t o = atomic_fetch_add(&ordinal, 1);
+    FREEING(0);
     ncclResult_t r = REAL(ncclCommInitAll, comms, ndev, devlist);
+    FREED();
     for (int i = 0; r == ncclSuccess && i < ndev; i++) {
         struct ry_birth_note *b = ry_group_birth(g);
         if (!b)
@@ -284,7 +294,9 @@ API ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *
     PASS_UNLESS_WATCHING(ncclCommSplit, comm, color, key, newcomm, config)
     NO_EXCHANGE(g);
     struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SPLIT, color, config);
+    FREEING(0);
     ncclResult_t r = REAL(ncclCommSplit, comm, color, key, newcomm, config);
+    FREED();
     unborn(g, r, b);
     return born(g, r);
 }
@@ -310,7 +322,9 @@ API ncclResult_t ncclCommShrink(ncclComm_t comm, int *exclude, int nexclude, ncc
         ry_comms_put(c);
     }
     struct ry_birth_note *b = note_child(g, newcomm, comm, RY_BIRTH_SHRINK, 0, config);
+    FREEING(flags & NCCL_SHRINK_ABORT ? SOON : 0);
     ncclResult_t r = REAL(ncclCommShrink, comm, exclude, nexclude, newcomm, config, flags);
+    FREED();
     unborn(g, r, b);
     return born(g, r);
 }
@@ -321,6 +335,7 @@ API ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
     PASS_UNLESS_WATCHING(ncclCommFinalize, comm)
     NO_EXCHANGE(g);
+    ry_preload_settle(comm);
     return REAL(ncclCommFinalize, comm); /* it lives on until it is destroyed */
 }
 
@@ -347,8 +362,11 @@ API ncclResult_t ncclCommDestroy(ncclComm_t comm)
 {
     PASS_UNLESS_WATCHING(ncclCommDestroy, comm)
     NO_EXCHANGE(g);
+    FREEING(0);
     ended(comm);
-    return REAL(ncclCommDestroy, comm);
+    ncclResult_t r = REAL(ncclCommDestroy, comm);
+    FREED();
+    return r;
 }
 
 API ncclResult_t ncclCommAbort(ncclComm_t comm)
@@ -360,10 +378,15 @@ API ncclResult_t ncclCommAbort(ncclComm_t comm)
         atomic_store(&c->aborted, true);
         aborting(g, c);
         wait_for_offers(c);
+    }
+    FREEING(SOON);
+    if (c) {
         ry_comms_remove(c);
         ry_comms_put(c);
     }
-    return REAL(ncclCommAbort, comm);
+    ncclResult_t r = REAL(ncclCommAbort, comm);
+    FREED();
+    return r;
 }
 
 API ncclResult_t ncclCommRevoke(ncclComm_t comm, int flags)

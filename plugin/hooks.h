@@ -17,7 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RY_HOOKS_VERSION 3u
+#define RY_HOOKS_VERSION 4u
 #define RY_ENGINE_ENTRY "railyard_engine_open"
 #define RY_NCCL_ID_BYTES 128
 
@@ -98,6 +98,10 @@ struct ry_host {
     void *(*find)(const char *); /* symbol of the real NCCL, or NULL */
     const char *nccl_path;       /* where the real NCCL was found */
     int nccl_version;            /* ncclGetVersion's number, 0 unknown */
+    /** The calling thread is the engine's own: what NCCL calls of its public functions there is not the job's doing. */
+    void (*own_thread)(void);
+    /** On such a thread: pass the exchange on to NCCL as it is. An ncclResult_t. */
+    int (*plain)(void *nccl, const struct ry_exchange *x);
     bool observe_only;           /* nothing can be reissued, whatever the settings say: the profiler plugin */
 };
 
@@ -117,7 +121,7 @@ struct ry_hooks {
     void (*exchange_end)(void *comm, const struct ry_exchange *x, void *cookie, int result);
     /**
      * Called between the two for every exchange, held or not (one that is not held can only be told of). True: the engine has
-     * carried it out, *result is the ncclResult_t for the job. False: the preload passes it on as it is. May wait for other ranks.
+     * carried it out, or is about to (settle()), *result is the ncclResult_t for the job. False: the preload passes it on as it is. May wait for other ranks.
      */
     bool (*exchange_take)(void *comm, const struct ry_exchange *x, void *cookie, int *result);
     /** For who learns of an exchange only when NCCL has it, the profiler plugin: start the clock, if it is the turn of exchange
@@ -132,6 +136,15 @@ struct ry_hooks {
     void (*comm_aborting)(void *comm);
     /** An all-gather of 64-bit integers, `count` per rank: the shape in which frameworks swap expert counts. */
     void (*int64_allgather)(void *comm, uint64_t count);
+    /** NULL unless exchanges may be taken and carried out after exchange_take() has returned (RAILYARD_HOLD=no). Any other call of NCCL
+     *  is about to be made, on this communicator (NULL: none that is followed): waits until what the calling thread gave away,
+     *  and what anybody did on that communicator, has been enqueued. */
+    void (*settle)(void *comm);
+    /** As above; NULL alike. A call is about to be made, on any thread, that keeps all other threads from launching until the device is
+     *  idle: waits until all that was given away has been enqueued, `most` seconds at most (0: as long as it takes). Until freed() nothing more is
+     *  given away. */
+    void (*freeing)(double most);
+    void (*freed)(void);
     /** railyard_strategy() of railyard.h: 0, or -1. */
     int (*strategy)(const char *name);
     /** The process is about to exit: `counts(handle, out)` reads the counts of a communicator still alive. */

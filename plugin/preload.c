@@ -10,7 +10,7 @@
  * again after the real call. Where the engine wants to carry it out by itself, group.c keeps the calls back, and
  * offer_exchange() gives it to the engine, or to NCCL after all.
  *
- * In a process that never calls NCCL nothing here ever runs: there is no constructor. Every failure of ours ends in
+ * In a process that never calls NCCL nothing here ever runs, but for one look at RAILYARD_HOLD (start.c). Every failure of ours ends in
  * plain NCCL with one warning; from then on, and in forked children, each function is one test and a jump.
  */
 #include <stdatomic.h>
@@ -38,6 +38,7 @@ static ncclResult_t pass_one(const struct ry_group *g, int d, int peer)
 void ry_preload_pass_held(struct ry_group *g)
 {
     ncclResult_t r = ncclInternalError; /* as NCCL's own waits end */
+    ry_preload_settle(g->nccl);
     g->inside++;
     if (!atomic_load(&g->comm->aborted))
         r = ry_group_replay(g, pass_one);
@@ -54,8 +55,41 @@ ncclResult_t ry_preload_failure(struct ry_group *g)
     return r;
 }
 
+void ry_preload_settle_slowly(ncclComm_t comm)
+{
+    struct ry_comm *c = comm ? ry_comms_get(comm) : NULL;
+    ry_preload_hooks.settle(c && atomic_load(&c->pending) == RY_SETTLED ? c->engine : NULL);
+    if (c)
+        ry_comms_put(c);
+}
+
+void ry_preload_own_thread(void)
+{
+    ry_group.inside++;
+}
+
+/* As the job asked for it, in another order: which one makes no difference within a group. */
+int ry_preload_plain(void *nccl, const struct ry_exchange *x)
+{
+    struct ry_group *g = &ry_group;
+    ncclDataType_t type = (ncclDataType_t)x->type;
+    if (x->one_call)
+        return REAL(ncclAlltoAll, x->send_buf[0], x->recv_buf[0], x->send_count[0], type, nccl, x->stream);
+    ncclResult_t r = REAL(ncclGroupStart);
+    if (r != ncclSuccess)
+        return r;
+    for (int p = 0; p < x->nranks && r == ncclSuccess; p++) {
+        r = REAL(ncclSend, x->send_buf[p], x->send_count[p], type, p, nccl, x->stream);
+        if (r == ncclSuccess)
+            r = REAL(ncclRecv, x->recv_buf[p], x->recv_count[p], type, p, nccl, x->stream);
+    }
+    ncclResult_t end = REAL(ncclGroupEnd);
+    return r != ncclSuccess ? r : end;
+}
+
 void ry_group_no_exchange(struct ry_group *g, bool tell)
 {
+    ry_preload_settle(g->nccl);
     if (tell && ry_preload_hooks.stray) {
         g->inside++;
         ry_preload_hooks.stray(g->comm->engine);
@@ -191,10 +225,15 @@ API ncclResult_t ncclGroupEnd(void)
     struct running run;
     begin_exchange(g, &run);
     g->depth = 0;
+    bool births = g->nbirths > 0;
+    if (births)
+        FREEING(0);
     ncclResult_t r = g->held ? offer_exchange(g, &run, true) : REAL(ncclGroupEnd);
     if (__builtin_expect(g->failed, 0)) /* of what was held until now; NCCL says the same, if all is well */
         r = ry_preload_failure(g);
     end_exchange(g, &run, r);
+    if (births)
+        FREED();
     if (__builtin_expect(g->nbirths, 0))
         ry_births_adopt_all(g, r);
     return r;
@@ -224,6 +263,8 @@ static inline void note_p2p(struct ry_group *g, int direction, const void *buf, 
 {
     ry_births_settle(g, comm);
     ry_group_p2p(g, direction, buf, count, (int)type, peer, comm, stream);
+    if (!g->held)
+        ry_preload_settle(comm);
     if (!g->depth) {
         ry_group_other(g);
         ry_group_reset(g);
@@ -268,6 +309,8 @@ API ncclResult_t ncclAlltoAll(const void *send, void *recv, size_t count, ncclDa
                                   count * ry_nccl_type_bytes((int)type) * (size_t)(c->nranks > 0 ? c->nranks - 1 : 0),
                                   memory_order_relaxed);
     ry_group_alltoall(g, send, recv, count, (int)type, comm, stream);
+    if (!g->held)
+        ry_preload_settle(comm);
     if (g->depth) {
         RETURN_IF_KEPT(g);
         return REAL(ncclAlltoAll, send, recv, count, type, comm, stream);
@@ -285,6 +328,7 @@ API ncclResult_t ncclAlltoAll(const void *send, void *recv, size_t count, ncclDa
 static inline void note_call(struct ry_group *g, enum ry_call call, size_t count, ncclDataType_t type, ncclComm_t comm)
 {
     ry_births_settle(g, comm);
+    ry_preload_settle(comm);
     count_call(call, count, type, comm);
     if (g->depth)
         ry_group_other(g);

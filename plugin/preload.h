@@ -41,6 +41,10 @@ void ry_preload_pass_held(struct ry_group *g);
 /** A failure that no call of the job has returned yet; ncclSuccess: none. */
 ncclResult_t ry_preload_failure(struct ry_group *g);
 
+/** What the engine may ask for (struct ry_host). */
+void ry_preload_own_thread(void);
+int ry_preload_plain(void *nccl, const struct ry_exchange *x);
+
 /* The beginning of every intercepted function: only calls that the job itself makes, while we watch, go further. */
 #define PASS_UNLESS_WATCHING(name, ...)                                                                                \
     struct ry_group *g = &ry_group;                                                                                    \
@@ -78,6 +82,31 @@ ncclResult_t ry_preload_failure(struct ry_group *g);
     })
 
 #define API __attribute__((visibility("default")))
+
+/* ---- exchanges that the engine was given and has not enqueued (RAILYARD_HOLD=no) ---- */
+
+/** A call of the job's on `comm` (NULL: none in particular) is about to reach NCCL: everything that must come before it has. */
+void ry_preload_settle_slowly(ncclComm_t comm);
+static inline void ry_preload_settle(ncclComm_t comm)
+{
+    if (__builtin_expect(ry_preload_hooks.settle != NULL, 0))
+        ry_preload_settle_slowly(comm);
+}
+
+/* Around what frees memory, or may: all that is pending goes first, `most` seconds (0: no limit). */
+#define FREEING(most)                                                                                                  \
+    do {                                                                                                               \
+        if (__builtin_expect(ry_preload_hooks.freeing != NULL, 0))                                                     \
+            ry_preload_hooks.freeing(most);                                                                            \
+    } while (0)
+#define FREED()                                                                                                        \
+    do {                                                                                                               \
+        if (__builtin_expect(ry_preload_hooks.freed != NULL, 0))                                                       \
+            ry_preload_hooks.freed();                                                                                  \
+    } while (0)
+
+/* frees.c: from here on calls of CUDA that free memory wait, too. */
+void ry_preload_watch_frees(void);
 
 /* ---- births.c ---- */
 

@@ -19,6 +19,17 @@
 _Atomic int ry_preload_state = RY_UNBORN;
 struct ry_hooks ry_preload_hooks;
 
+/*
+ * The one thing that is done before anybody calls NCCL: where exchanges may be carried out while the job's stream waits for
+ * them, kernels must be loaded when their module is, and CUDA reads this once, when it starts.
+ */
+static __attribute__((constructor)) void load_eagerly(void)
+{
+    const char *hold = getenv("RAILYARD_HOLD");
+    if (hold && (!strcmp(hold, "0") || !strcasecmp(hold, "no") || !strcasecmp(hold, "off") || !strcasecmp(hold, "false")))
+        setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+}
+
 static bool disabled(void)
 {
     const char *v = getenv("RAILYARD_DISABLE");
@@ -81,7 +92,8 @@ static bool load_engine(char *why, size_t size)
     ry_engine_open_fn open_engine = (ry_engine_open_fn)dlsym(engine, RY_ENGINE_ENTRY);
     if (!open_engine)
         return snprintf(why, size, "%s has no " RY_ENGINE_ENTRY ": not Railyard's engine", path), false;
-    static struct ry_host host = {.version = RY_HOOKS_VERSION, .size = sizeof host, .find = ry_real_find};
+    static struct ry_host host = {.version = RY_HOOKS_VERSION, .size = sizeof host, .find = ry_real_find,
+                                  .own_thread = ry_preload_own_thread, .plain = ry_preload_plain};
     host.nccl_path = ry_real_path();
     if (ry_real.ncclGetVersion)
         ry_real.ncclGetVersion(&host.nccl_version);
@@ -96,6 +108,8 @@ static void open_engine_once(void)
     bool ok = load_engine(why, sizeof why);
     ry_group.inside--;
     if (ok) {
+        if (ry_preload_hooks.freeing)
+            ry_preload_watch_frees();
         pthread_atfork(NULL, NULL, in_child);
         atexit(at_exit);
         return;

@@ -343,6 +343,26 @@ static int cuda_stream_wait(void *stream, struct ry_event *ev, struct ry_err *er
     return IN_CONTEXT(err, ctx, stream_wait, stream, ev->event, 0);
 }
 
+static int cuda_stream_wait_value(void *stream, const uint32_t *word, uint32_t value, struct ry_err *err)
+{
+    CUcontext ctx;
+    if (!cu.wait_value || !cu.write_value)
+        return ry_fail(err, "libcuda.so.1 has no %s: CUDA 11.7 or newer is needed", symbol_wait_value);
+    if (ry_cuda_context_of(stream, &ctx, err))
+        return -1;
+    return IN_CONTEXT(err, ctx, wait_value, stream, (CUdeviceptr)(uintptr_t)word, value, CU_STREAM_WAIT_VALUE_GEQ);
+}
+
+static int cuda_stream_write_value(void *stream, uint32_t *word, uint32_t value, struct ry_err *err)
+{
+    CUcontext ctx;
+    if (!cu.write_value)
+        return ry_fail(err, "libcuda.so.1 has no %s: CUDA 11.7 or newer is needed", symbol_write_value);
+    if (ry_cuda_context_of(stream, &ctx, err))
+        return -1;
+    return IN_CONTEXT(err, ctx, write_value, stream, (CUdeviceptr)(uintptr_t)word, value, CU_STREAM_WRITE_VALUE_DEFAULT);
+}
+
 static void cuda_event_destroy(struct ry_event *ev)
 {
     if (ev && ev->event)
@@ -361,9 +381,13 @@ static int open_driver(struct ry_err *err)
     static const struct {
         const char *symbol;
         size_t offset;
+        bool optional;
     } calls[] = {
-#define ROW(field, symbol, args) {symbol, offsetof(struct ry_cuda_driver, field)},
+#define ROW(field, symbol, args) {symbol, offsetof(struct ry_cuda_driver, field), false},
         DRIVER_CALLS(ROW)
+#undef ROW
+#define ROW(field, symbol, args) {symbol, offsetof(struct ry_cuda_driver, field), true},
+        OPTIONAL_CALLS(ROW)
 #undef ROW
     };
     void *lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -371,7 +395,7 @@ static int open_driver(struct ry_err *err)
         return ry_fail(err, "no CUDA driver: %s", dlerror());
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         void *f = dlsym(lib, calls[i].symbol);
-        if (!f) {
+        if (!f && !calls[i].optional) {
             dlclose(lib);
             return ry_fail(err, "libcuda.so.1 has no %s: CUDA 11.4 or newer is needed", calls[i].symbol);
         }
@@ -407,6 +431,8 @@ const struct ry_device *ry_device_cuda(struct ry_err *err)
         .stream_sync = cuda_stream_sync,
         .stream_capturing = cuda_stream_capturing,
         .stream_wait = cuda_stream_wait,
+        .stream_wait_value = cuda_stream_wait_value,
+        .stream_write_value = cuda_stream_write_value,
         .event_create = cuda_event_create,
         .event_create_untimed = cuda_event_create_untimed,
         .event_record = cuda_event_record,

@@ -57,9 +57,15 @@
     CALL(error_name, "cuGetErrorName", (CUresult, const char **))                                                      \
     CALL(error_text, "cuGetErrorString", (CUresult, const char **))
 
+/* Drivers may lack these; NULL then. */
+#define OPTIONAL_CALLS(CALL)                                                                                           \
+    CALL(wait_value, "cuStreamWaitValue32_v2", (CUstream, CUdeviceptr, cuuint32_t, unsigned))                          \
+    CALL(write_value, "cuStreamWriteValue32_v2", (CUstream, CUdeviceptr, cuuint32_t, unsigned))
+
 struct ry_cuda_driver {
 #define MEMBER(field, symbol, args) CUresult(CUDAAPI *field) args;
     DRIVER_CALLS(MEMBER)
+    OPTIONAL_CALLS(MEMBER)
 #undef MEMBER
 };
 extern struct ry_cuda_driver ry_cuda_driver;
@@ -92,6 +98,7 @@ void ry_cuda_leave(void);
     } while (0)
 #define NAME(field, symbol, args) __attribute__((unused)) static const char symbol_##field[] = symbol;
 DRIVER_CALLS(NAME)
+OPTIONAL_CALLS(NAME)
 #undef NAME
 
 /* Enter, call, leave: the result of the driver call becomes -1 with its name. */

@@ -95,6 +95,14 @@ struct ry_device {
 
     /** What `stream` does after the call waits for the event as last recorded; for nothing if it never was. */
     int (*stream_wait)(void *stream, struct ry_event *ev, struct ry_err *err);
+    /**
+     * What `stream` does after the call waits until *word, in memory of pinned_alloc(), is `value` or, by the sign of the 32-bit
+     * difference, beyond. Whoever holds the word may let it go by writing it, a stream or the host. -1 where the driver cannot:
+     * nothing was enqueued then.
+     */
+    int (*stream_wait_value)(void *stream, const uint32_t *word, uint32_t value, struct ry_err *err);
+    /** Write the word when the stream gets there: all that it did before is seen by what waited for it. */
+    int (*stream_write_value)(void *stream, uint32_t *word, uint32_t value, struct ry_err *err);
 
     int (*event_create)(struct ry_event **ev, struct ry_err *err); /* on the thread's device, with timing */
     /** For order only: cheaper, and event_elapsed() refuses it. May be called by a thread without a device. */

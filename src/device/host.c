@@ -2,11 +2,15 @@
  * host.c: the host-memory backend: the "device" of the emulated cluster.
  *
  * Owns: the mapping of the device interface onto plain memory. The emulator's NCCL has finished by the time a call
- * returns, so streams are only names (always idle) and an event is the time at which it was recorded.
+ * returns, so streams are only names and an event is the time at which it was recorded. The one thing that a stream can
+ * have before it is a word in memory that is to be written first: whoever waits for the stream waits for that.
  * Not: a model of asynchronous work; nothing here ever runs later.
  */
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/clock.h"
 #include "device.h"
@@ -17,8 +21,73 @@
 static bool (*_Atomic captured)(void *stream);
 
 struct ry_event {
-    _Atomic uint64_t ns; /* 0: never recorded */
+    _Atomic uint64_t ns;   /* 0: never recorded */
+    _Atomic uint64_t upto; /* the latest of the waits that its stream had before it; 0: none */
+    void *_Atomic stream;
 };
+
+/* ---- streams that wait for a word ---- */
+
+struct wait {
+    struct wait *next;
+    uint64_t number;
+    void *stream;
+    const uint32_t *word;
+    uint32_t value;
+};
+static struct {
+    pthread_mutex_t lock;
+    struct wait *first;
+    _Atomic uint64_t number;
+} waits = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static bool over(const struct wait *w)
+{
+    return (int32_t)(__atomic_load_n(w->word, __ATOMIC_ACQUIRE) - w->value) >= 0;
+}
+
+/* Does the stream still wait for one of those up to that number? */
+static bool waiting(const void *stream, uint64_t upto)
+{
+    bool is = false;
+    pthread_mutex_lock(&waits.lock);
+    for (struct wait **p = &waits.first, *w; (w = *p);) {
+        if (over(w)) {
+            *p = w->next;
+            free(w);
+            continue;
+        }
+        is |= w->stream == stream && w->number <= upto;
+        p = &w->next;
+    }
+    pthread_mutex_unlock(&waits.lock);
+    return is;
+}
+
+static void wait_until(const void *stream, uint64_t upto)
+{
+    while (atomic_load(&waits.number) && waiting(stream, upto))
+        nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+}
+
+static int host_stream_wait_value(void *stream, const uint32_t *word, uint32_t value, struct ry_err *err)
+{
+    struct wait *w = malloc(sizeof *w);
+    if (!w)
+        return ry_fail(err, "out of memory for a wait");
+    pthread_mutex_lock(&waits.lock);
+    *w = (struct wait){waits.first, atomic_fetch_add(&waits.number, 1) + 1, stream, word, value};
+    waits.first = w;
+    pthread_mutex_unlock(&waits.lock);
+    return 0;
+}
+
+static int host_stream_write_value(void *stream, uint32_t *word, uint32_t value, struct ry_err *err)
+{
+    wait_until(stream, atomic_load(&waits.number));
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+    return 0;
+}
 
 static int host_count(int *n, struct ry_err *err)
 {
@@ -104,8 +173,11 @@ static int host_launch(struct ry_kernel *kernel, unsigned grid, unsigned block, 
     return 0;
 }
 
+/* Here it is the caller who does what the stream would do next, so the caller waits. */
 static int host_stream_wait(void *stream, struct ry_event *ev, struct ry_err *err)
 {
+    if (ev->upto)
+        wait_until(ev->stream, ev->upto);
     return 0;
 }
 
@@ -124,6 +196,7 @@ static int host_stream_destroy(void *stream, struct ry_err *err)
 
 static int host_stream_sync(void *stream, struct ry_err *err)
 {
+    wait_until(stream, atomic_load(&waits.number));
     return 0;
 }
 
@@ -147,12 +220,14 @@ static int host_event_create(struct ry_event **ev, struct ry_err *err)
 static int host_event_record(struct ry_event *ev, void *stream, struct ry_err *err)
 {
     ev->ns = ry_now_ns();
+    ev->stream = stream;
+    ev->upto = atomic_load(&waits.number);
     return 0;
 }
 
 static int host_event_done(struct ry_event *ev, bool *done, struct ry_err *err)
 {
-    *done = true;
+    *done = !ev->upto || !waiting(ev->stream, ev->upto);
     return 0;
 }
 
@@ -198,6 +273,8 @@ const struct ry_device *ry_device_host(void)
         .stream_sync = host_stream_sync,
         .stream_capturing = host_stream_capturing,
         .stream_wait = host_stream_wait,
+        .stream_wait_value = host_stream_wait_value,
+        .stream_write_value = host_stream_write_value,
         .event_create = host_event_create,
         .event_create_untimed = host_event_create,
         .event_record = host_event_record,

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
@@ -73,6 +74,12 @@ static void topology_known(void)
     pthread_mutex_unlock(&ry_engine.lock);
 }
 
+/* For the emulated cluster's jobs, which have no CUDA to wait for a stream with. */
+static int sync_host_stream(void *stream)
+{
+    return ry_device_host()->stream_sync(stream, NULL);
+}
+
 /* At the first communicator: a process that only makes ids for others needs no device and nobody to talk to. */
 static void start_parts(void)
 {
@@ -84,6 +91,11 @@ static void start_parts(void)
         bool (*f)(void *);
         memcpy(&f, &capturing, sizeof f);
         ry_device_host_captures(f);
+        void *streams = ry_engine.host.find("railyard_emu_streams");
+        void (*tell)(int (*)(void *));
+        memcpy(&tell, &streams, sizeof tell);
+        if (tell)
+            tell(sync_host_stream);
     }
     if (!ry_engine.device) {
         ry_info("exchanges are neither timed nor reissued: %s", err.msg);
@@ -283,12 +295,9 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
     c->record = NULL;
 }
 
-static void comm_ended(void *handle, enum ry_death how, const struct ry_comm_counts *counts)
+void ry_comm_end(struct comm *c, enum ry_death how, const struct ry_comm_counts *counts)
 {
     static const char *const names[] = {"destroy", "abort", "revoke", "exit"};
-    struct comm *c = handle;
-    if (!ry_engine_enter())
-        return; /* closing() sees to it */
     pthread_mutex_lock(&ry_engine.lock);
     for (struct comm **p = &ry_engine.comms; *p; p = &(*p)->next) {
         if (*p != c)
@@ -301,10 +310,20 @@ static void comm_ended(void *handle, enum ry_death how, const struct ry_comm_cou
     if (ry_engine.sampler)
         ry_sampler_forget(ry_engine.sampler, c);
     ry_reissue_close(c, how == RY_DEATH_ABORT);
+    ry_later_end(c);
     if (c->record)
         end_recording(c, names[how], counts);
     ry_row_width_free(&c->rows);
     free(c);
+}
+
+static void comm_ended(void *handle, enum ry_death how, const struct ry_comm_counts *counts)
+{
+    struct comm *c = handle;
+    if (!ry_engine_enter())
+        return; /* closing() sees to it */
+    if (!ry_later_ends(c, how, counts)) /* else the last of what was given away does it */
+        ry_comm_end(c, how, counts);
     ry_engine_leave();
 }
 
@@ -334,6 +353,7 @@ static void unique_id(uint8_t id[RY_NCCL_ID_BYTES])
 
 static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
 {
+    ry_later_close();
     atomic_store(&ry_engine.closed, true);
     pthread_mutex_lock(&ry_engine.lock);
     for (struct comm *c = ry_engine.comms; c; c = c->next) {
@@ -426,6 +446,18 @@ static void read_chunks(void)
     ry_engine.chunks = known ? (int)chunks : 0;
 }
 
+/* What the job's thread loads while its stream waits must not keep ours from launching. */
+static void read_hold(void)
+{
+    const char *loading = getenv("CUDA_MODULE_LOADING");
+    if (ry_engine.settings.hold || ry_engine.observe)
+        return;
+    if (!loading || strcasecmp(loading, "EAGER"))
+        ry_warn("RAILYARD_HOLD=no needs CUDA_MODULE_LOADING=EAGER, which is %s: the calling thread is held", loading ? loading : "not set");
+    else
+        ry_later_start();
+}
+
 static void open_record(void)
 {
     struct ry_record_config config = {.dir = ry_engine.settings.trace,
@@ -462,6 +494,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
     read_combine();
     read_chunks();
     ry_run_staging_limit(ry_engine.settings.staging);
+    read_hold();
     ry_engine.settings_hash = hash_settings(&ry_engine.settings);
     ry_engine.rendezvous = ry_rendezvous_start(&err);
     if (!ry_engine.rendezvous)
@@ -486,6 +519,11 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         hooks->stray = ry_exchange_stray;
         hooks->comm_aborting = ry_exchange_aborting;
         hooks->strategy = strategy;
+        if (ry_later_on()) {
+            hooks->settle = ry_later_settle;
+            hooks->freeing = ry_later_freeing;
+            hooks->freed = ry_later_freed;
+        }
     }
     if (ry_engine.record) {
         hooks->int64_allgather = ry_exchange_int64_allgather;

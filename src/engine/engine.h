@@ -20,6 +20,7 @@
 #include "device/device.h"
 #include "direction.h"
 #include "hooks.h"
+#include "later.h"
 #include "node_comm.h"
 #include "pace.h"
 #include "pairing.h"
@@ -42,6 +43,27 @@ struct rows_seen {
     struct ry_answered answered;
     struct ry_habit *habit; /* of its kind */
     uint64_t cross;         /* bytes that it sends to other nodes */
+};
+
+/* What an exchange's begin leaves for its take and end: of the calling thread, or with what it gives away. */
+struct way {
+    uint64_t number, wall_ns;
+    struct ry_sample *sample;
+    bool captured;
+    bool given_away;      /* take and end are, or were, done as one by ry_exchange_carry() */
+    bool together;        /* with the communicator's twins */
+    bool timed;           /* the yardmaster wants to know how long it takes */
+    const char *strategy; /* NULL: not agreed on */
+    bool verify;
+    enum ry_node_order node;   /* with the verdict */
+    double waited_us, late_us; /* for the verdict; of it for other ranks */
+    double twins_us, twins_late_us; /* for one of all twins before, that was not replica */
+    int chunks;                /* of the plan, as the yardmaster says */
+    double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
+    struct rows_seen rows;
+    /* the latest all-gather of 64-bit integers since the exchange before */
+    char gather_comm[17];
+    uint64_t gather_count;
 };
 
 /* The latest search for equal rows. */
@@ -126,6 +148,7 @@ struct comm {
     struct ry_record_comm *record;
     _Atomic(struct reissue *) reissue;
     struct reissue_counts counts; /* from ry_reissue_close() on */
+    struct ry_later later;
 };
 
 struct engine {
@@ -182,6 +205,9 @@ bool ry_reissue_able(const struct ry_comm_info *info);
 /** What the links of `map` are worth, by calibration or by a guess. */
 void ry_reissue_model(struct ry_cost_model *model, const struct ry_cluster *map);
 
+/* engine.c: the communicator has ended, and nobody is in a hook of it; frees it */
+void ry_comm_end(struct comm *c, enum ry_death how, const struct ry_comm_counts *counts);
+
 /* look.c */
 
 /** What is known of the rows of this exchange; `r` may be NULL, else its counts are in bytes there. */
@@ -225,6 +251,8 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);
+/** The whole way of an exchange whose begin left `way`, on the calling thread, plain NCCL included. The ncclResult_t. */
+int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct way *way);
 void *ry_exchange_clock(void *handle, uint64_t ordinal, void *stream);
 void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, uint64_t wall_ns, bool ok);
 void ry_exchange_stray(void *handle);

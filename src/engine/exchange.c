@@ -15,6 +15,10 @@
  *                        May start the clock (sampler.c), once nothing is waited for any more.
  *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
  *
+ * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
+ * exchange away, and ry_exchange_carry() does take and end, and what the preload would have done between them, on another
+ * thread and another stream.
+ *
  * Between a verdict and its plan nothing may be left to chance: the other ranks go the same way whatever happens here. So
  * memory is held before the manifest is sent, and what fails all the same makes the job's call fail, with a line that says
  * why, instead of letting this rank go direct alone and hang the job or mix up its data.
@@ -27,25 +31,8 @@
 
 enum { NCCL_OK = 0, NCCL_SYSTEM_ERROR = 2, NCCL_IN_PROGRESS = 7 };
 
-/* What begin leaves for take and end, on the same thread. */
-static __thread struct {
-    uint64_t number, wall_ns;
-    struct ry_sample *sample;
-    bool captured;
-    bool together; /* with the communicator's twins */
-    bool timed; /* the yardmaster wants to know how long it takes */
-    const char *strategy; /* NULL: not agreed on */
-    bool verify;
-    enum ry_node_order node; /* with the verdict */
-    double waited_us, late_us; /* for the verdict; of it for other ranks */
-    double twins_us, twins_late_us; /* for one of all twins before, that was not replica */
-    int chunks;                /* of the plan, as the yardmaster says */
-    double plain_us;           /* what plain NCCL would take, as the yardmaster has it; 0: not told */
-    struct rows_seen rows;
-    /* the latest all-gather of 64-bit integers since the exchange before */
-    char gather_comm[17];
-    uint64_t gather_count;
-} now;
+/* Of the exchange at hand on this thread. */
+static __thread struct way now;
 
 /* ---- begin ---- */
 
@@ -63,7 +50,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = false;
+    now.captured = now.together = now.timed = now.given_away = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -157,7 +144,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
         grow_staging(c, r, x->stream);
     tell_durations(r, side.took);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
-    side.node_comm = ry_node_comm_state(r->node);
+    side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
@@ -339,13 +326,10 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     return true;
 }
 
-bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
+static bool take(struct comm *c, const struct ry_exchange *x, int *result)
 {
-    struct comm *c = handle;
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     bool taken = false;
-    if (!cookie || !ry_engine_enter())
-        return false;
     struct ry_buffers b;
     if (r)
         b = describe(r, x);
@@ -361,6 +345,19 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     }
     if (!taken && (c->record || now.strategy || now.timed || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
         start_clock(c, x);
+    return taken;
+}
+
+bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
+{
+    struct comm *c = handle;
+    if (!cookie || !ry_engine_enter())
+        return false;
+    bool taken = now.given_away = ry_later_take(c, x, &now, result);
+    if (taken)
+        now.gather_count = 0;
+    else
+        taken = take(c, x, result);
     ry_engine_leave();
     return taken;
 }
@@ -418,12 +415,9 @@ static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchang
     r->pacing.number = now.number, r->pacing.bytes = bytes, r->pacing.way = way, r->pacing.stream = x->stream;
 }
 
-void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)
+static void end(struct comm *c, const struct ry_exchange *x, int result)
 {
-    struct comm *c = handle;
     bool ok = result == NCCL_OK || result == NCCL_IN_PROGRESS;
-    if (!cookie || !ry_engine_enter())
-        return;
     if (ok && c->record) {
         struct ry_record_exchange r = {.number = now.number,
                                        .wall_ns = now.wall_ns,
@@ -453,7 +447,25 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (r && r->pace)
         keep_pace(c, r, x, result == NCCL_OK);
+}
+
+void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)
+{
+    if (!cookie || now.given_away || !ry_engine_enter())
+        return;
+    end(handle, x, result);
     ry_engine_leave();
+}
+
+int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct way *way)
+{
+    const struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    int result = NCCL_OK;
+    now = *way;
+    if (!take(c, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
+        result = r && !atomic_load(&r->aborted) ? ry_engine.host.plain(c->info.nccl, x) : NCCL_SYSTEM_ERROR;
+    end(c, x, result);
+    return result;
 }
 
 /* ---- seen from afar (plugin/profiler.c) ---- */
@@ -483,7 +495,7 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
     }
     now.number = x->ordinal;
     now.wall_ns = wall_ns;
-    now.captured = now.timed = now.verify = false;
+    now.captured = now.timed = now.verify = now.given_away = false;
     now.strategy = NULL;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = clock;
@@ -516,6 +528,7 @@ void ry_exchange_aborting(void *handle)
     ry_twins_leave(r->twins, true);
     if (r->talk)
         ry_talk_leave(r->talk);
+    ry_later_aborting(c);
     ry_engine_leave();
 }
 

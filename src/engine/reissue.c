@@ -191,7 +191,9 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[128] = "", node[64] = "";
+    char dedup[128] = "", node[64] = "", later[64] = "";
+    if (c->later.given)
+        snprintf(later, sizeof later, "; %llu after their calls had returned", (unsigned long long)c->later.given);
     if (r->over_node)
         snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
     if (r->carried_out[RY_BALANCED])
@@ -204,11 +206,11 @@ void ry_reissue_close(struct comm *c, bool aborted)
         snprintf(dedup + strlen(dedup), sizeof dedup - strlen(dedup), ", %llu summed", (unsigned long long)r->carried_out[RY_SUM]);
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical%s, %llu verified; verdicts took %.0f / %.0f / %.0f us "
-                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s",
+                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s%s",
                 c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL], dedup,
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
-                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node);
+                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later);
     struct ry_cluster *map = r->map;
     free_reissue(r, aborted);
     ry_cluster_free(map);

@@ -441,7 +441,7 @@ void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
 
 struct ry_twins *ry_twins_open(struct comm *c, struct reissue *r, const void *address, size_t size)
 {
-    if (r->map->nnodes < 2 || !ry_engine.settings.node_comm || !ry_run_digests(r->runner) ||
+    if (r->map->nnodes < 2 || ry_later_on() || !ry_engine.settings.node_comm || !ry_run_digests(r->runner) ||
         !ry_engine.nccl.comm_init_rank || getenv("NCCL_COMM_ID")) /* with that all ids that NCCL makes are the same */
         return NULL;
     struct ry_twins *t = calloc(1, sizeof *t);

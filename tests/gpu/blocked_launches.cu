@@ -4,6 +4,7 @@
  *
  *   nvcc -O2 -arch=native -o blocked_launches tests/gpu/blocked_launches.cu -lcuda && ./blocked_launches
  *   CUDA_MODULE_LOADING=EAGER ./blocked_launches
+ *   CUDA_DEVICE_MAX_CONNECTIONS=1 ./blocked_launches     (and 32: which streams such a wait keeps from running)
  *
  * Each case is a process of its own with an alarm of 4 s: one that hangs would hang a job whose exchanges are carried
  * out by a thread of Railyard's while the job's stream waits for them. What was found is in docs/holding-the-host.md.
@@ -55,7 +56,7 @@ static int *d, *big;
 static volatile unsigned *flag;
 static CUdeviceptr dflag;
 static cudaStream_t job, own;
-static void *host, *pageable;
+static void *host, *pageable, *other_pageable, *pooled;
 static volatile int started;
 static double t_launch;
 static void *worker(void *)
@@ -131,6 +132,17 @@ static void call(const char *w)
         CK(cudaStreamDestroy(s));
     } else if (!strcmp(w, "cudaStreamDestroy_job"))
         CK(cudaStreamDestroy(job));
+    else if (!strcmp(w, "cudaHostUnregister"))
+        CK(cudaHostUnregister(pageable));
+    else if (!strcmp(w, "cudaHostRegister"))
+        CK(cudaHostRegister(other_pageable, 1 << 20, 0));
+    else if (!strcmp(w, "cudaFreeAsync_other")) {
+        CK(cudaFreeAsync(pooled, own));
+        cudaMemPool_t pool;
+        CK(cudaDeviceGetDefaultMemPool(&pool, 0));
+        CK(cudaMemPoolTrimTo(pool, 0));
+    } else if (!strcmp(w, "cudaFuncSetAttribute"))
+        CK(cudaFuncSetAttribute(lazy<9>, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536));
     else if (!strcmp(w, "cudaMemGetInfo")) {
         size_t a, b;
         CK(cudaMemGetInfo(&a, &b));
@@ -150,7 +162,8 @@ static void one(const char *w)
     CK(cudaMalloc(&d, 4 << 20));
     CK(cudaMalloc(&big, 256 << 20));
     CK(cudaHostAlloc(&host, 1 << 20, 0));
-    pageable = malloc(1 << 20);
+    pageable = aligned_alloc(4096, 1 << 20);
+    other_pageable = aligned_alloc(4096, 1 << 20);
     void *f;
     CK(cudaHostAlloc(&f, 4096, cudaHostAllocMapped));
     flag = (volatile unsigned *)f;
@@ -158,6 +171,9 @@ static void one(const char *w)
     CU(cuMemHostGetDevicePointer(&dflag, f, 0));
     CK(cudaStreamCreateWithFlags(&job, cudaStreamNonBlocking));
     CK(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
+    if (!strcmp(w, "cudaHostUnregister"))
+        CK(cudaHostRegister(pageable, 1 << 20, 0));
+    CK(cudaMallocAsync(&pooled, 64 << 20, own));
     work<<<1, 1, 0, own>>>(d);
     work<<<1, 1, 0, job>>>(d);
     CK(cudaDeviceSynchronize());
@@ -177,8 +193,47 @@ static void one(const char *w)
     fflush(stdout);
     _exit(0);
 }
+/* Of 64 streams, how many a wait on one of them keeps from running: those that share its hardware queue. Nothing is at stake, the
+   host ends the wait. `high`: the waiting stream has the default priority, the others the highest. */
+static void queues(bool high)
+{
+    enum { N = 64 };
+    int least, most, held = 0;
+    cudaStream_t s[N], waits;
+    void *f;
+    alarm(20);
+    CK(cudaSetDevice(0));
+    CK(cudaDeviceGetStreamPriorityRange(&least, &most));
+    CK(cudaHostAlloc(&f, 4096, cudaHostAllocMapped));
+    memset(f, 0, 4096);
+    volatile unsigned *word = (volatile unsigned *)f;
+    CU(cuMemHostGetDevicePointer(&dflag, f, 0));
+    CK(cudaStreamCreateWithFlags(&waits, cudaStreamNonBlocking));
+    for (int i = 0; i < N; i++)
+        CK(cudaStreamCreateWithPriority(&s[i], cudaStreamNonBlocking, high ? most : least));
+    CU(cuStreamWaitValue32(waits, dflag, 1, CU_STREAM_WAIT_VALUE_GEQ));
+    for (int i = 0; i < N; i++)
+        CU(cuStreamWriteValue32(s[i], dflag + 4 * (i + 1), 1, 0));
+    usleep(200000);
+    for (int i = 0; i < N; i++)
+        held += !word[i + 1];
+    *word = 1;
+    CK(cudaDeviceSynchronize());
+    const char *n = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+    printf("a wait on one stream keeps %d of %d other streams %sfrom running (CUDA_DEVICE_MAX_CONNECTIONS %s)\n", held, N,
+           high ? "of the highest priority " : "", n ? n : "not set");
+    fflush(stdout);
+    _exit(0);
+}
 int main()
 {
+    for (int high = 0; high < 2; high++) {
+        fflush(stdout);
+        pid_t p = fork();
+        if (!p)
+            queues(high);
+        waitpid(p, 0, 0);
+    }
     const char *all[] = {"cudaMalloc",
                          "cudaFree",
                          "cudaDeviceSynchronize",
@@ -198,7 +253,11 @@ int main()
                          "cudaStreamCreate_Destroy",
                          "cudaStreamDestroy_job",
                          "cudaMemGetInfo",
-                         "cudaEventQuery_spin"};
+                         "cudaEventQuery_spin",
+                         "cudaHostUnregister",
+                         "cudaHostRegister",
+                         "cudaFreeAsync_other",
+                         "cudaFuncSetAttribute"};
     for (const char *w : all) {
         fflush(stdout);
         pid_t p = fork();

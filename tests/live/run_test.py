@@ -19,7 +19,7 @@ bad = 0
 
 
 def run(*args, env=None, command=("true",)):
-    e = {k: v for k, v in os.environ.items() if not k.startswith("RAILYARD_") and k not in ("LD_PRELOAD", "PYTHONPATH")}
+    e = {k: v for k, v in os.environ.items() if not k.startswith("RAILYARD_") and k not in ("LD_PRELOAD", "PYTHONPATH", "CUDA_MODULE_LOADING")}
     e.update(env or {})
     p = subprocess.run([RAILYARD, "run", *args], env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60)
     return p.returncode, p.stdout, p.stderr.strip()
@@ -105,7 +105,18 @@ check(
 )
 with tempfile.NamedTemporaryFile() as f:
     check("no program", run("--", f.name), (126, "", f"railyard run: cannot run {f.name}: Permission denied"))
+hold = {"RAILYARD_HOLD": "no"}
+eager = "export CUDA_MODULE_LOADING='EAGER'\n"
+check("eager loading", run("--print", env=hold)[1].endswith(eager), True)
+check("eager loading, held", "CUDA_MODULE" in run("--print")[1], False)
+check("lazy loading is the job's to choose", "CUDA_MODULE" in run("--print", env={**hold, "CUDA_MODULE_LOADING": "LAZY"})[1], False)
 if not SANITIZED:
+    show = 'echo "$CUDA_MODULE_LOADING"'
+    check("eager for the command", run("--", "sh", "-c", show, env=hold)[1], "EAGER\n")
+    for value, said in (("no", "EAGER\n"), ("OFF", "EAGER\n"), ("yes", "\n")):  # by the preload, where no launcher does
+        e = {"PATH": os.environ["PATH"], "LD_PRELOAD": PRELOAD, "RAILYARD_HOLD": value}
+        p = subprocess.run(["sh", "-c", "/usr/bin/env sh -c '%s'" % show], env=e, stdout=subprocess.PIPE, text=True)
+        check(f"eager by the preload, {value}", p.stdout, said)
     check("status", run("--", "sh", "-c", "exit 7")[0], 7)
     check("signal", run("--", "sh", "-c", "kill -9 $$")[0], -9)
     check(

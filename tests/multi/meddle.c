@@ -14,8 +14,37 @@
 EXPORT _Thread_local struct meddle_counts meddle_counts;
 EXPORT _Atomic(unsigned char *) meddle_flip;
 EXPORT _Atomic int meddle_fail;
+EXPORT _Atomic int meddle_block;
 EXPORT _Atomic int meddle_hold, meddle_made, meddle_ended, meddle_splitting;
 static _Atomic(ncclComm_t) made[64]; /* of the engine; NULL: ended */
+static _Atomic(ncclComm_t) made_of[64];
+static struct {
+    _Atomic(ncclComm_t) comm;
+    struct meddle_counts *_Atomic counts;
+} watched[64];
+
+EXPORT void meddle_watch(ncclComm_t comm)
+{
+    for (int i = 0; i < 64; i++) {
+        ncclComm_t free = NULL;
+        if (atomic_load(&watched[i].comm) == comm || atomic_compare_exchange_strong(&watched[i].comm, &free, comm)) {
+            atomic_store(&watched[i].counts, &meddle_counts);
+            return;
+        }
+    }
+}
+
+/* Whose counts: of the thread that watches the communicator, or of the one from which the engine made it; else of this one. */
+static struct meddle_counts *counts_of(ncclComm_t comm)
+{
+    for (int i = 0; comm && i < 64; i++)
+        if (atomic_load(&made[i]) == comm)
+            comm = atomic_load(&made_of[i]);
+    for (int i = 0; comm && i < 64; i++)
+        if (atomic_load(&watched[i].comm) == comm && atomic_load(&watched[i].counts))
+            return atomic_load(&watched[i].counts);
+    return &meddle_counts;
+}
 
 static _Thread_local struct {
     int n;
@@ -83,61 +112,63 @@ static void flip(void)
     })
 
 /* Under both of NCCL's names: who calls is known by the address it will return to. */
-#define MEDDLE(name, counted, params, args, for_engine)                                                                \
+#define MEDDLE(name, counted, comm, params, args, for_engine)                                                                \
     EXPORT ncclResult_t p##name params;                                                                                \
     EXPORT ncclResult_t p##name params                                                                                 \
     {                                                                                                                  \
         if (!from_engine(__builtin_return_address(0))) {                                                               \
-            meddle_counts.job += counted;                                                                              \
+            counts_of(comm)->job += counted;                                                                              \
             return NEXT(name) args;                                                                                    \
         }                                                                                                              \
-        meddle_counts.engine += counted;                                                                               \
+        counts_of(comm)->engine += counted;                                                                               \
         for_engine return NEXT(name) args;                                                                             \
     }                                                                                                                  \
     EXPORT ncclResult_t name params                                                                                    \
     {                                                                                                                  \
         if (!from_engine(__builtin_return_address(0)))                                                                 \
             return p##name args;                                                                                       \
-        meddle_counts.engine += counted;                                                                               \
+        counts_of(comm)->engine += counted;                                                                               \
         for_engine return NEXT(name) args;                                                                             \
     }
 
-MEDDLE(ncclGroupStart, 0, (void), (), {
+MEDDLE(ncclGroupStart, 0, NULL, (void), (), {
     group.n = 0;
+    while (atomic_load(&meddle_block))
+        usleep(1000);
     if (fails(MEDDLE_START))
         return ncclSystemError;
 })
-MEDDLE(ncclGroupEnd, 0, (void), (), {
+MEDDLE(ncclGroupEnd, 0, NULL, (void), (), {
     bool failing = fails(MEDDLE_END);
     ncclResult_t r = NEXT(ncclGroupEnd)();
     if (r == ncclSuccess)
         flip();
     return failing ? ncclSystemError : r;
 })
-MEDDLE(ncclSend, 1, (const void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
+MEDDLE(ncclSend, 1, c, (const void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
        (b, n, t, peer, c, s), {
            if (fails(MEDDLE_SEND))
                return ncclSystemError;
            if (is_made(c)) {
-               meddle_counts.inside++;
+               counts_of(c)->inside++;
                return NEXT(ncclSend)(b, n, t, peer, c, s); /* by other numbers */
            }
-           meddle_counts.sent[peer % MEDDLE_PEERS] += n * ry_nccl_type_bytes((int)t);
+           counts_of(c)->sent[peer % MEDDLE_PEERS] += n * ry_nccl_type_bytes((int)t);
        })
-MEDDLE(ncclRecv, 1, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
+MEDDLE(ncclRecv, 1, c, (void *b, size_t n, ncclDataType_t t, int peer, ncclComm_t c, cudaStream_t s),
        (b, n, t, peer, c, s), {
-           meddle_counts.inside += is_made(c);
+           counts_of(c)->inside += is_made(c);
            if (group.n < RECEIVES) {
                group.receive[group.n].at = b;
                group.receive[group.n].bytes = n * ry_nccl_type_bytes((int)t);
                group.n++;
            }
        })
-MEDDLE(ncclAlltoAll, 1, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s),
+MEDDLE(ncclAlltoAll, 1, c, (const void *b, void *r, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s),
        (b, r, n, t, c, s), {})
-MEDDLE(ncclCommDestroy, 0, (ncclComm_t c), (c), note_end(c);)
-MEDDLE(ncclCommAbort, 0, (ncclComm_t c), (c), note_end(c);)
-MEDDLE(ncclCommInitRank, 0, (ncclComm_t *to, int n, ncclUniqueId id, int rank), (to, n, id, rank), {
+MEDDLE(ncclCommDestroy, 0, NULL, (ncclComm_t c), (c), note_end(c);)
+MEDDLE(ncclCommAbort, 0, NULL, (ncclComm_t c), (c), note_end(c);)
+MEDDLE(ncclCommInitRank, 0, NULL, (ncclComm_t *to, int n, ncclUniqueId id, int rank), (to, n, id, rank), {
     atomic_fetch_add(&meddle_splitting, 1);
     while (atomic_load(&meddle_hold))
         usleep(1000);
@@ -147,7 +178,7 @@ MEDDLE(ncclCommInitRank, 0, (ncclComm_t *to, int n, ncclUniqueId id, int rank), 
         atomic_store(&made[atomic_fetch_add(&meddle_made, 1) % 64], *to);
     return r;
 })
-MEDDLE(ncclCommSplit, 0, (ncclComm_t c, int color, int key, ncclComm_t *to, ncclConfig_t *config),
+MEDDLE(ncclCommSplit, 0, NULL, (ncclComm_t c, int color, int key, ncclComm_t *to, ncclConfig_t *config),
        (c, color, key, to, config), {
            atomic_fetch_add(&meddle_splitting, 1);
            while (atomic_load(&meddle_hold))
@@ -162,7 +193,10 @@ MEDDLE(ncclCommSplit, 0, (ncclComm_t c, int color, int key, ncclComm_t *to, nccl
                *to = NULL;
                return ncclSystemError;
            }
-           if (*to)
-               atomic_store(&made[atomic_fetch_add(&meddle_made, 1) % 64], *to);
+           if (*to) {
+               int at = atomic_fetch_add(&meddle_made, 1) % 64;
+               atomic_store(&made_of[at], c);
+               atomic_store(&made[at], *to);
+           }
            return r;
        })

@@ -11,8 +11,11 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-/* Calls on this thread since it last set them to zero: of the engine, and of the job (passed on by librailyard.so). */
+#include <nccl.h>
+
+/* Calls on this thread, and by any thread on communicators that it watches, since it last set them to zero: of the engine, and of the job (passed on by librailyard.so). */
 #define MEDDLE_PEERS 64
+void meddle_watch(ncclComm_t comm);
 extern _Thread_local struct meddle_counts {
     unsigned engine, job;
     unsigned inside; /* of the engine's: on a communicator that it made itself */
@@ -28,8 +31,11 @@ extern _Atomic(unsigned char *) meddle_flip;
 enum meddle_failure { MEDDLE_NONE, MEDDLE_START, MEDDLE_SEND, MEDDLE_END, MEDDLE_SPLIT };
 extern _Atomic int meddle_fail;
 
-/* Communicators that the engine made, and that it destroyed or aborted; threads that are in ncclCommSplit or ncclCommInitRank for it
-   now. */
+/* While it is set the engine's groups do not begin. */
+extern _Atomic int meddle_block;
+
+/* Communicators that the engine made, and that it destroyed or aborted; threads that are in ncclCommSplit or
+   ncclCommInitRank for it now. */
 /* While `hold` is set they do not get to NCCL. */
 extern _Atomic int meddle_hold, meddle_made, meddle_ended, meddle_splitting;
 

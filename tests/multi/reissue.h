@@ -17,6 +17,7 @@
 
 #include "emu_common.h"
 #include "meddle.h"
+#include "streams.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #define SLOW 3
@@ -334,8 +335,9 @@ static inline ncclResult_t issue(const struct side *s, const struct exchange *x,
     return ncclSuccess;
 }
 
-static inline void watch_way(void)
+static inline void watch_way(const struct side *s)
 {
+    meddle_watch(s->comm);
     memset(&meddle_counts, 0, sizeof meddle_counts);
 }
 
@@ -343,6 +345,7 @@ static inline void watch_way(void)
  * exchange. */
 static inline void note_way(struct side *s, const struct buffers *b, ncclResult_t r)
 {
+    railyard_emu_synchronize(s->stream); /* with RAILYARD_HOLD=no the call has returned before it is done */
     CHECK(b->number < MOST_EXCHANGES, "more exchanges than can be remembered");
     CHECK(!meddle_counts.engine || !meddle_counts.job || r != ncclSuccess, "exchange %llu was carried out twice",
           (unsigned long long)b->number);
@@ -357,7 +360,7 @@ static inline ncclResult_t try_exchange(struct side *s, const struct exchange *x
     make_buffers(s, x, b);
     AT("exchange %llu of communicator %llu (matrix %d, form %d, pairs %d)", (unsigned long long)b->number,
        (unsigned long long)s->tag, (int)x->matrix, (int)x->form, (int)x->pairs);
-    watch_way();
+    watch_way(s);
     ncclResult_t r;
     if (x->form == F_ONE_CALL) {
         r = issue(s, x, b);
@@ -458,6 +461,7 @@ static inline struct side *new_side(ncclComm_t comm, uint64_t tag)
     kept[n++ % 64] = s;
     s->comm = comm;
     s->tag = tag;
+    s->stream = (cudaStream_t)s; /* one of its own, as two threads that do the same in another order must have */
     NCCL(ncclCommCount(comm, &s->n));
     NCCL(ncclCommUserRank(comm, &s->rank));
     return s;

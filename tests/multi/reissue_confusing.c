@@ -25,7 +25,8 @@ static void two_at_once(struct side *a, const struct exchange *x, struct side *b
     make_buffers(b, y, &q);
     AT("two at once: %llu of communicator %llu and %llu of %llu", (unsigned long long)p.number,
        (unsigned long long)a->tag, (unsigned long long)q.number, (unsigned long long)b->tag);
-    watch_way();
+    watch_way(a);
+    meddle_watch(b->comm);
     NCCL(ncclGroupStart());
     NCCL(issue(a, x, &p));
     NCCL(issue(b, y, &q));
@@ -45,7 +46,7 @@ static void odd_group(struct side *s, bool collective)
     int one = 1, sum = 0;
     make_buffers(s, &same, &b);
     AT("odd group %llu", (unsigned long long)b.number);
-    watch_way();
+    watch_way(s);
     NCCL(ncclGroupStart());
     if (collective)
         NCCL(ncclAllReduce(&one, &sum, 1, ncclInt, ncclSum, s->comm, s->stream));
@@ -66,7 +67,7 @@ static void pipeline(struct side *s)
     struct buffers b;
     make_buffers(s, &x, &b);
     AT("pipeline %llu", (unsigned long long)b.number);
-    watch_way();
+    watch_way(s);
     int next = (s->rank + 1) % s->n, last = (s->rank + s->n - 1) % s->n;
     for (int turn = 0; turn < 2; turn++) {
         if (turn == (s->rank > 0))

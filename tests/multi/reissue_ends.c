@@ -279,7 +279,7 @@ static void corrupted(void)
         printf("exchange %llu, rank %d, byte %zu\n", (unsigned long long)b.number, peer, offset);
         fflush(stdout);
     }
-    watch_way();
+    watch_way(s);
     NCCL(ncclGroupStart());
     NCCL(issue(s, &large, &b));
     NCCL(ncclGroupEnd());

@@ -96,7 +96,7 @@ static void *go_on(void *arg)
         if (going.result == ncclSuccess)
             check_buffers(going.side, &large, &b);
         free_buffers(&b);
-    } while (going.result == ncclSuccess && going.side->number < 60);
+    } while (going.result == ncclSuccess && going.side->number < going.side->engaged_at + 60);
     going.ended = ry_now_ns();
     atomic_store(&going.over, true);
     return NULL;

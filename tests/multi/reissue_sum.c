@@ -180,7 +180,7 @@ static void make(struct side *s, struct transfer *x, ncclDataType_t type, size_t
 {
     struct buffers b = {.number = s->number++};
     AT("exchange %llu of communicator %llu", (unsigned long long)b.number, (unsigned long long)s->tag);
-    watch_way();
+    watch_way(s);
     NCCL(ncclGroupStart());
     for (int p = 0; p < s->n; p++) {
         NCCL(ncclSend(x->send + x->send_at[p], x->to[p] * elems, type, p, s->comm, s->stream));

@@ -267,13 +267,17 @@ def starting_costs_nothing(argv, preloads):
 
 
 def case_exports():
-    """The NCCL functions that we stand in front of, what plugin/railyard.h declares, and nothing else."""
+    """The NCCL functions that we stand in front of, what plugin/railyard.h declares, CUDA's that free memory, and nothing else."""
     top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     sys.path.insert(0, os.path.join(top, "tests"))
     import nccl_versions
     with open(os.path.join(top, "plugin", "railyard.h"), encoding="utf-8") as f:
         declared = re.findall(r"^\w[\w ]* \**(railyard_\w+)\(", f.read(), re.M)
-    wanted = set(nccl_versions.our_functions()) | set(declared)
+    with open(os.path.join(top, "plugin", "frees.c"), encoding="utf-8") as f:
+        frees = re.findall(r"^(?:RUNTIME|DRIVER)\((\w+),", f.read(), re.M)
+    if not {"cudaFree", "cudaFreeHost", "cuMemFree_v2"} <= set(frees):
+        fail(f"not all of plugin/frees.c could be read: {frees}")
+    wanted = set(nccl_versions.our_functions()) | set(declared) | set(frees)
     listed = run(["nm", "-D", "--defined-only", PRELOAD]).stdout.splitlines()
     exported = {line.split()[-1] for line in listed if not re.match(r"\w+ [Aa] ", line)}
     if not {"railyard_pause", "railyard_strategy"} <= set(declared) or len(wanted) < 28:

@@ -166,6 +166,58 @@ START_TEST(stream_order)
 }
 END_TEST
 
+static bool passed(struct ry_event *ev)
+{
+    bool done;
+    ok(device->event_done(ev, &done, &err));
+    return done;
+}
+
+/* A stream waits for a word, whoever writes it, and for no other stream's; beyond is as good as there, past the wrap, too. */
+START_TEST(words)
+{
+    void *a, *b, *page;
+    struct ry_event *ev, *other;
+    ok(device->use(0, &err));
+    ok(device->stream_create(&a, &err));
+    ok(device->stream_create(&b, &err));
+    ok(device->event_create_untimed(&ev, &err));
+    ok(device->event_create_untimed(&other, &err));
+    ok(device->pinned_alloc(&page, 64, &err));
+    uint32_t *word = page;
+    memset(page, 0, 64);
+    if (device->stream_wait_value(a, word, 1, &err)) {
+        ck_assert_msg(strstr(err.msg, "cuStreamWaitValue32"), "%s", err.msg);
+        fprintf(stderr, "words: left out: %s\n", err.msg);
+        return;
+    }
+    ok(device->event_record(ev, a, &err));
+    ok(device->event_record(other, b, &err));
+    ok(device->stream_sync(b, &err));
+    usleep(20000);
+    ck_assert(!passed(ev) && passed(other));
+    ok(device->stream_write_value(b, word, 1, &err));
+    ok(device->stream_sync(a, &err));
+    ck_assert(passed(ev));
+    ok(device->stream_wait_value(a, word, 2, &err));
+    ok(device->stream_wait_value(a, word + 1, 1, &err));
+    ok(device->event_record(ev, a, &err));
+    __atomic_store_n(word, 3, __ATOMIC_RELEASE);
+    usleep(20000);
+    ck_assert(!passed(ev));
+    __atomic_store_n(word + 1, 1, __ATOMIC_RELEASE);
+    ok(device->stream_sync(a, &err));
+    ck_assert(passed(ev));
+    ok(device->stream_wait_value(a, word, UINT32_MAX - 5, &err)); /* 3 comes after that */
+    ok(device->stream_sync(a, &err));
+    ok(device->stream_destroy(a, &err));
+    ok(device->stream_destroy(b, &err));
+    device->event_destroy(ev);
+    device->event_destroy(other);
+    ok(device->pinned_free(page, &err));
+}
+END_TEST
+
 /* A thread that never chose a device uses and frees what another made. */
 static void *other_thread(void *p)
 {
@@ -428,6 +480,7 @@ static void add_tests(TCase *t, bool cuda)
     tcase_add_test(t, memory);
     tcase_add_test(t, streams_and_events);
     tcase_add_test(t, stream_order);
+    tcase_add_test(t, words);
     tcase_add_test(t, from_another_thread);
     tcase_add_test(t, event_moves_between_devices);
     tcase_add_test(t, cuda_or_a_reason);

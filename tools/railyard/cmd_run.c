@@ -2,7 +2,7 @@
  * cmd_run.c: `railyard run`: starts a job with Railyard in it: LD_PRELOAD and PYTHONPATH, and settings given as
  * options.
  *
- * Owns: these variables of the command's environment, and saying why a command cannot be started. The command takes
+ * Owns: these variables of the command's environment, what RAILYARD_HOLD=no needs besides, and saying why a command cannot be started. The command takes
  * this process' place: nothing of the tool stays between a launcher and its job.
  */
 #include <argp.h>
@@ -104,6 +104,15 @@ static void put_in_front(const char *name, const char *first)
     free(all);
 }
 
+/* What RAILYARD_HOLD=no needs; CUDA reads it when it starts. The preload does the same, where the launcher does not pass this on. */
+static bool load_eagerly(void)
+{
+    struct ry_settings s;
+    char ignored[1024];
+    ry_settings_parse(&s, environ, ignored, sizeof ignored);
+    return !s.hold && !getenv("CUDA_MODULE_LOADING") && !setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+}
+
 static void print_variable(const char *name, const char *value)
 {
     printf("export %s='", name);
@@ -155,6 +164,7 @@ int cmd_run(int argc, char **argv)
     for (int i = 0; i < NVARIABLES; i++)
         if (opt.values[i])
             setenv(variables[i], opt.values[i], 1);
+    bool eagerly = load_eagerly();
     if (!opt.print) {
         execvp(opt.command[0], opt.command);
         int why = errno;
@@ -163,6 +173,8 @@ int cmd_run(int argc, char **argv)
     }
     print_variable("LD_PRELOAD", getenv("LD_PRELOAD"));
     print_variable("PYTHONPATH", getenv("PYTHONPATH"));
+    if (eagerly)
+        print_variable("CUDA_MODULE_LOADING", getenv("CUDA_MODULE_LOADING"));
     for (int i = 0; i < NVARIABLES; i++)
         if (opt.values[i])
             print_variable(variables[i], opt.values[i]);
