@@ -136,9 +136,24 @@ static int hwloc_major(xmlNode *root)
     return (int)major;
 }
 
+/* What may be used of an object, where that is said: something of what it has. */
+static bool allowed_of(const xmlNode *obj, const char *name, const char *of)
+{
+    xmlChar *text = xmlGetProp(obj, BAD_CAST name), *all = text ? xmlGetProp(obj, BAD_CAST of) : NULL;
+    hwloc_bitmap_t allowed = text ? hwloc_bitmap_alloc() : NULL, set = all ? hwloc_bitmap_alloc() : NULL;
+    bool good = !text || (allowed && set && !hwloc_bitmap_sscanf(allowed, (const char *)text) &&
+                          !hwloc_bitmap_sscanf(set, (const char *)all) && hwloc_bitmap_last(allowed) < MAX_INDEX &&
+                          hwloc_bitmap_intersects(allowed, set));
+    hwloc_bitmap_free(allowed);
+    hwloc_bitmap_free(set);
+    xmlFree(all);
+    xmlFree(text);
+    return good;
+}
+
 /*
  * hwloc trusts its XML and crashes on objects without their sets. What is checked here is what it takes for granted:
- * every processor and memory object has its four sets, and they are sets of sane size; a thread and a NUMA node have an
+ * every processor and memory object has its four sets, and they are sets of sane size, of which some is allowed; a thread and a NUMA node have an
  * index, and their own set holds just that; I/O and Misc objects have no sets and nothing but such objects below them.
  */
 static int check_object(const xmlNode *obj, bool io, struct ry_err *err)
@@ -177,6 +192,8 @@ static int check_object(const xmlNode *obj, bool io, struct ry_err *err)
             return ry_fail(err, is_io ? "has a %s with a %s (line %ld)" : "has a %s without a good %s (line %ld)", type,
                            sets[i], xmlGetLineNo(obj));
     }
+    if (!allowed_of(obj, "allowed_cpuset", "cpuset") || !allowed_of(obj, "allowed_nodeset", "nodeset"))
+        return ry_fail(err, "has a %s of which nothing is allowed to be used (line %ld)", type, xmlGetLineNo(obj));
     for (const xmlNode *c = obj->children; c; c = c->next)
         if (ry_xml_is(c, "object") && check_object(c, is_io, err))
             return -1;

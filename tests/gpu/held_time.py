@@ -137,6 +137,7 @@ def main():
     p.add_argument("--control", action="store_true", help="nothing is preloaded: shows what the figures are worth, and needs no GPU")
     p.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     p.add_argument("--json", metavar="FILE")
+    p.add_argument("--keep", metavar="DIR", help="keep the jobs' output there")
     a = p.parse_args()
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     if a.turns:
@@ -148,7 +149,12 @@ def main():
         print("held_time: there is no %s" % preload, file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-    folder, jobs, found, remarks = tempfile.mkdtemp(prefix="held-"), {}, [], {}
+    folder, jobs, found, remarks = os.path.abspath(a.keep) if a.keep else tempfile.mkdtemp(prefix="held-"), {}, [], {}
+    began = time.monotonic()
+
+    def say(text):
+        print("held_time: %3.0f s: %s" % (time.monotonic() - began, text), file=sys.stderr, flush=True)
+
     command = [sys.executable, os.path.abspath(__file__)] + ["--%s=%d" % (k, getattr(a, k)) for k in ("tokens", "hidden", "experts", "topk", "work")]
     try:
         cluster("up", "--name", NAME, "--nodes", str(a.nodes), "--gpus", str(a.gpus), "--nic", a.nic, *(["--devices", a.devices] if a.devices else []))
@@ -157,12 +163,14 @@ def main():
             jobs[hold] = Job(NAME, hold, a.nodes, a.gpus, folder, command + (["--control"] if a.control else []), env + a.env, preload, patience=120)
             jobs[hold].connect()
             jobs[hold].wait_ready()
+            say("the job with RAILYARD_HOLD=%s is up" % hold)
         for number in range(a.rounds):
             for way in WAYS:
                 for freeing in (0, 1):
                     for hold in ("yes", "no") if number % 2 else ("no", "yes"):
                         said = [json.loads(s) for s in jobs[hold].turn("%s %d %d" % (way, a.steps, freeing))]
                         found.append({"hold": hold, "way": way, "freeing": freeing, "round": number, "ranks": said})
+            say("round %d of %d" % (number + 1, a.rounds))
         for hold, job in jobs.items():
             job.finish()
             remarks[hold] = job.remarks()
@@ -176,7 +184,8 @@ def main():
             cluster("down", "--name", NAME)
         except Failed as e:
             print("held_time: %s" % e, file=sys.stderr)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not a.keep:
+            shutil.rmtree(folder, ignore_errors=True)
     some = found[0]["ranks"][0]
     print("%dx%d, %d x %d bf16, top-%d of %d: %.1f MiB from rank 0, NIC %s, %s; %d rounds of %d steps" % (
         a.nodes, a.gpus, a.tokens, a.hidden, a.topk, a.experts, some["bytes"] / 2 ** 20, a.nic, some["device"], a.rounds, a.steps))

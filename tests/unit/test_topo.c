@@ -668,6 +668,28 @@ START_TEST(random_damage)
 }
 END_TEST
 
+/* What random damage has found: hwloc would crash. */
+START_TEST(found_damage)
+{
+    static const char *const damage[][2] = {{"allowed_nodeset=\"0x00000003\"", "allowed_nodeset=\"6x00000003\""},
+                                            {"allowed_cpuset=\"0x000000ff\"", "allowed_cpuset=\"0xff000000\""}};
+    size_t n;
+    char *bytes = slurp(in(data, "nogpu-hwloc2.xml"), &n);
+    bytes[n] = 0;
+    for (size_t i = 0; i < sizeof damage / sizeof *damage; i++) {
+        char *copy = strdup(bytes), *at = strstr(copy, damage[i][0]);
+        struct ry_err err = {""};
+        ck_assert_ptr_nonnull(at);
+        memcpy(at, damage[i][1], strlen(damage[i][1]));
+        ck_assert_ptr_null(ry_topo_open_file(temp_file(copy, n), &err));
+        ck_assert_msg(strstr(err.msg, "of which nothing is allowed"), "%s", err.msg);
+        free(copy);
+    }
+    free(bytes);
+    unlink(temp_file("", 0));
+}
+END_TEST
+
 int main(void)
 {
     const char *set = getenv("RY_TEST_SEED");
@@ -704,6 +726,7 @@ int main(void)
     int files = (int)(sizeof to_corrupt / sizeof *to_corrupt);
     tcase_add_loop_test(t, every_truncation, 0, files);
     tcase_add_loop_test(t, random_damage, 0, files);
+    tcase_add_test(t, found_damage);
     tcase_set_timeout(t, 110);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
