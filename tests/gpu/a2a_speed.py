@@ -17,27 +17,19 @@ import time
 import torch
 import torch.distributed as dist
 
+import job_rank
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    p.add_argument("--backend", **job_rank.BACKENDS)
     p.add_argument("--mb", default="0.0625,1,16,64", help="MiB that each rank sends, itself included")
     p.add_argument("--patterns", default="even,cross,incast,in-node")
     p.add_argument("--seconds", type=float, default=0.5, help="roughly, for each measurement")
     p.add_argument("--json", metavar="FILE")
     a = p.parse_args()
     rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if a.backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    device, wait = job_rank.join(a.backend)
 
     def weight(pattern, i, j):
         same = i // per_node == j // per_node

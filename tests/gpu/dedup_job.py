@@ -17,12 +17,13 @@ import ctypes
 import json
 import math
 import os
-import socket
 import sys
 import time
 
 import torch
 import torch.distributed as dist
+
+import job_rank
 
 POISON = 0xA5
 ROUNDING = 2.0 ** -8  # of bf16: a rounding changes a number by at most this part of it
@@ -160,30 +161,14 @@ def traced(s, rank):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--turns", required=True)
-    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    p.add_argument("--backend", **job_rank.BACKENDS)
     p.add_argument("--control", action="store_true", help="Railyard is not preloaded: every way is plain")
     a = p.parse_args()
     rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world == per_node:
         per_node = 1  # a single node: what is counted is the way between its GPUs
-    line = socket.socket(socket.AF_UNIX)
-    line.connect(a.turns)
-    lines = line.makefile("rw")
-
-    def say(text):
-        lines.write(text + "\n")
-        lines.flush()
-
-    say("rank %d" % rank)
-    if a.backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        wait = torch.cuda.synchronize
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-        wait = lambda: None  # noqa: E731
+    line = job_rank.Line(a.turns)
+    device, wait = job_rank.join(a.backend)
     dist.barrier()
     wait()
     railyard = None
@@ -263,13 +248,13 @@ def main():
                 "nccl": ".".join(map(str, torch.cuda.nccl.version())) if a.backend == "nccl" else None,
                 "device": torch.cuda.get_device_name() if a.backend == "nccl" else "cpu"}
 
-    say("ready")
+    line.say("ready")
     while True:
-        told = lines.readline().split(None, 2)
+        told = line.told(2)
         if len(told) < 3 or told[0] != "go":
             break
         if told[1] == "open":
-            say("ready " + json.dumps(open_row(json.loads(told[2])), separators=(",", ":")))
+            line.say("ready " + json.dumps(open_row(json.loads(told[2])), separators=(",", ":")))
             continue
         way, (repeats, together) = told[1], map(int, told[2].split())
         group = groups["free" if way in ("auto", "plain-auto") else "forced"]
@@ -305,7 +290,7 @@ def main():
             wait()
             pace = (time.perf_counter() - began) / together
             right = check() and right
-        say("ready %s %.1f %s" % ("right" if right else "WRONG", pace * 1e6, " ".join("%.1f" % (t * 1e6) for t in times)) + (
+        line.say("ready %s %.1f %s" % ("right" if right else "WRONG", pace * 1e6, " ".join("%.1f" % (t * 1e6) for t in times)) + (
             " | %s | %s" % (" ".join("%.1f" % (t * 1e6) for t in out), json.dumps(found, separators=(",", ":"))) if row.summed else ""))
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -32,32 +32,16 @@ NAME = "held"
 def rank_main(a):
     """One rank: told "go WAY STEPS FREEING", answers with JSON."""
     import ctypes
-    import socket
 
     import torch
     import torch.distributed as dist
 
+    import job_rank
     from dedup_job import POISON, Row
     rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE"))
-    line = socket.socket(socket.AF_UNIX)
-    line.connect(a.turns)
-    lines = line.makefile("rw")
-
-    def say(text):
-        lines.write(text + "\n")
-        lines.flush()
-
-    say("rank %d" % rank)
+    line = job_rank.Line(a.turns)
     cuda = torch.cuda.is_available()
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        wait = torch.cuda.synchronize
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-        wait = lambda: None  # noqa: E731
+    device, wait = job_rank.join("nccl" if cuda else "gloo")
     railyard = None if a.control else ctypes.CDLL(None)
 
     def switch(way):
@@ -99,9 +83,9 @@ def rank_main(a):
     exchange(row.y, row.x)
     wait()
     expected = row.y.clone()
-    say("ready")
+    line.say("ready")
     while True:
-        told = lines.readline().split()
+        told = line.told()
         if len(told) != 4 or told[0] != "go":
             break
         way, steps, freeing = told[1], int(told[2]), int(told[3])
@@ -113,7 +97,7 @@ def rank_main(a):
         calls = [step(freeing) for _ in range(steps)]
         wait()
         pace = (time.perf_counter() - began) / steps
-        say("ready " + json.dumps({"right": torch.equal(row.y.view(torch.int16), expected.view(torch.int16)), "pace": pace * 1e6,
+        line.say("ready " + json.dumps({"right": torch.equal(row.y.view(torch.int16), expected.view(torch.int16)), "pace": pace * 1e6,
                                    "calls": [round(c * 1e6, 1) for c in calls], "bytes": row.x.numel() * row.x.element_size(),
                                    "device": torch.cuda.get_device_name() if cuda else "cpu"}))
     dist.destroy_process_group()

@@ -10,11 +10,12 @@ import argparse
 import json
 import os
 import random
-import socket
 import time
 
 import torch
 import torch.distributed as dist
+
+import job_rank
 
 
 def main():
@@ -23,27 +24,11 @@ def main():
     p.add_argument("--folder", required=True)
     p.add_argument("--tokens", type=int, default=2048)
     p.add_argument("--hidden", type=int, default=1024)
-    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    p.add_argument("--backend", **job_rank.BACKENDS)
     a = p.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    line = socket.socket(socket.AF_UNIX)
-    line.connect(a.turns)
-    lines = line.makefile("rw")
-
-    def say(text):
-        lines.write(text + "\n")
-        lines.flush()
-
-    say("rank %d" % rank)
-    if a.backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        wait = torch.cuda.synchronize
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-        wait = lambda: None  # noqa: E731
+    line = job_rank.Line(a.turns)
+    device, wait = job_rank.join(a.backend)
     group = dist.new_group(list(range(world)), group_desc="experts")
     sent, count, step = [0] * world, 0, 0
     rows = torch.arange(a.tokens * a.hidden, dtype=torch.float32, device=device).reshape(a.tokens, a.hidden)
@@ -74,9 +59,9 @@ def main():
 
     dist.barrier()
     wait()
-    say("ready")
+    line.say("ready")
     while True:
-        told = lines.readline().split()
+        told = line.told()
         if not told or told[0] != "go":
             break
         times = []
@@ -110,7 +95,7 @@ def main():
             if step == 0 and not torch.equal(back, x):
                 raise SystemExit("rank %d: what came back is not what was sent" % rank)
             step += 1
-        say("ready " + " ".join("%.1f" % (t * 1e6) for t in times))
+        line.say("ready " + " ".join("%.1f" % (t * 1e6) for t in times))
     with open(os.path.join(a.folder, "rank-%d.json" % rank), "w") as f:
         json.dump({"rank": rank, "sent": sent, "exchanges": count, "steps": step}, f)
     dist.destroy_process_group()

@@ -17,6 +17,8 @@ import time
 import torch
 import torch.distributed as dist
 
+import job_rank
+
 TYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"]
 SHAPES = ["uniform", "random", "zipf", "one", "zero-rows", "zero-columns", "sparse", "nothing"]
 
@@ -54,17 +56,11 @@ def main():
     p.add_argument("--seconds", type=float, default=0, help="stop after so long, whatever --count says (0: never)")
     p.add_argument("--max", type=float, default=64, help="MiB that the busiest rank sends at most")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    p.add_argument("--backend", **job_rank.BACKENDS)
     p.add_argument("--json", metavar="FILE")
     a = p.parse_args()
     rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if a.backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device, _ = job_rank.join(a.backend)
     group = dist.new_group(list(range(world)), group_desc="exchanges")
     control = dist.new_group(list(range(world)), group_desc="control")
     place = torch.arange(int(a.max * 2 ** 20) + 4096, device=device, dtype=torch.int32) * 40503

@@ -28,6 +28,8 @@ import time
 import torch
 import torch.distributed as dist
 
+import job_rank
+
 from random_exchanges import SHAPES, bytes_table
 
 TYPES = ["bfloat16", "bfloat16", "float16", "float32", "float64", "int8", "uint8", "int32", "int64"]
@@ -73,17 +75,11 @@ def main():
     p.add_argument("--max", type=float, default=48, help="MiB that the busiest rank sends at most")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--strategies", default="", help="of Railyard, to switch between, comma-separated; repeat one to have it more often")
-    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    p.add_argument("--backend", **job_rank.BACKENDS)
     p.add_argument("--json", metavar="FILE")
     a = p.parse_args()
     rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if a.backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device, _ = job_rank.join(a.backend)
     group = dist.new_group(list(range(world)), group_desc="soak")
     control = dist.new_group(list(range(world)), group_desc="control")
     dist.barrier()

@@ -8,11 +8,12 @@ import argparse
 import ctypes
 import os
 import random
-import socket
 import time
 
 import torch
 import torch.distributed as dist
+
+import job_rank
 
 
 def table(shape, world, per_node, size):
@@ -44,33 +45,17 @@ def segment(source, to, size, device):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--turns", required=True)
-    p.add_argument("--backend", choices=["nccl", "gloo"], default="nccl" if torch.cuda.is_available() else "gloo")
+    p.add_argument("--backend", **job_rank.BACKENDS)
     a = p.parse_args()
     rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    line = socket.socket(socket.AF_UNIX)
-    line.connect(a.turns)
-    lines = line.makefile("rw")
-
-    def say(text):
-        lines.write(text + "\n")
-        lines.flush()
-
-    say("rank %d" % rank)
-    if a.backend == "nccl":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_DEVICE", os.environ["LOCAL_RANK"])))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        wait = torch.cuda.synchronize
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
-        wait = lambda: None  # noqa: E731
+    line = job_rank.Line(a.turns)
+    device, wait = job_rank.join(a.backend)
     dist.barrier()
     wait()
     railyard, group, number = ctypes.CDLL(None), None, 0
-    say("ready")
+    line.say("ready")
     while True:
-        told = lines.readline().split()
+        told = line.told()
         if not told or told[0] != "go":
             break
         ways, shape, size, repeats = told[1].split(","), told[2], int(told[3]), int(told[4])
@@ -99,7 +84,7 @@ def main():
                     times.append(time.perf_counter() - began)
         right = all(torch.equal(got, segment(i, rank, len(got), device)) for i, got in enumerate(y.split(outs)))
         del x, y
-        say("ready %s %s" % ("right" if right else "WRONG", " ".join("%d" % (s * 1e7) for s in times)))
+        line.say("ready %s %s" % ("right" if right else "WRONG", " ".join("%d" % (s * 1e7) for s in times)))
     dist.destroy_process_group()
 
 
