@@ -189,7 +189,7 @@ START_TEST(words)
     if (device->stream_wait_value(a, word, 1, &err)) {
         ck_assert_msg(strstr(err.msg, "cuStreamWaitValue32"), "%s", err.msg);
         fprintf(stderr, "words: left out: %s\n", err.msg);
-        return;
+        goto out;
     }
     ok(device->event_record(ev, a, &err));
     ok(device->event_record(other, b, &err));
@@ -210,6 +210,7 @@ START_TEST(words)
     ck_assert(passed(ev));
     ok(device->stream_wait_value(a, word, UINT32_MAX - 5, &err)); /* 3 comes after that */
     ok(device->stream_sync(a, &err));
+out:
     ok(device->stream_destroy(a, &err));
     ok(device->stream_destroy(b, &err));
     device->event_destroy(ev);

@@ -213,7 +213,7 @@ enum { COMMS = 4, NUMBERS = 1000 };
 static struct one {
     struct comm comm;
     struct reissue reissue;
-    void *stream;         /* the job's */
+    void *_Atomic stream; /* the job's */
     void *nccl;           /* a stream that NCCL made for itself, or NULL */
     uint32_t at[NUMBERS]; /* what exchanges leave */
     _Atomic int allowed;  /* exchanges that the other ranks have made; -1: all */
@@ -302,8 +302,11 @@ static void setup_with(int n)
 /* Streams get queues in turn: with all of the job's first, the engine's come in others. */
 static void job_streams(int n)
 {
-    for (int i = 0; i < n; i++)
-        make_stream(&one[i].stream, NULL);
+    for (int i = 0; i < n; i++) {
+        void *made;
+        make_stream(&made, NULL);
+        one[i].stream = made;
+    }
 }
 
 /* True: given away. */
