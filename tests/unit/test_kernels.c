@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "on_devices.h"
+#include "rounds.h"
 #include "run/digest.h"
 #include "run/internal.h"
 
@@ -150,7 +151,7 @@ START_TEST(comparisons)
     ok(device->copy(a, from, n, stream, &err));
     ok(device->copy(b, other, n, stream, &err));
     ck_assert_uint_eq(compared(pieces, 0, PIECES, a, b, answer), RY_NO_DIFFERENCE);
-    for (int round = 0; round < 150; round++) {
+    for (int round = 0; round < ROUNDS_OF(150); round++) {
         size_t i = draw(PIECES), j = draw(PIECES), first = i < 60 ? 0 : i - draw(60), end = i + 1 + draw(60);
         size_t at = draw(4) ? draw(pieces[i].bytes) : draw(2) ? 0 : pieces[i].bytes - 1, at_2 = draw(pieces[j].bytes);
         end = end > PIECES ? PIECES : end;
@@ -192,12 +193,14 @@ START_TEST(digests)
 {
     start();
     struct piece *pieces = calloc(PIECES, sizeof *pieces);
-    size_t n = lay_out(pieces);
+    size_t n = lay_out(pieces), used = 0;
+    for (size_t i = 0; i < PIECES; i += getenv("RY_FAKE_CUDA") ? 7 : 1) /* a GPU that is played takes its time */
+        pieces[used++] = pieces[i];
     unsigned char *from = noise(n), *other = malloc(n);
     uint64_t want[2] = {0, 0}, got[2];
     void *a, *b, *answer;
     memset(other, 0x33, n);
-    for (size_t i = 0; i < PIECES; i++) {
+    for (size_t i = 0; i < used; i++) {
         const unsigned char *p = from + pieces[i].a;
         memcpy(other + pieces[i].b, p, pieces[i].bytes);
         for (size_t at = 0; at < pieces[i].bytes; at += at + 16 <= pieces[i].bytes ? 16 : 1) {
@@ -215,12 +218,12 @@ START_TEST(digests)
     ok(device->alloc_async(&answer, 256, stream, &err));
     ok(device->copy(a, from, n, stream, &err));
     ok(device->copy(b, other, n, stream, &err));
-    digest_of(pieces, PIECES, a, false, got, answer);
+    digest_of(pieces, used, a, false, got, answer);
     ck_assert(got[0] == want[0] && got[1] == want[1]);
-    digest_of(pieces, PIECES, b, true, got, answer);
+    digest_of(pieces, used, b, true, got, answer);
     ck_assert(got[0] == want[0] && got[1] == want[1]);
-    for (int round = 0; round < 60; round++) {
-        size_t i = draw(PIECES), first = i < 60 ? 0 : i - draw(60), many = i + 1 - first, at = draw(pieces[i].bytes);
+    for (int round = 0; round < ROUNDS_OF(getenv("RY_FAKE_CUDA") ? 30 : 60); round++) {
+        size_t i = draw(used), first = i < 60 ? 0 : i - draw(60), many = i + 1 - first, at = draw(pieces[i].bytes);
         uint64_t before[2], again[2];
         digest_of(pieces + first, many, a, false, before, answer);
         flip((char *)a + pieces[i].a + at);
