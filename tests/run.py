@@ -3,7 +3,8 @@
 
   werror     the plain build with warnings as errors, and all its tests
   asan       the same under AddressSanitizer and UndefinedBehaviorSanitizer (gcc warns falsely there: no warnings), but for what
-             is Python (scripts of the virtual GPU cluster, the frameworks' adapter) and the planner's long commands
+             is Python (scripts of the virtual GPU cluster, the frameworks' adapter), the planner's long commands, and most of the
+             exchanges once more with RAILYARD_HOLD=no
   tsan       what has threads, under ThreadSanitizer
   docs       tables and man page against the code
   install    `meson install` into an empty folder, and the tool and libraries working from there
