@@ -143,8 +143,11 @@ static void killed(void)
     struct buffers b;
     for (int i = 0; i < 20; i++)
         exchange(s, &large);
-    if (s->rank == victim)
+    barrier(s->comm); /* all have got what the victim sent them */
+    if (s->rank == victim) {
+        usleep(200000); /* the barrier ends for all */
         raise(SIGKILL);
+    }
     uint64_t t = ry_now_ns();
     ncclResult_t r = try_exchange(s, &large, &b);
     CHECK(r != ncclSuccess, "an exchange with the dead succeeded");
