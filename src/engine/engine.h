@@ -2,8 +2,9 @@
  * engine.h: what the engine's own files share.
  *
  * Owns: the process's one engine, and what is kept of each communicator. engine.c brings communicators up and down,
- * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange, look.c (equal rows) and sum.c
- * (summed returns) are parts of it. Not for anybody else.
+ * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange; look.c (equal rows), sum.c (summed
+ * returns), twins.c (communicators that send the same) and later.c (calls that return first) are parts of it. Not for
+ * anybody else.
  */
 #ifndef RY_ENGINE_ENGINE_H
 #define RY_ENGINE_ENGINE_H

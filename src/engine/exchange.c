@@ -223,23 +223,31 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     atomic_store(&r->moved[now.number % 64].us, 0);
 }
 
+/* Enqueue it, `plan` NULL telling that it could not be built, as `why` says. True: it is under way, and NCCL has nothing against it. */
+static bool run_plan(const struct comm *c, const struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
+                     const struct ry_plan *plan, struct ry_run_node *node, struct ry_err *why, int *result)
+{
+    start_clock(c, x);
+    if (plan && !(now.verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, why)
+                             : ry_run(r->runner, plan, b, node, result, why)))
+        return !*result;
+    ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
+           now.number, x->rank, why->msg);
+    *result = NCCL_SYSTEM_ERROR;
+    return false;
+}
+
 static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                       const struct ry_verdict *verdict, const struct ry_repeats *repeats, int *result)
 {
     struct ry_err err;
     struct ry_run_node *node = now.node == RY_NODE_USE ? ry_node_comm_face(r->node) : NULL;
     struct ry_plan *plan = plan_of(r, verdict, x->rank, repeats, &err);
-    start_clock(c, x);
-    if (!plan || (verdict->verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, &err)
-                                  : ry_run(r->runner, plan, b, node, result, &err))) {
-        ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
-               now.number, x->rank, err.msg);
-        *result = NCCL_SYSTEM_ERROR;
-    } else if (!*result && plan->strategy == RY_DEDUP) {
+    bool good = run_plan(c, r, x, b, plan, node, &err, result);
+    if (good && plan->strategy == RY_DEDUP)
         ry_sum_keep(c, r, b, plan, repeats, &now.rows, now.number);
-    } else if (!*result && plan->strategy == RY_SUM) {
+    else if (good && plan->strategy == RY_SUM)
         ry_sum_tell(c, r, plan, &now.rows, now.number);
-    }
     r->carried_out[verdict->strategy]++;
     r->over_node += node != NULL;
     ry_plan_free(plan);
@@ -294,7 +302,6 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     struct ry_twins_verdict v;
     struct ry_twins_wait wait;
     struct ry_verdict none;
-    struct ry_err err;
     double waited;
     if (r->twins)
         ry_exchange_look_at_checks(c, r);
@@ -314,13 +321,7 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.strategy = ry_strategy_name(RY_REPLICA);
     now.verify = v.verify;
     now.plain_us = v.plain_us;
-    start_clock(c, x);
-    if (!v.plan || (v.verify ? ry_run_verify(r->runner, v.plan, b, v.node, now.number, result, &err)
-                             : ry_run(r->runner, v.plan, b, v.node, result, &err))) {
-        ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 " fails on rank %d, while the other ranks go on: %s", c->id,
-               now.number, x->rank, v.plan ? err.msg : v.why.msg);
-        *result = NCCL_SYSTEM_ERROR;
-    }
+    run_plan(c, r, x, b, v.plan, v.node, &v.why, result);
     r->carried_out[RY_REPLICA]++;
     ry_plan_free(v.plan);
     return true;

@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <sys/wait.h>
 
 #include "emu_common.h"
 #include "meddle.h"
@@ -373,6 +374,19 @@ static inline ncclResult_t try_exchange(struct side *s, const struct exchange *x
     }
     note_way(s, b, r);
     return r;
+}
+
+/** Goes on in a child, which ends by `expected_signal`, or else this rank fails: the launcher ends all ranks when one was killed,
+ *  so not the one that it sees is. */
+static inline void watch_over(int expected_signal)
+{
+    pid_t child = fork();
+    int status;
+    CHECK(child >= 0, "cannot fork");
+    if (!child)
+        return;
+    waitpid(child, &status, 0);
+    _exit(WIFSIGNALED(status) && WTERMSIG(status) == expected_signal ? 0 : 1);
 }
 
 /** One exchange, checked; true if the engine carried it out here. */

@@ -120,18 +120,6 @@ static void left_alone(void)
     CHECK(waiting.result != ncclSuccess, "an exchange that a rank did not make succeeded");
 }
 
-/* The launcher ends all ranks when one fails: so the victim has a parent that does not. */
-static void watch_over(int expected_signal)
-{
-    pid_t child = fork();
-    int status;
-    CHECK(child >= 0, "cannot fork");
-    if (!child)
-        return;
-    waitpid(child, &status, 0);
-    _exit(WIFSIGNALED(status) && WTERMSIG(status) == expected_signal ? 0 : 1);
-}
-
 /* A rank dies in the middle: nobody hangs, NCCL's own error comes back. */
 static void killed(void)
 {

@@ -10,7 +10,6 @@
 #undef cudaFree
 #undef cudaFreeHost
 #undef cudaHostUnregister
-#include <sys/wait.h>
 
 #include "fake_cudart.h"
 
@@ -218,17 +217,6 @@ static void aborted_one(void)
     if (s->rank == victim)
         free_buffers(&b);
     result(t);
-}
-
-static void watch_over(int expected_signal)
-{
-    pid_t child = fork();
-    int status;
-    CHECK(child >= 0, "cannot fork");
-    if (!child)
-        return;
-    waitpid(child, &status, 0);
-    _exit(WIFSIGNALED(status) && WTERMSIG(status) == expected_signal ? 0 : 1);
 }
 
 /* A rank dies. The job notices and aborts, or does not. */

@@ -4,7 +4,6 @@
  *
  * usage: reissue_node CASE SHAPE [RANK]   as reissue_right; RANK: to whom it happens
  */
-#include <sys/wait.h>
 
 #include "reissue.h"
 
@@ -102,22 +101,11 @@ static void *go_on(void *arg)
     return NULL;
 }
 
-static void watch_over(void)
-{
-    pid_t child = fork();
-    int status;
-    CHECK(child >= 0, "cannot fork");
-    if (!child)
-        return;
-    waitpid(child, &status, 0);
-    _exit(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL ? 0 : 1);
-}
-
 /* The victim never comes to the split that all others are in: it is killed, or stays away while they abort. */
 static void splitting(bool dies)
 {
     if (dies && who.rank == victim) {
-        watch_over();
+        watch_over(SIGKILL);
         alarm(100 * SLOW);
     }
     struct side *s = new_side(world_comm(), 1);

@@ -6,7 +6,6 @@
  * exchanges. RANK: to whom it happens.
  */
 #include <dlfcn.h>
-#include <sys/wait.h>
 
 #include "reissue.h"
 
@@ -310,23 +309,11 @@ static void stops(void)
     NCCL(ncclCommDestroy(world));
 }
 
-/* The launcher ends all ranks when one was killed: so not the one that it sees is. */
-static void watch_over(void)
-{
-    pid_t child = fork();
-    int status;
-    CHECK(child >= 0, "cannot fork");
-    if (!child)
-        return;
-    waitpid(child, &status, 0);
-    _exit(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL ? 0 : 1);
-}
-
 /* A rank dies. Its own twin cannot go on, the others can. */
 static void killed(void)
 {
     if (who.rank == victim) {
-        watch_over();
+        watch_over(SIGKILL);
         alarm(100 * SLOW);
     }
     begin();

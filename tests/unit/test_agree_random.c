@@ -20,22 +20,12 @@
 #include <time.h>
 
 #include "agree_world.h"
+#include "draws.h"
 
 #define RANKS 6
 #define ROUNDS 40
 #define COMMS 2
 #define OPS (2 * ROUNDS + 4)
-
-static uint64_t rng;
-static uint32_t pick(uint32_t below)
-{
-    rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
-    return (uint32_t)((rng >> 32) * below >> 32);
-}
-static bool one_in(uint32_t n)
-{
-    return n && pick(n) == 0;
-}
 
 /* One call of the job, on one rank. */
 struct op {

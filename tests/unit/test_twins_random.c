@@ -19,22 +19,12 @@
 #include <time.h>
 
 #include "agree_world.h"
+#include "draws.h"
 #include "engine/twin_policy.h"
 
 #define TWINS 4
 #define EACH 3
 #define OPS 40
-
-static uint64_t rng;
-static uint32_t pick(uint32_t below)
-{
-    rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
-    return (uint32_t)((rng >> 32) * below >> 32);
-}
-static bool one_in(uint32_t n)
-{
-    return n && pick(n) == 0;
-}
 
 struct op {
     uint8_t content; /* what is sent, and how much: of the exchange, not of the twin, unless */
