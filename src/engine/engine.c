@@ -108,6 +108,11 @@ static void start_parts(void)
         return;
     if (ry_nccl_find(&ry_engine.nccl, ry_engine.host.find, &err) || !(ry_engine.control = ry_control_start(&err)))
         ry_warn("exchanges are not reissued: %s", err.msg);
+    int ordinal = ry_engine.device->current ? ry_engine.device->current() : -1;
+    bool direct = ry_engine.transport == RY_BY_UCX && !ry_engine.staged;
+    if (ry_engine.control && ry_engine.transport != RY_BY_NCCL &&
+        !(ry_engine.hub = ry_hub_start(ry_engine.device, ordinal, direct, &err)))
+        ry_warn("NCCL carries everything: %s", err.msg);
 }
 
 static void parts_known(void)
@@ -378,6 +383,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     if (ry_engine.sampler)
         ry_sampler_stop(ry_engine.sampler);
     ry_node_comm_settle();
+    ry_hub_abandon(ry_engine.hub);
     for (struct comm *c = ry_engine.comms; c; c = c->next)
         ry_reissue_close(c, true); /* the driver may be gone by now */
     if (ry_engine.control)
@@ -397,10 +403,10 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
 static uint32_t hash_settings(const struct ry_settings *s)
 {
     struct {
-        uint64_t row_bytes, staging, verify, node_comm, sum, copies, strategy;
+        uint64_t row_bytes, staging, verify, node_comm, sum, copies, strategy, transport;
         double patience;
     } shared = {s->row_bytes, s->staging, s->verify, s->node_comm, ry_engine.combine.sum, ry_engine.combine.copies,
-                XXH64(s->strategy, strlen(s->strategy), 0), s->patience};
+                XXH64(s->strategy, strlen(s->strategy), 0), XXH64(s->transport, strlen(s->transport), 0), s->patience};
     return (uint32_t)XXH64(&shared, sizeof shared, 0);
 }
 
@@ -493,6 +499,7 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
     read_strategy();
     read_combine();
     read_chunks();
+    ry_engine.transport = ry_transport_read(ry_engine.settings.transport, &ry_engine.staged);
     ry_run_staging_limit(ry_engine.settings.staging);
     read_hold();
     ry_engine.settings_hash = hash_settings(&ry_engine.settings);

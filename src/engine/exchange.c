@@ -50,7 +50,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.given_away = false;
+    now.captured = now.together = now.timed = now.given_away = now.cross = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -116,6 +116,8 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
 static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
 {
     struct ry_err err;
+    ry_across_want(r->across, r->cross_wanted);
+    r->cross_wanted = 0;
     if (r->staging_wanted > ry_run_staging(r->runner) && ry_run_staging_grow(r->runner, r->staging_wanted, stream, &err))
         ry_log(RY_LOG_PLAN, "communicator %s: %s", c->id, err.msg);
     r->staging_wanted = 0;
@@ -146,6 +148,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
+    side.cross = ry_across_state(r->across);
+    side.cross_held = ry_across_held(r->across);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
@@ -208,6 +212,8 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
+    r->cross_wanted = order.cross_wanted;
+    now.cross = order.cross && verdict->strategy != RY_DIRECT;
     now.timed |= order.timed;
     now.node = (enum ry_node_order)order.node_comm;
     now.chunks = (int)order.chunks;
@@ -228,6 +234,7 @@ static bool run_plan(const struct comm *c, const struct reissue *r, const struct
                      const struct ry_plan *plan, struct ry_run_node *node, struct ry_err *why, int *result)
 {
     start_clock(c, x);
+    ry_run_cross(r->runner, now.cross ? ry_across_face(r->across, now.number) : NULL);
     if (plan && !(now.verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, why)
                              : ry_run(r->runner, plan, b, node, result, why)))
         return !*result;
@@ -250,6 +257,7 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
         ry_sum_tell(c, r, plan, &now.rows, now.number);
     r->carried_out[verdict->strategy]++;
     r->over_node += node != NULL;
+    r->over_ucx += now.cross;
     ry_plan_free(plan);
 }
 
@@ -526,6 +534,7 @@ void ry_exchange_aborting(void *handle)
         return;
     atomic_store(&r->aborted, true);
     ry_node_comm_abort(r->node);
+    ry_across_abort(r->across);
     ry_twins_leave(r->twins, true);
     if (r->talk)
         ry_talk_leave(r->talk);

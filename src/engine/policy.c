@@ -9,6 +9,7 @@
 
 #include "base/log.h"
 #include "returns.h"
+#include "ucx/carrier.h"
 
 /* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
  * many. */
@@ -65,6 +66,8 @@ struct ry_chooser {
     bool looked;                            /* any rank for equal rows */
     bool all_pack;                          /* and write packed messages out */
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
+    uint64_t *cross_need;                   /* [nranks] bytes of host memory that UCX lacks for it */
+    bool cross;                             /* UCX carries what crosses nodes */
     uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
     struct ry_balance *balance;             /* what the words of slices by balanced are made of */
@@ -581,6 +584,55 @@ static void order_node_comms(struct ry_chooser *c, const struct ry_choice *choic
     }
 }
 
+static bool all_cross(const struct ry_chooser *c)
+{
+    bool all = true;
+    for (int r = 0; r < c->config.map->nranks; r++)
+        all &= c->sides[r].cross == RY_CROSS_HAS;
+    return all;
+}
+
+/* The most that a rank's transfers between nodes take of host memory, in one group. What packs is shorter. */
+static uint64_t cross_need(const struct ry_chooser *c, int rank, enum ry_strategy strategy, const uint64_t *matrix)
+{
+    const struct ry_cluster *map = c->config.map;
+    int n = map->nranks, node = map->node[rank], size = map->node_size[node];
+    uint64_t bytes = 0, messages = 0;
+    for (int from = 0; from < n; from++)
+        for (int to = 0; to < n; to++) {
+            uint64_t cell = matrix[(size_t)from * (size_t)n + (size_t)to];
+            if (!cell || map->node[from] == map->node[to])
+                continue;
+            if (strategy == RY_BALANCED ? map->node[from] == node || map->node[to] == node
+                                        : from == rank || (map->node[to] == node && ry_relay(map, from, node) == rank))
+                bytes += cell;
+        }
+    if (strategy == RY_BALANCED) { /* shares of what the node's ranks have together, evened out but for a little */
+        bytes = bytes / (unsigned)size + bytes / 16;
+        messages = 4 * (unsigned)n;
+    }
+    return ry_carrier_need(bytes, messages + 2 * (unsigned)n);
+}
+
+/* May UCX carry it, do all ranks hold the memory for that, and is it wanted, or faster? */
+static void order_cross(struct ry_chooser *c, const struct ry_choice *choice, const uint64_t *matrix)
+{
+    int n = c->config.map->nranks;
+    enum ry_strategy s = choice->strategy;
+    c->cross = false;
+    memset(c->cross_need, 0, (size_t)n * sizeof *c->cross_need);
+    if (c->config.transport == RY_BY_NCCL || (s != RY_HIERARCHICAL && s != RY_BALANCED && s != RY_DEDUP) || !all_cross(c))
+        return;
+    c->cross = true;
+    for (int r = 0; r < n; r++) {
+        uint64_t need = c->sides[r].cross_held == UINT64_MAX ? 0 : cross_need(c, r, s, matrix);
+        if (need <= c->sides[r].cross_held)
+            continue;
+        c->cross = false;
+        c->cross_need[r] = need <= c->config.staging_limit ? need : 0;
+    }
+}
+
 /*
  * A plan is in as many chunks as the messages have parts, which was decided before they were looked for. Once they were
  * to be in several they stay so: it costs little, and exchanges of a layer differ.
@@ -654,7 +706,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": a manifest contradicts itself: direct, and no more",
                c->name, x->number);
         memset(c->need, 0, (size_t)c->config.map->nranks * sizeof *c->need);
-        c->timed = false;
+        memset(c->cross_need, 0, (size_t)c->config.map->nranks * sizeof *c->cross_need);
+        c->timed = c->cross = false;
         c->node_comm.order = RY_NODE_NOTHING;
         *rest = 1;
         return RY_DIRECT;
@@ -686,9 +739,10 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     *rest = forced < 0 && !trial ? rest_after(c, x->number, &choice) : 0;
     order_node_comms(c, &choice, *rest > 0);
     order_chunks(c, &choice);
+    order_cross(c, &choice, x->matrix);
     *verify = verified(c, choice.strategy);
-    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s (%s)%s%s", c->name, x->number,
-           ry_strategy_name(choice.strategy),
+    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s%s (%s)%s%s", c->name, x->number,
+           ry_strategy_name(choice.strategy), c->cross ? " over UCX" : "",
            c->chunks > 2   ? " in 4 chunks"
            : c->chunks > 1 ? " in 2 chunks"
                            : "",
@@ -704,6 +758,8 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
                              .timed = c->timed,
                              .node_comm = c->node_comm.order,
                              .plain_us = c->plain_us,
+                             .cross_wanted = c->cross_need[rank],
+                             .cross = c->cross,
                              .chunks = (uint32_t)c->chunks,
                              .parts = (uint32_t)c->parts};
     size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
@@ -743,7 +799,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     }
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
-        !(c->spare = calloc(n, sizeof *c->spare)) ||
+        !(c->spare = calloc(n, sizeof *c->spare)) || !(c->cross_need = calloc(n, sizeof *c->cross_need)) ||
         !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
@@ -771,6 +827,7 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->relayed);
     free(c->need);
     free(c->spare);
+    free(c->cross_need);
     free(c->sides);
     free(c->repeats);
     free(c->packed_in);

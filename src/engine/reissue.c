@@ -55,6 +55,7 @@ static void free_reissue(struct reissue *r, bool aborted)
     ry_twins_close(r->twins, aborted);
     if (r->talk)
         ry_talk_close(r->talk);
+    ry_across_close(r->across, atomic_load(&ry_engine.closed));
     ry_node_comm_end(r->node, aborted); /* what it had to abort is under way already */
     if (r->runner)
         ry_runner_free(r->runner, aborted);
@@ -125,6 +126,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                           .verify = ry_engine.settings.verify,
                                           .staging_limit = ry_engine.settings.staging,
                                           .chunks = ry_engine.chunks,
+                                          .transport = ry_engine.transport,
                                           .name = c->id};
         ry_reissue_model(&config.model, map);
         if (ry_engine.sampler && !(r->pace = ry_pace_new())) {
@@ -149,6 +151,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                   .context = c};
     if (!(r->talk = ry_talk_open(&talk, &err)))
         goto failed;
+    r->across = ry_across_open(c, map, address, address_size);
     r->twins = ry_twins_open(c, r, address, address_size);
     atomic_store(&c->reissue, r);
     atomic_store(&c->face.wants, 1);
@@ -191,11 +194,13 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[128] = "", node[64] = "", later[64] = "";
+    char dedup[128] = "", node[96] = "", later[64] = "";
     if (c->later.given)
         snprintf(later, sizeof later, "; %llu after their calls had returned", (unsigned long long)c->later.given);
     if (r->over_node)
         snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
+    if (r->over_ucx)
+        snprintf(node + strlen(node), sizeof node - strlen(node), "; %llu over UCX", (unsigned long long)r->over_ucx);
     if (r->carried_out[RY_BALANCED])
         snprintf(dedup, sizeof dedup, ", %llu balanced", (unsigned long long)r->carried_out[RY_BALANCED]);
     if (r->carried_out[RY_DEDUP])
