@@ -257,6 +257,11 @@ struct ry_cross *ry_across_face(struct ry_across *a, uint64_t number)
     return face;
 }
 
+uint64_t ry_across_sent(const struct ry_across *a)
+{
+    return a ? ry_carrier_sent(a->carrier) : 0;
+}
+
 void ry_across_abort(struct ry_across *a)
 {
     if (a)

@@ -29,6 +29,8 @@ uint64_t ry_across_held(const struct ry_across *a);
 void ry_across_want(struct ry_across *a, uint64_t bytes);
 /** For exchange `number`, where all agreed on it. */
 struct ry_cross *ry_across_face(struct ry_across *a, uint64_t number);
+/** Bytes that this rank has sent so, all in all. */
+uint64_t ry_across_sent(const struct ry_across *a);
 /** The job aborts the communicator; any thread. NULL is fine. */
 void ry_across_abort(struct ry_across *a);
 /** `leak`: the process ends. NULL is fine. */

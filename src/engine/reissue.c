@@ -194,13 +194,11 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[128] = "", node[96] = "", later[64] = "";
+    char dedup[128] = "", node[64] = "", later[64] = "";
     if (c->later.given)
         snprintf(later, sizeof later, "; %llu after their calls had returned", (unsigned long long)c->later.given);
     if (r->over_node)
         snprintf(node, sizeof node, "; %llu over communicators of the nodes' ranks", (unsigned long long)r->over_node);
-    if (r->over_ucx)
-        snprintf(node + strlen(node), sizeof node - strlen(node), "; %llu over UCX", (unsigned long long)r->over_ucx);
     if (r->carried_out[RY_BALANCED])
         snprintf(dedup, sizeof dedup, ", %llu balanced", (unsigned long long)r->carried_out[RY_BALANCED]);
     if (r->carried_out[RY_DEDUP])
@@ -216,6 +214,9 @@ void ry_reissue_close(struct comm *c, bool aborted)
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
                 ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later);
+    if (r->over_ucx)
+        ry_info("communicator %s: UCX carried what crossed nodes in %llu of these, %llu bytes from here", c->id,
+                (unsigned long long)r->over_ucx, (unsigned long long)ry_across_sent(r->across));
     struct ry_cluster *map = r->map;
     free_reissue(r, aborted);
     ry_cluster_free(map);

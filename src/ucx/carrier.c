@@ -301,8 +301,10 @@ static int begin(struct ry_cross *face, const struct ry_cross_transfer *list, in
     c->nlandings = 0;
     if (atomic_load(&c->state) != RY_CROSS_HAS)
         return refuse(c, err);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         *(list[i].send ? &nsend : &nrecv) += pieces(c, list[i].bytes);
+        c->sent += list[i].send ? list[i].bytes : 0;
+    }
     uint64_t *at = malloc((size_t)n * sizeof *at);
     struct job *j = calloc(1, sizeof *j + (nrecv + nsend) * sizeof *j->op);
     struct copied *out = malloc((nsend + 1) * sizeof *out);
@@ -414,9 +416,9 @@ struct ry_cross *ry_carrier_face(struct ry_carrier *c)
     return &c->face;
 }
 
-bool ry_carrier_is_staged(const struct ry_carrier *c)
+uint64_t ry_carrier_sent(const struct ry_carrier *c)
 {
-    return c->staged;
+    return c->sent;
 }
 
 /* ---- coming and going ---- */

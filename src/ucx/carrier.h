@@ -79,8 +79,8 @@ static inline uint64_t ry_carrier_need(uint64_t bytes, uint64_t messages)
 }
 
 struct ry_cross *ry_carrier_face(struct ry_carrier *c);
-/** Its words (docs): for tests. */
-bool ry_carrier_is_staged(const struct ry_carrier *c);
+/** Bytes given to be sent, all in all. By the thread that begins exchanges. */
+uint64_t ry_carrier_sent(const struct ry_carrier *c);
 
 /** The job aborts the communicator: streams are let go, nothing waits for this any more. Any thread. NULL is fine. */
 void ry_carrier_abort(struct ry_carrier *c);

@@ -111,6 +111,7 @@ struct ry_carrier {
     struct copied *landing; /* what has come */
     int nlandings, landings_room;
     uint32_t last_done;
+    uint64_t sent; /* bytes */
 
     /* the hub's */
     bool known, told, hopeless_told; /* known: it is in the hub's list */
