@@ -111,7 +111,7 @@ struct reissue {
         double saving; /* bytes; 0: nothing promises any */
     } promising;       /* the exchange since the last SEEN that packing would save most of */
     void *manifest;    /* room for what this rank adds to it */
-    uint64_t staging_wanted, cross_wanted; /* by the latest verdict */
+    uint64_t staging_wanted; /* by the latest verdict */
     int parts;               /* that messages are to be looked for in; 0: 1 */
     bool quit;               /* a mismatch was found: never again */
     _Atomic bool aborted;

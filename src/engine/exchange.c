@@ -116,8 +116,6 @@ void ry_exchange_look_at_checks(struct comm *c, struct reissue *r)
 static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
 {
     struct ry_err err;
-    ry_across_want(r->across, r->cross_wanted);
-    r->cross_wanted = 0;
     if (r->staging_wanted > ry_run_staging(r->runner) && ry_run_staging_grow(r->runner, r->staging_wanted, stream, &err))
         ry_log(RY_LOG_PLAN, "communicator %s: %s", c->id, err.msg);
     r->staging_wanted = 0;
@@ -212,7 +210,7 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
-    r->cross_wanted = order.cross_wanted;
+    ry_across_want(r->across, order.cross_wanted);
     now.cross = order.cross && verdict->strategy != RY_DIRECT;
     now.timed |= order.timed;
     now.node = (enum ry_node_order)order.node_comm;
@@ -329,8 +327,10 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.strategy = ry_strategy_name(RY_REPLICA);
     now.verify = v.verify;
     now.plain_us = v.plain_us;
+    now.cross = v.cross;
     run_plan(c, r, x, b, v.plan, v.node, &v.why, result);
     r->carried_out[RY_REPLICA]++;
+    r->over_ucx += now.cross;
     ry_plan_free(v.plan);
     return true;
 }
