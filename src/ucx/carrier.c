@@ -514,6 +514,7 @@ struct ry_carrier *ry_carrier_new(const struct ry_carrier_config *config, struct
     for (size_t r = 0; r < n; r++)
         c->npeers += with[r];
     c->port = ry_hub_port(h);
+    c->made_at = ry_now_ns();
     c->card_size = sizeof *c->card + h->address_size;
     if (!c->port || !(c->peer = calloc(n, sizeof *c->peer)) || !(c->card = malloc(c->card_size)) ||
         config->device->pinned_alloc(&words, WORDS_BYTES, &why))

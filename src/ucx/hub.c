@@ -148,8 +148,8 @@ static void is_over(struct op *op, ucs_status_t status)
         if (greeting && !--c->greetings && !atomic_load(&c->aborted)) {
             int could = RY_CROSS_COULD;
             if (atomic_compare_exchange_strong(&c->state, &could, RY_CROSS_HAS))
-                ry_info("communicator %s: %d ranks of other nodes can be reached over UCX, %s", c->name, c->npeers,
-                        c->staged ? "through host memory" : "from and to the job's memory");
+                ry_info("communicator %s: %d ranks of other nodes can be reached over UCX, %s; that took %.1f ms", c->name, c->npeers,
+                        c->staged ? "through host memory" : "from and to the job's memory", (double)(ry_now_ns() - c->made_at) / 1e6);
         }
         return;
     }

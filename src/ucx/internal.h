@@ -114,8 +114,9 @@ struct ry_carrier {
     uint64_t sent; /* bytes */
 
     /* the hub's */
-    bool known, told, hopeless_told; /* known: it is in the hub's list */
-    int greetings;                   /* still to come */
+    bool told, hopeless_told; /* told: greeted its peers */
+    int greetings;            /* still to come */
+    uint64_t made_at;
     struct job *first, **end;
     uint64_t failed_at, failed_number;
 };
