@@ -149,9 +149,9 @@ static void failed(void *context, uint64_t number, int peer, const char *why)
 {
     const struct comm *c = context;
     ry_log(RY_LOG_ERROR,
-           "communicator %s, exchange %" PRIu64 ": what rank %d should %s over UCX never will: %s. The job's stream waits for it; unless "
-           "the job aborts the communicator, this process ends in %g s",
-           c->id, number, peer, "send or get", why, ry_engine.settings.patience);
+           "communicator %s, exchange %" PRIu64 ": rank %d: %s: what UCX was to bring from it or take to it never ends, and the job's "
+           "stream waits for that. Unless the job aborts the communicator, this process ends in %g s",
+           c->id, number, peer, why, ry_engine.settings.patience);
 }
 
 /* As in later.c: the stream must not go on without its bytes. */
@@ -192,6 +192,12 @@ static struct ry_carrier *make_carrier(struct comm *c, const struct ry_cluster *
     }
     for (int r = 0; r < map->nranks; r++)
         with[r] = are_peers(map, c->info.rank, r);
+    if (ry_engine.device->relax_thread) /* the rendezvous's own thread, and the job may capture a graph meanwhile */
+        ry_engine.device->relax_thread();
+    if (ry_engine.device->use(c->info.device, err)) {
+        free(with);
+        return NULL;
+    }
     struct ry_carrier_config config = {.hub = ry_engine.hub,
                                        .device = ry_engine.device,
                                        .ordinal = c->info.device,

@@ -109,8 +109,8 @@ static void start_parts(void)
     if (ry_nccl_find(&ry_engine.nccl, ry_engine.host.find, &err) || !(ry_engine.control = ry_control_start(&err)))
         ry_warn("exchanges are not reissued: %s", err.msg);
     int ordinal = ry_engine.device->current ? ry_engine.device->current() : -1;
-    bool direct = ry_engine.transport == RY_BY_UCX && !ry_engine.staged;
-    if (ry_engine.control && ry_engine.transport != RY_BY_NCCL &&
+    bool direct = !strcmp(ry_engine.settings.transport, "ucx");
+    if (ry_engine.control && atomic_load(&ry_engine.transport) != RY_BY_NCCL &&
         !(ry_engine.hub = ry_hub_start(ry_engine.device, ordinal, direct, &err)))
         ry_warn("NCCL carries everything: %s", err.msg);
 }
@@ -421,9 +421,17 @@ static int set_strategy(const char *name, struct ry_err *err)
     return 0;
 }
 
+/* "hierarchical/ucx": by UCX, if RAILYARD_TRANSPORT is not nccl, to compare ways within one job; "hierarchical/nccl"; without, as
+   RAILYARD_TRANSPORT says. */
 static int strategy(const char *name)
 {
-    return ry_engine.observe ? -1 : set_strategy(name, NULL);
+    char own[32] = "";
+    size_t length = strcspn(name, "/");
+    bool ucx = !strcmp(name + length, "/ucx"), known = ucx || !name[length] || !strcmp(name + length, "/nccl");
+    if (ry_engine.observe || !known || length >= sizeof own || set_strategy(memcpy(own, name, length), NULL))
+        return -1;
+    atomic_store(&ry_engine.transport, !name[length] ? (int)ry_engine.transport_asked : ucx ? RY_BY_UCX : RY_BY_NCCL);
+    return 0;
 }
 
 static void read_strategy(void)
@@ -499,7 +507,8 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
     read_strategy();
     read_combine();
     read_chunks();
-    ry_engine.transport = ry_transport_read(ry_engine.settings.transport, &ry_engine.staged);
+    ry_engine.transport_asked = ry_transport_read(ry_engine.settings.transport, &ry_engine.staged);
+    atomic_store(&ry_engine.transport, ry_engine.transport_asked);
     ry_run_staging_limit(ry_engine.settings.staging);
     read_hold();
     ry_engine.settings_hash = hash_settings(&ry_engine.settings);

@@ -168,7 +168,8 @@ struct engine {
     struct ry_rendezvous *local; /* host of INIT_ALL's communicators, on loopback where no other node would find it */
     struct ry_control *control;  /* NULL: not to be had, nothing is reissued */
     struct ry_hub *hub;          /* for data over UCX; NULL: NCCL carries everything */
-    enum ry_transport transport;
+    enum ry_transport transport_asked;
+    _Atomic int transport;       /* enum ry_transport: RAILYARD_TRANSPORT, or as the job says by railyard_strategy() */
     bool staged; /* through host memory, even where UCX can do without */
     struct ry_sampler *sampler;
     const struct ry_device *device; /* NULL: none could be opened */

@@ -498,10 +498,11 @@ static bool wants_ucx(struct ry_chooser *c, const struct ry_cost_matrix *matrix)
     const struct ry_cluster *map = c->config.map;
     struct ry_cost_model m = c->config.model;
     double best[2] = {INFINITY, INFINITY};
-    bool all = c->config.transport != RY_BY_NCCL;
+    int transport = c->config.transport ? atomic_load(c->config.transport) : RY_BY_NCCL;
+    bool all = transport != RY_BY_NCCL;
     for (int r = 0; r < map->nranks; r++)
         all &= c->sides[r].cross != RY_CROSS_CANNOT;
-    if (!all || c->config.transport == RY_BY_UCX)
+    if (!all || transport == RY_BY_UCX)
         return all;
     if (!m.ucx.measured || !m.link[RY_LINK_NIC].measured)
         return false;

@@ -81,7 +81,7 @@ struct ry_policy_config {
     uint64_t verify;              /* every n-th engaged exchange, 0: never */
     uint64_t staging_limit;
     int chunks; /* of plans by dedup; 0: by the model */
-    enum ry_transport transport;
+    const _Atomic int *transport; /* enum ry_transport; may change. NULL: RY_BY_NCCL */
     struct ry_cost_model model;
     struct ry_pace *pace; /* of the yardmaster's own rank; must live as long. NULL: only estimates count */
     const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */

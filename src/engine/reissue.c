@@ -126,7 +126,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                           .verify = ry_engine.settings.verify,
                                           .staging_limit = ry_engine.settings.staging,
                                           .chunks = ry_engine.chunks,
-                                          .transport = ry_engine.transport,
+                                          .transport = &ry_engine.transport,
                                           .name = c->id};
         ry_reissue_model(&config.model, map);
         if (ry_engine.sampler && !(r->pace = ry_pace_new())) {

@@ -260,11 +260,12 @@ static bool wants_ucx(const struct ry_twin_chooser *c)
     const struct ry_cluster *map = c->config.map;
     struct ry_cost_model m = c->config.model;
     double us[2];
-    bool all = c->config.transport != RY_BY_NCCL;
+    int transport = c->config.transport ? atomic_load(c->config.transport) : RY_BY_NCCL;
+    bool all = transport != RY_BY_NCCL;
     int chunks;
     for (int r = 0; r < c->n; r++)
         all &= c->sides[r].cross != RY_CROSS_CANNOT;
-    if (!all || c->config.transport == RY_BY_UCX)
+    if (!all || transport == RY_BY_UCX)
         return all;
     for (int ucx = 0; ucx < 2; ucx++) {
         m.by_ucx = ucx;

@@ -52,7 +52,7 @@ struct ry_twin_config {
                                   whatever it costs; another one: never */
     uint64_t verify;           /* every n-th exchange by replica, 0: never */
     int chunks;                /* of plans; 0: by the model */
-    enum ry_transport transport;
+    const _Atomic int *transport; /* enum ry_transport; may change. NULL: RY_BY_NCCL */
     struct ry_cost_model model;
     const char *name; /* for RAILYARD_LOG=plan; copied */
 };

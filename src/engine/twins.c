@@ -143,7 +143,7 @@ static struct group *make_group(struct ry_twins *t, uint64_t key, struct ry_err 
                                         .forced = &ry_engine.forced,
                                         .verify = ry_engine.settings.verify,
                                         .chunks = ry_engine.chunks,
-                                        .transport = ry_engine.transport,
+                                        .transport = &ry_engine.transport,
                                         .name = t->c->id};
         ry_reissue_model(&config.model, g->map);
         config.model.node_comm = true;

@@ -7,9 +7,11 @@
  */
 #include <check.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -459,6 +461,98 @@ START_TEST(test_lost_after)
 }
 END_TEST
 
+/* ---- a process that dies ---- */
+
+static const char *self;
+
+/* The other end: rank 1 of 2, which is to send more than it ever will. Cards go over stdin and stdout. */
+static int be_killed(void)
+{
+    struct ry_err err;
+    struct ry_cross_transfer big = {true, 0, malloc(32u << 20), 32u << 20};
+    char card[16384];
+    uint32_t size;
+    hubs[1] = ry_hub_start(&device, 0, false, &err);
+    const bool with[2] = {true, false};
+    struct ry_carrier_config config = {.hub = hubs[1], .device = &device, .nranks = 2, .rank = 1, .with = with, .patience = 30, .name = "killed"};
+    struct ry_carrier *c = hubs[1] ? ry_carrier_new(&config, &err) : NULL;
+    void *stream;
+    size_t own;
+    if (!c)
+        return 1;
+    d_stream_create(&stream, NULL);
+    const void *mine = ry_carrier_card(c, &own);
+    uint32_t length = (uint32_t)own;
+    if (write(1, &length, 4) != 4 || write(1, mine, own) != (ssize_t)own || read(0, &size, 4) != 4 || size > sizeof card ||
+        read(0, card, size) != (ssize_t)size || ry_carrier_meet(c, 0, card, size, &err))
+        return 1;
+    ry_carrier_want(c, 40u << 20);
+    while (ry_carrier_state(c) != RY_CROSS_HAS || ry_carrier_held(c) < 32u << 20)
+        pause_us(200);
+    struct ry_cross *face = ry_carrier_face(c);
+    memset(big.at, 1, big.bytes);
+    if (face->begin(face, &big, 1, stream, &err))
+        return 1;
+    for (;;)
+        sleep(1);
+}
+
+/* Nobody says so but UCX: the peer is named, and the stream is not let go. It dies before it has sent anything, or amid. */
+START_TEST(test_killed)
+{
+    struct ry_err err;
+    int in[2], out[2];
+    char card[16384];
+    uint32_t size, length;
+    size_t own;
+    ck_assert(!pipe(in) && !pipe(out));
+    pid_t pid = fork();
+    if (!pid) {
+        dup2(in[0], 0);
+        dup2(out[1], 1);
+        execl(self, self, "be-killed", NULL);
+        _exit(127);
+    }
+    make(1, 0.5);
+    bool with[2] = {false, true};
+    ry_carrier_end(world.rank[0].carrier, false);
+    struct ry_carrier_config config = {.hub = hubs[0], .device = &device, .nranks = 2, .with = with, .patience = 0.5, .name = "left",
+                                       .failed = failed, .hopeless = hopeless, .context = &world.rank[0]};
+    struct ry_carrier *c = world.rank[0].carrier = ry_carrier_new(&config, &err);
+    const void *mine = ry_carrier_card(c, &own);
+    length = (uint32_t)own;
+    ck_assert(write(in[1], &length, 4) == 4 && write(in[1], mine, own) == (ssize_t)own);
+    ck_assert(read(out[0], &size, 4) == 4 && size <= sizeof card && read(out[0], card, size) == (ssize_t)size);
+    ck_assert(!ry_carrier_meet(c, 1, card, size, &err));
+    wait_for_state(0, RY_CROSS_HAS);
+    ry_carrier_want(c, 80u << 20);
+    while (ry_carrier_held(c) < 64u << 20)
+        pause_us(200);
+    struct ry_cross *face = ry_carrier_face(c);
+    struct ry_cross_transfer list[2] = {{false, 1, malloc(32u << 20), 32u << 20}, {false, 1, malloc(100), 100}};
+    face->number = 7;
+    ck_assert(!face->begin(face, list, 2, world.rank[0].stream, &err) && !face->end(face, world.rank[0].stream, &err));
+    if (_i)
+        pause_us(_i * 10000);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    uint64_t t = ry_now_ns();
+    for (int i = 0; i < 20000 && !atomic_load(&world.rank[0].hopeless); i++)
+        pause_us(500);
+    printf("killed: %s, after %.2f s\n", world.rank[0].why, (double)(ry_now_ns() - t) / 1e9);
+    ck_assert_int_eq(world.rank[0].failed, 7);
+    ck_assert_int_eq(world.rank[0].hopeless, 7);
+    ck_assert_int_eq(world.rank[0].peer, 1);
+    ck_assert(!is_through(world.rank[0].stream, 0.1));
+    ry_carrier_abort(c);
+    ck_assert(is_through(world.rank[0].stream, 5));
+    over();
+    free(list[0].at);
+    free(list[1].at);
+    close(in[0]), close(in[1]), close(out[0]), close(out[1]);
+}
+END_TEST
+
 /* Cards that are none; a device that cannot do it. */
 START_TEST(test_refuses)
 {
@@ -484,8 +578,11 @@ START_TEST(test_refuses)
 }
 END_TEST
 
-int main(void)
+int main(int argc, char **argv)
 {
+    self = "/proc/self/exe";
+    if (argc > 1 && !strcmp(argv[1], "be-killed"))
+        return be_killed();
     Suite *s = suite_create("carrier");
     TCase *t = tcase_create("carrier");
     tcase_set_timeout(t, 60);
@@ -495,6 +592,7 @@ int main(void)
     tcase_add_test(t, test_abort);
     tcase_add_test(t, test_lost);
     tcase_add_test(t, test_lost_after);
+    tcase_add_loop_test(t, test_killed, 0, 3);
     tcase_add_test(t, test_refuses);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
