@@ -467,26 +467,23 @@ static bool all_cross(const struct ry_chooser *c)
     return all;
 }
 
-/* The most that a rank's transfers between nodes take of host memory, in one group. What packs is shorter. */
-static uint64_t cross_need(const struct ry_chooser *c, int rank, enum ry_strategy strategy, const uint64_t *matrix)
+uint64_t ry_cross_need(const struct ry_cluster *map, int rank, enum ry_strategy strategy, const uint64_t *matrix)
 {
-    const struct ry_cluster *map = c->config.map;
     int n = map->nranks, node = map->node[rank], size = map->node_size[node];
-    uint64_t bytes = 0, messages = 0;
+    uint64_t bytes = 0, messages = 2 * (unsigned)n;
     for (int from = 0; from < n; from++)
         for (int to = 0; to < n; to++) {
-            uint64_t cell = matrix[(size_t)from * (size_t)n + (size_t)to];
-            if (!cell || map->node[from] == map->node[to])
+            if (map->node[from] == map->node[to])
                 continue;
             if (strategy == RY_BALANCED ? map->node[from] == node || map->node[to] == node
                                         : from == rank || (map->node[to] == node && ry_relay(map, from, node) == rank))
-                bytes += cell;
+                bytes += matrix[(size_t)from * (size_t)n + (size_t)to];
         }
     if (strategy == RY_BALANCED) { /* shares of what the node's ranks have together, evened out but for a little */
         bytes = bytes / (unsigned)size + bytes / 16;
-        messages = 4 * (unsigned)n;
+        messages *= 4;
     }
-    return ry_carrier_need(bytes, messages + 2 * (unsigned)n);
+    return ry_carrier_need(bytes, messages);
 }
 
 /*
@@ -539,7 +536,7 @@ static void order_cross(struct ry_chooser *c, const struct ry_choice *choice, co
         return;
     c->cross = true;
     for (int r = 0; r < n; r++) {
-        uint64_t need = c->sides[r].cross_held == UINT64_MAX ? 0 : cross_need(c, r, s, matrix);
+        uint64_t need = c->sides[r].cross_held == UINT64_MAX ? 0 : ry_cross_need(c->config.map, r, s, matrix);
         if (need <= c->sides[r].cross_held)
             continue;
         c->cross = false;

@@ -87,6 +87,10 @@ struct ry_policy_config {
     const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */
 };
 
+/** The most host memory that a rank's transfers between nodes take in a group of a plan, staged (ucx/carrier.h). Hierarchical, balanced
+ *  and dedup. O(nranks^2). */
+uint64_t ry_cross_need(const struct ry_cluster *map, int rank, enum ry_strategy strategy, const uint64_t *matrix);
+
 struct ry_chooser; /* opaque */
 struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct ry_err *err);
 void ry_chooser_free(struct ry_chooser *c);

@@ -235,12 +235,15 @@ static void give_up(struct ry_twin_chooser *c, bool *last)
     c->unequal = c->unpaid = 0;
 }
 
-/* What rank `r` must hold for UCX to carry its shares: both ways, in messages of as many chunks. */
+uint64_t ry_twin_cross_need(const struct ry_load *l, int twins)
+{
+    uint64_t messages = (uint64_t)(l->cross_sends + l->cross_recvs) * RY_CHUNKS;
+    return ry_carrier_need((l->cross_out + l->cross_in) / (unsigned)twins + 64 * messages, messages);
+}
+
 static uint64_t cross_need(const struct ry_twin_chooser *c, int r)
 {
-    const struct ry_load *l = &c->sides[r].load;
-    uint64_t messages = (uint64_t)(l->cross_sends + l->cross_recvs) * RY_CHUNKS;
-    return ry_carrier_need((l->cross_out + l->cross_in) / (unsigned)c->config.twins + 64 * messages, messages);
+    return ry_twin_cross_need(&c->sides[r].load, c->config.twins);
 }
 
 /* Shall, and can, UCX carry what crosses nodes? */

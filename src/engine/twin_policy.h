@@ -57,6 +57,9 @@ struct ry_twin_config {
     const char *name; /* for RAILYARD_LOG=plan; copied */
 };
 
+/** What a rank must hold for UCX to carry its shares of such an exchange. */
+uint64_t ry_twin_cross_need(const struct ry_load *load, int twins);
+
 struct ry_twin_chooser; /* opaque */
 struct ry_twin_chooser *ry_twin_chooser_new(const struct ry_twin_config *config, struct ry_err *err);
 void ry_twin_chooser_free(struct ry_twin_chooser *c);

@@ -116,7 +116,7 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t
     *m = (struct ry_cost_model){.measured = true};
     const char *node = ry_link_name(RY_LINK_NODE);
     bool has_node = json_object_get(root, node) != NULL; /* files of Railyard before it knew of such links have none */
-    bool has_ucx = json_object_get(root, UCX) != NULL;   /* the same */
+    bool has_ucx = json_object_get(root, UCX) != NULL;   /* nor where UCX was not measured */
     for (size_t i = 0; i < NFIELDS; i++) {
         const struct field *f = &fields[i];
         if (f->object && ((!has_node && !strcmp(f->object, node)) || (!has_ucx && !strcmp(f->object, UCX))))
@@ -213,12 +213,14 @@ static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluste
                              "made", when, "railyard", RAILYARD_VERSION);
     for (int l = 0; root && l < RY_LINKS; l++)
         json_object_set_new(root, ry_link_name((enum ry_link)l), json_pack("{s:b}", "measured", m.link[l].measured));
-    if (root) {
-        json_object_set_new(root, UCX, json_pack("{s:b}", "measured", m.ucx.measured));
+    if (root && m.ucx.measured)
+        json_object_set_new(root, UCX, json_pack("{s:b}", "measured", true));
+    if (root)
         json_object_set_new(root, "copy", json_object());
-    }
     for (size_t i = 0; root && i < NFIELDS; i++) {
         const struct field *f = &fields[i];
+        if (f->object && !strcmp(f->object, UCX) && !m.ucx.measured)
+            continue;
         json_object_set_new(f->object ? json_object_get(root, f->object) : root, f->name, json_real(*value_of(&m, f)));
     }
     return root;
