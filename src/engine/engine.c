@@ -275,7 +275,7 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
 {
     static const char *const names[RY_CALLS] = {"send", "recv", "alltoall", "allgather", "allreduce", "broadcast",
                                                 "reduce", "reducescatter", "gather", "scatter", "onesided"};
-    struct ry_record_counter list[2 * RY_CALLS + 6 + RY_STRATEGIES];
+    struct ry_record_counter list[2 * RY_CALLS + 7 + RY_STRATEGIES];
     char text[2 * RY_CALLS][32], strategy[RY_STRATEGIES][32];
     int n = 0;
     list[n++] = (struct ry_record_counter){"exchanges", counts->exchanges};
@@ -291,6 +291,7 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
         list[n++] = (struct ry_record_counter){"verified", c->counts.verified};
         list[n++] = (struct ry_record_counter){"verify_differs", c->counts.verify_differs};
         list[n++] = (struct ry_record_counter){"short_of_staging", c->counts.short_of_staging};
+        list[n++] = (struct ry_record_counter){"over_ucx", c->counts.over_ucx};
         for (int i = 0; i < RY_STRATEGIES; i++) {
             snprintf(strategy[i], sizeof strategy[i], "agreed.%s", ry_strategy_name((enum ry_strategy)i));
             list[n++] = (struct ry_record_counter){strategy[i], c->counts.by_strategy[i]};

@@ -137,6 +137,7 @@ struct reissue_counts {
     uint64_t agreed, by_strategy[RY_STRATEGIES];
     uint64_t verified, verify_differs; /* comparisons that came out equal, and 1 if one did not */
     uint64_t short_of_staging;         /* told on the yardmaster only: exchanges that went direct for want of it */
+    uint64_t over_ucx;                 /* the same: UCX carried what crossed nodes */
 };
 
 struct comm {

@@ -171,7 +171,8 @@ static void count(struct reissue_counts *n, const struct reissue *r)
     *n = (struct reissue_counts){.agreed = r->waits.count,
                                  .verified = r->verified,
                                  .verify_differs = r->quit,
-                                 .short_of_staging = chosen.short_of_staging};
+                                 .short_of_staging = chosen.short_of_staging,
+                                 .over_ucx = r->chooser ? r->over_ucx : 0};
     n->by_strategy[RY_DIRECT] = n->agreed;
     for (int i = 0; i < RY_STRATEGIES; i++) {
         if (i == RY_DIRECT)

@@ -75,8 +75,8 @@ def case_replica():
 def case_large():
     """Messages of many chunks."""
     env = by("ucx-staged", RAILYARD_STRATEGY="hierarchical", RAILYARD_STAGING="1G")
-    out, lines, done = until(lambda n: dedup("loop", "aabb", n, 64, 512, 8192, env=env, least=0.1), (8, 40), 4)
-    if done < 50 << 20:
+    out, lines, done = until(lambda n: dedup("loop", "aabb", n, 64, 768, 2048, env=env, least=0.1), (8, 40), 4)
+    if done < 10 << 20:
         fail("these are not large")
 
 
