@@ -137,6 +137,18 @@ def case_one_rank():
     reissued(out, 0.7)
 
 
+def case_switching():
+    """Within one job, by railyard_strategy("NAME/ucx"), as tests/gpu/sweep compares them."""
+    for number in ("90", "450"):
+        out, lines = job("reissue_right", "switching", "aabb", number, env=by("ucx-staged", RAILYARD_LOG="plan"))
+        calm(lines)
+        if r.said(lines, ": balanced over UCX"):
+            break
+    for way in ("hierarchical over UCX", "hierarchical", "balanced over UCX", "balanced", "direct"):
+        expect(lines, rf": {way} \(forced")
+    print(out, end="")
+
+
 def case_settings():
     """What is none of them is said; auto stays with NCCL where nothing was measured."""
     out, lines = job("reissue_right", "mix", "aabb", "30", env={"RAILYARD_TRANSPORT": "pigeon"})
