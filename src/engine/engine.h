@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "across.h"
 #include "base/log.h"
 #include "base/settings.h"
 #include "cluster.h"
@@ -57,6 +58,7 @@ struct way {
     const char *strategy; /* NULL: not agreed on */
     bool verify;
     enum ry_node_order node;   /* with the verdict */
+    bool cross;                /* UCX carries what crosses nodes: the same */
     double waited_us, late_us; /* for the verdict; of it for other ranks */
     double twins_us, twins_late_us; /* for one of all twins before, that was not replica */
     int chunks;                /* of the plan, as the yardmaster says */
@@ -95,6 +97,7 @@ struct reissue {
     struct ry_runner *runner;
     struct ry_node_comm *node;  /* NULL: none, ever */
     struct ry_twins *twins;     /* NULL: none, ever */
+    struct ry_across *across;   /* what can carry what crosses nodes instead of NCCL; NULL: nothing */
     struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
     uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
     uintptr_t *send_at, *recv_at;
@@ -126,7 +129,7 @@ struct reissue {
         void *stream;
     } pacing;
     uint64_t carried_out[RY_STRATEGIES], verified;
-    uint64_t over_node; /* of those carried out: by means of `node` */
+    uint64_t over_node, over_ucx; /* of those carried out: by means of `node`; of `across` */
 };
 
 /* What became of a communicator's exchanges, for the end of its trace. */
@@ -134,6 +137,7 @@ struct reissue_counts {
     uint64_t agreed, by_strategy[RY_STRATEGIES];
     uint64_t verified, verify_differs; /* comparisons that came out equal, and 1 if one did not */
     uint64_t short_of_staging;         /* told on the yardmaster only: exchanges that went direct for want of it */
+    uint64_t over_ucx;                 /* the same: UCX carried what crossed nodes */
 };
 
 struct comm {
@@ -164,6 +168,10 @@ struct engine {
     struct ry_rendezvous *rendezvous;
     struct ry_rendezvous *local; /* host of INIT_ALL's communicators, on loopback where no other node would find it */
     struct ry_control *control;  /* NULL: not to be had, nothing is reissued */
+    struct ry_hub *hub;          /* for data over UCX; NULL: NCCL carries everything */
+    enum ry_transport transport_asked;
+    _Atomic int transport;       /* enum ry_transport: RAILYARD_TRANSPORT, or as the job says by railyard_strategy() */
+    bool staged; /* through host memory, even where UCX can do without */
     struct ry_sampler *sampler;
     const struct ry_device *device; /* NULL: none could be opened */
     struct ry_nccl nccl;

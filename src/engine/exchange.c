@@ -50,7 +50,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.given_away = false;
+    now.captured = now.together = now.timed = now.given_away = now.cross = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -146,6 +146,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
+    side.cross = ry_across_state(r->across);
+    side.cross_held = ry_across_held(r->across);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
@@ -208,6 +210,8 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
+    ry_across_want(r->across, order.cross_wanted);
+    now.cross = order.cross && verdict->strategy != RY_DIRECT;
     now.timed |= order.timed;
     now.node = (enum ry_node_order)order.node_comm;
     now.chunks = (int)order.chunks;
@@ -228,6 +232,7 @@ static bool run_plan(const struct comm *c, const struct reissue *r, const struct
                      const struct ry_plan *plan, struct ry_run_node *node, struct ry_err *why, int *result)
 {
     start_clock(c, x);
+    ry_run_cross(r->runner, now.cross ? ry_across_face(r->across, now.number) : NULL);
     if (plan && !(now.verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, why)
                              : ry_run(r->runner, plan, b, node, result, why)))
         return !*result;
@@ -250,6 +255,7 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
         ry_sum_tell(c, r, plan, &now.rows, now.number);
     r->carried_out[verdict->strategy]++;
     r->over_node += node != NULL;
+    r->over_ucx += now.cross;
     ry_plan_free(plan);
 }
 
@@ -321,8 +327,10 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.strategy = ry_strategy_name(RY_REPLICA);
     now.verify = v.verify;
     now.plain_us = v.plain_us;
+    now.cross = v.cross;
     run_plan(c, r, x, b, v.plan, v.node, &v.why, result);
     r->carried_out[RY_REPLICA]++;
+    r->over_ucx += now.cross;
     ry_plan_free(v.plan);
     return true;
 }
@@ -526,6 +534,7 @@ void ry_exchange_aborting(void *handle)
         return;
     atomic_store(&r->aborted, true);
     ry_node_comm_abort(r->node);
+    ry_across_abort(r->across);
     ry_twins_leave(r->twins, true);
     if (r->talk)
         ry_talk_leave(r->talk);
