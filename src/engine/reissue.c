@@ -56,6 +56,7 @@ static void free_reissue(struct reissue *r, bool aborted)
     if (r->talk)
         ry_talk_close(r->talk);
     ry_node_comm_end(r->node, aborted); /* what it had to abort is under way already */
+    ry_redirected_free(&r->redirected);
     if (r->runner)
         ry_runner_free(r->runner, aborted);
     ry_chooser_free(r->chooser);
