@@ -191,6 +191,7 @@ static inline void end_exchange(struct ry_group *g, struct running *run, ncclRes
         if (r == ncclSuccess || r == ncclInProgress)
             ry_comms_add_to(&g->comm->exchanges, 1);
         g->latest = g->nccl;
+        g->exchanges++;
     } else if (g->comm && g->calls[0] + g->calls[1]) {
         ry_comms_add_to(&g->comm->plain_groups, 1);
     }
@@ -222,9 +223,15 @@ static struct ry_comm *followed(const void *nccl)
     return NULL;
 }
 
-API void *railyard_latest_exchange(void)
+API uint64_t railyard_latest_exchange(const void **comm, int32_t *nranks, int32_t *rank)
 {
-    return ry_group.latest && ry_comms_find(ry_group.latest) ? ry_group.latest : NULL;
+    struct ry_comm *c = followed(ry_group.latest);
+    *comm = c ? ry_group.latest : NULL;
+    *nranks = c ? c->nranks : 0;
+    *rank = c ? c->rank : -1;
+    if (c)
+        ry_comms_put(c);
+    return ry_group.exchanges;
 }
 
 API int railyard_redirect_ready(const void *comm, uint64_t bytes, uint64_t rows, void *stream)

@@ -43,9 +43,9 @@ int railyard_strategy(const char *name) __attribute__((weak));
  * nobody can back down. By the thread that issues the exchange, or one after the other.
  */
 
-/** The communicator (ncclComm_t) of the calling thread's latest exchange, for who has no handle of its own. NULL: there was
- *  none yet, or it is not followed. */
-void *railyard_latest_exchange(void) __attribute__((weak));
+/** How many exchanges the calling thread has issued so far, and, for who has no handle of its own, the communicator (ncclComm_t) of
+ *  the latest, its ranks, and which of them this is. *comm is NULL if there was none, or it is not followed. */
+uint64_t railyard_latest_exchange(const void **comm, int32_t *nranks, int32_t *rank) __attribute__((weak));
 
 /**
  * Can exchanges of `comm` be redirected here, with up to `bytes` bytes and `rows` rows each way, sent, received, and in the

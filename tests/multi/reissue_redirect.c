@@ -280,7 +280,11 @@ static void one_layer(struct side *s, enum moves moves, bool dispatched)
         NCCL(go(s, out, receives, in, sends));
         for (int i = 0; i < mine.n; i++)
             check_row("dispatch", DISPATCH, i, mine.of[i], mine.of[i], in);
-        CHECK(railyard_latest_exchange() == s->comm, "the latest exchange was on another communicator");
+        const void *comm;
+        int32_t nranks, rank;
+        uint64_t number = railyard_latest_exchange(&comm, &nranks, &rank);
+        CHECK(number == s->number && comm == s->comm && nranks == s->n && rank == s->rank,
+              "the latest exchange, %llu, was another", (unsigned long long)number);
         free(out);
         free(in);
     }
@@ -399,7 +403,9 @@ static void wrong(void)
     static struct way w;
     uint64_t sends[MOST_RANKS], receives[MOST_RANKS];
     struct side *s = new_side(world_comm(), 1);
-    CHECK(!railyard_latest_exchange(), "an exchange before the first");
+    const void *comm;
+    int32_t n, rank;
+    CHECK(!railyard_latest_exchange(&comm, &n, &rank) && !comm, "an exchange before the first");
     engage(s, true, 6);
     for (int i = 0; i < 8; i++)
         one_layer(s, any(s), true);
