@@ -212,6 +212,17 @@ def run_mixed(rank):
     inside(both(t, "sometimes", steps=6), "sometimes", 0.2)
 
 
+def run_learned(rank):
+    """The library's own decisions."""
+    t = Trainer(rank)
+    made = t.train
+    movers = []
+    t.train = lambda *args, **more: (made(*args, **more), movers.append(t.mover))[0]
+    layers_test.run_learned.__globals__["Trainer"] = lambda _: t
+    layers_test.run_learned(rank)
+    check(movers[-1].combine is not None and movers[-1].combine.carried > 5, "no combine was redirected")
+
+
 CASES = {
     "bits": (2, 1, {}, run_bits),
     "bits_four": (2, 2, {"RAILYARD_STRATEGY": "dedup"}, run_bits),
@@ -221,6 +232,7 @@ CASES = {
     "joint": (2, 1, {}, layers_test.run_joint),
     "failing": (2, 1, {}, layers_test.run_failing),
     "left_alone": (2, 1, {}, layers_test.run_left_alone),
+    "learned": (2, 1, {}, run_learned),
 }
 
 

@@ -220,7 +220,7 @@ def case_answers(_):
     planner, moves = layers.Planner.__new__(layers.Planner), iter([1] + 3 * (layers.IDLE + 1) * [0] + [0, 1, 0] + [0])
     planner._idle, planner._moved = 0, True
     planner._layers = types.SimpleNamespace(
-        next=lambda layer, sample, *_: (sample, types.SimpleNamespace(moved=next(moves), why="")),
+        next=lambda layer, sample, *_: (sample, types.SimpleNamespace(moved=next(moves), why="", inside=False)),
         state=lambda: types.SimpleNamespace(sure=True),
     )
     planner.next(0, 0, [], None, None)

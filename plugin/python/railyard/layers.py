@@ -112,6 +112,7 @@ class Planner:
 
         self._layers = library.Layers(**job)
         self._idle, self._moved = 0, True
+        self.inside = False  # combine, what was decided last; else behind it
 
     def next(
         self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
@@ -121,6 +122,7 @@ class Planner:
         if layer == 0:
             self._idle, self._moved = 0 if self._moved else self._idle + 1, False
         self._moved |= plan.moved > 0
+        self.inside = plan.inside
         use = self._layers.state().sure and (plan.moved > 0 or self._idle < IDLE)
         return (order if plan.moved else None), use, plan.why
 
@@ -134,6 +136,8 @@ class Planner:
 
 class Forced:
     """Any permutation at each layer: for tests."""
+
+    inside = True
 
     def __init__(self, seed: int, stay: float = 0.2) -> None:
         import random
@@ -586,10 +590,12 @@ class Mover:
         quiet = 0 if ask or layer else QUIET
         if order is None:
             return STAY, [], quiet, why
+        if self.combine is None or not self.planner.inside:
+            return MOVE, order, quiet, why
         absent = [r for r, row in enumerate(rows) if not row[2] & HERE]
-        if self.combine is None or absent:
-            if self.combine is not None and layer + 1 < self.layers and number >= self.quiet:
-                say.warn_once("layers-outside", f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_LOG=debug "
+        if absent:
+            if layer + 1 < self.layers and number >= self.quiet:
+                say.warn_once("layers-outside", f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_LOG=plan "
                               "says why there): samples move at the block's boundary instead")
             return MOVE, order, quiet, why
         from . import combining
@@ -635,6 +641,7 @@ def start(
                 topk=topk,
                 places=len(names),
                 distinct=int(distinct),
+                combine=int(combine is not None),
                 rank_place=rank_place,
                 expert_place=expert_place,
             )
