@@ -107,6 +107,10 @@ def outside(config: Any, setting: Callable[[str], str]) -> str:
         combining.Library()
     except (AttributeError, OSError):
         return "librailyard.so is not preloaded"
+    if setting("RAILYARD_STRATEGY") == "observe":
+        return "RAILYARD_STRATEGY=observe: nothing is redirected"
+    if setting("RAILYARD_HOLD") == "0":
+        return "RAILYARD_HOLD=no: what is redirected is enqueued when it is called"
     return ""
 
 
