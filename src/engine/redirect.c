@@ -70,9 +70,8 @@ static uint64_t sum(const uint64_t *of, int n)
     return all;
 }
 
-int ry_redirect_next(void *handle, const struct railyard_redirect *how)
+static int next(struct comm *c, const struct railyard_redirect *how)
 {
-    struct comm *c = handle;
     struct reissue *r = parts_of(c);
     struct ry_redirected *d = r ? &r->redirected : NULL;
     if (!d || !d->memory || how->size < sizeof *how || how->nranks != r->map->nranks)
@@ -98,17 +97,36 @@ int ry_redirect_next(void *handle, const struct railyard_redirect *how)
     return 0;
 }
 
-int ry_redirect_done(void *handle)
+static int done(struct comm *c)
 {
-    struct comm *c = handle;
     struct reissue *r = parts_of(c);
     if (!r || !r->redirected.memory)
         return -1;
     bool pending = atomic_exchange(&r->redirected.due, false);
     atomic_fetch_and(&c->face.hold, ~RY_HOLD_ALWAYS);
-    bool done = r->redirected.done && !pending;
+    int result = r->redirected.done && !pending ? 0 : -1;
     r->redirected.done = false;
-    return done ? 0 : -1;
+    return result;
+}
+
+int ry_redirect_next(void *handle, const struct railyard_redirect *how)
+{
+    int result = -1;
+    if (!ry_engine_enter())
+        return result;
+    result = next(handle, how);
+    ry_engine_leave();
+    return result;
+}
+
+int ry_redirect_done(void *handle)
+{
+    int result = -1;
+    if (!ry_engine_enter())
+        return result;
+    result = done(handle);
+    ry_engine_leave();
+    return result;
 }
 
 /* Is it the one that was meant? */

@@ -6,7 +6,6 @@ moves but for the order of sums.
 usage: combine_test.py CASE railyard [librailyard-engine.so]
 """
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -18,66 +17,10 @@ if __name__ == "__main__" and WANTED and os.path.abspath(WANTED) != sys.executab
     os.execv(WANTED, [WANTED] + sys.argv)
 RAILYARD = sys.argv.pop(2)  # layers_test reads the rest
 
+import emulated_group  # noqa: E402
 import layers_test  # noqa: E402
 from layers_test import MICRO, Rank, Trainer, check, forced, layers, waits  # noqa: E402
 
-FLOATS = {"torch.float32": 7, "torch.bfloat16": 9, "torch.int32": 2, "torch.int64": 4, "torch.float64": 8}  # ncclDataType_t
-
-
-class Id(ctypes.Structure):
-    _fields_ = [("bytes", ctypes.c_char * 128)]
-
-
-class Nccl:
-    """A group's communicator on the emulated NCCL, behind torch.distributed.all_to_all_single."""
-
-    def __init__(self, place, group):
-        dist, self.torch, self.group = place.dist, place.torch, group
-        self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.exchanges = 0
-        self.call = ctypes.CDLL(None)  # librailyard.so, which is in front
-        one = Id()
-        if self.rank == 0:
-            self._good(self.call.ncclGetUniqueId(ctypes.byref(one)))
-        told = [bytes(one) if self.rank == 0 else None]
-        dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group=group)
-        one = Id.from_buffer_copy(told[0])
-        self.comm = ctypes.c_void_p()
-        self.call.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, Id, ctypes.c_int]
-        self._good(self.call.ncclCommInitRank(ctypes.byref(self.comm), self.n, one, self.rank))
-        for name in ("ncclSend", "ncclRecv"):
-            getattr(self.call, name).argtypes = [
-                ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
-            ]
-        theirs = dist.all_to_all_single
-
-        def all_to_all_single(output, given, output_split_sizes=None, input_split_sizes=None, group=None, **more):
-            if group is not self.group:
-                return theirs(output, given, output_split_sizes, input_split_sizes, group=group, **more)
-            self.exchange(output, given, output_split_sizes, input_split_sizes)
-
-        dist.all_to_all_single = self.torch.distributed.all_to_all_single = all_to_all_single
-
-    @staticmethod
-    def _good(result):
-        check(result == 0, f"NCCL gave {result}")
-
-    def exchange(self, output, given, takes, gives):
-        check(output.is_contiguous() and given.is_contiguous() and output.dtype == given.dtype, "not as NCCL wants it")
-        each, kind = output[:1].numel() or given[:1].numel(), FLOATS[str(output.dtype)]
-        takes, gives = ([int(n) for n in s] if s is not None else [len(given) // self.n] * self.n for s in (takes, gives))
-        out, into, size = given.data_ptr(), output.data_ptr(), output.element_size()
-        self._good(self.call.ncclGroupStart())
-        for p in range(self.n):
-            self._good(self.call.ncclSend(out, gives[p] * each, kind, p, self.comm, None))
-            self._good(self.call.ncclRecv(into, takes[p] * each, kind, p, self.comm, None))
-            out, into = out + gives[p] * each * size, into + takes[p] * each * size
-        self._good(self.call.ncclGroupEnd())
-        self.exchanges += 1
-
-    def end(self):
-        self.call.ncclCommDestroy.argtypes = [ctypes.c_void_p]
-        self._good(self.call.ncclCommDestroy(self.comm))
 
 
 def both(t, what, steps=4, planner=forced, **config):
@@ -132,71 +75,20 @@ def run_forced(rank):
 
 
 def run_bits(rank):
-    """One move, to the bit: what combine brings is what it brings without moves, and samples then moved by hand."""
-    from railyard import combining, moving
+    """What combine brings, and its gradient, to the bit."""
+    sys.path.insert(0, os.path.join(HERE, "..", "gpu"))
+    import combining as figures
+    from railyard import combining
 
-    torch = rank.torch
-    n, b, s, experts, k, h = rank.world, 3, 7, 4 * rank.world, 3, 10
+    torch, n = rank.torch, rank.world
     generator = torch.Generator().manual_seed(layers_test.SEED)
-    held = experts // n
-    for _ in range(40):
-        chosen = [torch.rand(s * b, experts, generator=generator).argsort(1)[:, :k] for _ in range(n)]
-        chosen = [torch.zeros(s * b, experts, dtype=bool).scatter_(1, c, True) for c in chosen]
-        counts = torch.stack([c.view(s, b, experts).sum(0) for c in chosen]).view(n * b, experts).numpy()
-        now, then = (torch.randperm(n * b, generator=generator).tolist() for _ in range(2))
-        at = {sample: slot for slot, sample in enumerate(then)}
-        to = [at[sample] for sample in now]
-        values = torch.randn(n, s * b, experts, h, generator=generator)  # of each rank's token, by each expert
-        mine = [[(a, t, e) for e in range(r * held, (r + 1) * held) for t in range(s * b) if chosen[a][t, e]] for a in range(n) for r in [rank.rank]]
-        got = [[(rank.rank, t, e) for e in range(r * held, (r + 1) * held) for t in range(s * b) if chosen[rank.rank][t, e]] for r in range(n)]
-        sends, receives = [len(x) for x in mine], [len(x) for x in got]
-        tokens = torch.tensor([t for part in got for _, t, _ in part], dtype=torch.int64)
-        rows = torch.stack([values[x] for part in mine for x in part]).contiguous().requires_grad_()
-        c = combining.Combine(rank.group, rank.rank, n, b)
-        c.saw(rows)
-        c.begin()
-        check(not c.ready(sends, receives, rows), "ready, and no exchange was seen")
-        rank.dist.all_to_all_single(torch.empty(sum(sends), h), torch.empty(sum(receives), h), sends, receives, group=rank.group)
-        check(c.ready(sends, receives, rows), "not ready")
-        every = combining.matrix(counts, now, then, n, b)
-        way = c.way(sends, receives, tokens, to, every, moving.route(now, then, rank.rank, b))
-
-        class Plain(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                out = x.new_empty(sum(receives), h)
-                rank.dist.all_to_all_single(out, x, receives, sends, group=rank.group)
-                return out
-
-            @staticmethod
-            def backward(ctx, x):
-                out = x.new_empty(sum(sends), h)
-                rank.dist.all_to_all_single(out, x.contiguous(), sends, receives, group=rank.group)
-                return out
-
-        out = c.carry(way, rows, Plain.apply)
-        place = [0] * (s * b)
-        for i, t in enumerate(tokens.tolist()):  # ascending in experts: the r-th of its token
-            slot = rank.rank * b + t % b
-            source = to.index(slot)
-            a, old = source // b, t // b * b + source % b
-            e = [e for e in range(experts) if chosen[a][old, e]][place[t]]
-            check(torch.equal(out[i], values[a, old, e]), f"row {i}, token {t}: not that of rank {a}, token {old}, expert {e}")
-            place[t] += 1
-        check(place == [k] * (s * b), "rows of tokens")
-        # the gradient: of position i on rank r
-        everyone = [torch.randn(sum(int(chosen[r].sum()) for _ in [0]), h, generator=generator) for r in range(n)]
-        (gradient,) = torch.autograd.grad(out, rows, everyone[rank.rank])
-        i = 0
-        for part in mine:
-            for a, t, e in part:
-                slot = to[a * b + t % b]
-                home, there = slot // b, t // b * b + slot % b
-                r = [x for x in range(experts) if chosen[a][t, x]].index(e)
-                expert = [x for x in range(experts) if chosen[home][there, x]][r]
-                position = [(x, y) for x in range(experts) for y in range(s * b) if chosen[home][y, x]].index((expert, there))
-                check(torch.equal(gradient[i], everyone[home][position]), f"gradient of row {i} of rank {a}, token {t}, expert {e}")
-                i += 1
+    for i in range(40):
+        b = 1 + i % 4
+        layer = figures.Layer(torch, rank.rank, n, b, 5 + i, 4 * n, 1 + i % 3, generator)
+        combine = combining.Combine(rank.group, rank.rank, n, b)
+        dtype = (torch.float32, torch.bfloat16)[i % 2]
+        good = figures.one(torch, rank.dist, rank.group, combine, layer, (10, 64, 1030)[i % 3], dtype, torch.device("cpu"))
+        check(good or not i, "not ready")
     rank.say("combines and their gradients to the bit")
 
 
@@ -244,7 +136,7 @@ def one_rank(scenario):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         place = Rank(rank, world, int(os.environ["RY_TEST_PORT"]), layers_test.SEED, {"ep": world})
-        nccl = Nccl(place, place.group)
+        nccl = emulated_group.Nccl(place.torch, place.dist, place.group)
         if scenario is not run_bits:
             import railyard.megatron_layers as adapter
 

@@ -21,11 +21,11 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import VERSION, say
+from .deciding import IDLE, Forced, Planner  # noqa: F401
 from .moving import Doubt, Route, exchange, lawful, move, moved, route
 
 FIRST = 2  # micro-batches in which nobody moves: their backward passes show whether layers run in ways that are not known
 QUIET = 8  # micro-batches without answers, where the leader would not move anybody anyway
-IDLE = 4  # micro-batches one after the other that moved nobody, after which it is taken that the next would not
 LATE = 0.005  # seconds that the leader waits for the solver once it can begin; then nobody moves
 PATIENCES = 4  # as experts.py has it
 TELL = 200  # micro-batches between two lines of what came of it
@@ -99,62 +99,6 @@ def agree(board: Any, rank: int, world: int, offer: dict, patience: float) -> di
             f"railyard: rank {rank}: RAILYARD_PLACEMENT=layer: this rank agreed to move samples and cannot learn whether the "
             f"others do ({say.failure(e)}); start the job again"
         ) from e
-
-
-# ---- who decides
-
-
-class Planner:
-    """The library's decisions (C)."""
-
-    def __init__(self, **job: Any) -> None:
-        from . import library
-
-        self._layers = library.Layers(**job)
-        self._idle, self._moved = 0, True
-        self.inside = False  # combine, what was decided last; else behind it
-
-    def next(
-        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
-    ) -> Tuple[Optional[List[int]], bool, str]:
-        """(what each slot shall have in the next layer, or None: all stay; whether asking on is of use; why)"""
-        order, plan = self._layers.next(layer, sample, counts, distinct)
-        if layer == 0:
-            self._idle, self._moved = 0 if self._moved else self._idle + 1, False
-        self._moved |= plan.moved > 0
-        self.inside = plan.inside
-        use = self._layers.state().sure and (plan.moved > 0 or self._idle < IDLE)
-        return (order if plan.moved else None), use, plan.why
-
-    def words(self) -> str:
-        s = self._layers.state()
-        return (
-            f"of what samples send {100 * s.crossed:.1f} % leaves its node, and {100 * s.carried:.1f} % as much their moves; "
-            f"{100 * s.home:.1f} % would if they stayed at home ({s.why})"
-        )
-
-
-class Forced:
-    """Any permutation at each layer: for tests."""
-
-    inside = True
-
-    def __init__(self, seed: int, stay: float = 0.2) -> None:
-        import random
-
-        self._pick, self._stay = random.Random(seed), stay
-
-    def next(
-        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
-    ) -> Tuple[Optional[List[int]], bool, str]:
-        if self._pick.random() < self._stay:
-            return None, True, "forced to stay"
-        order = list(sample)
-        self._pick.shuffle(order)
-        return order, True, "forced to move"
-
-    def words(self) -> str:
-        return "forced"
 
 
 # ---- a micro-batch
