@@ -39,7 +39,7 @@ struct step { /* what comes after a layer */
 struct railyard_live_layers {
     pthread_mutex_t lock;
     int ranks, samples, slots, tokens, layers, experts, topk, places;
-    bool distinct, combine;
+    bool distinct, combine, rides;
     int *slot_place;    /* [slots] */
     int *expert_place;  /* [experts] */
     int *capacity;      /* [places] */
@@ -160,6 +160,7 @@ struct railyard_live_layers *railyard_live_layers_new(const struct railyard_live
     l->places = j->places;
     l->distinct = j->distinct != 0;
     l->combine = j->combine != 0;
+    l->rides = j->combine == 2;
     l->fit_at = FIRST;
     l->fitting = l->layers - 1;
     if (!make_steps(l) || !make_room(l)) {
@@ -263,13 +264,13 @@ static void keep_layer(struct railyard_live_layers *l, int layer, const uint32_t
 
 /* ---- deciding ---- */
 
-/* Rows of all layers to come, by place. */
+/* Rows of all layers to come, or of the next one where that is all that matters, by place. */
 static void foresee(const struct railyard_live_layers *l, int layer, int sample, float *out)
 {
     const struct step *step = &l->steps[layer];
     const float *x = counts_of(l, sample, step->first);
     size_t P = (size_t)l->places;
-    float most = (float)(l->layers - 1 - layer) * (float)l->tokens * (float)(l->distinct ? 1 : l->topk);
+    float most = (float)(l->rides ? 1 : l->layers - 1 - layer) * (float)l->tokens * (float)(l->distinct ? 1 : l->topk);
     memset(out, 0, P * sizeof *out);
     for (size_t i = 0; i < (size_t)step->features; i++)
         for (size_t p = 0; p < P && x[i] > 0; p++)
@@ -285,6 +286,10 @@ static double price(const struct railyard_live_layers *l, int layer, int s, uint
     const float *f = l->future + (size_t)s * (size_t)l->places, *r = rows_of(l, (int)sample, layer);
     int brought = inside ? p : l->slot_place[s];
     double rows = 0;
+    for (int q = 0; l->rides && q < l->places; q++)
+        rows += q == p ? 0 : (double)f[q] + (double)r[q];
+    if (l->rides)
+        return rows;
     for (int q = 0; q < l->places; q++)
         rows += (q == p ? 0 : 2 * (double)f[q]) + (l->combine && q != brought ? (double)r[q] : 0);
     return rows + (double)l->tokens * ((p != l->slot_place[s]) + (p != l->slot_place[sample]));
@@ -351,6 +356,10 @@ static void decide(struct railyard_live_layers *l, int layer, const uint32_t *sa
     for (int s = 0; s < l->slots; s++) {
         const float *f = l->future + (size_t)s * (size_t)l->places;
         plan->stay += price(l, layer, s, sample[s], l->slot_place[s], false);
+        if (l->rides) {
+            to_come = plan->stay;
+            continue;
+        }
         for (int p = 0; p < l->places; p++)
             to_come += p == l->slot_place[s] ? 0 : 2 * (double)f[p];
         to_come += l->slot_place[s] == l->slot_place[sample[s]] ? 0 : l->tokens;
@@ -360,9 +369,9 @@ static void decide(struct railyard_live_layers *l, int layer, const uint32_t *sa
         snprintf(plan->why, sizeof plan->why, "all stay: moving did not pay lately");
         return;
     }
-    double inside = l->combine ? solve(l, layer, sample, true) : 0, go = solve(l, layer, sample, false);
+    double inside = l->combine ? solve(l, layer, sample, true) : 0, go = l->rides ? inside : solve(l, layer, sample, false);
     bool better = l->combine && inside <= go; /* of equal ones the one that is hidden by experts */
-    if (better)
+    if (better && !l->rides)
         go = solve(l, layer, sample, true);
     double gain = to_come > 0 ? (plan->stay - go) / to_come : 0; /* this layer's combine is no part of what it is held against */
     if (gain < LEAST_GAIN) {
@@ -390,7 +399,7 @@ static void learn_sample(struct railyard_live_layers *l, int sample)
         const float *x = counts_of(l, sample, s->first), *after = rows_of(l, sample, k + 1);
         size_t F = (size_t)s->features;
         for (size_t p = 0; p < P; p++)
-            to_come[p] += (double)after[p];
+            to_come[p] = (l->rides ? 0 : to_come[p]) + (double)after[p];
         for (size_t i = 0; i < F; i++) {
             double xi = (double)x[i];
             for (size_t j = 0; j <= i && xi > 0; j++)
@@ -453,16 +462,16 @@ static void account(struct railyard_live_layers *l)
             const float *r = rows_of(l, i, k);
             int now = l->was[(size_t)k * (size_t)l->slots + (size_t)i];
             bool moves = l->inside[k] && k + 1 < l->layers; /* its results went to where it was next */
-            int then = moves ? l->was[(size_t)(k + 1) * (size_t)l->slots + (size_t)i] : now;
+            int then = l->rides && k + 1 == l->layers ? l->slot_place[i] : moves ? l->was[(size_t)(k + 1) * (size_t)l->slots + (size_t)i] : now;
             double all = 0;
             for (int p = 0; p < l->places; p++)
                 all += 2 * (double)r[p];
             sent += all;
             home += all - 2 * (double)r[l->slot_place[i]];
             crossed += all - (double)r[now] - (double)r[then];
-            carried += at != now ? l->tokens : 0;
+            carried += at != now && !(l->rides && k && l->inside[k - 1]) ? l->tokens : 0;
             at = now;
-            if (k + 1 == l->layers)
+            if (k + 1 == l->layers && !l->rides)
                 carried += at != l->slot_place[i] ? l->tokens : 0;
         }
     }

@@ -149,6 +149,11 @@ static struct outcome run(struct world *w, int late)
         bool inside = plan.inside && l != late;
         ck_assert(!plan.inside || (w->job.combine && plan.moved));
         o.inside += inside;
+        if (w->job.combine == 2 && l + 1 == w->job.layers) { /* home, inside combine */
+            o.crossed += (crossing(w, l, home) - crossing(w, l, sample)) / 2;
+            memcpy(sample, home, sizeof sample);
+            continue;
+        }
         o.crossed += (crossing(w, l, sample) + crossing(w, l, inside ? next : sample)) / 2;
         int seen[SLOTS] = {0}, moved = 0;
         for (int s = 0; s < slots(w); s++) {
@@ -169,7 +174,7 @@ static struct outcome run(struct world *w, int late)
         if (l == late)
             continue;
         o.moved += moved;
-        o.carried += moved * w->job.tokens;
+        o.carried += inside && w->job.combine == 2 ? 0 : moved * w->job.tokens;
         memcpy(sample, next, sizeof sample);
     }
     for (int s = 0; s < slots(w); s++)
@@ -269,6 +274,26 @@ START_TEST(results_go_along)
 }
 END_TEST
 
+/* Domains whose experts are elsewhere in each layer: worth while to go there where going is free, and home it is as well. */
+START_TEST(rides_anywhere)
+{
+    static struct world w;
+    make(&w, 4, 8, 2, 6, 0, 32);
+    for (int l = 0; l < w.job.layers; l++)
+        for (int d = 0; d < 2; d++)
+            w.target[l][d] = (d + l / 2) % 2;
+    w.job.combine = 2;
+    start(&w);
+    runs(&w, 20);
+    struct outcome o = runs(&w, 40);
+    ck_assert_msg(o.crossed + o.carried < 0.8 * o.home, "%g + %g of %g", o.crossed, o.carried, o.home);
+    struct railyard_live_layers_state s = {.size = sizeof s};
+    ck_assert_int_eq(railyard_live_layers_state(w.layers, &s), 0);
+    ck_assert_msg(s.crossed < 0.8 * s.home && s.carried < 0.1 * s.home, "accounted: %g + %g of %g", s.crossed, s.carried, s.home);
+    railyard_live_layers_free(w.layers);
+}
+END_TEST
+
 /* Domains whose experts change their place between two layers: results had better come back before the sample goes. */
 START_TEST(results_come_back_first)
 {
@@ -331,7 +356,7 @@ START_TEST(any_job)
     for (int i = 0; i < 12; i++) {
         int places = 1 << (1 + below(3)), ranks = places * (1 + below(2));
         make(&w, ranks, 1 + below(SLOTS / ranks), places, 2 + below(LAYERS - 1), below(2), below(200));
-        w.job.combine = below(2);
+        w.job.combine = below(3);
         start(&w);
         struct railyard_live_layers *twin = railyard_live_layers_new(&w.job);
         int n = 30 + 300 / slots(&w);
@@ -404,6 +429,7 @@ int main(void)
     tcase_add_test(t, the_way_home_counts);
     tcase_add_test(t, results_go_along);
     tcase_add_test(t, results_come_back_first);
+    tcase_add_test(t, rides_anywhere);
     tcase_add_test(t, rests_when_it_does_not_pay);
     tcase_add_test(t, any_job);
     tcase_add_test(t, refuses);
