@@ -151,6 +151,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
         goto failed;
     r->twins = ry_twins_open(c, r, address, address_size);
     atomic_store(&c->reissue, r);
+    ry_exchange_meet_others(c);
     atomic_store(&c->face.wants, 1);
     return true;
 failed:
@@ -191,7 +192,10 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[128] = "", node[64] = "", later[64] = "";
+    char dedup[128] = "", node[64] = "", later[64] = "", beside[96] = "";
+    double clocked_us = atomic_load(&c->clocked_us);
+    if (atomic_load(&c->met_us) > 0)
+        snprintf(beside, sizeof beside, "; other communicators' ran %.0f %% of their time beside them", 100 * atomic_load(&c->met_us) / clocked_us);
     if (c->later.given)
         snprintf(later, sizeof later, "; %llu after their calls had returned", (unsigned long long)c->later.given);
     if (r->over_node)
@@ -206,11 +210,11 @@ void ry_reissue_close(struct comm *c, bool aborted)
         snprintf(dedup + strlen(dedup), sizeof dedup - strlen(dedup), ", %llu summed", (unsigned long long)r->carried_out[RY_SUM]);
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical%s, %llu verified; verdicts took %.0f / %.0f / %.0f us "
-                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s%s",
+                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s%s%s",
                 c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL], dedup,
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
-                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later);
+                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later, beside);
     struct ry_cluster *map = r->map;
     free_reissue(r, aborted);
     ry_cluster_free(map);

@@ -174,6 +174,45 @@ static inline double smaller(double a, double b)
     return a < b ? a : b;
 }
 
+/* ---- others on the same NICs ---- */
+
+static double taken(uint64_t others, uint64_t own, double share)
+{
+    return others && share > 0 ? smaller(number(others) / (own ? number(own) : 1), share) : 0;
+}
+
+static inline double slower_out(const struct ry_beside *b)
+{
+    return 1 + taken(b->out, b->own_out, b->share);
+}
+
+static inline double slower_in(const struct ry_beside *b)
+{
+    return 1 + taken(b->in, b->own_in, b->share);
+}
+
+double ry_beside_more(const struct ry_beside *beside)
+{
+    return larger(slower_out(beside), slower_in(beside)) - 1;
+}
+
+static inline void add_beside(struct ry_beside *sum, const struct ry_beside *b)
+{
+    sum->out += b->out;
+    sum->in += b->in;
+    sum->own_out += b->own_out;
+    sum->own_in += b->own_in;
+    sum->share = larger(sum->share, b->share);
+}
+
+struct ry_beside ry_cost_beside(const struct ry_cluster *cluster, const struct ry_load *loads)
+{
+    struct ry_beside sum = {0};
+    for (int r = 0; r < cluster->nranks; r++)
+        add_beside(&sum, &loads[r].beside);
+    return sum;
+}
+
 struct pace { /* a link of the model, ready to be multiplied with */
     double alpha, per_message, per_byte;
 };
@@ -210,6 +249,8 @@ struct node_sum {
     uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
     uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
     uint32_t heard;               /* and that it gets from */
+    struct ry_beside beside;
+    double slower_out, slower_in; /* a byte over its NIC, for what others have on it; 1: nobody has */
 };
 
 /* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
@@ -250,8 +291,13 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
         s->recvs = l->cross_recvs > s->recvs ? l->cross_recvs : s->recvs;
         s->nodes = l->nodes_out > s->nodes ? l->nodes_out : s->nodes;
         s->heard = l->nodes_in > s->heard ? l->nodes_in : s->heard;
+        add_beside(&s->beside, &l->beside);
         if (relayed)
             s->most_relayed = more(s->most_relayed, relayed[r]);
+    }
+    for (int i = 0; i < n; i++) {
+        sum[i].slower_out = slower_out(&sum[i].beside);
+        sum[i].slower_in = slower_in(&sum[i].beside);
     }
 }
 
@@ -269,11 +315,12 @@ static inline double crowded(double incast, double nodes)
 }
 
 static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
-                          uint64_t bytes, double rank_bytes, uint32_t nodes)
+                          uint64_t bytes, double rank_bytes, uint32_t nodes, double slower)
 {
     if (!messages)
         return;
-    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte) * crowded(k->incast, in ? nodes : 1);
+    double transfer =
+        larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte) * crowded(k->incast, in ? nodes : 1) * slower;
     double us = k->nic.alpha + number(messages) * k->nic.per_message + transfer;
     if (us <= p->nic)
         return;
@@ -306,8 +353,8 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
         arrives *= number(in) / number(s->in);
     /* The node hears of at least as many remote ranks as its best-connected rank does. */
     uint64_t heard = (uint64_t)(int64_t)(s->recvs * share + 0.999);
-    nic_us(p, k, node, false, s->nodes, out, number(most_out), s->nodes);
-    nic_us(p, k, node, true, heard, in, arrives, s->heard);
+    nic_us(p, k, node, false, s->nodes, out, number(most_out), s->nodes, s->slower_out);
+    nic_us(p, k, node, true, heard, in, arrives, s->heard, s->slower_in);
     if (!s->in || node_size < 2)
         return;
     double gets = s->recvs * others, passes = number(s->pieces) * share * others;
@@ -338,9 +385,10 @@ struct balancing {
     uint32_t partners;
 };
 
-static inline void across_us(struct balancing *x, const struct paces *k, int node, bool in, uint64_t bytes, int node_size)
+static inline void across_us(struct balancing *x, const struct paces *k, int node, bool in, uint64_t bytes, int node_size,
+                             double slower)
 {
-    double us = number(bytes) * larger(k->nic.per_byte, k->rank_per_byte / node_size);
+    double us = number(bytes) * larger(k->nic.per_byte, k->rank_per_byte / node_size) * slower;
     if (us <= x->nic)
         return;
     x->nic = us;
@@ -354,8 +402,8 @@ static inline void balancing_us(struct balancing *x, struct ry_cost_parts *p, co
 {
     double share = 1.0 / node_size, others = 1 - share;
     double above = larger(number(s->most_out) - number(s->out) * share, 0);
-    across_us(x, k, node, false, s->out, node_size);
-    across_us(x, k, node, true, s->in, node_size);
+    across_us(x, k, node, false, s->out, node_size, s->slower_out);
+    across_us(x, k, node, true, s->in, node_size, s->slower_in);
     x->partners = s->nodes > x->partners ? s->nodes : x->partners;
     x->partners = s->heard > x->partners ? s->heard : x->partners;
     if (node_size < 2)
@@ -505,8 +553,10 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
         sum_up(sum, c, loads, relayed, first, n);
         for (int i = 0; i < n; i++) {
-            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes);
-            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard);
+            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes,
+                   sum[i].slower_out);
+            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard,
+                   sum[i].slower_in);
             int size = c->node_size[first + i];
             relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
             balancing_us(&even, balanced, &k, first + i, size, &sum[i]);

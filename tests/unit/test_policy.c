@@ -27,6 +27,7 @@ static double takes_us[RY_STRATEGIES]; /* the truth; balanced, where nothing is 
 static int went[RY_STRATEGIES];
 static bool last, verify, late; /* late: durations become known eight exchanges at a time */
 static struct ry_took later[RANKS][RY_TOOK];
+static struct ry_beside beside; /* what ran beside each exchange, as every rank tells */
 static unsigned rest;
 
 /* Made by what a test would change of it. */
@@ -169,7 +170,7 @@ static int exchange(void)
     went[s]++;
     bool timed = order_of(s, 0, &cells, &ncells).timed;
     for (int r = 0; r < RANKS; r++) {
-        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s == RY_BALANCED && !takes_us[s] ? RY_HIERARCHICAL : s] * (r ? 1 : 3)};
+        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s == RY_BALANCED && !takes_us[s] ? RY_HIERARCHICAL : s] * (r ? 1 : 3), beside};
         bool known = timed || number % 8 == 0;
         later[r][number % RY_TOOK] = known ? took : (struct ry_took){0};
         memset(sides[r].took, 0, sizeof sides[r].took); /* told */
@@ -471,7 +472,7 @@ static void follow(enum ry_pace_way way, int n, double us)
 {
     for (int i = 0; i < n; i++, number += way == RY_PACE_PLAIN)
         if (ry_pace_wants(pace, way)) {
-            ry_pace_began(pace, number, way, 64 << 20, 64 << 20);
+            ry_pace_began(pace, number, way, 64 << 20, 64 << 20, false);
             ry_pace_took(pace, number, us);
         }
 }

@@ -8,12 +8,14 @@
 static struct ry_sampler *sampler;
 static struct ry_err err;
 static _Atomic int calls;
+static double began[8];
 
-static void done(void *context, uint64_t number, double us)
+static void done(void *context, uint64_t number, double began_us, double us)
 {
     ck_assert_ptr_eq(context, &calls);
     ck_assert_uint_eq(number, 7);
     ck_assert(us >= 0);
+    began[calls % 8] = began_us;
     calls++;
 }
 
