@@ -694,6 +694,78 @@ START_TEST(learns_from_the_busy)
 }
 END_TEST
 
+/* All ranks expect others beside the next exchanges, or that these do meet some; `part` of the NICs' bytes theirs. */
+static struct ry_beside others(double part)
+{
+    return (struct ry_beside){(uint64_t)(part * 1e6), (uint64_t)(part * 1e6), 1000000, 1000000, part > 0 ? 1 : 0};
+}
+
+static void expect_others(double part)
+{
+    for (int r = 0; r < RANKS; r++)
+        sides[r].load.beside = others(part);
+}
+
+static double plain_us(int strategy)
+{
+    const uint64_t *cells;
+    size_t n;
+    return order_of(strategy, 0, &cells, &n).plain_us;
+}
+
+/* While others are on the NICs everything takes twice as long: what is measured then is not held against a strategy afterwards, nor
+ * what was measured before against the others. */
+START_TEST(beside_others)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    for (int turn = 0; turn < 4; turn++) {
+        double times = turn % 2 ? 2 : 1;
+        expect_others(turn % 2);
+        beside = others(turn % 2);
+        takes_us[RY_DIRECT] = 100000 * times;
+        takes_us[RY_HIERARCHICAL] = 80000 * times;
+        if (turn > 1) { /* known from before, at once */
+            ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+            ck_assert_double_eq_tol(plain_us(RY_HIERARCHICAL), 100000 * times, 1000 * times);
+        }
+        for (int i = 0; i < 48; i++)
+            exchange();
+        ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+        ck_assert_double_eq_tol(plain_us(RY_HIERARCHICAL), 100000 * times, 1000 * times);
+    }
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_eq(counts.dropped, 0);
+    ck_assert_uint_eq(counts.beside, 49 + 50);
+    end();
+}
+END_TEST
+
+/* Others come beside exchanges for which nobody expected them: those durations tell nothing. */
+START_TEST(unexpected_others)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = 100000;
+    takes_us[RY_HIERARCHICAL] = 80000;
+    for (int i = 0; i < 48; i++)
+        exchange();
+    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+    beside = others(1);
+    takes_us[RY_HIERARCHICAL] = 160000;
+    for (int i = 0; i < 400; i++)
+        exchange();
+    ck_assert_int_ge(went[RY_HIERARCHICAL], 380);
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_ge(counts.dropped, 40);
+    ck_assert_uint_eq(counts.beside, 0);
+    end();
+    beside = others(0);
+}
+END_TEST
+
 /* What all ranks are told of the nodes' communicators with the verdict just given. */
 static enum ry_node_order node_order(int strategy)
 {
@@ -977,6 +1049,8 @@ int main(void)
     tcase_add_test(t, kinds_take_turns);
     tcase_add_test(t, does_not_flap);
     tcase_add_test(t, learns_from_the_busy);
+    tcase_add_test(t, beside_others);
+    tcase_add_test(t, unexpected_others);
     tcase_add_test(t, node_comms);
     tcase_add_test(t, chunks);
     tcase_add_test(t, node_comms_change_what_is_known);
