@@ -3,7 +3,8 @@
  * threads, or one after the other. Every byte is checked; printed is how long the short ones took, each waited for.
  *
  * usage: reissue_beside CASE SHAPE [SECONDS [KIB]]
- *   together, apart: as said; SECONDS: how long either goes on; KIB: of a segment of the long ones
+ *   together, apart: as said; SECONDS: how long either goes on; KIB: of a segment of the long ones, in rows of 1 KiB, of which
+ *   each rank has eight different ones
  */
 
 #include "reissue.h"
@@ -94,7 +95,9 @@ int main(int argc, char **argv)
     if (argc > 4)
         long_kib = (unsigned)atoi(argv[4]);
     long_one = short_one;
-    long_one.most = long_kib * 256;
+    long_one.most = long_kib;
+    long_one.row = 256;
+    long_one.tokens = 8;
     both(!strcmp(argv[1], "together"));
     return 0;
 }
