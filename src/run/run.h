@@ -166,6 +166,14 @@ struct ry_run_node {
 };
 
 /**
+ * This rank sends itself `bytes` bytes, `from` to `to`, by everything that a plan may go over: the job's communicator, the node's and the
+ * stream for steps beside the others, where there are such. No other rank has a part in it: it ends on `stream` unless something on this
+ * rank's own device keeps it from running. Errors as ry_run()'s.
+ */
+int ry_run_to_itself(struct ry_runner *runner, struct ry_run_node *node, int rank, const void *from, void *to, uint64_t bytes,
+                     void *stream, int *result, struct ry_err *err);
+
+/**
  * A plan by replica, which is in the numbers of all twins' ranks together (plan.h), becomes one in those of the communicators that
  * it goes over: its twin's own, and that of the twins at its position. For ry_run(), with a `node` as just said.
  */
