@@ -2,15 +2,15 @@
  * reissue_beside.c: two communicators of the same ranks, one with long exchanges and one with short ones, at the same time on two
  * threads, or one after the other. Every byte is checked; printed is how long the short ones took, each waited for.
  *
- * usage: reissue_beside CASE SHAPE [SECONDS [KIB]]
- *   together, apart: as said; SECONDS: how long either goes on; KIB: of a segment of the long ones, in rows of 1 KiB, of which
- *   each rank has eight different ones
+ * usage: reissue_beside CASE SHAPE [SECONDS [KIB [DIFFERENT]]]
+ *   together, apart: as said; long: only those; SECONDS: how long either goes on; KIB: of a segment of the long ones, in rows
+ *   of 1 KiB, of which each rank has so many different ones (8)
  */
 
 #include "reissue.h"
 
 static double seconds = 2;
-static unsigned long_kib = 512;
+static unsigned long_kib = 512, different = 8;
 static _Atomic bool long_is_over;
 
 static struct exchange long_one, short_one = {.matrix = M_EQUAL, .form = F_GROUP, .type = ncclFloat, .most = 256};
@@ -94,10 +94,16 @@ int main(int argc, char **argv)
         seconds = atof(argv[3]);
     if (argc > 4)
         long_kib = (unsigned)atoi(argv[4]);
+    if (argc > 5)
+        different = (unsigned)atoi(argv[5]);
     long_one = short_one;
     long_one.most = long_kib;
     long_one.row = 256;
-    long_one.tokens = 8;
-    both(!strcmp(argv[1], "together"));
+    long_one.tokens = different;
+    if (strcmp(argv[1], "long"))
+        return both(!strcmp(argv[1], "together")), 0;
+    struct side *s = new_side(world_comm(), 1);
+    make_long_ones(s);
+    end_side(s);
     return 0;
 }

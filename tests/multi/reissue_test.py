@@ -691,6 +691,18 @@ def case_beside_short():
     fail(f"short exchanges took {us} us beside long ones, with plain NCCL {plain} us; by dedup: {len(said(lines, ': dedup '))}")
 
 
+def case_pace():
+    """What little dedup saves here is held against the pace of plain NCCL, which is watched for that: both are measured."""
+    steady.go_first()
+    out, lines, _ = auto("long", 3, 128, 384, program="reissue_beside", links=("--nic", "0.2"), env={"RAILYARD_ROW_BYTES": "1024"})
+    expect(lines, r"the next \d+ pass by, to see how fast plain NCCL goes")
+    found = expect(lines, r"the time from one exchange to the next is [\d.]+ % of what it is without agreeing")
+    ratios = [float(re.search(r"is ([\d.]+) %", line).group(1)) for line in found]
+    print(ratios)
+    if not all(20 < v < 500 for v in ratios):
+        fail(f"paces of {ratios} %")
+
+
 # ---- communicators of the nodes' ranks ----
 
 OVER = r"; (\d+) over communicators of the nodes' ranks"
