@@ -105,9 +105,14 @@ void ry_contention_leave(struct ry_contention *q, int seat)
 
 /* ---- on the job's threads ---- */
 
+bool ry_contention_several(const struct ry_contention *q, int seat)
+{
+    return seat >= 0 && atomic_load_explicit(&q->members, memory_order_relaxed) > 1;
+}
+
 bool ry_contention_wants(const struct ry_contention *q, int seat, uint64_t now_ns, bool always)
 {
-    if (seat < 0 || atomic_load_explicit(&q->members, memory_order_relaxed) < 2)
+    if (!ry_contention_several(q, seat))
         return false;
     uint64_t asked = atomic_load_explicit(&q->asked_ns, memory_order_relaxed);
     return always || (asked && (int64_t)(now_ns - asked) < (int64_t)RY_CONTENTION_LATELY_NS);
@@ -232,7 +237,7 @@ void ry_contention_took(struct ry_contention *q, int seat, const struct ry_conte
 struct ry_beside ry_contention_of(struct ry_contention *q, int seat, uint64_t now_ns)
 {
     struct ry_beside now = {0};
-    if (seat < 0 || atomic_load_explicit(&q->members, memory_order_relaxed) < 2)
+    if (!ry_contention_several(q, seat))
         return now;
     pthread_mutex_lock(&q->lock);
     atomic_store_explicit(&q->asked_ns, now_ns ? now_ns : 1, memory_order_relaxed);

@@ -45,6 +45,8 @@ int ry_contention_join(struct ry_contention *q, uint64_t key, int device, ry_con
 /** When this returns `settled` is not called any more. */
 void ry_contention_leave(struct ry_contention *q, int seat);
 
+/** [job] Is there another communicator at all? */
+bool ry_contention_several(const struct ry_contention *q, int seat);
 /** [job] Are its exchanges to be timed, for others' sake or its own? `always`: even though nobody asked lately. */
 bool ry_contention_wants(const struct ry_contention *q, int seat, uint64_t now_ns, bool always);
 /** [job] One has begun to be timed; ry_contention_took() or _lost() follows. */

@@ -366,7 +366,8 @@ static bool take(struct comm *c, const struct ry_exchange *x, int *result)
         b = describe(r, x);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
-    now.met = r && r->talk && ry_contention_wants(ry_engine.contention, c->seat_beside, ry_now_ns(), c->record != NULL);
+    now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&
+              ry_contention_wants(ry_engine.contention, c->seat_beside, ry_now_ns(), c->record != NULL);
     if (now.met)
         ry_sampler_clock(ry_engine.sampler);
     if (r) {

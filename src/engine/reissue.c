@@ -150,8 +150,8 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
     if (!(r->talk = ry_talk_open(&talk, &err)))
         goto failed;
     r->twins = ry_twins_open(c, r, address, address_size);
-    atomic_store(&c->reissue, r);
     ry_exchange_meet_others(c);
+    atomic_store(&c->reissue, r);
     atomic_store(&c->face.wants, 1);
     return true;
 failed:

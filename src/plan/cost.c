@@ -256,7 +256,6 @@ struct node_sum {
 /* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
 #define CHUNK 512
 
-#define STAGES_US 0.004  /* finding the stages, by the cube of the nodes: seen 8 ms at 128 */
 #define SEARCH_KERNELS 8 /* that a search for equal rows enqueues: src/run/rows.c */
 
 static inline uint64_t more(uint64_t a, uint64_t b)
@@ -575,7 +574,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     dedup->overhead = hier->overhead;
     add_stages(balanced, m, &even);
     balanced->copies = hier->copies;
-    balanced->overhead = hier->overhead + STAGES_US * c->nnodes * c->nnodes * c->nnodes;
+    balanced->overhead = hier->overhead + RY_STAGES_US * c->nnodes * c->nnodes * c->nnodes;
     dedup->copies = most_nodes * m->copy_us + number(most_packed) / m->copy_bytes_per_us + written;
     dedup->written = written;
     if (most_scanned)

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "plan/cost_parts.h"
 #include "sim.h"
 
 #define DRAWS 3
@@ -155,6 +156,7 @@ static int one_size(const struct sim_skewed *s, const struct ry_cost_model *give
                 double t = by_steps(&model, c, matrix, columns, ways[w], &groups, &took, err);
                 rc = isnan(t) ? -1 : 0;
                 us[ways[w]] += t / DRAWS;
+                t += ways[w] == RY_BALANCED ? RY_STAGES_US * pow(c->nnodes, 3) : 0; /* which jobs wait for, as for the exchange */
                 best = fmin(best, t);
                 by_auto += ways[w] == taken ? t : 0;
             }
