@@ -69,6 +69,7 @@ struct ry_chooser {
     struct ry_side *sides;                  /* [nranks] */
     struct ry_load *loads;                  /* [nranks] */
     uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
+    uint64_t *arriving;                     /* [nranks] over a relay's NIC */
     bool looked;                            /* any rank for equal rows */
     bool all_pack;                          /* and write packed messages out */
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
@@ -462,15 +463,19 @@ static unsigned rest_after(struct ry_chooser *c, uint64_t number, const struct r
     return watched ? watched : !pays;
 }
 
-/* What each rank passes on for others, from the matrix. */
+/* What each rank passes on for others, and what comes to it across nodes then, from the matrix. */
 static void find_relayed(struct ry_chooser *c, const uint64_t *matrix)
 {
     const struct ry_cluster *map = c->config.map;
     int n = map->nranks;
     memset(c->relayed, 0, (size_t)n * sizeof *c->relayed);
+    memset(c->arriving, 0, (size_t)n * sizeof *c->arriving);
     for (int from = 0; from < n; from++)
         for (int to = 0; to < n; to++) {
-            int relay = map->node[from] == map->node[to] ? to : ry_relay(map, from, map->node[to]);
+            if (map->node[from] == map->node[to])
+                continue;
+            int relay = ry_relay(map, from, map->node[to]);
+            c->arriving[relay] += matrix[(size_t)from * (size_t)n + (size_t)to];
             if (relay != to) /* what is for the relay itself is not passed on */
                 c->relayed[relay] += matrix[(size_t)from * (size_t)n + (size_t)to];
         }
@@ -718,7 +723,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     c->counts.beside += c->load == BESIDE;
     start_node_comms(c);
     find_relayed(c, x->matrix);
-    struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
+    struct ry_cost_matrix matrix = {.relayed = c->relayed, .arriving = c->arriving, .packed_in = c->looked ? c->packed_in : NULL};
     ry_cost_choose(&choice, &c->config.model, &c->learned[c->load], c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
     forced = forced == RY_REPLICA ? RY_DIRECT : forced; /* here nobody can do that alone */
@@ -803,7 +808,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
         !(c->spare = calloc(n, sizeof *c->spare)) ||
-        !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
+        !(c->arriving = calloc(n, sizeof *c->arriving)) || !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
         goto no_memory;
@@ -828,6 +833,7 @@ void ry_chooser_free(struct ry_chooser *c)
     }
     free(c->loads);
     free(c->relayed);
+    free(c->arriving);
     free(c->need);
     free(c->spare);
     free(c->sides);

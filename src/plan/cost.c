@@ -246,6 +246,7 @@ struct node_sum {
     uint64_t most_out, most_in;   /* of its busiest rank */
     uint64_t packed, most_packed; /* out, dedup */
     uint64_t most_relayed;        /* 0 where that is not known */
+    uint64_t most_arriving;       /* the same */
     uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
     uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
     uint32_t heard;               /* and that it gets from */
@@ -269,7 +270,7 @@ static inline uint64_t fewer(uint64_t a, uint64_t b)
 }
 
 static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struct ry_load *loads,
-                   const uint64_t *relayed, int first, int n)
+                   const uint64_t *relayed, const uint64_t *arriving, int first, int n)
 {
     memset(sum, 0, (size_t)n * sizeof *sum);
     for (int r = 0; r < c->nranks; r++) {
@@ -293,6 +294,8 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
         add_beside(&s->beside, &l->beside);
         if (relayed)
             s->most_relayed = more(s->most_relayed, relayed[r]);
+        if (relayed && arriving)
+            s->most_arriving = more(s->most_arriving, arriving[r]);
     }
     for (int i = 0; i < n; i++) {
         sum[i].slower_out = slower_out(&sum[i].beside);
@@ -346,7 +349,7 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
 {
     double share = 1.0 / node_size, others = 1 - share, plain = number(s->in) * share;
     double relayed = relays_known ? number(s->most_relayed) : plain * others;
-    double arrives = relayed + plain * share;
+    double arrives = s->most_arriving ? number(s->most_arriving) : relayed + plain * share;
     bool packed = in < s->in;
     if (packed)
         arrives *= number(in) / number(s->in);
@@ -505,7 +508,7 @@ static void cut(struct ry_cost_parts *p, const struct ry_cost_model *m, double c
 uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
-    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
+    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *arriving = matrix ? matrix->arriving : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
                          *balanced = &parts[RY_BALANCED];
     struct balancing even = {.nic_node = -1};
@@ -550,7 +553,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
-        sum_up(sum, c, loads, relayed, first, n);
+        sum_up(sum, c, loads, relayed, arriving, first, n);
         for (int i = 0; i < n; i++) {
             nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes,
                    sum[i].slower_out);

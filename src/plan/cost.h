@@ -89,6 +89,8 @@ struct ry_beside ry_cost_beside(const struct ry_cluster *cluster, const struct r
 /* What only the full matrix tells, where it is known (any may be NULL). Bytes. */
 struct ry_cost_matrix {
     const uint64_t *relayed;   /* [nranks] what a rank relays for others, hierarchical. NULL: even among the node's ranks */
+    const uint64_t *arriving;  /* [nranks] what comes over its NIC then, for itself or to be relayed. NULL: as relayed says, and an
+                                  even part of the rest. Not looked at without `relayed` */
     const uint64_t *packed_in; /* [nnodes] dedup: what comes into a node. NULL: cross_in, less what all save on average */
 };
 

@@ -112,16 +112,17 @@ static enum ry_strategy chosen(const struct ry_cost_model *m, const struct ry_cl
                                const uint64_t *columns, struct ry_load *loads)
 {
     struct ry_choice choice;
-    uint64_t *relayed = calloc((size_t)c->nranks, sizeof *relayed);
+    uint64_t *relayed = calloc(2 * (size_t)c->nranks, sizeof *relayed), *arriving = relayed ? relayed + c->nranks : NULL;
     for (int from = 0; relayed && from < c->nranks; from++) /* as the yardmaster knows it */
         for (int to = 0; to < c->nranks; to++) {
             int relay = c->node[from] == c->node[to] ? to : ry_relay(c, from, c->node[to]);
+            arriving[relay] += c->node[from] == c->node[to] ? 0 : matrix[(size_t)from * (size_t)c->nranks + (size_t)to];
             relayed[relay] += relay == to ? 0 : matrix[(size_t)from * (size_t)c->nranks + (size_t)to];
         }
     for (int r = 0; r < c->nranks; r++)
         ry_load_of(&loads[r], c, r, matrix + (size_t)r * (size_t)c->nranks, columns + (size_t)r * (size_t)c->nranks,
                    NULL);
-    ry_cost_choose(&choice, m, NULL, c, loads, &(struct ry_cost_matrix){.relayed = relayed}, 0.05);
+    ry_cost_choose(&choice, m, NULL, c, loads, &(struct ry_cost_matrix){.relayed = relayed, .arriving = arriving}, 0.05);
     free(relayed);
     return choice.strategy;
 }
