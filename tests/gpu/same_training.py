@@ -29,7 +29,7 @@ TOLD = ("windows", "moves", "changed ranks", "warn", "error", " off")
 
 def options(p):
     p.add_argument("--curve", type=int, nargs="?", const=300, default=0, metavar="STEPS", help="curves of losses of so many steps (300)")
-    p.add_argument("--curve-batch", type=int, default=8, help="samples per rank and step there")
+    p.add_argument("--curve-batch", type=int, default=4, help="samples per rank and step there")
     p.add_argument("--curve-lr", type=float, default=3e-4)
     p.add_argument("--curve-plain", type=int, default=4, metavar="N", help="plain runs, 3 at least")
     p.add_argument("--svg", metavar="FILE", help="the curves")
