@@ -68,13 +68,19 @@ def settings(a, folder):
     batch = base + ["RAILYARD_PLACEMENT=batch"]
     experts = batch + ["RAILYARD_EXPERTS=" + os.path.join(folder, "plan.json")]
     exchanges = a.strategy if a.strategy != "dedup" else "dedup"
+    also = [v if not v.startswith("RAILYARD_STRATEGY=") else "RAILYARD_STRATEGY=" + str(a.also) for v in base]
     jobs = {"plain": None, exchanges: base}
+    if a.also:
+        jobs[a.also] = also
     if "samples" in a.parts:
         jobs["+ samples"] = batch + [homes(folder, "+ samples", "homes-unmoved")]
     if "experts" in a.parts:
         jobs["+ experts"] = experts + [homes(folder, "+ experts", "homes-planned")]
     if "sum" in a.parts:
         jobs["+ sum"] = experts + [homes(folder, "+ sum", "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
+        if a.also:
+            label = "+ sum, " + a.also
+            jobs[label] = also + experts[len(base):] + [homes(folder, label, "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
     if "layer" in a.parts:
         jobs[exchanges + ", layer"] = base + ["RAILYARD_PLACEMENT=layer"]
     return jobs
