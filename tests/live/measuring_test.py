@@ -62,6 +62,9 @@ def curves(folder):
     equal = {"plain %d" % i: [1.0] * 20 for i in range(3)}
     found = same_training.judge({**equal, "same": [1.0] * 20, "other": [1.0] * 19 + [1.1]}, list(equal))
     assert found["same"]["ok"] and not found["other"]["ok"]
+    peaks = {"plain %d" % i: [float(k // same_training.BIN % 5 == i) for k in range(100)] for i in range(5)}  # each alone at the top in turn
+    found = same_training.judge({**peaks, "same": [0.0] * 100, "edge": [1.9] * 100}, list(peaks))
+    assert found["same"]["ok"] and found["edge"]["inside"] == 1 and not found["edge"]["ok"]
     path = os.path.join(folder, "c.svg")
     same_training.picture(path, {k: same_training.means(v) for k, v in losses.items()}, ["plain %d" % i for i in range(5)])
     assert len(xml.dom.minidom.parse(path).getElementsByTagName("polyline")) == 11
