@@ -53,6 +53,7 @@ struct railyard_live_layers {
     /* learning */
     uint64_t learned, since, fit_at;
     double weight, total; /* of samples in the sums, and of their counts */
+    double fare;          /* see fare() */
     int fitting;          /* the next layer to be fitted; layers - 1: none */
     int turn;             /* sample to learn from next, where not all can be */
     /* what came of it */
@@ -138,6 +139,13 @@ static bool make_room(struct railyard_live_layers *l)
            l->to && l->left && l->at && l->assign;
 }
 
+/* For measurements: the part of what moves send that is counted when it is decided. 0: moves are free, which is NetMoE's own objective. */
+static double fare(void)
+{
+    const char *text = getenv("RY_TEST_FARE");
+    return text ? fmin(fmax(atof(text), 0), 1) : 1;
+}
+
 struct railyard_live_layers *railyard_live_layers_new(const struct railyard_live_layers_job *j)
 {
     if (check_job(j))
@@ -159,6 +167,7 @@ struct railyard_live_layers *railyard_live_layers_new(const struct railyard_live
     l->distinct = j->distinct != 0;
     l->fit_at = FIRST;
     l->fitting = l->layers - 1;
+    l->fare = fare();
     if (!make_steps(l) || !make_room(l)) {
         railyard_live_layers_free(l);
         ry_fail(&ry_live_err, "layers: out of memory for %d layers of %d experts", j->layers, j->experts);
@@ -281,7 +290,7 @@ static double price(const struct railyard_live_layers *l, int s, uint32_t sample
     double rows = 0;
     for (int q = 0; q < l->places; q++)
         rows += q == p ? 0 : 2 * (double)f[q];
-    return rows + (double)l->tokens * ((p != l->slot_place[s]) + (p != l->slot_place[sample]));
+    return rows + l->fare * (double)l->tokens * ((p != l->slot_place[s]) + (p != l->slot_place[sample]));
 }
 
 static void solve(struct railyard_live_layers *l, const uint32_t *sample)
@@ -455,7 +464,7 @@ static void account(struct railyard_live_layers *l)
         l->tried = 0, l->earned = 0;
     if (carried > 0) {
         rate = fmax(MEMORY, 1.0 / (double)(++l->tried));
-        l->earned += rate * (home - crossed - carried - l->earned);
+        l->earned += rate * (home - crossed - l->fare * carried - l->earned);
         if (l->tried >= TRIED && l->earned < 0)
             l->rest = REST;
     }
