@@ -107,7 +107,7 @@ def one(torch, dist, group, combine, layer, h, dtype, device):
     if not all(every):
         return False
     tokens = layer.got[:, 2].to(device)
-    way = combine.way(layer.sends, layer.receives, tokens, layer.to.tolist(), layer.every, layer.route)
+    way = combine.way(layer.sends, layer.receives, tokens, None, layer.to.tolist(), layer.every, layer.route)
     out = combine.carry(way, rows, original(torch, dist, group, layer))
     back = torch.empty_like(layer.to)
     back[layer.to] = torch.arange(len(back))
@@ -136,9 +136,9 @@ def figures(a, torch, dist, group, combine, layer, h, dtype, device, wait):
             if name == "as it is":
                 call(rows)
             elif name == "lists":
-                way = combine.way(layer.sends, layer.receives, tokens, layer.to.tolist(), layer.every, layer.route)
+                way = combine.way(layer.sends, layer.receives, tokens, None, layer.to.tolist(), layer.every, layer.route)
             else:
-                way = combine.way(layer.sends, layer.receives, tokens, layer.to.tolist(), layer.every, layer.route)
+                way = combine.way(layer.sends, layer.receives, tokens, None, layer.to.tolist(), layer.every, layer.route)
                 wait()
                 dist.barrier()
                 began = time.perf_counter()
