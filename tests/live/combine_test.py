@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Samples moved inside combine: real Megatron-core models on the emulated cluster, librailyard.so preloaded. Expert-parallel exchanges go
-over the emulated NCCL, as PyTorch would issue them; everything else over gloo. Losses and gradients must be those of training without
-moves but for the order of sums.
+"""Samples moved inside combine: real Megatron-core models on the emulated cluster, librailyard.so preloaded. Expert-parallel
+exchanges go over the emulated NCCL, as PyTorch would issue them; everything else over gloo. Losses and gradients must be those of
+training without moves but for the order of sums.
 
 usage: combine_test.py CASE railyard [librailyard-engine.so]
 """
@@ -27,7 +27,7 @@ def both(t, what, steps=4, planner=forced, **config):
     """Trained without and with moves: the same. The Mover."""
     plain = t.train(*t.model(**config), steps)
     placed = t.train(*t.model(planner, **config), steps)
-    check(t.mover is not None and t.mover.over is None and t.mover.why is None, f"{what}: {t.mover and (t.mover.over, t.mover.why)}")
+    check(t.mover is not None and (t.mover.over, t.mover.why) == (None, None), f"{what}: {t.mover and (t.mover.over, t.mover.why)}")
     t.same(plain, placed, what)
     return t.mover
 
@@ -108,8 +108,8 @@ RIDES = {"RAILYARD_RESIDUAL": "rides"}
 
 
 def run_rides(rank):
-    """The residual rides along: nothing else is exchanged for moves, everybody comes home inside the last combine; where that cannot be, it
-    is as without."""
+    """The residual rides along: nothing else is exchanged for moves, everybody comes home inside the last combine; where that
+    cannot be, it is as without."""
     from railyard import combining, moving
 
     t = Trainer(rank)

@@ -1,7 +1,7 @@
 """Samples moved between layers: whether at all, and who decides where they go next.
 
-Owns: the agreement to begin; asking the library (live/layers.h), and what stands in for it in tests. Not: how ranks come to do the
-same in each layer (layers.py).
+Owns: the agreement to begin; asking the library (live/layers.h), and what stands in for it in tests. Not: how ranks come to do
+the same in each layer (layers.py).
 """
 
 import json
@@ -15,8 +15,8 @@ IDLE = 4  # micro-batches one after the other that moved nobody, after which it 
 
 
 def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
-    """What all ranks do, from what they offered: {"go": bool, "why": text, "nodes": [of each rank], "outside": why samples move at
-    the block's boundary and not inside combine, or "", "apart": why the residual does not ride along, or ""}. Pure."""
+    """What all ranks do, from what they offered: {"go": bool, "why": text, "nodes": [of each rank], "outside": why samples move
+    at the block's boundary and not inside combine, or "", "apart": why the residual does not ride along, or ""}. Pure."""
     no = [r for r in range(world) if (offers.get(r) or {}).get("no")]
     missing = [r for r in range(world) if offers.get(r) is None]
     if no:

@@ -39,7 +39,9 @@ HEAD = 4  # words: micro-batch, layer, what the rank says, whether its attention
 class Micro:
     """A training forward pass, and what its backward pass must know of it."""
 
-    __slots__ = ("number", "sample", "routes", "ways", "held", "residual", "rides", "rode", "deciding", "counts", "layer", "flags", "mask", "over")
+    __slots__ = ("number", "sample", "routes", "ways", "held", "residual", "rides", "rode") + (
+        ("deciding", "counts", "layer", "flags", "mask", "over")
+    )
 
     def __init__(self, number: int, slots: int, flags: int, mask: Any, deciding: bool) -> None:
         self.number, self.flags, self.mask, self.deciding = number, flags, mask, deciding
@@ -156,8 +158,8 @@ class Mover:
             self.combine.begin()
 
     def dispatched(self, micro: Micro, layer: int, like: Any, splits: Callable[[], Any] = lambda: None) -> None:
-        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there; splits():
-        rows that combine will send, and receive, by rank."""
+        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there;
+        splits(): rows that combine will send, and receive, by rank."""
         if self.over is not None:
             return
         here = 0
@@ -582,10 +584,12 @@ def start(
         except Exception as e:  # the others count on this rank by now: its answers will be "end"
             trouble = f"nobody to decide: {say.failure(e)}"
     if job.rank == 0:
+        how = f"at the block's boundary ({outside})" if outside else "inside combine, the residual with it"
+        if not outside and ride is None:
+            how = f"inside combine, the residual by itself ({decision['apart']})"
         say.info(
-            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each; "
-            + (f"at the block's boundary ({outside})" if outside else "inside combine")
-            + ("" if outside else f", the residual by itself ({decision['apart']})" if decision["apart"] else ", the residual with it")
+            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each, "
+            + how
         )
     mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner, combine=combine, ride=ride)
     if trouble:

@@ -2,8 +2,8 @@
 
 Owns: wrapping GPTModel.forward (a micro-batch), TransformerLayer._forward_mlp (where samples arrive), TransformerBlock.forward
 (where they come home), TopKRouter.forward and the dispatcher's token_dispatch (what is told of a layer), its token_combine and
-TransformerLayer._forward_post_mlp (where samples move inside combine), checkpoint() (so that what is recomputed moves as it did); the
-findings. Not: moving, deciding (layers.py). megatron.py must have been loaded before.
+TransformerLayer._forward_post_mlp (where samples move inside combine), checkpoint() (so that what is recomputed moves as it did);
+the findings. Not: moving, deciding (layers.py). megatron.py must have been loaded before.
 
 Samples move between attention and experts: what a layer's attention has made of them (the residual stream) is all that there
 is of a sample there, and the answer to the layer before has had the whole of attention to come. After the last layer they go
