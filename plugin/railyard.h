@@ -28,7 +28,8 @@ int railyard_pause(int on) __attribute__((weak));
 
 /**
  * From the next exchange on, what RAILYARD_STRATEGY=name would have said at the start ("auto", "direct", "hierarchical"), for
- * programs that compare strategies. Rank 0 of a communicator decides for all its ranks, so it counts for those communicators whose
+ * programs that compare strategies. "name/ucx" and "name/nccl": the same with what crosses nodes carried by one or the other, where
+ * RAILYARD_TRANSPORT is not nccl; without either, as that says. Rank 0 of a communicator decides for all its ranks, so it counts for those communicators whose
  * rank 0 is in this process, and matters while exchanges are being agreed on. 0; -1 for an unknown name, or where there is
  * nothing to reissue (no communicator yet, RAILYARD_STRATEGY=observe). Thread-safe.
  */
