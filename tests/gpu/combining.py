@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Samples that move inside combine, on whatever device there is: every row where it is to be, forward and in backward; and what it costs.
-Run it as every rank of a cluster, librailyard.so preloaded:
+"""Samples that move inside combine, on whatever device there is: every row where it is to be, forward and in backward; and what
+it costs. Run it as every rank of a cluster, librailyard.so preloaded:
 
-  tests/gpu/cluster --nodes 2 --gpus 2 --preload build/plugin/librailyard.so -- python3 tests/gpu/combining.py
-  railyard emu -n 2 -g 2 --preload -- python3 tests/gpu/combining.py --emulated     without GPUs: exchanges over the emulated NCCL
+  tests/gpu/cluster --nodes 2 --gpus 2 --preload build/plugin/librailyard.so -- python3 tests/gpu/combining.py --seconds 10
+  railyard emu -n 2 -g 2 --preload -- python3 tests/gpu/combining.py --emulated    without GPUs: over the emulated NCCL
 
-Random routing, random permutations of samples; the framework's part is an all_to_all_single with its splits, told nothing. What must come is worked
-out from the routing alone: the r-th row (by expert) of a token that moved stands where the r-th row stood of the token whose place it takes. Rows hold whole numbers
-below 251, exact in every type. Nothing but railyard/combining.py and the library is between. With --seconds it then measures: combine as it is, redirected, and its lists.
+Random routing, random permutations of samples; the framework's part is an all_to_all_single with its splits, told nothing. What must
+come is worked out from the routing alone: the r-th row (by expert) of a token that moved stands where the r-th row stood of the token
+whose place it takes. Rows hold whole numbers below 251, exact in every type. Nothing but railyard/combining.py and the library is
+between. With --seconds it then measures: combine as it is, redirected, and making its lists.
 
-Owns: the check (one(), which tests/live/combine_test.py uses too) and the figures. Prints them; exits 1 on the first row that is wrong.
+Owns: the check (one(), which tests/live/combine_test.py uses too) and the figures. Exits 1 on the first row that is wrong.
 """
 import argparse
 import os
@@ -107,14 +108,15 @@ def one(torch, dist, group, combine, layer, h, dtype, device):
     if not all(every):
         return False
     tokens = layer.got[:, 2].to(device)
-    way = combine.way(layer.sends, layer.receives, tokens, layer.to.tolist(), layer.every, layer.route)
+    way = combine.way(layer.sends, layer.receives, tokens, None, layer.to.tolist(), layer.every, layer.route)
     out = combine.carry(way, rows, original(torch, dist, group, layer))
     back = torch.empty_like(layer.to)
     back[layer.to] = torch.arange(len(back))
     same(torch, "combine", out, content(torch, layer.number(layer.moved(layer.got, back)), h, dtype, device))
     gradient = content(torch, layer.number(layer.got) + 17, h, dtype, device)
     (came,) = torch.autograd.grad(out, rows, gradient)
-    same(torch, "combine's gradient", came, content(torch, layer.number(layer.moved(layer.mine, layer.to)) + 17, h, dtype, device))
+    wanted = content(torch, layer.number(layer.moved(layer.mine, layer.to)) + 17, h, dtype, device)
+    same(torch, "combine's gradient", came, wanted)
     return True
 
 
@@ -136,9 +138,9 @@ def figures(a, torch, dist, group, combine, layer, h, dtype, device, wait):
             if name == "as it is":
                 call(rows)
             elif name == "lists":
-                way = combine.way(layer.sends, layer.receives, tokens, layer.to.tolist(), layer.every, layer.route)
+                way = combine.way(layer.sends, layer.receives, tokens, None, layer.to.tolist(), layer.every, layer.route)
             else:
-                way = combine.way(layer.sends, layer.receives, tokens, layer.to.tolist(), layer.every, layer.route)
+                way = combine.way(layer.sends, layer.receives, tokens, None, layer.to.tolist(), layer.every, layer.route)
                 wait()
                 dist.barrier()
                 began = time.perf_counter()
@@ -188,11 +190,12 @@ def main():
         combine = combining.Combine(group, rank, n, b)
         good = one(torch, dist, group, combine, layer, h, dtype, device)  # the first ones may come before the ranks have met
         if big and not good:
-            raise SystemExit("combining: a rank cannot redirect (RAILYARD_LOG=plan says why; it is about RAILYARD_STAGING, as a rule)")
+            raise SystemExit("combining: a rank cannot redirect (RAILYARD_LOG=plan says why: RAILYARD_STAGING, as a rule)")
         ready += good
         sizes.append(sum(layer.sends) * h * (2 if dtype == torch.bfloat16 else 4))
     if rank == 0:
-        print("combining: %d ranks, %d of %d layers redirected, %.1f MB at most, every row of them and of their gradients right" % (n, ready, a.layers, max(sizes) / 1e6), flush=True)
+        print("combining: %d ranks, %d of %d layers redirected, %.1f MB at most, every row of them and of their gradients right"
+              % (n, ready, a.layers, max(sizes) / 1e6), flush=True)
     if a.seconds:
         text = figures(a, torch, dist, group, combine, layer, h, dtype, device, wait)
         if rank == 0:

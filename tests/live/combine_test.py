@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Samples moved inside combine: real Megatron-core models on the emulated cluster, librailyard.so preloaded. Expert-parallel exchanges go
-over the emulated NCCL, as PyTorch would issue them; everything else over gloo. Losses and gradients must be those of training without
-moves but for the order of sums.
+"""Samples moved inside combine: real Megatron-core models on the emulated cluster, librailyard.so preloaded. Expert-parallel
+exchanges go over the emulated NCCL, as PyTorch would issue them; everything else over gloo. Losses and gradients must be those of
+training without moves but for the order of sums.
 
 usage: combine_test.py CASE railyard [librailyard-engine.so]
 """
@@ -19,7 +19,7 @@ RAILYARD = sys.argv.pop(2)  # layers_test reads the rest
 
 import emulated_group  # noqa: E402
 import layers_test  # noqa: E402
-from layers_test import MICRO, Rank, Trainer, check, forced, layers, waits  # noqa: E402
+from layers_test import Rank, Trainer, check, forced, layers, waits  # noqa: E402
 
 
 
@@ -27,7 +27,7 @@ def both(t, what, steps=4, planner=forced, **config):
     """Trained without and with moves: the same. The Mover."""
     plain = t.train(*t.model(**config), steps)
     placed = t.train(*t.model(planner, **config), steps)
-    check(t.mover is not None and t.mover.over is None and t.mover.why is None, f"{what}: {t.mover and (t.mover.over, t.mover.why)}")
+    check(t.mover is not None and (t.mover.over, t.mover.why) == (None, None), f"{what}: {t.mover and (t.mover.over, t.mover.why)}")
     t.same(plain, placed, what)
     return t.mover
 
@@ -104,6 +104,40 @@ def run_mixed(rank):
     inside(both(t, "sometimes", steps=6), "sometimes", 0.2)
 
 
+RIDES = {"RAILYARD_RESIDUAL": "rides"}
+
+
+def run_rides(rank):
+    """The residual rides along: nothing else is exchanged for moves, everybody comes home inside the last combine; where that
+    cannot be, it is as without."""
+    from railyard import combining, moving
+
+    t = Trainer(rank)
+    waits(t)
+    Rank.LAYERS = 4
+    own, seen, moves = combining.Combine.ready, layers.exchange, []
+    layers.exchange = moving.exchange = lambda *args: moves.append(1) or seen(*args)
+    cases = {
+        "rides": {},
+        "three samples, dense layers": {"b": 3, "moe_layer_freq": [1, 0, 1, 1]},
+        "full, block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+        "RMSNorm": {"normalization": "RMSNorm"},
+    }
+    for what, config in cases.items() if rank.world == 2 else [("rides", {})]:
+        mover = both(t, what, **config)
+        inside(mover, what)
+        check(mover.ride is not None and not moves, f"{what}: {len(moves)} exchanges of hidden states")
+    if rank.world > 2:
+        return
+    pick = layers_test.random.Random(layers_test.SEED + rank.rank)
+    combining.Combine.ready = lambda self, *args: own(self, *args) and pick.random() < 0.8
+    mover = both(t, "sometimes", steps=6)
+    check(mover.ride is not None and moves, "nobody went home behind the block")
+    combining.Combine.ready = own
+    mover = both(t, "selective", recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+    check(mover.combine is not None and mover.ride is None, "it rides where it cannot")
+
+
 def run_learned(rank):
     """The library's own decisions."""
     t = Trainer(rank)
@@ -125,6 +159,11 @@ CASES = {
     "failing": (2, 1, {}, layers_test.run_failing),
     "left_alone": (2, 1, {}, layers_test.run_left_alone),
     "learned": (2, 1, {}, run_learned),
+    "rides": (2, 1, RIDES, run_rides),
+    "rides_four": (2, 2, {**RIDES, "RAILYARD_STRATEGY": "dedup"}, run_rides),
+    "rides_joint": (2, 1, RIDES, layers_test.run_joint),
+    "rides_failing": (2, 1, RIDES, layers_test.run_failing),
+    "rides_learned": (2, 1, RIDES, run_learned),
 }
 
 

@@ -50,6 +50,7 @@ def an_offer(rank, **more):
         "group": [0, 1] if rank < 2 else [2, 3],
         "node": f"n{rank % 2}",
         "outside": "",
+        "apart": "",
         **more,
     }
 

@@ -75,6 +75,7 @@ def run_activation():
         "megatron.core.transformer.transformer_block": ["TransformerBlock.forward"],
         "megatron.core.transformer.moe.router": ["TopKRouter.forward"],
         "megatron.core.transformer.moe.token_dispatcher": [
+            "MoEAlltoAllTokenDispatcher.dispatch_preprocess",
             "MoEAlltoAllTokenDispatcher.token_dispatch",
             "MoEAlltoAllTokenDispatcher.token_combine",
         ],
@@ -112,6 +113,7 @@ class Trainer:
             "RAILYARD_EXPERTS": "",
             "RAILYARD_STRATEGY": "auto",
             "RAILYARD_COMBINE": "exact",
+            "RAILYARD_RESIDUAL": os.environ.get("RAILYARD_RESIDUAL", "own"),
             "RAILYARD_HOME_MODEL": "",
         }
         ep = self.rank.parallel["ep"]

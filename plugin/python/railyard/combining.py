@@ -1,14 +1,14 @@
 """Samples that change ranks inside an intercepted combine: which row goes where, and telling the library.
 
-Owns: the redirected exchange of an expert-parallel group (railyard.h, railyard_redirect()) as PyTorch meets it: its lists, made on
-the device from the tokens that rows are of; the same way back in backward. Not: who goes where (layers.py), where a framework
-combines (megatron_layers.py), hidden states that move by themselves (moving.py).
+Owns: the redirected exchange of an expert-parallel group (railyard.h, railyard_redirect()) as PyTorch meets it: its lists, made
+on the device from the tokens that rows are of; the same way back in backward; the residual riding along. Not: who goes where
+(layers.py), where a framework combines (megatron_layers.py), hidden states that move by themselves (moving.py).
 
-docs/live-placement.md, "Inside the combine". A sample that has come has as many rows for its token t as the one whose place it takes
-had: whose unpermute, unchanged, adds up what stands at the positions of t. Rows are told apart by their tokens alone: in dispatch's
-own order each rank tells the experts' ranks which token each row is of; these sort what they hold by the rank where it is to go, and
-tell that rank in turn. There the r-th row that comes of a token goes to the r-th position that the token has. All of it is stable
-sorting, so that every run does the same.
+docs/live-placement.md, "Inside the combine". A sample that has come has as many rows for its token t as the one whose place it
+takes had: that one's unpermute, unchanged, adds up what stands at the positions of t. Rows are told apart by their tokens alone:
+in dispatch's own order each rank tells the experts' ranks which token each row is of; these sort what they hold by the rank where
+it is to go, and tell that rank in turn. There the r-th row that comes of a token goes to the r-th position that the token has.
+All of it is stable sorting, so that every run does the same.
 """
 
 import ctypes
@@ -60,8 +60,8 @@ class Library:
 
 
 def matrix(counts: Any, now: Sequence[int], then: Sequence[int], ranks: int, b: int) -> List[List[int]]:
-    """Rows that each expert's rank sends to each rank, samples being where `then` has them. counts: [slots][experts], of the samples
-    of `now`; experts lie rank by rank. NumPy's."""
+    """Rows that each expert's rank sends to each rank, samples being where `then` has them. counts: [slots][experts], of the
+    samples of `now`; experts lie rank by rank. NumPy's."""
     at = {sample: slot for slot, sample in enumerate(now)}
     rows = counts.reshape(ranks * b, ranks, -1).sum(2)  # [slot][expert rank]
     moved = rows[[at[sample] for sample in then]]
@@ -118,9 +118,19 @@ class Combine:
 
     # ---- which row where
 
-    def way(self, sends: Sequence[int], receives: Sequence[int], tokens: Any, to: Sequence[int], every: Any, route: Route) -> Way:
-        """sends, receives: the combine's own; tokens: which token each row is of that this rank will receive, in their order; to: the
-        slot where the sample of each slot goes; every: matrix(). All ranks call it, on the stream where the lists shall be made."""
+    def way(
+        self,
+        sends: Sequence[int],
+        receives: Sequence[int],
+        tokens: Any,
+        mine: Any,
+        to: Sequence[int],
+        every: Any,
+        route: Route,
+    ) -> Way:
+        """sends, receives: the combine's own; tokens: which token each row is of that this rank will receive, in their order;
+        mine: of those that it sends, where that is known (Ride.told()), or None; to: the slot where the sample of each slot goes;
+        every: matrix(). All ranks call it, on the stream where the lists shall be made."""
         import numpy as np
         import torch
 
@@ -135,11 +145,11 @@ class Combine:
             told = told.pin_memory().to(device, non_blocking=True)
         to_slot, first = told[: len(to)], told[len(to) :]
         tokens = tokens.to(torch.int32)
-        mine = self._tell(tokens, receives, sends)  # which token each row is of that this rank has from experts
+        mine = self.tell(tokens, receives, sends) if mine is None else mine >> 1
         slot = to_slot[(first + mine % self.b).long()]
         send_from = torch.argsort(slot // self.b, stable=True)
         there = (mine // self.b * self.b + slot % self.b)[send_from]
-        came = torch.argsort(self._tell(there, goes, comes), stable=True)
+        came = torch.argsort(self.tell(there, goes, comes), stable=True)
         position = torch.argsort(tokens, stable=True)
         lists = [torch.empty(n, dtype=torch.int32, device=device) for n in (len(position), len(position), len(send_from))]
         recv_from, back_from, back_to = lists
@@ -148,20 +158,24 @@ class Combine:
         back_to[send_from] = torch.arange(len(send_from), dtype=torch.int32, device=device)
         return Way(sends, receives, goes, comes, send_from.to(torch.int32), recv_from, back_from, back_to, route)
 
-    def _tell(self, words: Any, gives: List[int], takes: List[int]) -> Any:
+    def tell(self, words: Any, gives: Sequence[int], takes: Sequence[int]) -> Any:
+        """A 32-bit word for each row to where the rows are."""
         import torch
         import torch.distributed as dist
 
         out = torch.empty(sum(takes), dtype=torch.int32, device=words.device)
-        dist.all_to_all_single(out, words.contiguous(), takes, gives, group=self.group)
+        dist.all_to_all_single(out, words.contiguous(), list(takes), list(gives), group=self.group)
         return out
 
     # ---- doing it
 
     def carry(self, way: Way, rows: Any, original: Callable[[Any], Any]) -> Any:
         """The framework's combine, redirected; its gradient as well."""
-        if rows.dim() != 2 or rows.shape[0] != sum(way.sends) or rows[:1].numel() * rows.element_size() not in (0, self.row_bytes):
-            raise Doubt(f"railyard: RAILYARD_PLACEMENT=layer: a combine of {tuple(rows.shape)}, {rows.dtype}, is not the one agreed on")
+        width = rows[:1].numel() * rows.element_size()
+        if rows.dim() != 2 or rows.shape[0] != sum(way.sends) or width not in (0, self.row_bytes):
+            raise Doubt(
+                f"railyard: RAILYARD_PLACEMENT=layer: a combine of {tuple(rows.shape)}, {rows.dtype}, is not the one agreed on"
+            )
         before, after = _functions()
         rows = after.apply(rows, way, self)
         self.ask(way, False)
@@ -184,6 +198,31 @@ class Combine:
     def check(self, way: Way) -> None:
         if not self.library.done(self.comm):
             raise Doubt("railyard: RAILYARD_PLACEMENT=layer: a combine was not redirected, though other ranks' were")
+
+
+class Ride:
+    """The residual, along with results. Dispatch carries hidden states instead of their norms; who has them norms them, and adds
+    each token's hidden state to the first row of its results: unpermute's sum is what it was, with the residual in it, wherever it
+    is made. K times the norms, and a word for each row behind every dispatch; sums are rounded otherwise.
+    """
+
+    def __init__(self, combine: Combine, topk: int) -> None:
+        self.combine, self.topk = combine, topk
+
+    def told(self, sends: Sequence[int], receives: Sequence[int], tokens: Any) -> Any:
+        """Of each row that this rank has from others: its token, and in the lowest bit whether it is the first of it."""
+        import torch
+
+        order = torch.argsort(tokens, stable=True)  # rows of one token, the first one first
+        word = tokens.to(torch.int32) << 1
+        word[order[:: self.topk]] += 1
+        return self.combine.tell(word, receives, sends)
+
+    @staticmethod
+    def along(results: Any, hidden: Any, words: Any) -> Any:
+        import torch
+
+        return torch.addcmul(results, hidden, (words & 1).to(results.dtype)[:, None])
 
 
 def _stream(like: Any) -> int:

@@ -1,7 +1,7 @@
 """Samples moved between layers with experts (NetMoE): how ranks come to do the same, and the moves.
 
-Owns: the agreement to begin, what ranks tell in each layer, the leader's answers. Not: moving itself (moving.py), where samples
-should be (live/layers.h, C), where in a framework a layer begins (megatron_layers.py).
+Owns: what ranks tell in each layer, the leader's answers. Not: the agreement to begin (deciding.py), moving itself (moving.py,
+combining.py), where samples should be (live/layers.h, C), where in a framework a layer begins (megatron_layers.py).
 
 docs/live-placement.md, "Samples moved between layers", has the argument why nobody waits for ever and nobody does otherwise
 than the others. In short: a rank acts on nothing but what its group's leader broadcast; whether there is a broadcast follows
@@ -13,15 +13,13 @@ micro-batch, numbered rank by rank; `sample[slot]`: the home slot of the sample 
 """
 
 import atexit
-import json
 import os
 import queue
 import threading
-import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import VERSION, say
-from .deciding import IDLE, Forced, Planner  # noqa: F401
+from .deciding import IDLE, Forced, Planner, agree, judge  # noqa: F401
 from .moving import Doubt, Route, exchange, lawful, move, moved, route
 
 FIRST = 2  # micro-batches in which nobody moves: their backward passes show whether layers run in ways that are not known
@@ -35,79 +33,15 @@ STAY, MOVE, END, INSIDE = 0, 1, 2, 3  # what the leader answers; MOVE: at the bl
 HEAD = 4  # words: micro-batch, layer, what the rank says, whether its attention mask is the one known
 
 
-# ---- the agreement to begin
-
-
-def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
-    """What all ranks do, from what they offered: {"go": bool, "why": text, "nodes": [of each rank], "outside": why samples move at
-    the block's boundary and not inside combine, or ""}. Pure."""
-    no = [r for r in range(world) if (offers.get(r) or {}).get("no")]
-    missing = [r for r in range(world) if offers.get(r) is None]
-    if no:
-        return {"go": False, "why": f"rank {no[0]}: {offers[no[0]]['no']}"}
-    if missing:
-        return {
-            "go": False,
-            "why": f"rank {missing[0]} did not come to its first training step in time, or runs without the adapter",
-        }
-    for key, what in (
-        ("version", "another version of Railyard's adapter"),
-        ("shape", "micro-batches of another shape"),
-        ("model", "another model"),
-    ):
-        other = [r for r in range(world) if offers[r][key] != offers[0][key]]
-        if other:
-            return {"go": False, "why": f"rank {other[0]} has {what} than rank 0 ({offers[other[0]][key]}, {offers[0][key]})"}
-    outside = [r for r in range(world) if offers[r]["outside"]]
-    outside = f"rank {outside[0]}: {offers[outside[0]]['outside']}" if outside else ""
-    nodes = [offers[r]["node"] for r in range(world)]
-    for r in range(world):
-        group = offers[r]["group"]
-        if r not in group or any(m not in offers or offers[m]["group"] != group for m in group):
-            return {"go": False, "why": f"rank {r}'s expert-parallel group is not the same for all its members"}
-        if len({nodes[m] for m in group}) < 2:
-            return {"go": False, "why": f"nothing to gain: the experts of rank {r}'s samples are all on one node"}
-    return {"go": True, "why": "", "nodes": nodes, "outside": outside}
-
-
-def agree(board: Any, rank: int, world: int, offer: dict, patience: float) -> dict:
-    """Says what this rank offers and learns what all do. Never waits longer than 1.25 times `patience`, plus what the board
-    itself takes."""
-    try:
-        board.put(f"layers/{rank}", json.dumps(offer).encode())
-    except Exception as e:  # nobody has heard a yes from this rank
-        return {"go": False, "why": f"the other ranks cannot be told: {say.failure(e)}"}
-    verdict = {"go": False, "why": f"rank {rank} waited {1.25 * patience:.0f} seconds for rank 0 in vain"}
-    if rank == 0:
-        ends, offers = time.monotonic() + patience, {}
-        try:
-            for other in range(world):
-                text = board.wait(f"layers/{other}", max(0.0, ends - time.monotonic()))
-                offers[other] = json.loads(text) if text is not None else None
-                if text is None or offers[other]["no"]:
-                    ends = 0.0  # it is decided
-            verdict = judge(offers, world)
-        except Exception as e:
-            verdict = {"go": False, "why": f"rank 0 could not read all offers: {say.failure(e)}"}
-    elif offer["no"]:
-        return {"go": False, "why": offer["no"]}  # nobody goes without this rank's yes
-    try:
-        told = board.wait("layers", 1.25 * patience) if rank else None
-        return json.loads(told if told is not None else board.claim("layers", json.dumps(verdict).encode()))
-    except Exception as e:
-        raise Doubt(
-            f"railyard: rank {rank}: RAILYARD_PLACEMENT=layer: this rank agreed to move samples and cannot learn whether the "
-            f"others do ({say.failure(e)}); start the job again"
-        ) from e
-
-
 # ---- a micro-batch
 
 
 class Micro:
     """A training forward pass, and what its backward pass must know of it."""
 
-    __slots__ = ("number", "sample", "routes", "ways", "held", "residual", "deciding", "counts", "layer", "flags", "mask", "over")
+    __slots__ = ("number", "sample", "routes", "ways", "held", "residual", "rides", "rode") + (
+        ("deciding", "counts", "layer", "flags", "mask", "over")
+    )
 
     def __init__(self, number: int, slots: int, flags: int, mask: Any, deciding: bool) -> None:
         self.number, self.flags, self.mask, self.deciding = number, flags, mask, deciding
@@ -116,6 +50,8 @@ class Micro:
         self.ways: Dict[int, Any] = {}  # by the layer in whose combine samples move
         self.held: Dict[int, Any] = {}  # of a layer that is under way, its residual, and what combine has made of it:
         self.residual: Dict[int, Any] = {}
+        self.rides = False  # the residual, along with each token's first row (combining.Ride)
+        self.rode: Dict[int, Any] = {}  # by layer
         self.counts: Any = None  # of the layer that is under way
         self.layer = -1
         self.over = False  # the forward pass is: what runs now is recomputed
@@ -143,12 +79,14 @@ class Mover:
         planner: Any,
         late: float = LATE,
         combine: Any = None,
+        ride: Any = None,
     ) -> None:
         self.job, self.group, self.ranks, self.late = job, group, list(ranks), late
         self.rank = self.ranks.index(job.rank)
         self.b, self.s, self.layers, self.experts = b, s, layers, experts
         self.expert_place, self.places, self.planner = list(expert_place), places, planner
         self.combine = combine  # combining.Combine; None: samples move at the block's boundary
+        self.ride = ride  # combining.Ride; None: the residual moves by itself
         self.slots = b * len(self.ranks)
         self.answer_size = 4 + self.slots + (len(self.ranks) ** 2 if combine else 0)
         self.size = HEAD + b * (experts + places)
@@ -185,6 +123,7 @@ class Mover:
         if unfit:
             say.warn_once("layers-unfit", f"samples stay in micro-batches like this one: {unfit}")
         micro = Micro(self.number, self.slots, flags, mask, self.number >= self.quiet)
+        micro.rides = self.ride is not None and micro.deciding
         self.number += 1
         return micro
 
@@ -219,13 +158,14 @@ class Mover:
             self.combine.begin()
 
     def dispatched(self, micro: Micro, layer: int, like: Any, splits: Callable[[], Any] = lambda: None) -> None:
-        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there; splits():
-        rows that combine will send, and receive, by rank."""
+        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there;
+        splits(): rows that combine will send, and receive, by rank."""
         if self.over is not None:
             return
         here = 0
         try:
-            if self.combine is not None and micro.deciding and layer + 1 < self.layers and self.combine.ready(*splits(), like):
+            asked = self.combine is not None and micro.deciding and (layer + 1 < self.layers or micro.rides)
+            if asked and self.combine.ready(*splits(), like):
                 here = HERE
         except Exception as e:
             self.fail(f"a combine cannot be looked at: {say.failure(e)}")
@@ -235,6 +175,20 @@ class Mover:
             raise Doubt(
                 f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: counts cannot be gathered: {say.failure(e)}"
             ) from e
+
+    def carried(self, micro: Micro, layer: int, states: Any) -> Any:
+        """What dispatch carries instead of `states`, the hidden states' norms: themselves, where the residual rides along."""
+        return micro.held[layer] if micro.rides and layer in micro.held else states
+
+    def boarded(self, micro: Micro, layer: int, rows: Any, norm: Any, told: Callable[[], Any]) -> Any:
+        """rows: what dispatch has brought. What experts get of it; told(): as combined() has it."""
+        if not micro.rides or layer not in micro.held:
+            return rows
+        if layer not in micro.rode:  # else it is recomputed
+            with self._stream(rows, behind=True):  # while experts compute
+                micro.rode[layer] = self.ride.told(*told())
+        micro.residual[layer] = rows
+        return norm(rows)
 
     def arrive(self, micro: Micro, layer: int, hidden: Any) -> Any:
         """Hidden states [s, b, …] as the layer's experts are to have them."""
@@ -254,17 +208,21 @@ class Mover:
         hidden = micro.held.pop(layer, None)  # None: recomputed without what is around it
         if not micro.over:
             self.combine.saw(rows)
-            if micro.deciding and self.over is None and layer + 1 < self.layers:
+            away = micro.rides and micro.sample != list(range(self.slots))
+            if micro.deciding and self.over is None and (layer + 1 < self.layers or away):
                 self._ask(micro, layer + 1, rows, told)
         way = micro.ways.get(layer)
+        if layer in micro.rode:
+            self._join(micro.rode[layer])
+            rows = self.ride.along(rows, micro.residual.pop(layer), micro.rode[layer])
         if way is None:
             return original(rows)
-        if hidden is not None:
+        if hidden is not None and layer not in micro.rode:
             import torch
 
-            if hidden.is_cuda and micro.over:  # else it has waited for the dispatch, which is behind `hidden`
-                self._side.wait_stream(torch.cuda.current_stream(hidden.device))
-            with self._stream(hidden):  # on its way while experts compute
+            # On its way while experts compute: the side stream has waited for the dispatch, which is behind `hidden`, but for
+            # what is recomputed.
+            with self._stream(hidden, behind=micro.over):
                 traced = torch.is_grad_enabled()
                 there = (move if traced else exchange)(hidden, way.route, self)
                 if hidden.is_cuda:
@@ -274,15 +232,14 @@ class Mover:
 
     def left(self, micro: Micro, layer: int, residual: Any) -> Any:
         """The residual, as it is to be added to what combine has brought."""
+        if layer in micro.rode:
+            return residual.new_zeros(()).expand_as(residual)
         there, traced = micro.residual.pop(layer, (None, False))
         if there is None:
             return residual
         import torch
 
-        if there.is_cuda:
-            now = torch.cuda.current_stream(there.device)
-            now.wait_stream(self._side)
-            there.record_stream(now)
+        self._join(there)
         return there if traced or not torch.is_grad_enabled() else moved(residual, there, micro.ways[layer].route, self)
 
     def home(self, micro: Micro, hidden: Any) -> Any:
@@ -337,7 +294,8 @@ class Mover:
         host = torch.tensor(rows, dtype=torch.float32)
         return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True).to(torch.bfloat16)
 
-    def _stream(self, like: Any) -> Any:
+    def _stream(self, like: Any, behind: bool = False) -> Any:
+        """The side stream; behind: what the job's own has been given so far comes first."""
         import contextlib
 
         import torch
@@ -346,7 +304,18 @@ class Mover:
             return contextlib.nullcontext()
         if self._side is None:
             self._side = torch.cuda.Stream(like.device)
+        if behind:
+            self._side.wait_stream(torch.cuda.current_stream(like.device))
         return torch.cuda.stream(self._side)
+
+    def _join(self, made: Any) -> None:
+        """The job's own stream may use what the side stream has made."""
+        import torch
+
+        if made.is_cuda:
+            now = torch.cuda.current_stream(made.device)
+            now.wait_stream(self._side)
+            made.record_stream(now)
 
     def _gather(self, micro: Micro, layer: int, like: Any, here: int) -> None:
         import torch
@@ -432,6 +401,7 @@ class Mover:
                         sends,
                         receives,
                         tokens,
+                        micro.rode.get(layer - 1),
                         [at_slot[sample] for sample in micro.sample],
                         [rows[e * n : (e + 1) * n] for e in range(n)],
                         way,
@@ -483,6 +453,7 @@ class Mover:
         while True:
             number, layer, sample, host, waited = self._jobs.get()
             try:
+                last = self.ride is not None and layer + 1 == self.layers  # home, without asking: learning comes first there
                 if waited is not None:
                     event, device = waited
                     if device != mine:  # or this thread would wait by way of device 0, and take memory there
@@ -491,17 +462,37 @@ class Mover:
                         torch.cuda.set_device(device)
                         mine = device
                     event.synchronize()
+                if last:
+                    self._post(number, layer, self._homeward(number, sample, host))
                 answer = self._decide(number, layer, sample, host)
             except Exception as e:
                 with self._there:
                     self._end = self._end or f"deciding failed: {say.failure(e)}"
                     self._there.notify_all()
                 continue
-            with self._there:
-                self._answers[(number, layer)] = answer
-                for old in [k for k in self._answers if k[0] < number - 1]:
-                    del self._answers[old]
-                self._there.notify_all()
+            if not last:
+                self._post(number, layer, answer)
+
+    def _post(self, number: int, layer: int, answer: Tuple[int, List[int], int, str]) -> None:
+        with self._there:
+            self._answers[(number, layer)] = answer
+            for old in [k for k in self._answers if k[0] < number - 1]:
+                del self._answers[old]
+            self._there.notify_all()
+
+    def _homeward(self, number: int, sample: List[int], host: Any) -> Tuple[int, List[int], int, str]:
+        """Behind the last layer, inside its combine, where the residual rides along."""
+        rows = host.numpy().reshape(len(self.ranks), self.size)
+        home = list(range(self.slots))
+        if sample == home or self._left_out == number or any(not row[2] & HERE or row[2] & FAILED for row in rows):
+            return STAY, [], 0, "home behind the block"
+        return INSIDE, home + self._matrix(rows, sample, home), 0, "home"
+
+    def _matrix(self, rows: Any, sample: List[int], then: List[int]) -> List[int]:
+        from . import combining
+
+        counts = rows[:, HEAD : HEAD + self.b * self.experts].reshape(self.slots, self.experts)
+        return sum(combining.matrix(counts, sample, then, len(self.ranks), self.b), [])
 
     def _decide(self, number: int, layer: int, sample: List[int], host: Any) -> Tuple[int, List[int], int, str]:
         import numpy as np
@@ -539,13 +530,13 @@ class Mover:
         absent = [r for r, row in enumerate(rows) if not row[2] & HERE]
         if absent:
             if layer + 1 < self.layers and number >= self.quiet:
-                say.warn_once("layers-outside", f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_LOG=plan "
-                              "says why there): samples move at the block's boundary instead")
-            return MOVE, order, quiet, why
-        from . import combining
-
-        there = combining.matrix(counts.reshape(self.slots, self.experts), sample, order, len(self.ranks), self.b)
-        return INSIDE, order + sum(there, []), quiet, why
+                say.warn_once(
+                    "layers-outside",
+                    f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_LOG=plan says why there): samples "
+                    + ("stay" if self.ride else "move at the block's boundary instead"),
+                )
+            return (STAY, [], quiet, "not everywhere") if self.ride else (MOVE, order, quiet, why)
+        return INSIDE, order + self._matrix(rows, sample, order), quiet, why
 
 
 # ---- this process
@@ -556,7 +547,7 @@ def start(
 ) -> Optional[Mover]:
     """Agrees with all ranks; the Mover, or None where samples stay. offer: no, shape [s, b, hidden, dtype], model [layers,
     experts, topk], group."""
-    offer = {"version": VERSION, "node": job.node, "outside": "not asked", **offer}
+    offer = {"version": VERSION, "node": job.node, "outside": "not asked", "apart": "not asked", **offer}
     decision = agree(job.board, job.rank, job.world, offer, PATIENCES * job.patience())
     if not decision["go"]:
         (say.warn if job.rank == 0 else say.info)(f"samples stay where they are: {decision['why']}")
@@ -569,11 +560,12 @@ def start(
     rank_place = [names.index(decision["nodes"][r]) for r in ranks]
     held = experts // len(ranks)
     expert_place = [rank_place[e // held] for e in range(experts)]
-    planner, trouble, combine, outside = None, "", None, decision.get("outside", "not agreed on")
+    planner, trouble, combine, ride, outside = None, "", None, None, decision.get("outside", "not agreed on")
     if not outside:
         from . import combining
 
         combine = combining.Combine(group, ranks.index(job.rank), len(ranks), b)
+        ride = combining.Ride(combine, topk) if not decision["apart"] else None
     if ranks[0] == job.rank:
         try:
             planner = (make_planner or Planner)(
@@ -585,18 +577,21 @@ def start(
                 topk=topk,
                 places=len(names),
                 distinct=int(distinct),
-                combine=int(combine is not None),
+                combine=2 if ride else int(combine is not None),
                 rank_place=rank_place,
                 expert_place=expert_place,
             )
         except Exception as e:  # the others count on this rank by now: its answers will be "end"
             trouble = f"nobody to decide: {say.failure(e)}"
     if job.rank == 0:
+        how = f"at the block's boundary ({outside})" if outside else "inside combine, the residual with it"
+        if not outside and ride is None:
+            how = f"inside combine, the residual by itself ({decision['apart']})"
         say.info(
-            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each; "
-            + (f"at the block's boundary ({outside})" if outside else "inside combine")
+            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each, "
+            + how
         )
-    mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner, combine=combine)
+    mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner, combine=combine, ride=ride)
     if trouble:
         mover.fail(trouble)
     return mover

@@ -2,8 +2,8 @@
 
 Owns: wrapping GPTModel.forward (a micro-batch), TransformerLayer._forward_mlp (where samples arrive), TransformerBlock.forward
 (where they come home), TopKRouter.forward and the dispatcher's token_dispatch (what is told of a layer), its token_combine and
-TransformerLayer._forward_post_mlp (where samples move inside combine), checkpoint() (so that what is recomputed moves as it did); the
-findings. Not: moving, deciding (layers.py). megatron.py must have been loaded before.
+TransformerLayer._forward_post_mlp (where samples move inside combine), checkpoint() (so that what is recomputed moves as it did);
+the findings. Not: moving, deciding (layers.py). megatron.py must have been loaded before.
 
 Samples move between attention and experts: what a layer's attention has made of them (the residual stream) is all that there
 is of a sample there, and the answer to the layer before has had the whole of attention to come. After the last layer they go
@@ -43,6 +43,7 @@ SIZES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_
 _now = threading.local()  # .micro: the micro-batch that this thread runs forward, or recomputes a part of
 _state: Dict[str, Any] = {"asked": False, "mover": None}
 _dispatchers: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+_norms: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 _causal: Dict[Any, Any] = {}
 
 
@@ -114,6 +115,25 @@ def outside(config: Any, setting: Callable[[str], str]) -> str:
     return ""
 
 
+NORMS = ("LayerNorm", "RMSNorm", "FusedLayerNorm", "FusedRMSNorm", "WrappedTorchNorm")
+
+
+def apart(config: Any, setting: Callable[[str], str], norms: List[Any]) -> str:
+    """Why the residual cannot ride along with results inside combine; "" if it can. norms: of the layers with experts."""
+    if setting("RAILYARD_RESIDUAL") != "rides":
+        return "RAILYARD_RESIDUAL=%s" % setting("RAILYARD_RESIDUAL")
+    if getattr(config, "hidden_dropout", 0.0):
+        return "hidden_dropout: it is behind the sum that the residual would be in"
+    if getattr(config, "fp32_residual_connection", False):
+        return "fp32_residual_connection: rows have fewer bits"
+    if getattr(config, "recompute_granularity", None) == "selective":
+        known = {"moe", "mlp", "layernorm", "moe_act"} & set(getattr(config, "recompute_modules", None) or [])
+        if known:
+            return "recompute_modules %s: without what is around them" % sorted(known)
+    other = sorted({type(n).__name__ for n in norms} - set(NORMS))
+    return "norms of kinds that are not known: %s" % other if other else ""
+
+
 def unfit(shape: List[int], tokens: Any, extra: Dict[str, Any]) -> str:
     """Why nobody must move in this micro-batch; "" if somebody may."""
     if tokens is None or list(tokens.shape) != [shape[1], shape[0]]:
@@ -166,6 +186,7 @@ def _offer(model: Any, tokens: Any, setting: Callable[[str], str]) -> Dict[str, 
         no.append("a micro-batch without tokens")
     for layer in moe:
         _dispatchers[layer.mlp.token_dispatcher] = megatron._numbers[layer.mlp.router]
+        _norms[layer.mlp.token_dispatcher] = layer.pre_mlp_layernorm
     b, s = tuple(tokens.shape) if tokens is not None else (0, 0)
     return {
         "no": no[0] if no else "",
@@ -173,6 +194,7 @@ def _offer(model: Any, tokens: Any, setting: Callable[[str], str]) -> Dict[str, 
         "model": [description["layers"], description["n_experts"], description["topk"]],
         "group": description["ep_ranks"],
         "outside": outside(config, setting),
+        "apart": apart(config, setting, [layer.pre_mlp_layernorm for layer in moe]),
     }
 
 
@@ -365,14 +387,32 @@ def patch_dispatcher(module: Any) -> None:
     def make(original):
         def token_dispatch(self, *args, **kwargs):
             micro, number = current(), None if adapt.compiling() else _dispatchers.get(self)
-            if micro is None or micro.over or number is None:
+            if micro is None or number is None:
                 return original(self, *args, **kwargs)
-            _state["mover"].dispatching()
-            result = original(self, *args, **kwargs)
-            _state["mover"].dispatched(micro, number, result[0], lambda: splits(self))
-            return result
+            mover = _state["mover"]
+            mover.dispatching()
+            rows, *rest = original(self, *args, **kwargs)
+            if not micro.over:
+                mover.dispatched(micro, number, rows, lambda: splits(self))
+            return (mover.boarded(micro, number, rows, _norms.get(self), lambda: told(self)), *rest)
 
         return token_dispatch
+
+    def told(self) -> Any:
+        return (*splits(self), self.reversed_local_input_permutation_mapping)
+
+    adapt.positions(dispatcher.dispatch_preprocess, "hidden_states", "routing_map")
+
+    def make_first(original):
+        def dispatch_preprocess(self, hidden_states, *args, **kwargs):
+            micro, number = current(), None if adapt.compiling() else _dispatchers.get(self)
+            if micro is not None and number is not None:
+                hidden_states = _state["mover"].carried(micro, number, hidden_states)
+            return original(self, hidden_states, *args, **kwargs)
+
+        return dispatch_preprocess
+
+    _wrap(dispatcher, "dispatch_preprocess", make_first)
 
     def make_combine(original):
         def token_combine(self, hidden_states, *args, **kwargs):
@@ -384,7 +424,7 @@ def patch_dispatcher(module: Any) -> None:
                 number,
                 hidden_states,
                 lambda rows: original(self, rows, *args, **kwargs),
-                lambda: (*splits(self), self.reversed_local_input_permutation_mapping),
+                lambda: told(self),
             )
 
         return token_combine
