@@ -12,7 +12,8 @@
  *                        (node_comm.h). Otherwise the preload passes the exchange on to NCCL as it is. What a summed return
  *                        takes besides is in sum.c: ry_sum_begin() before all this finds what it answers, ry_sum_keep()
  *                        after a packed exchange keeps what its return will need.
- *                        May start the clock (sampler.c), once nothing is waited for any more.
+ *                        May start the clock (sampler.c), once nothing is waited for any more. Where the job has asked for its
+ *                        rows to go elsewhere, all that is done to another exchange in its place (redirect.h).
  *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
  *
  * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
@@ -24,6 +25,7 @@
  * why, instead of letting this rank go direct alone and hang the job or mix up its data.
  */
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
 
 #include "base/clock.h"
@@ -50,7 +52,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.given_away = false;
+    now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -63,11 +65,33 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     return c;
 }
 
-/* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
-static void start_clock(const struct comm *c, const struct ry_exchange *x)
+/* Bytes that this rank moves across nodes, as they go: of those that it gets packed, as large a part as of those that it sends. */
+static void note_crossing(struct comm *c, const struct reissue *r, bool packed, unsigned weight)
 {
-    if (ry_engine.sampler && !now.captured && (now.timed || now.number % ry_engine.settings.sample == 0))
-        now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
+    uint64_t in = 0, out = packed ? now.packed_out : now.rows.cross;
+    for (int p = 0; p < r->map->nranks; p++)
+        in += r->map->node[p] != r->map->node[c->info.rank] ? r->recv[p] : 0;
+    if (packed && now.rows.cross)
+        in = (uint64_t)((double)in * (double)out / (double)now.rows.cross);
+    atomic_store(&c->crossing[now.number % 64].out, out);
+    atomic_store(&c->crossing[now.number % 64].in, in);
+    atomic_store(&c->crossing[now.number % 64].weight, weight);
+    atomic_store(&c->crossing[now.number % 64].number, now.number + 1);
+    ry_contention_began(ry_engine.contention, c->seat_beside);
+}
+
+/* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
+static void start_clock(struct comm *c, const struct ry_exchange *x, const struct reissue *r)
+{
+    bool turn = ry_engine.settings.sample && now.number % ry_engine.settings.sample == 0;
+    bool large = now.met && now.rows.cross >= RY_CONTENTION_LARGE;
+    if (!ry_engine.sampler || now.captured || !(now.timed || turn || large))
+        return;
+    now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
+    now.met &= now.sample != NULL;
+    if (now.met)
+        note_crossing(c, r, now.strategy && !strcmp(now.strategy, ry_strategy_name(RY_DEDUP)),
+                      large ? 1 : turn ? (unsigned)ry_engine.settings.sample : 0);
 }
 
 /* ---- take ---- */
@@ -130,6 +154,11 @@ static void tell_durations(struct reissue *r, struct ry_took took[RY_TOOK])
             continue;
         took[n++] = (struct ry_took){.number = atomic_load(&r->moved[i].number),
                                      .bytes = atomic_load(&r->moved[i].bytes),
+                                     .beside = {.out = atomic_load(&r->moved[i].out),
+                                                .in = atomic_load(&r->moved[i].in),
+                                                .own_out = atomic_load(&r->moved[i].own_out),
+                                                .own_in = atomic_load(&r->moved[i].own_in),
+                                                .share = atomic_load(&r->moved[i].share)},
                                      .us = atomic_exchange(&r->moved[i].us, 0)};
     }
 }
@@ -146,16 +175,20 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
+    side.cross = ry_across_state(r->across);
+    side.cross_held = ry_across_held(r->across);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
+    side.load.beside = ry_contention_of(ry_engine.contention, c->seat_beside, ry_now_ns());
+    now.packed_out = side.load.packed_out;
     side.cannot_pack = !ry_run_packs(r->runner);
     side.row_bytes = repeats ? now.rows.bytes : 0;
     side.parts = repeats ? (uint64_t)ry_parts(&repeats[r->map->node[x->rank]]) : 0;
     ry_sum_offer(r, &side);
     seen = side;
     if (r->promising.saving > 0)
-        seen.load = r->promising.load;
+        seen.load = r->promising.load, seen.load.beside = side.load.beside;
     r->promising.saving = 0;
     struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
                             .one_call = x->one_call,
@@ -208,6 +241,8 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
+    ry_across_want(r->across, order.cross_wanted);
+    now.cross = order.cross && verdict->strategy != RY_DIRECT;
     now.timed |= order.timed;
     now.node = (enum ry_node_order)order.node_comm;
     now.chunks = (int)order.chunks;
@@ -224,10 +259,11 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
 }
 
 /* Enqueue it, `plan` NULL telling that it could not be built, as `why` says. True: it is under way, and NCCL has nothing against it. */
-static bool run_plan(const struct comm *c, const struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
+static bool run_plan(struct comm *c, const struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                      const struct ry_plan *plan, struct ry_run_node *node, struct ry_err *why, int *result)
 {
-    start_clock(c, x);
+    start_clock(c, x, r);
+    ry_run_cross(r->runner, now.cross ? ry_across_face(r->across, now.number) : NULL);
     if (plan && !(now.verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, why)
                              : ry_run(r->runner, plan, b, node, result, why)))
         return !*result;
@@ -244,12 +280,13 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
     struct ry_run_node *node = now.node == RY_NODE_USE ? ry_node_comm_face(r->node) : NULL;
     struct ry_plan *plan = plan_of(r, verdict, x->rank, repeats, &err);
     bool good = run_plan(c, r, x, b, plan, node, &err, result);
-    if (good && plan->strategy == RY_DEDUP)
+    if (good && plan->strategy == RY_DEDUP && !now.redirected) /* its return will not be */
         ry_sum_keep(c, r, b, plan, repeats, &now.rows, now.number);
     else if (good && plan->strategy == RY_SUM)
         ry_sum_tell(c, r, plan, &now.rows, now.number);
     r->carried_out[verdict->strategy]++;
     r->over_node += node != NULL;
+    r->over_ucx += now.cross;
     ry_plan_free(plan);
 }
 
@@ -321,32 +358,55 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.strategy = ry_strategy_name(RY_REPLICA);
     now.verify = v.verify;
     now.plain_us = v.plain_us;
+    now.cross = v.cross;
     run_plan(c, r, x, b, v.plan, v.node, &v.why, result);
     r->carried_out[RY_REPLICA]++;
+    r->over_ucx += now.cross;
     ry_plan_free(v.plan);
     return true;
 }
 
-static bool take(struct comm *c, const struct ry_exchange *x, int *result)
+/* `x` as the job has it; `y` as it goes: the same, unless it was redirected. */
+static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_exchange *y, int *result)
 {
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     bool taken = false;
     struct ry_buffers b;
     if (r)
-        b = describe(r, x);
+        b = describe(r, y);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
+    now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&
+              ry_contention_wants(ry_engine.contention, c->seat_beside, ry_now_ns(), c->record != NULL);
+    if (now.met)
+        ry_sampler_clock(ry_engine.sampler);
     if (r) {
-        taken = by_twins(c, r, x, &b, result);
+        taken = by_twins(c, r, y, &b, result);
         if (!taken) {
-            ry_sum_begin(c, r, &b, &now.rows, now.number, x->held);
-            taken = reissue(c, r, x, &b, result);
+            ry_sum_begin(c, r, &b, &now.rows, now.number, y->held && !now.redirected);
+            taken = reissue(c, r, y, &b, result);
             ry_sum_end(r);
         }
     }
-    if (!taken && (c->record || now.strategy || now.timed || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
-        start_clock(c, x);
+    if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
+        start_clock(c, y, r);
     return taken;
+}
+
+/* Its rows go elsewhere (redirect.h); or they do not, or it fails. True: *result is the job's. */
+static bool take_redirected(struct comm *c, const struct ry_exchange *x, int *result)
+{
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    const struct ry_exchange *y = ry_redirect_begin(c, r, x, result);
+    now.redirected = y != x;
+    if (!now.redirected)
+        return take(c, x, x, result);
+    if (!y)
+        return true;
+    if (!take(c, x, y, result))
+        *result = atomic_load(&r->aborted) ? NCCL_SYSTEM_ERROR : ry_engine.host.plain(c->info.nccl, y);
+    ry_redirect_end(c, r, x, result);
+    return true;
 }
 
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
@@ -358,15 +418,44 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     if (taken)
         now.gather_count = 0;
     else
-        taken = take(c, x, result);
+        taken = take_redirected(c, x, result);
     ry_engine_leave();
     return taken;
 }
 
 /* ---- end ---- */
 
+/* Goes to the yardmaster with the next manifest. */
+static void tell_yardmaster(struct comm *c, uint64_t number, double us, const struct ry_beside *beside)
+{
+    struct reissue *r = atomic_load(&c->reissue);
+    if (!r || atomic_load(&r->moved[number % 64].number) != number + 1)
+        return;
+    atomic_store(&r->moved[number % 64].out, beside->out);
+    atomic_store(&r->moved[number % 64].in, beside->in);
+    atomic_store(&r->moved[number % 64].own_out, beside->own_out);
+    atomic_store(&r->moved[number % 64].own_in, beside->own_in);
+    atomic_store(&r->moved[number % 64].share, beside->share);
+    atomic_store(&r->moved[number % 64].us, us);
+}
+
+/* What ran beside an exchange is known. Calls do not overlap. */
+static void settled(void *context, uint64_t number, double us, double met_us, const struct ry_beside *beside)
+{
+    struct comm *c = context;
+    atomic_store(&c->clocked_us, atomic_load(&c->clocked_us) + us);
+    atomic_store(&c->met_us, atomic_load(&c->met_us) + met_us);
+    tell_yardmaster(c, number, us, beside);
+}
+
+void ry_exchange_meet_others(struct comm *c)
+{
+    if (ry_engine.contention)
+        c->seat_beside = ry_contention_join(ry_engine.contention, c->key, c->info.device, settled, c);
+}
+
 /* On the sampler's thread. */
-static void exchange_took(void *context, uint64_t number, double us)
+static void exchange_took(void *context, uint64_t number, double began_us, double us)
 {
     struct comm *c = context;
     struct reissue *r = atomic_load(&c->reissue);
@@ -374,12 +463,17 @@ static void exchange_took(void *context, uint64_t number, double us)
         ry_record_duration(ry_engine.record, c->record, number, us);
     if (r)
         ry_twins_took(r->twins, number, us);
-    if (r && atomic_load(&r->moved[number % 64].number) == number + 1)
-        atomic_store(&r->moved[number % 64].us, us); /* goes to the yardmaster with the next manifest */
+    struct ry_contention_run run = {number, began_us, us, atomic_load(&c->crossing[number % 64].out),
+                                    atomic_load(&c->crossing[number % 64].in), atomic_load(&c->crossing[number % 64].weight)};
+    bool met = atomic_load(&c->crossing[number % 64].number) == number + 1;
+    if (met)
+        ry_contention_took(ry_engine.contention, c->seat_beside, &run, ry_now_ns());
+    if (!met || !isfinite(began_us))
+        tell_yardmaster(c, number, us, &(struct ry_beside){0});
 }
 
 /* On the sampler's thread. */
-static void followed(void *context, uint64_t number, double us)
+static void followed(void *context, uint64_t number, double began_us, double us)
 {
     struct comm *c = context;
     struct reissue *r = atomic_load(&c->reissue);
@@ -402,14 +496,14 @@ static uint64_t busier_way(const struct ry_exchange *x)
 static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
 {
     bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
-    ok = ok && !now.together; /* which is neither this communicator's agreement nor NCCL */
+    ok = ok && !now.together && !now.redirected; /* which are neither this communicator's agreement nor NCCL alone */
     enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
     bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
     uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;
     if (r->pacing.sample) {
         bool follows = good && r->pacing.way == way && r->pacing.number + 1 == now.number && r->pacing.stream == x->stream;
         if (follows)
-            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes);
+            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes, ry_contention_much(ry_engine.contention, c->seat_beside));
         ry_sampler_end(ry_engine.sampler, r->pacing.sample, x->stream, follows, followed, c, now.number);
     }
     r->pacing.sample = wanted ? ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream) : NULL;
@@ -445,6 +539,8 @@ static void end(struct comm *c, const struct ry_exchange *x, int result)
        (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
     if (now.sample)
         ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+    if (now.sample && now.met && result != NCCL_OK)
+        ry_contention_lost(ry_engine.contention, c->seat_beside);
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (r && r->pace)
         keep_pace(c, r, x, result == NCCL_OK);
@@ -454,7 +550,9 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
 {
     if (!cookie || now.given_away || !ry_engine_enter())
         return;
-    end(handle, x, result);
+    struct comm *c = handle;
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    end(c, now.redirected && r && !result ? &r->redirected.x : x, result); /* as it went */
     ry_engine_leave();
 }
 
@@ -463,7 +561,7 @@ int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct 
     const struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     int result = NCCL_OK;
     now = *way;
-    if (!take(c, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
+    if (!take(c, x, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
         result = r && !atomic_load(&r->aborted) ? ry_engine.host.plain(c->info.nccl, x) : NCCL_SYSTEM_ERROR;
     end(c, x, result);
     return result;
@@ -496,7 +594,7 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
     }
     now.number = x->ordinal;
     now.wall_ns = wall_ns;
-    now.captured = now.timed = now.verify = now.given_away = false;
+    now.captured = now.timed = now.met = now.verify = now.given_away = now.redirected = false;
     now.strategy = NULL;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = clock;
@@ -526,6 +624,7 @@ void ry_exchange_aborting(void *handle)
         return;
     atomic_store(&r->aborted, true);
     ry_node_comm_abort(r->node);
+    ry_across_abort(r->across);
     ry_twins_leave(r->twins, true);
     if (r->talk)
         ry_talk_leave(r->talk);

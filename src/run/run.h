@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "base/error.h"
+#include "cross.h"
 #include "device/device.h"
 #include "plan/plan.h"
 
@@ -64,6 +65,10 @@ struct ry_buffers {
 bool ry_run_sums(int type);
 /** Bytes of such an element; 0 for types that cannot be summed. */
 uint64_t ry_run_sums_bytes(int type);
+
+/** Host memory that transfers are staged in counts as staging memory does: all of it, or false. */
+bool ry_run_staging_reserve(uint64_t bytes);
+void ry_run_staging_unreserve(uint64_t bytes);
 
 struct ry_runner; /* one per communicator */
 struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, void *comm,
@@ -183,6 +188,10 @@ int ry_run_to_itself(struct ry_runner *runner, struct ry_run_node *node, int ran
  * it goes over: its twin's own, and that of the twins at its position. For ry_run(), with a `node` as just said.
  */
 void ry_run_localize(struct ry_plan *plan, int replicas);
+
+/** What carries transfers between nodes in the exchanges from here on (cross.h); NULL, as at first: NCCL. The same on all ranks in each
+ *  exchange. Verify mode's second run is NCCL's alone. */
+void ry_run_cross(struct ry_runner *runner, struct ry_cross *cross);
 
 /**
  * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken

@@ -32,7 +32,7 @@ void scan_free(struct ry_runner *r)
     uint64_t held = ry_rows_held(r->rows) + (r->all_rows ? ry_rows_held(r->all_rows) : 0);
     ry_rows_free(r->rows);
     ry_rows_free(r->all_rows);
-    staging_unreserve(held);
+    ry_run_staging_unreserve(held);
     free(r->one_node);
     free(r->scan.repeats);
     free(r->scan.rows);
@@ -62,7 +62,7 @@ static int lay_out(struct ry_runner *r, const struct ry_cluster *map, struct ry_
     uint64_t held = ry_rows_held(r->rows);
     if (ry_rows_layout(r->rows, map->nranks, map->nnodes, map->node, err))
         return -1;
-    staging_unreserve(held - ry_rows_held(r->rows));
+    ry_run_staging_unreserve(held - ry_rows_held(r->rows));
     if (r->scan.nnodes >= map->nnodes && r->scan.repeats)
         return 0;
     struct ry_repeats *repeats = realloc(r->scan.repeats, (size_t)map->nnodes * sizeof *repeats);
@@ -89,7 +89,7 @@ static int make_room(struct ry_rows *rows, uint64_t nrows, void *stream, struct 
     for (uint64_t want = nrows + nrows / 4;; want = nrows) {
         uint64_t more = ry_rows_memory(rows, want) - had;
         if (want <= RY_ROWS_MOST) {
-            if (!staging_reserve(more)) {
+            if (!ry_run_staging_reserve(more)) {
                 ry_fail(
                     err,
                     "%llu bytes more are needed to look for equal rows, beyond what is left: raise RAILYARD_STAGING",
@@ -97,7 +97,7 @@ static int make_room(struct ry_rows *rows, uint64_t nrows, void *stream, struct 
             } else if (!ry_rows_grow(rows, want, stream, err)) {
                 return 0;
             } else {
-                staging_unreserve(had + more - ry_rows_held(rows));
+                ry_run_staging_unreserve(had + more - ry_rows_held(rows));
             }
         }
         if (want == nrows)
@@ -200,7 +200,7 @@ static int one_node(struct ry_runner *r, int nranks, struct ry_err *err)
     uint64_t held = ry_rows_held(r->all_rows);
     if (ry_rows_layout(r->all_rows, nranks, 1, r->one_node, err))
         return -1;
-    staging_unreserve(held - ry_rows_held(r->all_rows));
+    ry_run_staging_unreserve(held - ry_rows_held(r->all_rows));
     return 0;
 }
 

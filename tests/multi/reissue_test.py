@@ -294,7 +294,7 @@ def one_rank_differs(what, seconds="0.2"):
 
 
 def case_unequal():
-    for name, value in (("VERIFY", "5"), ("STAGING", "2M"), ("STRATEGY", "auto"), ("PATIENCE", "2"), ("NODE_COMM", "no"), ("STRATEGY", "observe")):
+    for name, value in (("VERIFY", "5"), ("STAGING", "2M"), ("STRATEGY", "auto"), ("PATIENCE", "2"), ("NODE_COMM", "no"), ("TRANSPORT", "ucx"), ("STRATEGY", "observe")):
         for seconds in ("0.2", "2", "6"):  # on a busy machine ranks may not have met when a short job ends
             lines = one_rank_differs(f"export RAILYARD_{name}={value}", seconds)
             if any("warning" in line for line in lines):
@@ -647,6 +647,68 @@ def case_sum_report():
         fail(f"saved: {ways['return']}")
 
 
+# ---- several communicators at once ----
+
+BESIDE = r"communicator (\w+), exchange \d+: .*, beside ([\d.]+) MB of other communicators \(a byte takes the NICs ([\d.]+) times as long\)"
+
+
+def beside(case, seconds, kib, links=("--nic", "2"), env=None, preload=True):
+    """What the short exchanges took, half of them at most, in us; the lines."""
+    out, lines = job("reissue_beside", case, "aabb", str(seconds), str(kib), env={"RAILYARD_ROW_BYTES": "1024", "RAILYARD_LOG": "plan", **(env or {})},
+                     links=links, preload=preload)
+    calm(lines)
+    print(out, end="")
+    return float(re.search(r"half took (\d+) us", out).group(1)), lines
+
+
+def case_beside():
+    """Manifests tell of what other communicators have on the NICs, and the report names it; nothing is told where they take turns."""
+    for when in ("together", "apart"):
+        folder = tempfile.mkdtemp(prefix="railyard-beside-")
+        atexit.register(shutil.rmtree, folder, True)
+        trace = os.path.join(folder, "trace")
+        _, lines = beside(when, 1, 256, env={"RAILYARD_TRACE": trace, "RAILYARD_SAMPLE": "1"})
+        told = {m.group(1): m for m in (re.search(BESIDE, line) for line in lines) if m}
+        text = subprocess.run([RAILYARD, "report", trace, "--json", "-"], stdout=subprocess.PIPE, check=True, text=True).stdout
+        shares = {c["id"]: c["beside"] for c in json.loads(text)["communicators"]}
+        print(when, {k: m.groups()[1:] for k, m in told.items()}, shares)
+        if when == "apart":
+            if told or any(shares.values()) or said(lines, "of their time beside them"):
+                fail("communicators that take turns are said to be beside each other")
+            continue
+        if len(shares) != 2 or set(told) != set(shares):
+            fail("both communicators are to be told of")
+        if not all(0.05 < v <= 1 for v in shares.values()):
+            fail("each ran beside the other, part of the time")
+        expect(lines, r"other communicators' ran \d+ % of their time beside them", 8)
+
+
+def case_beside_short():
+    """Long exchanges that auto makes by dedup, and short ones on another communicator: these take no longer than they do with plain NCCL."""
+    steady.go_first()
+    folder = tempfile.mkdtemp(prefix="railyard-beside-")
+    atexit.register(shutil.rmtree, folder, True)
+    job("../../tools/railyard/railyard", "calibrate", "--seconds=1", env={"XDG_CACHE_HOME": folder}, preload=False, links=("--nic", "0.5"))
+    for attempt in range(4):
+        plain, _ = beside("together", 1, 256, links=("--nic", "0.5"), preload=False)
+        us, lines = beside("together", 1, 256, links=("--nic", "0.5"), env={"XDG_CACHE_HOME": folder, "RAILYARD_STRATEGY": "auto"})
+        if us <= 2 * plain + 1000 and said(lines, ": dedup "):
+            return
+    fail(f"short exchanges took {us} us beside long ones, with plain NCCL {plain} us; by dedup: {len(said(lines, ': dedup '))}")
+
+
+def case_pace():
+    """What little dedup saves here is held against the pace of plain NCCL, which is watched for that: both are measured."""
+    steady.go_first()
+    out, lines, _ = auto("long", 3, 128, 384, program="reissue_beside", links=("--nic", "0.2"), env={"RAILYARD_ROW_BYTES": "1024"})
+    expect(lines, r"the next \d+ pass by, to see how fast plain NCCL goes")
+    found = expect(lines, r"the time from one exchange to the next is [\d.]+ % of what it is without agreeing")
+    ratios = [float(re.search(r"is ([\d.]+) %", line).group(1)) for line in found]
+    print(ratios)
+    if not all(20 < v < 500 for v in ratios):
+        fail(f"paces of {ratios} %")
+
+
 # ---- communicators of the nodes' ranks ----
 
 OVER = r"; (\d+) over communicators of the nodes' ranks"
@@ -913,12 +975,55 @@ def case_later_recorded():
             fail(f"{name}: only {len(took)} durations")
 
 
-def main():
-    case = globals().get("case_" + CASE)
+def redirected(case, shape="aabb", *args, env=None, least=0.6):
+    """Layers, `least` of them redirected."""
+    out, lines = job("reissue_redirect", case, shape, *map(str, args), ranks=len(shape), nodes=1, env=env)
+    made, moved = map(int, re.search(r"(\d+) layers, (\d+) redirected", out).groups())
+    if not least <= moved / made <= (0 if case == "refused" else 1):
+        fail(f"{case} {shape} {args}: {moved} of {made} layers were redirected, not {least}:\n{out}")
+    return lines
+
+
+def case_redirect_engaged():
+    """However exchanges are carried out, every row is where it is to be."""
+    for shape, k, row, env in (("aabb", 3, 96, {}), ("abab", 2, 1030, {"RAILYARD_VERIFY": "2"}), ("abbca", 4, 50, {}), ("abcd", 1, 16, {}),
+                               ("aabb", 3, 128, {"RAILYARD_STRATEGY": "dedup"}), ("aaabbb", 5, 256, {"RAILYARD_STRATEGY": "dedup", "RAILYARD_VERIFY": "1"}),
+                               ("aabb", 2, 514, {"RAILYARD_STRATEGY": "balanced"})):
+        lines = redirected("engaged", shape, 30, k, row, env=env)
+        calm(lines)
+        expect(lines, r"exchanges agreed on, [1-9]" if not env.get("RAILYARD_STRATEGY") else ", [1-9][0-9]+ " + env["RAILYARD_STRATEGY"], len(shape))
+    calm(redirected("paused", "aabb", 12))
+
+
+def case_redirect_plain():
+    """Nothing but this is done to exchanges: the communicator is observed, or all goes direct."""
+    for shape, env in (("aabb", {"RAILYARD_STRATEGY": "auto"}), ("abba", {"RAILYARD_STRATEGY": "direct"})):
+        calm(redirected("from_start", shape, 60, env=env, least=0.2))
+
+
+def case_redirect_sum():
+    """Returns are summed, but not those of what was redirected."""
+    for shape in ("aabb", "abbca"):
+        lines = redirected("only_moves", shape, 40, 3, 192, env={**SUM, "RAILYARD_COMBINE": "sum:3"})
+        calm(lines)
+        expect(lines, r", 1[0-9][0-9] dedup", len(shape))  # dispatch and what goes back to experts
+        expect(lines, r", \d+ summed", 0)
+
+
+def case_redirect_refused():
+    for env in ({"RAILYARD_STRATEGY": "observe"}, {"RAILYARD_STAGING": "1K"}, {"RAILYARD_HOLD": "no", "CUDA_MODULE_LOADING": "EAGER"}):
+        redirected("refused", "aabb", env=env, least=0)
+    lines = redirected("wrong", "aabb")
+    expect(lines, "error: .*it was to be redirected: it is of other counts than was said", 4)
+
+
+def main(cases=globals()):
+    case = cases.get("case_" + CASE)
     if not case:
         fail("there is no such case")
     case()
     print(f"{CASE}: ok")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "engine/policy.h"
+#include "ucx/carrier.h"
 
 enum { NODES = 2, GPUS = 4, RANKS = NODES * GPUS };
 
@@ -21,12 +22,16 @@ static struct ry_repeats found[RANKS * NODES];
 static double message_us = 2; /* across, where the NIC is slow */
 static bool slow_nic;         /* and fast links in the nodes */
 static int asked_chunks;      /* RAILYARD_CHUNKS */
+static int asked_transport;   /* enum ry_transport */
+static _Atomic int transport;
+static double ucx_us;         /* bytes per microsecond over UCX, measured; 0: not measured */
 static struct ry_pace *pace;  /* NULL: only estimates count */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth; balanced, where nothing is said of it: as hierarchical */
 static int went[RY_STRATEGIES];
 static bool last, verify, late; /* late: durations become known eight exchanges at a time */
 static struct ry_took later[RANKS][RY_TOOK];
+static struct ry_beside beside; /* what ran beside each exchange, as every rank tells */
 static unsigned rest;
 
 /* Made by what a test would change of it. */
@@ -46,8 +51,10 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
                                       .verify = verify_every,
                                       .staging_limit = staging_limit,
                                       .chunks = asked_chunks,
+                                      .transport = &transport,
                                       .pace = pace,
                                       .name = "test"};
+    atomic_store(&transport, asked_transport);
     ry_cost_guess(&config.model, map);
     config.model.agreement_us = agreement_us;
     if (slow_nic) {
@@ -55,6 +62,9 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
         config.model.link[RY_LINK_LOCAL].bytes_per_us = 200e3;
         config.model.link[RY_LINK_NIC].message_us = message_us;
         config.model.measured = true;
+        config.model.link[RY_LINK_NIC].measured = config.model.ucx.measured = ucx_us > 0;
+        config.model.ucx = config.model.link[RY_LINK_NIC];
+        config.model.ucx.bytes_per_us = config.model.ucx_rank_bytes_per_us = ucx_us;
     }
     chooser = ry_chooser_new(&config, &err);
     ck_assert_msg(chooser != NULL, "%s", err.msg);
@@ -169,7 +179,7 @@ static int exchange(void)
     went[s]++;
     bool timed = order_of(s, 0, &cells, &ncells).timed;
     for (int r = 0; r < RANKS; r++) {
-        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s == RY_BALANCED && !takes_us[s] ? RY_HIERARCHICAL : s] * (r ? 1 : 3)};
+        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s == RY_BALANCED && !takes_us[s] ? RY_HIERARCHICAL : s] * (r ? 1 : 3), beside};
         bool known = timed || number % 8 == 0;
         later[r][number % RY_TOOK] = known ? took : (struct ry_took){0};
         memset(sides[r].took, 0, sizeof sides[r].took); /* told */
@@ -471,7 +481,7 @@ static void follow(enum ry_pace_way way, int n, double us)
 {
     for (int i = 0; i < n; i++, number += way == RY_PACE_PLAIN)
         if (ry_pace_wants(pace, way)) {
-            ry_pace_began(pace, number, way, 64 << 20, 64 << 20);
+            ry_pace_began(pace, number, way, 64 << 20, 64 << 20, false);
             ry_pace_took(pace, number, us);
         }
 }
@@ -693,6 +703,78 @@ START_TEST(learns_from_the_busy)
 }
 END_TEST
 
+/* All ranks expect others beside the next exchanges, or that these do meet some; `part` of the NICs' bytes theirs. */
+static struct ry_beside others(double part)
+{
+    return (struct ry_beside){(uint64_t)(part * 1e6), (uint64_t)(part * 1e6), 1000000, 1000000, part > 0 ? 1 : 0};
+}
+
+static void expect_others(double part)
+{
+    for (int r = 0; r < RANKS; r++)
+        sides[r].load.beside = others(part);
+}
+
+static double plain_us(int strategy)
+{
+    const uint64_t *cells;
+    size_t n;
+    return order_of(strategy, 0, &cells, &n).plain_us;
+}
+
+/* While others are on the NICs everything takes twice as long: what is measured then is not held against a strategy afterwards, nor
+ * what was measured before against the others. */
+START_TEST(beside_others)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    for (int turn = 0; turn < 4; turn++) {
+        double times = turn % 2 ? 2 : 1;
+        expect_others(turn % 2);
+        beside = others(turn % 2);
+        takes_us[RY_DIRECT] = 100000 * times;
+        takes_us[RY_HIERARCHICAL] = 80000 * times;
+        if (turn > 1) { /* known from before, at once */
+            ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+            ck_assert_double_eq_tol(plain_us(RY_HIERARCHICAL), 100000 * times, 1000 * times);
+        }
+        for (int i = 0; i < 48; i++)
+            exchange();
+        ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+        ck_assert_double_eq_tol(plain_us(RY_HIERARCHICAL), 100000 * times, 1000 * times);
+    }
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_eq(counts.dropped, 0);
+    ck_assert_uint_eq(counts.beside, 49 + 50);
+    end();
+}
+END_TEST
+
+/* Others come beside exchanges for which nobody expected them: those durations tell nothing. */
+START_TEST(unexpected_others)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = 100000;
+    takes_us[RY_HIERARCHICAL] = 80000;
+    for (int i = 0; i < 48; i++)
+        exchange();
+    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+    beside = others(1);
+    takes_us[RY_HIERARCHICAL] = 160000;
+    for (int i = 0; i < 400; i++)
+        exchange();
+    ck_assert_int_ge(went[RY_HIERARCHICAL], 380);
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_ge(counts.dropped, 40);
+    ck_assert_uint_eq(counts.beside, 0);
+    end();
+    beside = others(0);
+}
+END_TEST
+
 /* What all ranks are told of the nodes' communicators with the verdict just given. */
 static enum ry_node_order node_order(int strategy)
 {
@@ -837,6 +919,100 @@ START_TEST(node_comms)
 }
 END_TEST
 
+/* What the orders of the next exchange, alike for all ranks but for memory, say of UCX. */
+static bool by_ucx(uint64_t *wanted)
+{
+    const uint64_t *cells;
+    size_t ncells;
+    int s = exchange();
+    bool is = order_of(s, 0, &cells, &ncells).cross;
+    for (int r = 0; r < RANKS; r++) {
+        struct ry_order order = order_of(s, r, &cells, &ncells);
+        ck_assert_uint_eq(order.cross, is);
+        ck_assert(s != RY_DIRECT || !order.cross);
+        wanted[r] = order.cross_wanted;
+    }
+    return is;
+}
+
+static void none_wanted(const uint64_t *wanted)
+{
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_uint_eq(wanted[r], 0);
+}
+
+/* UCX carries it where all ranks can, hold the memory, and it is asked for; or, with auto, measured to be faster. */
+START_TEST(over_ucx)
+{
+    uint64_t wanted[RANKS];
+    asked_transport = RY_BY_UCX;
+    begin(0, 1 << 30, 50);
+    uniform(10000, 1 << 20);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    ck_assert(!by_ucx(wanted)); /* nobody can */
+    none_wanted(wanted);
+    for (int r = 0; r < RANKS; r++) {
+        sides[r].cross = RY_CROSS_COULD;
+        sides[r].cross_held = UINT64_MAX;
+    }
+    ck_assert(!by_ucx(wanted)); /* not yet */
+    for (int r = 0; r < RANKS; r++) {
+        sides[r].cross = RY_CROSS_HAS;
+        ck_assert_int_eq(by_ucx(wanted), r == RANKS - 1);
+        none_wanted(wanted);
+    }
+    atomic_store(&forced, RY_DIRECT);
+    ck_assert(!by_ucx(wanted));
+    atomic_store(&forced, RY_BALANCED);
+    ck_assert(by_ucx(wanted));
+    sides[6].cross_held = 100; /* staged, that is */
+    ck_assert(!by_ucx(wanted));
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_uint_eq(wanted[r], r == 6 ? ry_cross_need(map, 6, RY_BALANCED, matrix) : 0);
+    sides[6].cross_held = wanted[6];
+    ck_assert(by_ucx(wanted));
+    sides[2].cross = RY_CROSS_CANNOT;
+    ck_assert(!by_ucx(wanted));
+    sides[2].cross = RY_CROSS_HAS;
+    atomic_store(&transport, RY_BY_NCCL); /* as railyard_strategy() may say */
+    ck_assert(!by_ucx(wanted));
+    end();
+    begin(0, 700000, 50); /* more than RAILYARD_STAGING is never asked for */
+    uniform(100000, 1 << 20);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    for (int r = 0; r < RANKS; r++)
+        sides[r].cross = RY_CROSS_HAS;
+    ck_assert(!by_ucx(wanted));
+    none_wanted(wanted);
+    end();
+    for (int faster = 0; faster < 2; faster++) {
+        slow_nic = true;
+        asked_transport = RY_BY_FASTER;
+        ucx_us = faster ? 4e3 : 3.1e3;
+        begin(0, 1 << 30, 50);
+        uniform(100000, 1 << 30);
+        atomic_store(&forced, RY_HIERARCHICAL);
+        for (int r = 0; r < RANKS; r++) {
+            sides[r].cross = RY_CROSS_HAS;
+            sides[r].cross_held = UINT64_MAX;
+        }
+        ck_assert_int_eq(by_ucx(wanted), faster);
+        end();
+    }
+    ucx_us = 0;
+    begin(0, 1 << 30, 50); /* not measured */
+    uniform(100000, 1 << 30);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    for (int r = 0; r < RANKS; r++)
+        sides[r].cross = RY_CROSS_HAS;
+    ck_assert(!by_ucx(wanted));
+    none_wanted(wanted);
+    end();
+    slow_nic = false;
+    asked_transport = RY_BY_NCCL;
+}
+END_TEST
+
 /* One rank without the kernels for packed messages: nobody packs, whatever others found. */
 START_TEST(one_that_cannot_pack)
 {
@@ -976,8 +1152,11 @@ int main(void)
     tcase_add_test(t, kinds_take_turns);
     tcase_add_test(t, does_not_flap);
     tcase_add_test(t, learns_from_the_busy);
+    tcase_add_test(t, beside_others);
+    tcase_add_test(t, unexpected_others);
     tcase_add_test(t, node_comms);
     tcase_add_test(t, chunks);
+    tcase_add_test(t, over_ucx);
     tcase_add_test(t, node_comms_change_what_is_known);
     tcase_add_test(t, one_that_cannot_pack);
     tcase_add_test(t, nonsense_from_a_rank_ends_it);

@@ -414,9 +414,9 @@ START_TEST(memory)
     ck_assert_uint_eq(t.repeats[2].distinct, big % W ? 2 : 1);
     uint64_t held = ry_rows_held(t.runner->rows);
     ck_assert_uint_ge(ry_rows_capacity(t.runner->rows), big);
-    ck_assert(!staging_reserve(64 * M - stage - held + 1));
+    ck_assert(!ry_run_staging_reserve(64 * M - stage - held + 1));
     end();
-    ck_assert(staging_reserve(64 * M)); /* all of it is free again */
+    ck_assert(ry_run_staging_reserve(64 * M)); /* all of it is free again */
     ok(device->release(segment, &err));
 }
 END_TEST

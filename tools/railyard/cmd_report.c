@@ -84,6 +84,8 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
              c->name ? c->name : c->id);
     if (s->agreed && s->short_of_staging > s->agreed / 10)
         HINT("%" PRIu64 " exchanges went direct for want of staging memory: raise RAILYARD_STAGING", s->short_of_staging);
+    if (s->agreed && s->over_ucx)
+        HINT("UCX carried what crosses nodes in %" PRIu64 " of the %" PRIu64 " exchanges that were agreed on", s->over_ucx, s->agreed);
     if (!s->exchanges || !s->bytes)
         return n;
     uint64_t moved = s->in_node + s->cross_node + s->unknown;
@@ -105,6 +107,9 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
         HINT("rank %d arrives last, as it waits least: half of its exchanges take under %s, on rank %d (the longest) "
              "under %s",
              s->shortest, ry_report_us(s->median_shortest, a), s->longest, ry_report_us(s->median_longest, b));
+    if (s->beside_us > s->clocked_us / 10)
+        HINT("%.0f %% of the time that its exchanges take, those of other communicators of the same processes run beside them: they "
+             "share the links", percent(s->beside_us, s->clocked_us));
     if (!s->same_exchanges)
         HINT("the ranks counted different numbers of exchanges: some were killed early, or took part in groups that "
              "were no exchange");
