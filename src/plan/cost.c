@@ -508,7 +508,8 @@ static void cut(struct ry_cost_parts *p, const struct ry_cost_model *m, double c
 uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
-    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *arriving = matrix ? matrix->arriving : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
+    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
+    const uint64_t *arriving = matrix ? matrix->arriving : NULL;
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
                          *balanced = &parts[RY_BALANCED];
     struct balancing even = {.nic_node = -1};
