@@ -197,6 +197,7 @@ START_TEST(all_pairs)
     const char *given = getenv("RY_TEST_SEED");
     unsigned seed = given ? (unsigned)strtoul(given, NULL, 0) : (unsigned)(time(NULL) ^ getpid());
     printf("RY_TEST_SEED=%u\n", seed);
+    stop();
     for (int round = 0; round < 300; round++) {
         start();
         int seat[4] = {join(1, 0, 0), join(2, 0, 1), join(3, 0, 2), join(1, 0, 3)},

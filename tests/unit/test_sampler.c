@@ -114,10 +114,12 @@ static void count_destroyed(struct ry_event *ev)
 /* Over minutes, of a device for which a millisecond is a second: the clock goes on where one of its events takes over from another. */
 START_TEST(clock_over_minutes)
 {
-    struct ry_device fast = *ry_device_host();
+    static struct ry_device fast;
+    fast = *ry_device_host();
     fast.event_elapsed = fast_elapsed;
     fast.event_destroy = count_destroyed;
-    struct ry_sampler *s = ry_sampler_start(&fast, &err);
+    static struct ry_sampler *s; /* as the other one */
+    s = ry_sampler_start(&fast, &err);
     ck_assert_ptr_nonnull(s);
     ry_sampler_clock(s);
     uint64_t before[20], after[20];
