@@ -81,23 +81,23 @@ START_TEST(other_load)
     struct ry_cluster *c = regular(2, 4);
     uint64_t *m = even(c, 1000000);
     struct ry_load *l = loads_of(c, m, NULL);
-    struct ry_cost_learned *alone = calloc(1, sizeof *alone), *beside = calloc(1, sizeof *beside);
+    struct ry_cost_learned *alone = calloc(1, sizeof *alone), *busy = calloc(1, sizeof *busy);
     struct ry_choice before, after;
-    ry_cost_choose(&before, &typical, beside, c, l, NULL, 0.05);
-    beside->other = alone;
-    alone->other = beside;
+    ry_cost_choose(&before, &typical, busy, c, l, NULL, 0.05);
+    busy->other = alone;
+    alone->other = busy;
     for (int i = 0; i < 4; i++) {
         ry_cost_learn(alone, RY_HIERARCHICAL, ry_cost_busiest(c, l), 100, 50);
         ry_cost_learn(alone, RY_DIRECT, ry_cost_busiest(c, l), 100, 300);
-        ry_cost_learn(beside, RY_DIRECT, ry_cost_busiest(c, l), 100, 200);
+        ry_cost_learn(busy, RY_DIRECT, ry_cost_busiest(c, l), 100, 200);
     }
-    ry_cost_choose(&after, &typical, beside, c, l, NULL, 0.05);
+    ry_cost_choose(&after, &typical, busy, c, l, NULL, 0.05);
     near(after.us[RY_HIERARCHICAL], before.model_us[RY_HIERARCHICAL] / 2, "stands in");
     near(after.us[RY_DIRECT], before.model_us[RY_DIRECT] * 2, "its own");
     ck_assert_int_eq(after.strategy, RY_HIERARCHICAL);
     ck_assert_uint_eq(alone->size[20].turn, 0); /* choices made under the other load are not its own */
     free(alone);
-    free(beside);
+    free(busy);
     free(l);
     free(m);
     ry_cluster_free(c);
