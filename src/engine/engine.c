@@ -110,6 +110,11 @@ static void start_parts(void)
         return;
     if (ry_nccl_find(&ry_engine.nccl, ry_engine.host.find, &err) || !(ry_engine.control = ry_control_start(&err)))
         ry_warn("exchanges are not reissued: %s", err.msg);
+    int ordinal = ry_engine.device->current ? ry_engine.device->current() : -1;
+    bool direct = !strcmp(ry_engine.settings.transport, "ucx");
+    if (ry_engine.control && atomic_load(&ry_engine.transport) != RY_BY_NCCL &&
+        !(ry_engine.hub = ry_hub_start(ry_engine.device, ordinal, direct, &err)))
+        ry_warn("NCCL carries everything: %s", err.msg);
 }
 
 static void parts_known(void)
@@ -273,7 +278,7 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
 {
     static const char *const names[RY_CALLS] = {"send", "recv", "alltoall", "allgather", "allreduce", "broadcast",
                                                 "reduce", "reducescatter", "gather", "scatter", "onesided"};
-    struct ry_record_counter list[2 * RY_CALLS + 8 + RY_STRATEGIES];
+    struct ry_record_counter list[2 * RY_CALLS + 9 + RY_STRATEGIES];
     char text[2 * RY_CALLS][32], strategy[RY_STRATEGIES][32];
     int n = 0;
     list[n++] = (struct ry_record_counter){"exchanges", counts->exchanges};
@@ -293,6 +298,7 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
         list[n++] = (struct ry_record_counter){"verified", c->counts.verified};
         list[n++] = (struct ry_record_counter){"verify_differs", c->counts.verify_differs};
         list[n++] = (struct ry_record_counter){"short_of_staging", c->counts.short_of_staging};
+        list[n++] = (struct ry_record_counter){"over_ucx", c->counts.over_ucx};
         for (int i = 0; i < RY_STRATEGIES; i++) {
             snprintf(strategy[i], sizeof strategy[i], "agreed.%s", ry_strategy_name((enum ry_strategy)i));
             list[n++] = (struct ry_record_counter){strategy[i], c->counts.by_strategy[i]};
@@ -386,6 +392,7 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
     if (ry_engine.sampler)
         ry_sampler_stop(ry_engine.sampler);
     ry_node_comm_settle();
+    ry_hub_abandon(ry_engine.hub);
     for (struct comm *c = ry_engine.comms; c; c = c->next)
         ry_reissue_close(c, true); /* the driver may be gone by now */
     if (ry_engine.control)
@@ -405,10 +412,10 @@ static void closing(void (*counts)(void *nccl, struct ry_comm_counts *out))
 static uint32_t hash_settings(const struct ry_settings *s)
 {
     struct {
-        uint64_t row_bytes, staging, verify, node_comm, sum, copies, strategy;
+        uint64_t row_bytes, staging, verify, node_comm, sum, copies, strategy, transport;
         double patience;
     } shared = {s->row_bytes, s->staging, s->verify, s->node_comm, ry_engine.combine.sum, ry_engine.combine.copies,
-                XXH64(s->strategy, strlen(s->strategy), 0), s->patience};
+                XXH64(s->strategy, strlen(s->strategy), 0), XXH64(s->transport, strlen(s->transport), 0), s->patience};
     return (uint32_t)XXH64(&shared, sizeof shared, 0);
 }
 
@@ -423,9 +430,17 @@ static int set_strategy(const char *name, struct ry_err *err)
     return 0;
 }
 
+/* "hierarchical/ucx": by UCX, if RAILYARD_TRANSPORT is not nccl, to compare ways within one job; "hierarchical/nccl"; without, as
+   RAILYARD_TRANSPORT says. */
 static int strategy(const char *name)
 {
-    return ry_engine.observe ? -1 : set_strategy(name, NULL);
+    char own[32] = "";
+    size_t length = strcspn(name, "/");
+    bool ucx = !strcmp(name + length, "/ucx"), known = ucx || !name[length] || !strcmp(name + length, "/nccl");
+    if (ry_engine.observe || !known || length >= sizeof own || set_strategy(memcpy(own, name, length), NULL))
+        return -1;
+    atomic_store(&ry_engine.transport, !name[length] ? (int)ry_engine.transport_asked : ucx ? RY_BY_UCX : RY_BY_NCCL);
+    return 0;
 }
 
 static void read_strategy(void)
@@ -501,6 +516,8 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
     read_strategy();
     read_combine();
     read_chunks();
+    ry_engine.transport_asked = ry_transport_read(ry_engine.settings.transport, &ry_engine.staged);
+    atomic_store(&ry_engine.transport, ry_engine.transport_asked);
     ry_run_staging_limit(ry_engine.settings.staging);
     read_hold();
     ry_engine.settings_hash = hash_settings(&ry_engine.settings);
@@ -527,6 +544,9 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         hooks->stray = ry_exchange_stray;
         hooks->comm_aborting = ry_exchange_aborting;
         hooks->strategy = strategy;
+        hooks->redirect_ready = ry_redirect_ready;
+        hooks->redirect = ry_redirect_next;
+        hooks->redirect_done = ry_redirect_done;
         if (ry_later_on()) {
             hooks->settle = ry_later_settle;
             hooks->freeing = ry_later_freeing;

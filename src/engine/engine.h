@@ -3,7 +3,7 @@
  *
  * Owns: the process's one engine, and what is kept of each communicator. engine.c brings communicators up and down,
  * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange; look.c (equal rows), sum.c (summed
- * returns), twins.c (communicators that send the same) and later.c (calls that return first) are parts of it. Not for
+ * returns), redirect.c (rows that go elsewhere), twins.c (communicators that send the same) and later.c (calls that return first) are parts of it. Not for
  * anybody else.
  */
 #ifndef RY_ENGINE_ENGINE_H
@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "across.h"
 #include "base/log.h"
 #include "base/settings.h"
 #include "cluster.h"
@@ -28,6 +29,7 @@
 #include "pairing.h"
 #include "policy.h"
 #include "record/record.h"
+#include "redirect.h"
 #include "repeats.h"
 #include "row_width.h"
 #include "run/run.h"
@@ -52,6 +54,7 @@ struct way {
     uint64_t number, wall_ns;
     struct ry_sample *sample;
     bool captured;
+    bool redirected;      /* what goes is another exchange (redirect.h) */
     bool given_away;      /* take and end are, or were, done as one by ry_exchange_carry() */
     bool together;        /* with the communicator's twins */
     bool timed;           /* the yardmaster wants to know how long it takes */
@@ -60,6 +63,7 @@ struct way {
     const char *strategy; /* NULL: not agreed on */
     bool verify;
     enum ry_node_order node;   /* with the verdict */
+    bool cross;                /* UCX carries what crosses nodes: the same */
     double waited_us, late_us; /* for the verdict; of it for other ranks */
     double twins_us, twins_late_us; /* for one of all twins before, that was not replica */
     int chunks;                /* of the plan, as the yardmaster says */
@@ -98,6 +102,7 @@ struct reissue {
     struct ry_runner *runner;
     struct ry_node_comm *node;  /* NULL: none, ever */
     struct ry_twins *twins;     /* NULL: none, ever */
+    struct ry_across *across;   /* what can carry what crosses nodes instead of NCCL; NULL: nothing */
     struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
     uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
     uintptr_t *send_at, *recv_at;
@@ -106,6 +111,7 @@ struct reissue {
     struct searched searched;
     struct ry_pairs pairs;
     struct summing summing;
+    struct ry_redirected redirected;
     struct {
         struct ry_load load;
         double saving; /* bytes; 0: nothing promises any */
@@ -131,7 +137,7 @@ struct reissue {
         void *stream;
     } pacing;
     uint64_t carried_out[RY_STRATEGIES], verified;
-    uint64_t over_node; /* of those carried out: by means of `node` */
+    uint64_t over_node, over_ucx; /* of those carried out: by means of `node`; of `across` */
 };
 
 /* What became of a communicator's exchanges, for the end of its trace. */
@@ -139,6 +145,7 @@ struct reissue_counts {
     uint64_t agreed, by_strategy[RY_STRATEGIES];
     uint64_t verified, verify_differs; /* comparisons that came out equal, and 1 if one did not */
     uint64_t short_of_staging;         /* told on the yardmaster only: exchanges that went direct for want of it */
+    uint64_t over_ucx;                 /* the same: UCX carried what crossed nodes */
 };
 
 struct comm {
@@ -175,6 +182,10 @@ struct engine {
     struct ry_rendezvous *rendezvous;
     struct ry_rendezvous *local; /* host of INIT_ALL's communicators, on loopback where no other node would find it */
     struct ry_control *control;  /* NULL: not to be had, nothing is reissued */
+    struct ry_hub *hub;          /* for data over UCX; NULL: NCCL carries everything */
+    enum ry_transport transport_asked;
+    _Atomic int transport;       /* enum ry_transport: RAILYARD_TRANSPORT, or as the job says by railyard_strategy() */
+    bool staged; /* through host memory, even where UCX can do without */
     struct ry_sampler *sampler;
     struct ry_contention *contention; /* NULL: nothing is timed */
     const struct ry_device *device; /* NULL: none could be opened */

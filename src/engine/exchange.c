@@ -12,7 +12,8 @@
  *                        (node_comm.h). Otherwise the preload passes the exchange on to NCCL as it is. What a summed return
  *                        takes besides is in sum.c: ry_sum_begin() before all this finds what it answers, ry_sum_keep()
  *                        after a packed exchange keeps what its return will need.
- *                        May start the clock (sampler.c), once nothing is waited for any more.
+ *                        May start the clock (sampler.c), once nothing is waited for any more. Where the job has asked for its
+ *                        rows to go elsewhere, all that is done to another exchange in its place (redirect.h).
  *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
  *
  * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
@@ -51,7 +52,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.met = now.given_away = false;
+    now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -174,6 +175,8 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
+    side.cross = ry_across_state(r->across);
+    side.cross_held = ry_across_held(r->across);
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
@@ -238,6 +241,8 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
+    ry_across_want(r->across, order.cross_wanted);
+    now.cross = order.cross && verdict->strategy != RY_DIRECT;
     now.timed |= order.timed;
     now.node = (enum ry_node_order)order.node_comm;
     now.chunks = (int)order.chunks;
@@ -258,6 +263,7 @@ static bool run_plan(struct comm *c, const struct reissue *r, const struct ry_ex
                      const struct ry_plan *plan, struct ry_run_node *node, struct ry_err *why, int *result)
 {
     start_clock(c, x, r);
+    ry_run_cross(r->runner, now.cross ? ry_across_face(r->across, now.number) : NULL);
     if (plan && !(now.verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, why)
                              : ry_run(r->runner, plan, b, node, result, why)))
         return !*result;
@@ -274,12 +280,13 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
     struct ry_run_node *node = now.node == RY_NODE_USE ? ry_node_comm_face(r->node) : NULL;
     struct ry_plan *plan = plan_of(r, verdict, x->rank, repeats, &err);
     bool good = run_plan(c, r, x, b, plan, node, &err, result);
-    if (good && plan->strategy == RY_DEDUP)
+    if (good && plan->strategy == RY_DEDUP && !now.redirected) /* its return will not be */
         ry_sum_keep(c, r, b, plan, repeats, &now.rows, now.number);
     else if (good && plan->strategy == RY_SUM)
         ry_sum_tell(c, r, plan, &now.rows, now.number);
     r->carried_out[verdict->strategy]++;
     r->over_node += node != NULL;
+    r->over_ucx += now.cross;
     ry_plan_free(plan);
 }
 
@@ -351,19 +358,22 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.strategy = ry_strategy_name(RY_REPLICA);
     now.verify = v.verify;
     now.plain_us = v.plain_us;
+    now.cross = v.cross;
     run_plan(c, r, x, b, v.plan, v.node, &v.why, result);
     r->carried_out[RY_REPLICA]++;
+    r->over_ucx += now.cross;
     ry_plan_free(v.plan);
     return true;
 }
 
-static bool take(struct comm *c, const struct ry_exchange *x, int *result)
+/* `x` as the job has it; `y` as it goes: the same, unless it was redirected. */
+static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_exchange *y, int *result)
 {
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     bool taken = false;
     struct ry_buffers b;
     if (r)
-        b = describe(r, x);
+        b = describe(r, y);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
     now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&
@@ -371,17 +381,33 @@ static bool take(struct comm *c, const struct ry_exchange *x, int *result)
     if (now.met)
         ry_sampler_clock(ry_engine.sampler);
     if (r) {
-        taken = by_twins(c, r, x, &b, result);
+        taken = by_twins(c, r, y, &b, result);
         if (!taken) {
-            ry_sum_begin(c, r, &b, &now.rows, now.number, x->held);
-            taken = reissue(c, r, x, &b, result);
+            ry_sum_begin(c, r, &b, &now.rows, now.number, y->held && !now.redirected);
+            taken = reissue(c, r, y, &b, result);
             ry_sum_end(r);
         }
     }
     /* nobody asks how long others take */
     if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins))))
-        start_clock(c, x, r);
+        start_clock(c, y, r);
     return taken;
+}
+
+/* Its rows go elsewhere (redirect.h); or they do not, or it fails. True: *result is the job's. */
+static bool take_redirected(struct comm *c, const struct ry_exchange *x, int *result)
+{
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    const struct ry_exchange *y = ry_redirect_begin(c, r, x, result);
+    now.redirected = y != x;
+    if (!now.redirected)
+        return take(c, x, x, result);
+    if (!y)
+        return true;
+    if (!take(c, x, y, result))
+        *result = atomic_load(&r->aborted) ? NCCL_SYSTEM_ERROR : ry_engine.host.plain(c->info.nccl, y);
+    ry_redirect_end(c, r, x, result);
+    return true;
 }
 
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
@@ -393,7 +419,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     if (taken)
         now.gather_count = 0;
     else
-        taken = take(c, x, result);
+        taken = take_redirected(c, x, result);
     ry_engine_leave();
     return taken;
 }
@@ -471,7 +497,7 @@ static uint64_t busier_way(const struct ry_exchange *x)
 static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
 {
     bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
-    ok = ok && !now.together; /* which is neither this communicator's agreement nor NCCL */
+    ok = ok && !now.together && !now.redirected; /* which are neither this communicator's agreement nor NCCL alone */
     enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
     bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
     uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;
@@ -526,7 +552,9 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
 {
     if (!cookie || now.given_away || !ry_engine_enter())
         return;
-    end(handle, x, result);
+    struct comm *c = handle;
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    end(c, now.redirected && r && !result ? &r->redirected.x : x, result); /* as it went */
     ry_engine_leave();
 }
 
@@ -535,7 +563,7 @@ int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct 
     const struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     int result = NCCL_OK;
     now = *way;
-    if (!take(c, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
+    if (!take(c, x, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
         result = r && !atomic_load(&r->aborted) ? ry_engine.host.plain(c->info.nccl, x) : NCCL_SYSTEM_ERROR;
     end(c, x, result);
     return result;
@@ -568,7 +596,7 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
     }
     now.number = x->ordinal;
     now.wall_ns = wall_ns;
-    now.captured = now.timed = now.met = now.verify = now.given_away = false;
+    now.captured = now.timed = now.met = now.verify = now.given_away = now.redirected = false;
     now.strategy = NULL;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = clock;
@@ -598,6 +626,7 @@ void ry_exchange_aborting(void *handle)
         return;
     atomic_store(&r->aborted, true);
     ry_node_comm_abort(r->node);
+    ry_across_abort(r->across);
     ry_twins_leave(r->twins, true);
     if (r->talk)
         ry_talk_leave(r->talk);

@@ -9,6 +9,7 @@
 
 #include "base/log.h"
 #include "returns.h"
+#include "ucx/carrier.h"
 
 /* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
  * many. */
@@ -73,6 +74,8 @@ struct ry_chooser {
     bool looked;                            /* any rank for equal rows */
     bool all_pack;                          /* and write packed messages out */
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
+    uint64_t *cross_need;                   /* [nranks] bytes of host memory that UCX lacks for it */
+    bool cross, crossed;                    /* UCX carries what crosses nodes; has done so before */
     uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
     struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
     struct ry_balance *balance;             /* what the words of slices by balanced are made of */
@@ -510,6 +513,99 @@ static bool prepare(struct ry_chooser *c, enum ry_strategy strategy, const uint6
     return true;
 }
 
+/* ---- what carries it across nodes ---- */
+
+static bool all_cross(const struct ry_chooser *c)
+{
+    bool all = true;
+    for (int r = 0; r < c->config.map->nranks; r++)
+        all &= c->sides[r].cross == RY_CROSS_HAS;
+    return all;
+}
+
+uint64_t ry_cross_need(const struct ry_cluster *map, int rank, enum ry_strategy strategy, const uint64_t *matrix)
+{
+    int n = map->nranks, node = map->node[rank], size = map->node_size[node];
+    uint64_t bytes = 0, messages = 2 * (unsigned)n;
+    for (int from = 0; from < n; from++)
+        for (int to = 0; to < n; to++) {
+            if (map->node[from] == map->node[to])
+                continue;
+            if (strategy == RY_BALANCED ? map->node[from] == node || map->node[to] == node
+                                        : from == rank || (map->node[to] == node && ry_relay(map, from, node) == rank))
+                bytes += matrix[(size_t)from * (size_t)n + (size_t)to];
+        }
+    if (strategy == RY_BALANCED) { /* shares of what the node's ranks have together, evened out but for a little */
+        bytes = bytes / (unsigned)size + bytes / 16;
+        messages *= 4;
+    }
+    return ry_carrier_need(bytes, messages);
+}
+
+/*
+ * Shall UCX carry what crosses nodes? Where it is to be the faster one, as measured: by some strategy, than NCCL by any but
+ * direct, and by the margin if it is not so already. `matrix` may be NULL.
+ */
+static bool wants_ucx(struct ry_chooser *c, const struct ry_cost_matrix *matrix)
+{
+    const struct ry_cluster *map = c->config.map;
+    struct ry_cost_model m = c->config.model;
+    double best[2] = {INFINITY, INFINITY};
+    int transport = c->config.transport ? atomic_load(c->config.transport) : RY_BY_NCCL;
+    bool all = transport != RY_BY_NCCL;
+    for (int r = 0; r < map->nranks; r++)
+        all &= c->sides[r].cross != RY_CROSS_CANNOT;
+    if (!all || transport == RY_BY_UCX)
+        return all;
+    if (!m.ucx.measured || !m.link[RY_LINK_NIC].measured)
+        return false;
+    for (int ucx = 0; ucx < 2; ucx++) {
+        m.by_ucx = ucx;
+        for (int s = RY_HIERARCHICAL; s < RY_SUM; s++)
+            best[ucx] = fmin(best[ucx], ry_cost_estimate(&m, map, c->loads, matrix, (enum ry_strategy)s));
+    }
+    return best[1] < best[0] * (c->config.model.by_ucx ? 1 : 1 - MARGIN);
+}
+
+/* From the first exchange on that UCX carries, the same is true as when communicators of the nodes' ranks are first used. */
+static void forget_plans(struct ry_chooser *c)
+{
+    if (c->config.pace)
+        ry_pace_changed(c->config.pace);
+    for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++) {
+        for (int load = 0; load < LOADS; load++) {
+            ry_cost_forget(&c->learned[load], (enum ry_strategy)s);
+            memset(c->tried[load][s], 0, sizeof c->tried[load][s]);
+        }
+    }
+    for (int i = 0; i < RECENT; i++)
+        if (c->recent[i].strategy != RY_DIRECT) /* these will be told of, yet */
+            c->recent[i] = (struct recent){.number = UINT64_MAX};
+}
+
+/* Do all ranks hold the memory for it? */
+static void order_cross(struct ry_chooser *c, const struct ry_choice *choice, const uint64_t *matrix)
+{
+    int n = c->config.map->nranks;
+    enum ry_strategy s = choice->strategy;
+    c->cross = false;
+    memset(c->cross_need, 0, (size_t)n * sizeof *c->cross_need);
+    if (!c->config.model.by_ucx || (s != RY_HIERARCHICAL && s != RY_BALANCED && s != RY_DEDUP) || !all_cross(c))
+        return;
+    c->cross = true;
+    for (int r = 0; r < n; r++) {
+        uint64_t need = c->sides[r].cross_held == UINT64_MAX ? 0 : ry_cross_need(c->config.map, r, s, matrix);
+        if (need <= c->sides[r].cross_held)
+            continue;
+        c->cross = false;
+        c->cross_need[r] = need <= c->config.staging_limit ? need : 0;
+    }
+    if (c->cross && !c->crossed) {
+        c->crossed = true;
+        forget_plans(c);
+    }
+}
+
 /* ---- what the agreement asks ---- */
 
 static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
@@ -521,6 +617,7 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     if (!get_seen(c, seen, bytes))
         return false;
     struct ry_choice choice;
+    c->config.model.by_ucx = wants_ucx(c, NULL);
     struct ry_cost_learned learned = c->learned[c->load]; /* asking is not choosing: nothing may be remembered of it */
     ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
@@ -607,17 +704,7 @@ static void start_node_comms(struct ry_chooser *c)
     if (c->node_comm.used || !c->node_comm.asked || !all_node_comms(c, RY_NODE_HAS))
         return;
     c->node_comm.used = true;
-    if (c->config.pace)
-        ry_pace_changed(c->config.pace);
-    for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++) {
-        for (int load = 0; load < LOADS; load++) {
-            ry_cost_forget(&c->learned[load], (enum ry_strategy)s);
-            memset(c->tried[load][s], 0, sizeof c->tried[load][s]);
-        }
-    }
-    for (int i = 0; i < RECENT; i++)
-        if (c->recent[i].strategy != RY_DIRECT) /* these will be told of, yet */
-            c->recent[i] = (struct recent){.number = UINT64_MAX};
+    forget_plans(c);
 }
 
 /* Communicators of the nodes' ranks: asked for once, when all ranks could make one; used when all have one. */
@@ -713,7 +800,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": a manifest contradicts itself: direct, and no more",
                c->name, x->number);
         memset(c->need, 0, (size_t)c->config.map->nranks * sizeof *c->need);
-        c->timed = false;
+        memset(c->cross_need, 0, (size_t)c->config.map->nranks * sizeof *c->cross_need);
+        c->timed = c->cross = false;
         c->node_comm.order = RY_NODE_NOTHING;
         *rest = 1;
         return RY_DIRECT;
@@ -724,6 +812,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     start_node_comms(c);
     find_relayed(c, x->matrix);
     struct ry_cost_matrix matrix = {.relayed = c->relayed, .arriving = c->arriving, .packed_in = c->looked ? c->packed_in : NULL};
+    c->config.model.by_ucx = wants_ucx(c, &matrix);
     ry_cost_choose(&choice, &c->config.model, &c->learned[c->load], c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
     forced = forced == RY_REPLICA ? RY_DIRECT : forced; /* here nobody can do that alone */
@@ -747,10 +836,11 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     *rest = forced < 0 && !trial ? rest_after(c, x->number, &choice) : 0;
     order_node_comms(c, &choice, *rest > 0);
     order_chunks(c, &choice);
+    order_cross(c, &choice, x->matrix);
     *verify = verified(c, choice.strategy);
     char text[96];
-    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s (%s)%s%s%s", c->name, x->number,
-           ry_strategy_name(choice.strategy),
+    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s%s (%s)%s%s%s", c->name, x->number,
+           ry_strategy_name(choice.strategy), c->cross ? " over UCX" : "",
            c->chunks > 2   ? " in 4 chunks"
            : c->chunks > 1 ? " in 2 chunks"
                            : "",
@@ -766,6 +856,8 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
                              .timed = c->timed,
                              .node_comm = c->node_comm.order,
                              .plain_us = c->plain_us,
+                             .cross_wanted = c->cross_need[rank],
+                             .cross = c->cross,
                              .chunks = (uint32_t)c->chunks,
                              .parts = (uint32_t)c->parts};
     size_t nnodes = (size_t)c->config.map->nnodes, node = (size_t)c->config.map->node[rank];
@@ -807,7 +899,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     }
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
-        !(c->spare = calloc(n, sizeof *c->spare)) ||
+        !(c->spare = calloc(n, sizeof *c->spare)) || !(c->cross_need = calloc(n, sizeof *c->cross_need)) ||
         !(c->arriving = calloc(n, sizeof *c->arriving)) || !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
@@ -836,6 +928,7 @@ void ry_chooser_free(struct ry_chooser *c)
     free(c->arriving);
     free(c->need);
     free(c->spare);
+    free(c->cross_need);
     free(c->sides);
     free(c->repeats);
     free(c->packed_in);

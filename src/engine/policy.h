@@ -19,6 +19,8 @@
    twins, which comes about while the job goes on. */
 enum ry_node_state { RY_NODE_CANNOT, RY_NODE_COULD, RY_NODE_HAS, RY_NODE_MAKING };
 enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
+/* What carries what crosses nodes in a plan (RAILYARD_TRANSPORT). */
+enum ry_transport { RY_BY_NCCL, RY_BY_UCX, RY_BY_FASTER };
 
 /*
  * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a
@@ -44,6 +46,7 @@ struct ry_side {
     uint64_t cannot_pack;         /* 1: it has no kernels to pack rows and write them out; nobody packs then */
     uint64_t answers; /* 1 + the exchange whose return this is, if for all this rank knows it may be summed; 0: it may not */
     uint64_t copies;  /* of each token in that one; 0: as many as the others say */
+    uint64_t cross, cross_held; /* enum ry_cross_state (ucx/carrier.h); bytes of host memory that it holds for that */
 };
 /** The most that ry_side_pack() writes, any row width. */
 static inline size_t ry_side_most(int nnodes)
@@ -63,6 +66,8 @@ struct ry_order {
     uint64_t timed;          /* 1: time this exchange, whether it is the turn of RAILYARD_SAMPLE or not */
     uint64_t node_comm;      /* enum ry_node_order; the same for all ranks. MAKE: before the plan, which does not use it yet */
     double plain_us;         /* what plain NCCL would take, not engaged, by all that is known */
+    uint64_t cross_wanted;   /* as staging_wanted, for what UCX carries */
+    uint64_t cross;          /* 1: UCX carries what crosses nodes in this plan; the same for all ranks */
     uint32_t chunks;         /* of the plan; dedup only, else 0 */
     uint32_t parts;          /* to look for equal rows in, from the next exchange on; 0: as before */
 };
@@ -77,10 +82,15 @@ struct ry_policy_config {
     uint64_t verify;              /* every n-th engaged exchange, 0: never */
     uint64_t staging_limit;
     int chunks; /* of plans by dedup; 0: by the model */
+    const _Atomic int *transport; /* enum ry_transport; may change. NULL: RY_BY_NCCL */
     struct ry_cost_model model;
     struct ry_pace *pace; /* of the yardmaster's own rank; must live as long. NULL: only estimates count */
     const char *name; /* of the communicator, for RAILYARD_LOG=plan; copied */
 };
+
+/** The most host memory that a rank's transfers between nodes take in a group of a plan, staged (ucx/carrier.h). Hierarchical, balanced
+ *  and dedup. O(nranks^2). */
+uint64_t ry_cross_need(const struct ry_cluster *map, int rank, enum ry_strategy strategy, const uint64_t *matrix);
 
 struct ry_chooser; /* opaque */
 struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct ry_err *err);

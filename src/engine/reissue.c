@@ -55,7 +55,9 @@ static void free_reissue(struct reissue *r, bool aborted)
     ry_twins_close(r->twins, aborted);
     if (r->talk)
         ry_talk_close(r->talk);
+    ry_across_close(r->across, atomic_load(&ry_engine.closed));
     ry_node_comm_end(r->node, aborted); /* what it had to abort is under way already */
+    ry_redirected_free(&r->redirected);
     if (r->runner)
         ry_runner_free(r->runner, aborted);
     ry_chooser_free(r->chooser);
@@ -125,6 +127,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                           .verify = ry_engine.settings.verify,
                                           .staging_limit = ry_engine.settings.staging,
                                           .chunks = ry_engine.chunks,
+                                          .transport = &ry_engine.transport,
                                           .name = c->id};
         ry_reissue_model(&config.model, map);
         if (ry_engine.sampler && !(r->pace = ry_pace_new())) {
@@ -149,6 +152,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
                                   .context = c};
     if (!(r->talk = ry_talk_open(&talk, &err)))
         goto failed;
+    r->across = ry_across_open(c, map, address, address_size);
     r->twins = ry_twins_open(c, r, address, address_size);
     ry_exchange_meet_others(c);
     atomic_store(&c->reissue, r);
@@ -169,7 +173,8 @@ static void count(struct reissue_counts *n, const struct reissue *r)
     *n = (struct reissue_counts){.agreed = r->waits.count,
                                  .verified = r->verified,
                                  .verify_differs = r->quit,
-                                 .short_of_staging = chosen.short_of_staging};
+                                 .short_of_staging = chosen.short_of_staging,
+                                 .over_ucx = r->chooser ? r->over_ucx : 0};
     n->by_strategy[RY_DIRECT] = n->agreed;
     for (int i = 0; i < RY_STRATEGIES; i++) {
         if (i == RY_DIRECT)
@@ -215,6 +220,9 @@ void ry_reissue_close(struct comm *c, bool aborted)
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
                 ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later, beside);
+    if (r->over_ucx)
+        ry_info("communicator %s: UCX carried what crossed nodes in %llu of these, %llu bytes from here", c->id,
+                (unsigned long long)r->over_ucx, (unsigned long long)ry_across_sent(r->across));
     struct ry_cluster *map = r->map;
     free_reissue(r, aborted);
     ry_cluster_free(map);

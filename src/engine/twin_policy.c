@@ -9,6 +9,7 @@
 
 #include "base/log.h"
 #include "plan/cost_replica.h"
+#include "ucx/carrier.h"
 
 #define MARGIN 0.05        /* that it must promise */
 #define CHEAP 0.05         /* agreeing that costs no more than this share of an exchange is worth it just to find out */
@@ -31,6 +32,7 @@ struct ry_twin_chooser {
     struct ry_twin_side *sides; /* [n], of the exchange at hand */
     struct ry_load *loads;      /* [n] */
     struct ry_twin_order order;
+    bool cross; /* UCX carries what crosses nodes */
     bool make, asked, never; /* communicators: to be made now; were; cannot */
     uint64_t making;
     int unequal, unpaid; /* in a row */
@@ -233,6 +235,48 @@ static void give_up(struct ry_twin_chooser *c, bool *last)
     c->unequal = c->unpaid = 0;
 }
 
+uint64_t ry_twin_cross_need(const struct ry_load *l, int twins)
+{
+    uint64_t messages = (uint64_t)(l->cross_sends + l->cross_recvs) * RY_CHUNKS;
+    return ry_carrier_need((l->cross_out + l->cross_in) / (unsigned)twins + 64 * messages, messages);
+}
+
+static uint64_t cross_need(const struct ry_twin_chooser *c, int r)
+{
+    return ry_twin_cross_need(&c->sides[r].load, c->config.twins);
+}
+
+/* Shall, and can, UCX carry what crosses nodes? */
+static void order_cross(struct ry_twin_chooser *c)
+{
+    bool all = c->config.model.by_ucx;
+    for (int r = 0; r < c->n; r++)
+        all &= c->sides[r].cross == RY_CROSS_HAS;
+    c->cross = all;
+    for (int r = 0; all && r < c->n; r++)
+        c->cross &= cross_need(c, r) <= c->sides[r].cross_held;
+    c->order.cross = c->cross;
+}
+
+static bool wants_ucx(const struct ry_twin_chooser *c)
+{
+    const struct ry_cluster *map = c->config.map;
+    struct ry_cost_model m = c->config.model;
+    double us[2];
+    int transport = c->config.transport ? atomic_load(c->config.transport) : RY_BY_NCCL;
+    bool all = transport != RY_BY_NCCL;
+    int chunks;
+    for (int r = 0; r < c->n; r++)
+        all &= c->sides[r].cross != RY_CROSS_CANNOT;
+    if (!all || transport == RY_BY_UCX)
+        return all;
+    for (int ucx = 0; ucx < 2; ucx++) {
+        m.by_ucx = ucx;
+        us[ucx] = ry_cost_replica(&m, map, c->config.twins, c->loads, &chunks);
+    }
+    return m.ucx.measured && m.link[RY_LINK_NIC].measured && us[1] < us[0] * (c->config.model.by_ucx ? 1 : 1 - MARGIN);
+}
+
 /* NULL: by replica. */
 static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, struct estimate *e, bool *last,
                           char *text, size_t size)
@@ -249,6 +293,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     c->unequal = 0;
     if ((why = look_at_comms(c, last)))
         return why;
+    c->config.model.by_ucx = wants_ucx(c);
     estimate(c, e);
     enum way way = forced(c) ? TOGETHER : choose_way(c, e, &trial);
     remember(c, x->number, e, way);
@@ -256,6 +301,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     c->order.chunks = (uint32_t)e->chunks;
     c->order.plain_us = e->us[APART];
     if (way == TOGETHER) {
+        order_cross(c);
         if (e->us[TOGETHER] < e->us[APART])
             c->unpaid = c->skips = 0;
         return NULL;
@@ -274,7 +320,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     char text[160];
     bool last = false;
     c->order = (struct ry_twin_order){.chunks = 1};
-    c->make = false;
+    c->make = c->cross = false;
     if (!get_sides(c, x->extra, x->extra_bytes)) {
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": a manifest contradicts itself", c->name, x->number);
         return *rest = 1, RY_DIRECT;
@@ -288,8 +334,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
                last ? "; not asked any more" : "");
     else
-        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica in %u chunks (%.0f us, each for itself %.0f us)%s",
-               c->name, x->number, c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us)%s",
+               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
     return why ? RY_DIRECT : RY_REPLICA;
 }
 
@@ -298,6 +344,7 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     struct ry_twin_chooser *c = context;
     (void)x, (void)strategy;
     c->order.make = c->make;
+    c->order.cross_wanted = c->config.model.by_ucx && !c->cross ? cross_need(c, rank) : 0;
     memset(c->order.id, 0, sizeof c->order.id);
     if (c->make)
         memcpy(c->order.id, c->sides[rank % c->each].id, sizeof c->order.id);

@@ -30,6 +30,7 @@ struct ry_twin_side {
     double measured_us;
     double plain_us; /* the latest duration known of an exchange that was not agreed on with the twins; 0: none yet */
     double messages_us;           /* what agreeing takes this rank; 0: not known */
+    uint64_t cross, cross_held;   /* as struct ry_side's */
     uint8_t id[RY_TWIN_ID_BYTES]; /* of twin 0's rank at each position: to make that communicator by. Zeros: none */
 };
 
@@ -38,7 +39,8 @@ struct ry_twin_order {
     uint32_t chunks; /* of the plan */
     uint32_t make;   /* 1: make the communicator of your position, by this id, while the job goes on */
     uint32_t timed;  /* 1: time this exchange */
-    uint32_t spare;
+    uint32_t cross;  /* 1: UCX carries what crosses nodes */
+    uint64_t cross_wanted;
     double plain_us; /* what the exchange would take by the twins each for itself, as far as known; 0: not told */
     uint8_t id[RY_TWIN_ID_BYTES];
 };
@@ -50,9 +52,13 @@ struct ry_twin_config {
                                   whatever it costs; another one: never */
     uint64_t verify;           /* every n-th exchange by replica, 0: never */
     int chunks;                /* of plans; 0: by the model */
+    const _Atomic int *transport; /* enum ry_transport; may change. NULL: RY_BY_NCCL */
     struct ry_cost_model model;
     const char *name; /* for RAILYARD_LOG=plan; copied */
 };
+
+/** What a rank must hold for UCX to carry its shares of such an exchange. */
+uint64_t ry_twin_cross_need(const struct ry_load *load, int twins);
 
 struct ry_twin_chooser; /* opaque */
 struct ry_twin_chooser *ry_twin_chooser_new(const struct ry_twin_config *config, struct ry_err *err);

@@ -143,6 +143,7 @@ static struct group *make_group(struct ry_twins *t, uint64_t key, struct ry_err 
                                         .forced = &ry_engine.forced,
                                         .verify = ry_engine.settings.verify,
                                         .chunks = ry_engine.chunks,
+                                        .transport = &ry_engine.transport,
                                         .name = t->c->id};
         ry_reissue_model(&config.model, g->map);
         config.model.node_comm = true;
@@ -310,6 +311,8 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
     s->digest = t->digest;
     s->digested = t->digested;
     s->node_comm = ry_node_comm_state(g->comm);
+    s->cross = ry_across_state(t->r->across);
+    s->cross_held = ry_across_held(t->r->across);
     s->measured = atomic_load(&t->measured);
     s->measured_us = atomic_load(&t->measured_us);
     s->plain_us = atomic_load(&t->plain_us);
@@ -405,6 +408,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
         t->engaged = true;
     }
     wait->timed = order.timed;
+    ry_across_want(t->r->across, order.cross_wanted);
     atomic_store(&t->asked[number % 64], number + 1);
     if (order.make && g->comm) {
         struct ry_nccl_id id;
@@ -414,6 +418,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     if (verdict.strategy != RY_REPLICA)
         return false;
     v->verify = verdict.verify;
+    v->cross = order.cross;
     v->plain_us = order.plain_us;
     v->node = ry_node_comm_face(g->comm);
     plan(g, &order, v);

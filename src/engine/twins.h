@@ -41,6 +41,7 @@ struct ry_twins_verdict {
         plan; /* by replica, localized; the caller's. NULL: it could not be built, and the job's call must fail: *why */
     struct ry_run_node *node;
     bool verify;
+    bool cross; /* UCX carries what crosses nodes */
     double plain_us; /* what the twins would take each for itself */
     struct ry_err why;
 };

@@ -17,7 +17,7 @@
 const char *ry_cal_name(enum ry_cal_kind kind)
 {
     static const char *const names[RY_CAL_KINDS] = {"copy", "self",    "pair",    "local",
-                                                    "node", "nic-one", "nic-all", "exchange"};
+                                                    "node", "nic-one", "nic-all", "ucx-one", "ucx-all", "exchange"};
     return (unsigned)kind < RY_CAL_KINDS ? names[kind] : "?";
 }
 
@@ -44,8 +44,10 @@ static int peers(const struct ry_cluster *c, enum ry_cal_kind kind, int rank)
     case RY_CAL_NODE:
         return size - 1;
     case RY_CAL_NIC_ONE:
+    case RY_CAL_UCX_ONE:
         return c->nnodes > 1 && local == 0;
     case RY_CAL_NIC_ALL:
+    case RY_CAL_UCX_ALL:
         return c->nnodes > 1;
     case RY_CAL_EXCHANGE:
         return c->nranks;
@@ -67,6 +69,8 @@ static int target(const struct ry_cluster *c, enum ry_cal_kind kind, int rank, i
         return rank_at(c, node, (local + 1 + k % (size - 1)) % size);
     case RY_CAL_NIC_ONE:
     case RY_CAL_NIC_ALL:
+    case RY_CAL_UCX_ONE:
+    case RY_CAL_UCX_ALL:
         node = (node + 1 + k % (c->nnodes - 1)) % c->nnodes;
         return rank_at(c, node, (local + k / (c->nnodes - 1)) % c->node_size[node]);
     case RY_CAL_EXCHANGE:
@@ -295,10 +299,25 @@ static bool fit_inside(struct calibration *c, enum ry_cal_kind kind, struct ry_c
     return true;
 }
 
+/* The NIC, by way of NCCL or of UCX. The same. */
+static bool fit_across(struct calibration *c, enum ry_cal_kind one, enum ry_cal_kind all, struct ry_cost_link *out, double *rank)
+{
+    double a, b, start, each, local, nic, messages, together;
+    if (!line(c, one, false, &a, &b) || !line(c, all, true, &start, &each))
+        return false;
+    widths(c, one, &local, &nic, &messages);
+    *rank = per(b / nic);
+    if (line(c, all, false, &together, &b)) /* else every node has one rank, and `one` was all */
+        widths(c, all, &local, &nic, &messages);
+    each = message_us(each, b);
+    *out = (struct ry_cost_link){fmax(a - c->out->model.group_us - each, 0), per(b / nic), each, true};
+    return true;
+}
+
 static void fit_model(struct calibration *c)
 {
     struct ry_cost_model *m = &c->out->model;
-    double a, b, start, each, local, nic, messages;
+    double a, b, start, each;
     if (line(c, RY_CAL_COPY, false, &a, &b)) {
         m->copy_us = a;
         m->copy_bytes_per_us = per(b);
@@ -313,14 +332,11 @@ static void fit_model(struct calibration *c)
         m->link[RY_LINK_NODE] = m->link[RY_LINK_LOCAL];
         m->link[RY_LINK_NODE].measured = false;
     }
-    if (line(c, RY_CAL_NIC_ONE, false, &a, &b) && line(c, RY_CAL_NIC_ALL, true, &start, &each)) {
-        double all, latency = a;
-        widths(c, RY_CAL_NIC_ONE, &local, &nic, &messages);
-        m->nic_rank_bytes_per_us = per(b / nic);
-        if (line(c, RY_CAL_NIC_ALL, false, &all, &b)) /* else every node has one rank, and `one` was all */
-            widths(c, RY_CAL_NIC_ALL, &local, &nic, &messages);
-        each = message_us(each, b);
-        m->link[RY_LINK_NIC] = (struct ry_cost_link){fmax(latency - m->group_us - each, 0), per(b / nic), each, true};
+    fit_across(c, RY_CAL_NIC_ONE, RY_CAL_NIC_ALL, &m->link[RY_LINK_NIC], &m->nic_rank_bytes_per_us);
+    if (!fit_across(c, RY_CAL_UCX_ONE, RY_CAL_UCX_ALL, &m->ucx, &m->ucx_rank_bytes_per_us)) {
+        m->ucx = m->link[RY_LINK_NIC];
+        m->ucx.measured = false;
+        m->ucx_rank_bytes_per_us = m->nic_rank_bytes_per_us;
     }
     m->measured = true;
 }
@@ -331,6 +347,7 @@ static void judge(struct calibration *c)
 {
     struct ry_calibration *out = c->out;
     struct ry_cost_model inside = out->model; /* where NODE carries what stays on a node */
+    struct ry_cost_model across = ry_cost_over_ucx(&out->model);
     double error[RY_CAL_POINTS];
     inside.link[RY_LINK_LOCAL] = inside.link[RY_LINK_NODE];
     for (int i = 0; i < out->npoints; i++) {
@@ -338,8 +355,10 @@ static void judge(struct calibration *c)
         if (p->kind == RY_CAL_COPY)
             p->model_us = out->model.copy_us + (double)p->bytes / out->model.copy_bytes_per_us;
         else if (!loads_of(c->loads, c->cluster, p))
-            p->model_us = ry_cost_estimate(p->kind == RY_CAL_NODE ? &inside : &out->model, c->cluster, c->loads, NULL,
-                                           RY_DIRECT) -
+            p->model_us = ry_cost_estimate(p->kind == RY_CAL_NODE                                   ? &inside
+                                           : p->kind == RY_CAL_UCX_ONE || p->kind == RY_CAL_UCX_ALL ? &across
+                                                                                                    : &out->model,
+                                           c->cluster, c->loads, NULL, RY_DIRECT) -
                           out->model.agreement_us;
         if (p->kind == RY_CAL_SELF && p->messages) /* loads do not count messages to oneself */
             p->model_us += (p->messages - 1) * out->model.link[RY_LINK_SELF].message_us;
@@ -376,6 +395,8 @@ int ry_calibrate(struct ry_calibration *out, const struct ry_cluster *cluster, c
     has[RY_CAL_NODE] = largest > 1 && cluster->nnodes > 1 && runner->node_comm;
     has[RY_CAL_NIC_ONE] = cluster->nnodes > 1;
     has[RY_CAL_NIC_ALL] = cluster->nnodes > 1 && largest > 1;
+    has[RY_CAL_UCX_ONE] = has[RY_CAL_NIC_ONE] && runner->ucx;
+    has[RY_CAL_UCX_ALL] = has[RY_CAL_NIC_ALL] && runner->ucx;
     int points = 0;
     for (int k = 0; k < RY_CAL_KINDS; k++)
         points += has[k] * SIZES;
@@ -391,6 +412,8 @@ int ry_calibrate(struct ry_calibration *out, const struct ry_cluster *cluster, c
         bad = sweep_messages(&c, RY_CAL_NODE);
     if (!bad && cluster->nnodes > 1)
         bad = sweep_messages(&c, RY_CAL_NIC_ALL);
+    if (!bad && has[RY_CAL_UCX_ONE])
+        bad = sweep_messages(&c, RY_CAL_UCX_ALL);
     if (!bad) {
         fit_model(&c);
         judge(&c);

@@ -12,8 +12,9 @@
  *     node       the same over the node's own communicator       -> NODE
  *     nic-one    one rank of each node to one of the next node   -> NIC alpha, nic_rank_bytes_per_us
  *     nic-all    all ranks of a node to those of the next node   -> NIC
+ *     ucx-one, ucx-all   as the latter two, by way of UCX -> UCX alpha, ucx_rank_bytes_per_us; UCX
  *     exchange   everyone to everyone, itself included           (checks the model)
- * and copies on the device without NCCL. `self`, `local`, `node` and `nic-all` are tried with many small messages, too
+ * and copies on the device without NCCL. `self`, `local`, `node`, `nic-all` and `ucx-all` are tried with many small messages, too
  * (-> message_us).
  *
  * A point is measured some times over, and the lower quartile counts: other load on the machine only adds time. (Not
@@ -35,6 +36,8 @@ enum ry_cal_kind {
     RY_CAL_NODE,
     RY_CAL_NIC_ONE,
     RY_CAL_NIC_ALL,
+    RY_CAL_UCX_ONE,
+    RY_CAL_UCX_ALL,
     RY_CAL_EXCHANGE,
     RY_CAL_KINDS
 };
@@ -68,9 +71,10 @@ struct ry_cal_runner {
      * `err`. */
     int (*run)(void *context, const struct ry_cal_point *point, int rounds, double *us, struct ry_err *err);
     bool node_comm; /* there is a communicator of each node's ranks for RY_CAL_NODE; the same on all ranks */
+    bool ucx;       /* all ranks can exchange over UCX what crosses nodes */
 };
 
-#define RY_CAL_POINTS 112 /* 8 patterns in 9 sizes, 4 in 7 numbers of messages */
+#define RY_CAL_POINTS 140 /* 10 patterns in 9 sizes, 5 in 7 numbers of messages */
 struct ry_calibration {
     struct ry_cost_model model; /* what could not be measured is as ry_cost_guess() has it */
     int npoints;

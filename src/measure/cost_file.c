@@ -70,6 +70,7 @@ struct field {
         label, "message_us", offsetof(struct ry_cost_model, link[which].message_us), 0                                 \
     }
 #define MOST 1e12
+#define UCX "ucx" /* the NIC by way of UCX */
 
 static const struct field fields[] = {
     LINK(RY_LINK_SELF, "self"),
@@ -77,6 +78,10 @@ static const struct field fields[] = {
     LINK(RY_LINK_NIC, "nic"),
     LINK(RY_LINK_NODE, "node"),
     {"nic", "rank_bytes_per_us", offsetof(struct ry_cost_model, nic_rank_bytes_per_us), 1e-3},
+    {UCX, "alpha_us", offsetof(struct ry_cost_model, ucx.alpha_us), 0},
+    {UCX, "bytes_per_us", offsetof(struct ry_cost_model, ucx.bytes_per_us), 1e-3},
+    {UCX, "message_us", offsetof(struct ry_cost_model, ucx.message_us), 0},
+    {UCX, "rank_bytes_per_us", offsetof(struct ry_cost_model, ucx_rank_bytes_per_us), 1e-3},
     {"copy", "each_us", offsetof(struct ry_cost_model, copy_us), 0},
     {"copy", "bytes_per_us", offsetof(struct ry_cost_model, copy_bytes_per_us), 1e-3},
     {NULL, "group_us", offsetof(struct ry_cost_model, group_us), 0},
@@ -111,9 +116,10 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t
     *m = (struct ry_cost_model){.measured = true};
     const char *node = ry_link_name(RY_LINK_NODE);
     bool has_node = json_object_get(root, node) != NULL; /* files of Railyard before it knew of such links have none */
+    bool has_ucx = json_object_get(root, UCX) != NULL;   /* nor where UCX was not measured */
     for (size_t i = 0; i < NFIELDS; i++) {
         const struct field *f = &fields[i];
-        if (!has_node && f->object && !strcmp(f->object, node))
+        if (f->object && ((!has_node && !strcmp(f->object, node)) || (!has_ucx && !strcmp(f->object, UCX))))
             continue;
         const json_t *o = f->object ? json_object_get(root, f->object) : root, *v = json_object_get(o, f->name);
         double x = json_number_value(v);
@@ -126,6 +132,12 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t
     for (int l = 0; l < RY_LINKS; l++)
         m->link[l].measured =
             json_is_true(json_object_get(json_object_get(root, ry_link_name((enum ry_link)l)), "measured"));
+    m->ucx.measured = json_is_true(json_object_get(json_object_get(root, UCX), "measured"));
+    if (!has_ucx) {
+        m->ucx = m->link[RY_LINK_NIC];
+        m->ucx.measured = false;
+        m->ucx_rank_bytes_per_us = m->nic_rank_bytes_per_us;
+    }
     if (!has_node) {
         m->link[RY_LINK_NODE] = m->link[RY_LINK_LOCAL];
         m->link[RY_LINK_NODE].measured = false;
@@ -201,10 +213,14 @@ static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluste
                              "made", when, "railyard", RAILYARD_VERSION);
     for (int l = 0; root && l < RY_LINKS; l++)
         json_object_set_new(root, ry_link_name((enum ry_link)l), json_pack("{s:b}", "measured", m.link[l].measured));
+    if (root && m.ucx.measured)
+        json_object_set_new(root, UCX, json_pack("{s:b}", "measured", true));
     if (root)
         json_object_set_new(root, "copy", json_object());
     for (size_t i = 0; root && i < NFIELDS; i++) {
         const struct field *f = &fields[i];
+        if (f->object && !strcmp(f->object, UCX) && !m.ucx.measured)
+            continue;
         json_object_set_new(f->object ? json_object_get(root, f->object) : root, f->name, json_real(*value_of(&m, f)));
     }
     return root;

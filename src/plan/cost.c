@@ -75,6 +75,16 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
         .plan_us_per_rank = 0.2,
     };
     model->link[RY_LINK_NODE] = model->link[RY_LINK_LOCAL];
+    model->ucx = model->link[RY_LINK_NIC];
+    model->ucx_rank_bytes_per_us = model->nic_rank_bytes_per_us;
+}
+
+struct ry_cost_model ry_cost_over_ucx(const struct ry_cost_model *model)
+{
+    struct ry_cost_model m = *model;
+    m.link[RY_LINK_NIC] = m.ucx;
+    m.nic_rank_bytes_per_us = m.ucx_rank_bytes_per_us;
+    return m;
 }
 
 /* ---- loads ---- */
@@ -505,21 +515,27 @@ static void cut(struct ry_cost_parts *p, const struct ry_cost_model *m, double c
     }
 }
 
-uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *m,
+static struct paces paces_of(const struct ry_cost_model *m)
+{
+    return (struct paces){.self = pace_of(m, RY_LINK_SELF),
+                          .local = pace_of(m, RY_LINK_LOCAL),
+                          .nic = pace_of(m, RY_LINK_NIC),
+                          .passed = inside_pace(m, RY_LINK_LOCAL, m->node_comm),
+                          .passed_self = inside_pace(m, RY_LINK_SELF, m->node_comm),
+                          .rank_per_byte = 1 / m->nic_rank_bytes_per_us,
+                          .incast = m->nic_incast};
+}
+
+uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struct ry_cost_model *model,
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
-    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
-    const uint64_t *arriving = matrix ? matrix->arriving : NULL;
+    const struct ry_cost_model plans = model->by_ucx ? ry_cost_over_ucx(model) : *model, *m = &plans;
+    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *arriving = matrix ? matrix->arriving : NULL;
+    const uint64_t *packed_in = matrix ? matrix->packed_in : NULL;
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
                          *balanced = &parts[RY_BALANCED];
     struct balancing even = {.nic_node = -1};
-    const struct paces k = {.self = pace_of(m, RY_LINK_SELF),
-                            .local = pace_of(m, RY_LINK_LOCAL),
-                            .nic = pace_of(m, RY_LINK_NIC),
-                            .passed = inside_pace(m, RY_LINK_LOCAL, m->node_comm),
-                            .passed_self = inside_pace(m, RY_LINK_SELF, m->node_comm),
-                            .rank_per_byte = 1 / m->nic_rank_bytes_per_us,
-                            .incast = m->nic_incast};
+    const struct paces k = paces_of(m), by_nccl = paces_of(model);
     uint64_t most_self = 0, most_out = 0, busiest = 0, all = 0, packed = 0, most_packed = 0, most_scanned = 0;
     uint32_t most_nodes = 0;
     double local = 0, written = 0;
@@ -556,9 +572,9 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
         sum_up(sum, c, loads, relayed, arriving, first, n);
         for (int i = 0; i < n; i++) {
-            nic_us(direct, &k, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes,
+            nic_us(direct, &by_nccl, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes,
                    sum[i].slower_out);
-            nic_us(direct, &k, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard,
+            nic_us(direct, &by_nccl, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard,
                    sum[i].slower_in);
             int size = c->node_size[first + i];
             relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
@@ -695,6 +711,9 @@ static double group_us(const struct ry_cost_model *m, const struct ry_cluster *c
 double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_plan *const *plans)
 {
     int n = cluster->nranks, groups = n ? plans[0]->ngroups : 0;
+    const struct ry_cost_model across = ry_cost_over_ucx(model);
+    if (model->by_ucx && n && plans[0]->strategy != RY_DIRECT)
+        model = &across;
     struct walker *walkers = calloc((size_t)(n ? n : 1), sizeof *walkers);
     double *node_bytes = calloc((size_t)(n ? n : 1), sizeof *node_bytes);
     double *over = calloc((size_t)groups + 1, sizeof *over); /* when groups are over, of the first part */

@@ -36,6 +36,9 @@ struct ry_cost_model {
     double nic_rank_bytes_per_us; /* the most that one rank alone gets out of its node's NIC, each way */
     double nic_incast; /* 0 to below 1: the share of its bandwidth that a NIC loses at most where many nodes send to it at once:
                           of f nodes, 1 - 1 / f of this. 0 unless somebody knows better: nobody measures it, nor is it in files */
+    /* The same of what UCX carries instead of NCCL (docs/ucx-transport.md), as link[RY_LINK_NIC] and nic_rank_bytes_per_us */
+    struct ry_cost_link ucx;
+    double ucx_rank_bytes_per_us;
     double copy_us, copy_bytes_per_us; /* of each copy between groups; SELF is what goes through NCCL. Kernels that pack rows and
                                           write them out are copies; a search reads each byte twice, for once read and written */
     double group_us;                   /* of each NCCL group (a kernel launch) */
@@ -44,6 +47,7 @@ struct ry_cost_model {
     bool measured;           /* by railyard calibrate, at least in part, rather than guessed from the topology */
     bool node_comm; /* what is passed on inside nodes (group 1) goes over NODE, not LOCAL: the ranks have, or will have, such
                        communicators. No property of links: not kept in files, false at first, set by whoever knows */
+    bool by_ucx; /* UCX carries what crosses nodes in plans, other than direct's. As node_comm: set by whoever knows */
     int chunks; /* dedup's plans may be in so many chunks at most; 0: 1. As node_comm, without which they are never in more
                    than 1: set by whoever knows */
 };
@@ -51,6 +55,8 @@ struct ry_cost_model {
 /** A guess from what the seats say (NVLink and NIC bandwidth), conservative where they say nothing. */
 void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster);
 
+/** The model of plans whose transfers between nodes UCX carries: what is between nodes is as UCX has it. */
+struct ry_cost_model ry_cost_over_ucx(const struct ry_cost_model *model);
 /*
  * Contention. Other communicators of a rank's process may exchange at the same time, over the same NICs. Bytes: of an exchange
  * like those measured lately, on the average; all 0 where nothing was seen beside them. `out` and `in` are what others moved

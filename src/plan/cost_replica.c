@@ -32,7 +32,9 @@ static double across_us(const struct ry_cost_model *m, const struct sums *s, int
 double ry_cost_replica(const struct ry_cost_model *model, const struct ry_cluster *cluster, int replicas,
                        const struct ry_load *loads, int *chunks)
 {
+    const struct ry_cost_model over_ucx = ry_cost_over_ucx(model);
     int each = cluster->nranks / replicas;
+    model = model->by_ucx ? &over_ucx : model;
     const struct ry_cost_link *local = &model->link[RY_LINK_LOCAL], *self = &model->link[RY_LINK_SELF],
                               *node = &model->link[RY_LINK_NODE];
     double near = 0, passed = 0, messages = 0, best = INFINITY;

@@ -94,7 +94,7 @@ void ry_record_rows(struct ry_record *rec, struct ry_record_comm *comm, const st
 /**
  * One named counter of a communicator, as it stands at its end. The report infers what a communicator is for from
  * "calls.allreduce", "calls.allgather", "calls.reducescatter", "calls.broadcast", "calls.reduce", "calls.gather",
- * "calls.scatter", "calls.send", "calls.recv" and "plain_groups", and shows "short_of_staging" and "verify_differs".
+ * "calls.scatter", "calls.send", "calls.recv" and "plain_groups", and shows "short_of_staging", "over_ucx" and "verify_differs".
  */
 struct ry_record_counter {
     const char *name;

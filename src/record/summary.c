@@ -164,6 +164,7 @@ static void sum_agreed(struct ry_summary *s)
     }
     s->verify_differs = counter(s->comm, "verify_differs");
     s->short_of_staging = counter(s->comm, "short_of_staging");
+    s->over_ucx = counter(s->comm, "over_ucx");
     s->clocked_us = counter(s->comm, "clocked_us");
     s->beside_us = counter(s->comm, "beside_us");
 }

@@ -134,7 +134,7 @@ static int scratch_take(struct scratch *s, struct ry_runner *r, const struct ry_
         return ry_fail(err, "%d comparisons are under way already", PER_RUNNER);
     for (int p = 0; p < b->nranks; p++)
         s->bytes += (b->recv_bytes[p] + ALIGN - 1) / ALIGN * ALIGN;
-    if (!staging_reserve(s->bytes))
+    if (!ry_run_staging_reserve(s->bytes))
         return ry_fail(err, "%llu bytes are beyond what RAILYARD_STAGING leaves", (unsigned long long)s->bytes);
     s->recv = malloc((size_t)b->nranks * sizeof *s->recv);
     if (!s->recv)
@@ -144,7 +144,7 @@ static int scratch_take(struct scratch *s, struct ry_runner *r, const struct ry_
         if (s->check)
             put_back(s->check, &idle);
         free(s->recv);
-        staging_unreserve(s->bytes);
+        ry_run_staging_unreserve(s->bytes);
         return -1;
     }
     s->answer = s->memory;
@@ -203,7 +203,7 @@ int ry_run_verify(struct ry_runner *r, const struct ry_plan *plan, const struct 
     }
     if (r->device->free_async(s.memory, b->stream, &lost))
         ry_info("%llu bytes of scratch memory are lost: %s", (unsigned long long)s.bytes, lost.msg);
-    staging_unreserve(s.bytes);
+    ry_run_staging_unreserve(s.bytes);
     free(s.recv);
     return rc;
 }

@@ -19,6 +19,7 @@ struct ry_runner {
     struct ry_nccl nccl;
     const struct ry_device *device;
     void *comm;
+    struct ry_cross *cross; /* NULL: NCCL carries everything */
     bool kernels; /* loaded: else copies go one by one, and nothing can be compared */
     /* staging.c */
     void *stage;
@@ -52,6 +53,8 @@ struct ry_runner {
     int *one_node;            /* its map */
     int one_node_ranks;
     bool counting; /* it was given something */
+    bool telling;  /* and the next search for equal rows is to hear of it */
+    uint32_t times;
 };
 
 /* ---- batch.c ---- */
@@ -77,9 +80,6 @@ int batch_flush(struct batch *batch, struct ry_err *err);
 
 /* ---- staging.c ---- */
 
-/** Count `bytes` against the process's limit: all of it, or false. */
-bool staging_reserve(uint64_t bytes);
-void staging_unreserve(uint64_t bytes);
 /** Before and after a plan uses the staging memory on `stream`. */
 int staging_enter(struct ry_runner *runner, void *stream, struct ry_err *err);
 int staging_leave(struct ry_runner *runner, void *stream, struct ry_err *err);

@@ -66,13 +66,13 @@ static int keep(struct ry_runner *r, const struct ry_plan *plan, const struct ry
     uint64_t bytes = ry_sums_memory(messages, kept->n);
     if (bytes == UINT64_MAX)
         return ry_fail(err, "more than %llu rows", (unsigned long long)RY_ROWS_MOST);
-    if (!staging_reserve(bytes))
+    if (!ry_run_staging_reserve(bytes))
         return ry_fail(err,
                        "%llu bytes more are needed to keep which rows are equal, beyond what is left: raise "
                        "RAILYARD_STAGING",
                        (unsigned long long)bytes);
     if (staging_enter(r, b->stream, err) || !(kept->sums = ry_sums_keep(r->rows, messages, kept->n, b->stream, err))) {
-        staging_unreserve(bytes);
+        ry_run_staging_unreserve(bytes);
         return -1;
     }
     kept->bytes = bytes;
@@ -113,7 +113,7 @@ void ry_kept_free(struct ry_kept *kept)
     if (!kept)
         return;
     ry_sums_free(kept->sums);
-    staging_unreserve(kept->bytes);
+    ry_run_staging_unreserve(kept->bytes);
     free(kept);
 }
 

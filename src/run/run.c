@@ -309,23 +309,26 @@ static int sum(struct copying *c, struct ry_runner *r, const struct ry_buffers *
     return packed_sum(&c->packed, s->peer, address(r, b, &s->from), address(r, b, &s->to), s->bytes, err);
 }
 
-/* The steps of one group, from `first` on: returns how many. `local`: its ranks by other numbers, on `comm`. */
+/* The steps of one group, from `first` on: returns how many. `local`: its ranks by other numbers, on `comm`. Those that `cross`
+   carries are left out; if there is nothing else NCCL is not called. */
 static int transfer(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first, void *comm,
-                    const int *local, int *result)
+                    const int *local, const struct ry_cross *cross, int *result)
 {
     const struct ry_step *s = &plan->steps[first], *end = plan->steps + plan->nsteps;
     int group = s->group;
-    if ((*result = r->nccl.group_start()))
-        return 0;
+    bool began = false;
     for (; s < end && ry_is_transfer(s) && s->group == group; s++) {
         int peer = local ? local[s->peer] : s->peer;
-        if (*result)
+        if (*result || (cross && cross->with[s->peer]))
             continue;
+        if (!began && (*result = r->nccl.group_start()))
+            continue;
+        began = true;
         *result = s->kind == RY_STEP_SEND
                       ? r->nccl.send(address(r, b, &s->from), s->bytes, RY_NCCL_UINT8, peer, comm, b->stream)
                       : r->nccl.recv(address(r, b, &s->to), s->bytes, RY_NCCL_UINT8, peer, comm, b->stream);
     }
-    int ended = r->nccl.group_end();
+    int ended = began ? r->nccl.group_end() : 0;
     if (!*result)
         *result = ended;
     return (int)(s - plan->steps) - first;
@@ -339,11 +342,38 @@ static int transfer_inside(struct ry_runner *r, const struct ry_buffers *b, cons
     atomic_fetch_add(&node->users, 1);
     void *comm = atomic_load(&node->comm);
     if (comm)
-        done = transfer(r, b, plan, first, comm, node->local, result);
+        done = transfer(r, b, plan, first, comm, node->local, NULL, result);
     else
         *result = RY_NCCL_SYSTEM_ERROR;
     atomic_fetch_sub(&node->users, 1);
     return done;
+}
+
+/* The same where something else than NCCL carries what crosses nodes: that begins first and is waited for last, as it is
+   the slower one. -1 with `err`. */
+static int transfer_across(struct ry_runner *r, const struct ry_buffers *b, const struct ry_plan *plan, int first,
+                           struct ry_cross *cross, int *result, struct ry_err *err)
+{
+    const struct ry_step *s = &plan->steps[first], *end = plan->steps + plan->nsteps;
+    int group = s->group, n = 0, rc = 0;
+    for (; s < end && ry_is_transfer(s) && s->group == group; s++)
+        n += cross->with[s->peer];
+    struct ry_cross_transfer *list = n ? malloc((size_t)n * sizeof *list) : NULL;
+    if (n && !list)
+        return ry_fail(err, "out of memory for %d transfers", n);
+    n = 0;
+    for (s = &plan->steps[first]; s < end && ry_is_transfer(s) && s->group == group; s++) {
+        bool send = s->kind == RY_STEP_SEND;
+        if (cross->with[s->peer])
+            list[n++] = (struct ry_cross_transfer){send, s->peer, address(r, b, send ? &s->from : &s->to), s->bytes};
+    }
+    if (n)
+        rc = cross->begin(cross, list, n, b->stream, err);
+    free(list);
+    if (rc)
+        return -1;
+    int done = transfer(r, b, plan, first, r->comm, NULL, cross, result);
+    return n && !*result && cross->end(cross, b->stream, err) ? -1 : done;
 }
 
 /* ---- some steps beside the others ---- */
@@ -404,7 +434,12 @@ static int carry_out(struct ry_runner *r, const struct ry_plan *plan, const stru
             bool inside = node && ry_inside(plan->inside, s->group);
             if (end_batch(&copying, err))
                 return -1;
-            i += inside ? transfer_inside(r, b, plan, i, node, result) : transfer(r, b, plan, i, r->comm, NULL, result);
+            int done = inside     ? transfer_inside(r, b, plan, i, node, result)
+                       : r->cross ? transfer_across(r, b, plan, i, r->cross, result, err)
+                                  : transfer(r, b, plan, i, r->comm, NULL, NULL, result);
+            if (done < 0)
+                return -1;
+            i += done;
             if (part == FIRST && !*result) {
                 rc = r->device->event_record(r->beside.over[s->group], b->stream, err);
                 r->beside.recorded |= 1u << s->group;
@@ -486,18 +521,24 @@ void ry_run_localize(struct ry_plan *plan, int replicas)
     }
 }
 
+void ry_run_cross(struct ry_runner *r, struct ry_cross *cross)
+{
+    r->cross = cross;
+}
+
 int ry_run(struct ry_runner *r, const struct ry_plan *plan, const struct ry_buffers *b, struct ry_run_node *node,
            int *result, struct ry_err *err)
 {
     *result = 0;
     if (check(r, plan, b, node, err))
         return -1;
-    if (plan->stage_bytes && staging_enter(r, b->stream, err))
+    bool enters = plan->stage_bytes || r->cross; /* a carrier's memory is one exchange's at a time, too */
+    if (enters && staging_enter(r, b->stream, err))
         return -1;
     int rc = plan->beside && node && has_beside(r) ? carry_out_beside(r, plan, b, node, result, err)
                                                    : carry_out(r, plan, b, node, ALL, result, err);
     /* Even after a failure: what was enqueued may still use the memory. */
-    if (plan->stage_bytes && staging_leave(r, b->stream, rc ? NULL : err))
+    if (enters && staging_leave(r, b->stream, rc ? NULL : err))
         rc = -1;
     return rc;
 }

@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "base/error.h"
+#include "cross.h"
 #include "device/device.h"
 #include "plan/plan.h"
 
@@ -64,6 +65,10 @@ struct ry_buffers {
 bool ry_run_sums(int type);
 /** Bytes of such an element; 0 for types that cannot be summed. */
 uint64_t ry_run_sums_bytes(int type);
+
+/** Host memory that transfers are staged in counts as staging memory does: all of it, or false. */
+bool ry_run_staging_reserve(uint64_t bytes);
+void ry_run_staging_unreserve(uint64_t bytes);
 
 struct ry_runner; /* one per communicator */
 struct ry_runner *ry_runner_new(const struct ry_nccl *nccl, const struct ry_device *device, int ordinal, void *comm,
@@ -123,12 +128,17 @@ int ry_run_scan_wait(struct ry_runner *runner, struct ry_repeats *repeats, struc
  * How often each distinct row occurs among all that this rank sends, to its own node and itself as well: a second scanner, whose
  * memory counts as the first one's does. For whoever must know that rows are equal only because they are copies of one.
  */
-/** Enqueue that search on b->stream; before ry_run_scan()'s its answer is there when that one's is. -1 with `err`: not possible now,
- *  nothing was enqueued, there is no answer. The answer of an earlier search is forgotten either way. */
-int ry_run_copies(struct ry_runner *runner, const struct ry_buffers *b, uint64_t row_bytes, struct ry_err *err);
+/** Enqueue that search on b->stream; before ry_run_scan()'s its answer is there when that one's is. `times`: how often a token's row
+ *  occurs, where that is known; else 0. The next ry_run_scan(), if of the same buffers, then takes rows of several tokens that have the same bytes for
+ *  distinct: those that occur a multiple of `times`, where they are few and all others occur `times` (struct ry_copies, apart). -1 with `err`: not
+ *  possible now, nothing was enqueued, there is no answer. The answer of an earlier search is forgotten either way. */
+int ry_run_copies(struct ry_runner *runner, const struct ry_buffers *b, uint64_t row_bytes, uint32_t times,
+                  struct ry_err *err);
 struct ry_copies {
     uint64_t rows, distinct, zero; /* of all rows; of them distinct; of them zero bytes only */
     uint64_t least, most;          /* times that a distinct row occurs, those of zeros aside; 0 and 0 if there is no other */
+    uint32_t times;                /* as it was asked */
+    bool apart;                    /* each row occurs `times`, or is one of few that occur a multiple of that and went as distinct ones */
 };
 /** True: that search is over, and *copies says what it found. False: it is not, or there was none. Never blocks. */
 bool ry_run_copies_over(struct ry_runner *runner, struct ry_copies *copies);
@@ -178,6 +188,10 @@ int ry_run_to_itself(struct ry_runner *runner, struct ry_run_node *node, int ran
  * it goes over: its twin's own, and that of the twins at its position. For ry_run(), with a `node` as just said.
  */
 void ry_run_localize(struct ry_plan *plan, int replicas);
+
+/** What carries transfers between nodes in the exchanges from here on (cross.h); NULL, as at first: NCCL. The same on all ranks in each
+ *  exchange. Verify mode's second run is NCCL's alone. */
+void ry_run_cross(struct ry_runner *runner, struct ry_cross *cross);
 
 /**
  * Enqueue the plan, whose stage_bytes must be held. `node`: NULL, or where its groups inside the node go; if that was taken

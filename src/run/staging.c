@@ -26,7 +26,7 @@ void ry_run_staging_limit(uint64_t bytes)
     limit = bytes;
 }
 
-bool staging_reserve(uint64_t bytes)
+bool ry_run_staging_reserve(uint64_t bytes)
 {
     uint64_t now = held, most = limit;
     do {
@@ -36,7 +36,7 @@ bool staging_reserve(uint64_t bytes)
     return true;
 }
 
-void staging_unreserve(uint64_t bytes)
+void ry_run_staging_unreserve(uint64_t bytes)
 {
     held -= bytes;
 }
@@ -59,7 +59,7 @@ static uint64_t generous(uint64_t bytes)
 static void *take(struct ry_runner *r, uint64_t bytes, uint64_t had, void *stream, struct ry_err *err)
 {
     void *stage;
-    if (!staging_reserve(bytes - had)) {
+    if (!ry_run_staging_reserve(bytes - had)) {
         ry_fail(err,
                 "%llu bytes of staging memory are needed, but %llu of the process's %llu are in use: raise "
                 "RAILYARD_STAGING",
@@ -68,7 +68,7 @@ static void *take(struct ry_runner *r, uint64_t bytes, uint64_t had, void *strea
     }
     if (!r->device->alloc_async(&stage, bytes, stream, err))
         return stage;
-    staging_unreserve(bytes - had);
+    ry_run_staging_unreserve(bytes - had);
     return NULL;
 }
 
@@ -108,7 +108,7 @@ void staging_free(struct ry_runner *r)
     struct ry_err err;
     if (r->stage && r->device->free_after(r->stage, r->stage_used, &err))
         ry_info("%llu bytes of staging memory are lost: %s", (unsigned long long)r->stage_bytes, err.msg);
-    staging_unreserve(r->stage_bytes);
+    ry_run_staging_unreserve(r->stage_bytes);
     r->stage = NULL;
     r->stage_bytes = 0;
     r->device->event_destroy(r->stage_used);

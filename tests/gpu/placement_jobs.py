@@ -68,13 +68,19 @@ def settings(a, folder):
     batch = base + ["RAILYARD_PLACEMENT=batch"]
     experts = batch + ["RAILYARD_EXPERTS=" + os.path.join(folder, "plan.json")]
     exchanges = a.strategy if a.strategy != "dedup" else "dedup"
+    also = [v if not v.startswith("RAILYARD_STRATEGY=") else "RAILYARD_STRATEGY=" + str(a.also) for v in base]
     jobs = {"plain": None, exchanges: base}
+    if a.also:
+        jobs[a.also] = also
     if "samples" in a.parts:
         jobs["+ samples"] = batch + [homes(folder, "+ samples", "homes-unmoved")]
     if "experts" in a.parts:
         jobs["+ experts"] = experts + [homes(folder, "+ experts", "homes-planned")]
     if "sum" in a.parts:
         jobs["+ sum"] = experts + [homes(folder, "+ sum", "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
+        if a.also:
+            label = "+ sum, " + a.also
+            jobs[label] = also + experts[len(base):] + [homes(folder, label, "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
     if "layer" in a.parts:
         jobs[exchanges + ", layer"] = base + ["RAILYARD_PLACEMENT=layer"]
     return jobs
@@ -170,31 +176,34 @@ def prepare(a, folder, end):
 
 def crossed(trace, since):
     """(bytes that exchanges from the time `since` on had for other nodes, bytes that crossed, exchanges of a rank, how many by which
-    strategy), over all ranks and communicators of a trace."""
-    asked = crossing = exchanges = 0
-    strategies, ranks = {}, set()
-    for path in glob.glob(os.path.join(trace, "trace-*.jsonl")):
-        nodes, counted, rows = {}, set(), {}
+    strategy by all ranks), over all ranks and communicators of a trace."""
+    asked, saved, exchanges, strategies, node = 0, 0, {}, {}, {}
+    paths = glob.glob(os.path.join(trace, "trace-*.jsonl"))
+
+    def lines(path):
         with open(path, errors="replace") as f:
             for text in f:
                 try:
-                    line = json.loads(text)
+                    yield json.loads(text)
                 except ValueError:
-                    continue  # the last one of a process that was killed
-                kind, who = line["t"], (line.get("comm"), line.get("rank"))
-                if kind == "map" and "node" in line:
-                    nodes[who] = line["node"]
-                elif kind == "x" and line["wall_ns"] >= since:
-                    exchanges += 1
-                    ranks.add(path)
-                    counted.add(who + (line["n"],))
-                    strategies[line.get("strategy", "-")] = strategies.get(line.get("strategy", "-"), 0) + 1
-                    node = nodes.get(who)
-                    if node:
-                        send = line["send"] if "send" in line else dict(zip(line["send_pairs"][0::2], line["send_pairs"][1::2]))
-                        pairs = enumerate(send) if isinstance(send, list) else send.items()
-                        asked += line["type_bytes"] * sum(n for to, n in pairs if node[to] != node[line["rank"]])
-                elif kind == "rows" and line.get("strategy") in ("dedup", "sum"):
-                    rows[who + (line["n"],)] = line["cross"] - line["packed"]
-        crossing -= sum(saved for key, saved in rows.items() if key in counted)
-    return asked, asked + crossing, exchanges // max(1, len(ranks)), strategies
+                    pass  # the last one of a process that was killed
+
+    for path in paths:
+        for v in lines(path):
+            if v["t"] == "map" and "node" in v:
+                node.update({(v["comm"], r): n for r, n in enumerate(v["node"])})
+    for path in paths:
+        counted, rows = set(), {}
+        for v in lines(path):
+            key = (v.get("comm"), v.get("rank"), v.get("n"))
+            if v["t"] == "x" and v["wall_ns"] >= since:
+                counted.add(key)
+                strategies[v.get("strategy", "-")] = strategies.get(v.get("strategy", "-"), 0) + 1
+                pairs = enumerate(v["send"]) if "send" in v else zip(v["send_pairs"][0::2], v["send_pairs"][1::2])
+                here = node.get((v["comm"], v["rank"]))
+                asked += v["type_bytes"] * sum(n for to, n in pairs if node.get((v["comm"], to), here) != here)
+            elif v["t"] == "rows" and v.get("strategy") in ("dedup", "sum"):
+                rows[key] = v["cross"] - v["packed"]
+        saved += sum(n for key, n in rows.items() if key in counted)
+        exchanges[path] = len(counted)
+    return asked, asked - saved, max(exchanges.values(), default=0), strategies

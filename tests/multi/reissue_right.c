@@ -7,6 +7,8 @@
  * engine did.
  */
 #include "capture.h"
+#include <dlfcn.h>
+
 #include "reissue.h"
 
 static int wanted = 150;
@@ -43,6 +45,24 @@ static void plain(void)
     struct side *s = new_side(world_comm(), 1);
     engage(s, false, seconds / SLOW);
     random_ones(s, wanted);
+    result(s);
+    end_side(s);
+}
+
+/* Ways told by name, between exchanges, what carries them across nodes included. */
+static void switching(void)
+{
+    static const char *const ways[] = {"hierarchical/ucx", "hierarchical/nccl", "balanced/ucx", "hierarchical", "direct", "balanced/nccl"};
+    void *found = dlsym(RTLD_DEFAULT, "railyard_strategy");
+    int (*strategy)(const char *);
+    memcpy(&strategy, &found, sizeof strategy);
+    struct side *s = new_side(world_comm(), 1);
+    engage(s, true, seconds / SLOW);
+    CHECK(strategy("hierarchical/pigeon") == -1 && strategy("pigeon/ucx") == -1 && strategy("/ucx") == -1, "such ways are known");
+    for (int i = 0; i < wanted; i++) {
+        CHECK(!strategy(ways[i % 6]), "%s is not known", ways[i % 6]);
+        random_ones(s, 1);
+    }
     result(s);
     end_side(s);
 }
@@ -166,7 +186,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } cases[] = {{"mix", mix_of_all}, {"plain", plain},     {"in_place", in_place}, {"captured", captured},
+    } cases[] = {{"mix", mix_of_all}, {"plain", plain},     {"switching", switching}, {"in_place", in_place}, {"captured", captured},
                  {"types", types},    {"threads", threads}, {"init_all", init_all}};
     start_reissue(15);
     CHECK(argc >= 3, "which case, which shape?");

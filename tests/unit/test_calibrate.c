@@ -58,7 +58,7 @@ struct world {
  */
 static double true_us(const struct world *w, const struct ry_cal_point *p)
 {
-    const struct ry_cost_model *m = &w->truth;
+    const struct ry_cost_model over = ry_cost_over_ucx(&w->truth), *m = p->kind == RY_CAL_UCX_ONE || p->kind == RY_CAL_UCX_ALL ? &over : &w->truth;
     const struct ry_cluster *c = w->cluster;
     static struct ry_cal_message list[1 << 16];
     double rank[256][2][RY_LINKS] = {0}, count[256][2][RY_LINKS] = {0}, node[256][2] = {0}, most = 0;
@@ -123,6 +123,8 @@ static struct ry_cost_model random_truth(void)
         .group_us = uniform(5, 30),
     };
     m.nic_rank_bytes_per_us = m.link[RY_LINK_NIC].bytes_per_us * uniform(0.3, 1);
+    m.ucx = (struct ry_cost_link){uniform(5, 200), log_uniform(1e3, 100e3), uniform(1, 30), false};
+    m.ucx_rank_bytes_per_us = m.ucx.bytes_per_us * uniform(0.3, 1);
     return m;
 }
 
@@ -147,10 +149,11 @@ START_TEST(finds_the_truth)
     for (int round = 0; round < 60; round++) {
         const int *shape = shapes[round % 6];
         bool node_comm = round % 4 < 2; /* else NCCL is too old to make one */
+        bool ucx = round % 3 != 1;
         struct ry_err err = {""};
         struct world w = {.truth = random_truth(), .noise = 0.1, .wild = 0.05, .cluster = regular(shape[0], shape[1])};
         struct ry_calibration *cal = calloc(1, sizeof *cal);
-        const struct ry_cal_runner runner = {&w, simulate, node_comm};
+        const struct ry_cal_runner runner = {&w, simulate, node_comm, ucx};
         struct ry_cost_model guess;
         ry_cost_guess(&guess, w.cluster);
         ck_assert_msg(!ry_calibrate(cal, w.cluster, &runner, 5, &err), "%s", err.msg);
@@ -188,6 +191,16 @@ START_TEST(finds_the_truth)
                    t->group_us + t->link[RY_LINK_NIC].alpha_us + t->link[RY_LINK_NIC].message_us, 1.2, "NIC latency");
             message_near(m, t, RY_LINK_NIC);
         }
+        ck_assert(m->ucx.measured == (ucx && shape[0] > 1));
+        ck_assert((cal->fit[RY_CAL_UCX_ONE].points > 0) == m->ucx.measured);
+        if (m->ucx.measured) {
+            within(m->ucx_rank_bytes_per_us, t->ucx_rank_bytes_per_us, 1.15, "bandwidth of a rank over UCX");
+            within(m->ucx.bytes_per_us, fmin(t->ucx.bytes_per_us, shape[1] * t->ucx_rank_bytes_per_us), 1.15, "bandwidth over UCX");
+            within(m->group_us + m->ucx.alpha_us + m->ucx.message_us, t->group_us + t->ucx.alpha_us + t->ucx.message_us, 1.2,
+                   "latency over UCX");
+        } else {
+            ck_assert(m->ucx.bytes_per_us == m->link[RY_LINK_NIC].bytes_per_us);
+        }
         /* links that are not there keep the guess and say so */
         ck_assert(m->link[RY_LINK_LOCAL].measured == (shape[1] > 1) && m->link[RY_LINK_NIC].measured == (shape[0] > 1));
         if (shape[1] == 1)
@@ -212,7 +225,7 @@ START_TEST(slow_links)
     struct world w = {.truth = random_truth(), .noise = 0.1, .cluster = regular(2, 4)};
     w.truth.link[RY_LINK_NIC].bytes_per_us = w.truth.nic_rank_bytes_per_us = 10; /* 10 MB/s */
     struct ry_calibration *cal = calloc(1, sizeof *cal);
-    const struct ry_cal_runner runner = {&w, simulate, true};
+    const struct ry_cal_runner runner = {&w, simulate, true, false};
     ck_assert(!ry_calibrate(cal, w.cluster, &runner, 2, &err));
     within(cal->model.link[RY_LINK_NIC].bytes_per_us, 10, 1.15, "bandwidth");
     ck_assert_msg(w.spent_us < 4e6, "%.1f s", w.spent_us / 1e6);

@@ -48,6 +48,35 @@ START_TEST(round_trip)
 }
 END_TEST
 
+/* Where UCX was not measured it is taken to be like NCCL, and not to be measured. */
+START_TEST(with_and_without_ucx)
+{
+    struct ry_err err = {""};
+    struct ry_cluster *c = regular(2, 4);
+    uint64_t print = ry_cluster_fingerprint(c);
+    struct ry_cost_model got, m = typical;
+    ck_assert(!ry_cost_save(&m, c, &err));
+    ck_assert_msg(!ry_cost_load(&got, print, &err), "%s", err.msg);
+    ck_assert(!got.ucx.measured && !got.by_ucx);
+    near(got.ucx.bytes_per_us, got.link[RY_LINK_NIC].bytes_per_us, "as NCCL");
+    near(got.ucx_rank_bytes_per_us, got.nic_rank_bytes_per_us, "as NCCL");
+    m.ucx = (struct ry_cost_link){7, 9e3, 3, true};
+    m.ucx_rank_bytes_per_us = 8e3;
+    ck_assert(!ry_cost_save(&m, c, &err));
+    ck_assert_msg(!ry_cost_load(&got, print, &err), "%s", err.msg);
+    ck_assert(got.ucx.measured);
+    near(got.ucx.alpha_us, 7, "alpha");
+    near(got.ucx.bytes_per_us, 9e3, "beta");
+    near(got.ucx.message_us, 3, "message");
+    near(got.ucx_rank_bytes_per_us, 8e3, "rank");
+    m.ucx.bytes_per_us = 0;
+    ck_assert(!ry_cost_save(&m, c, &err));
+    ck_assert_int_eq(ry_cost_load(&got, print, &err), -1);
+    ck_assert_msg(strstr(err.msg, "ucx.bytes_per_us") != NULL, "%s", err.msg);
+    ry_cluster_free(c);
+}
+END_TEST
+
 /* A file from before there were node communicators: they are taken to be like the job's. */
 START_TEST(without_node)
 {
@@ -190,6 +219,7 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_checked_fixture(t, in_scratch, out_of_scratch);
     tcase_add_test(t, round_trip);
+    tcase_add_test(t, with_and_without_ucx);
     tcase_add_test(t, without_node);
     tcase_add_test(t, damaged);
     tcase_add_test(t, no_place);

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "engine/policy.h"
+#include "ucx/carrier.h"
 
 enum { NODES = 2, GPUS = 4, RANKS = NODES * GPUS };
 
@@ -21,6 +22,9 @@ static struct ry_repeats found[RANKS * NODES];
 static double message_us = 2; /* across, where the NIC is slow */
 static bool slow_nic;         /* and fast links in the nodes */
 static int asked_chunks;      /* RAILYARD_CHUNKS */
+static int asked_transport;   /* enum ry_transport */
+static _Atomic int transport;
+static double ucx_us;         /* bytes per microsecond over UCX, measured; 0: not measured */
 static struct ry_pace *pace;  /* NULL: only estimates count */
 static uint64_t matrix[RANKS * RANKS], number;
 static double takes_us[RY_STRATEGIES]; /* the truth; balanced, where nothing is said of it: as hierarchical */
@@ -47,8 +51,10 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
                                       .verify = verify_every,
                                       .staging_limit = staging_limit,
                                       .chunks = asked_chunks,
+                                      .transport = &transport,
                                       .pace = pace,
                                       .name = "test"};
+    atomic_store(&transport, asked_transport);
     ry_cost_guess(&config.model, map);
     config.model.agreement_us = agreement_us;
     if (slow_nic) {
@@ -56,6 +62,9 @@ static void begin(uint64_t verify_every, uint64_t staging_limit, double agreemen
         config.model.link[RY_LINK_LOCAL].bytes_per_us = 200e3;
         config.model.link[RY_LINK_NIC].message_us = message_us;
         config.model.measured = true;
+        config.model.link[RY_LINK_NIC].measured = config.model.ucx.measured = ucx_us > 0;
+        config.model.ucx = config.model.link[RY_LINK_NIC];
+        config.model.ucx.bytes_per_us = config.model.ucx_rank_bytes_per_us = ucx_us;
     }
     chooser = ry_chooser_new(&config, &err);
     ck_assert_msg(chooser != NULL, "%s", err.msg);
@@ -910,6 +919,100 @@ START_TEST(node_comms)
 }
 END_TEST
 
+/* What the orders of the next exchange, alike for all ranks but for memory, say of UCX. */
+static bool by_ucx(uint64_t *wanted)
+{
+    const uint64_t *cells;
+    size_t ncells;
+    int s = exchange();
+    bool is = order_of(s, 0, &cells, &ncells).cross;
+    for (int r = 0; r < RANKS; r++) {
+        struct ry_order order = order_of(s, r, &cells, &ncells);
+        ck_assert_uint_eq(order.cross, is);
+        ck_assert(s != RY_DIRECT || !order.cross);
+        wanted[r] = order.cross_wanted;
+    }
+    return is;
+}
+
+static void none_wanted(const uint64_t *wanted)
+{
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_uint_eq(wanted[r], 0);
+}
+
+/* UCX carries it where all ranks can, hold the memory, and it is asked for; or, with auto, measured to be faster. */
+START_TEST(over_ucx)
+{
+    uint64_t wanted[RANKS];
+    asked_transport = RY_BY_UCX;
+    begin(0, 1 << 30, 50);
+    uniform(10000, 1 << 20);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    ck_assert(!by_ucx(wanted)); /* nobody can */
+    none_wanted(wanted);
+    for (int r = 0; r < RANKS; r++) {
+        sides[r].cross = RY_CROSS_COULD;
+        sides[r].cross_held = UINT64_MAX;
+    }
+    ck_assert(!by_ucx(wanted)); /* not yet */
+    for (int r = 0; r < RANKS; r++) {
+        sides[r].cross = RY_CROSS_HAS;
+        ck_assert_int_eq(by_ucx(wanted), r == RANKS - 1);
+        none_wanted(wanted);
+    }
+    atomic_store(&forced, RY_DIRECT);
+    ck_assert(!by_ucx(wanted));
+    atomic_store(&forced, RY_BALANCED);
+    ck_assert(by_ucx(wanted));
+    sides[6].cross_held = 100; /* staged, that is */
+    ck_assert(!by_ucx(wanted));
+    for (int r = 0; r < RANKS; r++)
+        ck_assert_uint_eq(wanted[r], r == 6 ? ry_cross_need(map, 6, RY_BALANCED, matrix) : 0);
+    sides[6].cross_held = wanted[6];
+    ck_assert(by_ucx(wanted));
+    sides[2].cross = RY_CROSS_CANNOT;
+    ck_assert(!by_ucx(wanted));
+    sides[2].cross = RY_CROSS_HAS;
+    atomic_store(&transport, RY_BY_NCCL); /* as railyard_strategy() may say */
+    ck_assert(!by_ucx(wanted));
+    end();
+    begin(0, 700000, 50); /* more than RAILYARD_STAGING is never asked for */
+    uniform(100000, 1 << 20);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    for (int r = 0; r < RANKS; r++)
+        sides[r].cross = RY_CROSS_HAS;
+    ck_assert(!by_ucx(wanted));
+    none_wanted(wanted);
+    end();
+    for (int faster = 0; faster < 2; faster++) {
+        slow_nic = true;
+        asked_transport = RY_BY_FASTER;
+        ucx_us = faster ? 4e3 : 3.1e3;
+        begin(0, 1 << 30, 50);
+        uniform(100000, 1 << 30);
+        atomic_store(&forced, RY_HIERARCHICAL);
+        for (int r = 0; r < RANKS; r++) {
+            sides[r].cross = RY_CROSS_HAS;
+            sides[r].cross_held = UINT64_MAX;
+        }
+        ck_assert_int_eq(by_ucx(wanted), faster);
+        end();
+    }
+    ucx_us = 0;
+    begin(0, 1 << 30, 50); /* not measured */
+    uniform(100000, 1 << 30);
+    atomic_store(&forced, RY_HIERARCHICAL);
+    for (int r = 0; r < RANKS; r++)
+        sides[r].cross = RY_CROSS_HAS;
+    ck_assert(!by_ucx(wanted));
+    none_wanted(wanted);
+    end();
+    slow_nic = false;
+    asked_transport = RY_BY_NCCL;
+}
+END_TEST
+
 /* One rank without the kernels for packed messages: nobody packs, whatever others found. */
 START_TEST(one_that_cannot_pack)
 {
@@ -1053,6 +1156,7 @@ int main(void)
     tcase_add_test(t, unexpected_others);
     tcase_add_test(t, node_comms);
     tcase_add_test(t, chunks);
+    tcase_add_test(t, over_ucx);
     tcase_add_test(t, node_comms_change_what_is_known);
     tcase_add_test(t, one_that_cannot_pack);
     tcase_add_test(t, nonsense_from_a_rank_ends_it);

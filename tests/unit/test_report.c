@@ -210,8 +210,8 @@ static void record_agreed(int exchanges, uint64_t differs, uint64_t short_of_sta
                 ry_record_rows(rec, comm, &sum);
             ry_record_duration(rec, comm, (uint64_t)x, x < 3 ? 400 : x == 5 ? 9000 : 100);
         }
-        struct ry_record_counter counters[] = {{"verify_differs", r ? differs : 0}, {"short_of_staging", r ? 0 : short_of_staging}};
-        ry_record_comm_end(rec, comm, "destroy", counters, 2);
+        struct ry_record_counter counters[] = {{"verify_differs", r ? differs : 0}, {"short_of_staging", r ? 0 : short_of_staging}, {"over_ucx", r ? 0 : short_of_staging / 2}};
+        ry_record_comm_end(rec, comm, "destroy", counters, 3);
         ry_record_close(rec);
     }
 }
@@ -417,11 +417,13 @@ START_TEST(agreed_few)
     ck_assert(json_is_null(json_object_get(json_object_get(waits, "in_all"), "p99_us")));
     ck_assert_int_eq(integer(o, "verify_differs"), 1);
     ck_assert_int_eq(integer(o, "short_of_staging"), 30);
+    ck_assert_int_eq(integer(o, "over_ucx"), 15);
     json_decref(o);
     char *text = report(0, NULL, NULL, NULL, NULL);
     ck_assert_ptr_null(strstr(text, "99 %"));
     ck_assert_ptr_nonnull(strstr(text, "differed from plain NCCL"));
     ck_assert_ptr_nonnull(strstr(text, "30 exchanges went direct for want of staging memory: raise RAILYARD_STAGING"));
+    ck_assert_ptr_nonnull(strstr(text, "UCX carried what crosses nodes in 15 of the 49 exchanges"));
     free(text);
 }
 END_TEST

@@ -25,6 +25,7 @@
 #include "measure/cost_file.h"
 #include "measure/seat.h"
 #include "plan/plan.h"
+#include "over_ucx.h"
 #include "rendezvous.h"
 #include "report.h"
 
@@ -33,8 +34,8 @@
 static struct {
     double seconds;
     const char *svg;
-    bool keep;
-} opt = {.seconds = 6, .keep = true};
+    bool keep, ucx;
+} opt = {.seconds = 6, .keep = true, .ucx = true};
 
 static struct {
     struct ry_ranks who;
@@ -143,6 +144,21 @@ static bool open_node_communicators(void)
     return true;
 }
 
+static double greatest(double value);
+
+/* If all ranks can, or nobody does. */
+static bool open_ucx(void)
+{
+    struct ry_err err = {""};
+    if (!opt.ucx || me.cluster->nnodes < 2)
+        return false;
+    bool can = ry_ucx_open(me.device, me.ordinal, me.cluster, me.who.rank, me.comm, me.stream, &err);
+    bool all = greatest(!can) == 0;
+    if (!can && *err.msg)
+        fprintf(stderr, "railyard-calibrate: rank %d: UCX is not measured: %s\n", me.who.rank, err.msg);
+    return all;
+}
+
 /* ---- timing ---- */
 
 /* The greatest of all ranks' values; they meet here. */
@@ -164,6 +180,11 @@ static void reserve(char **buffer, size_t *size, size_t need)
     DEVICE(alloc, (void **)buffer, need);
     *size = need;
     DEVICE(fill, *buffer, 0x5a, need, me.stream); /* touched, so that no page fault is measured */
+}
+
+static bool by_ucx(const struct ry_cal_point *point)
+{
+    return point->kind == RY_CAL_UCX_ONE || point->kind == RY_CAL_UCX_ALL;
 }
 
 /* `node`: peers are of this rank's node, and it goes over the communicator of the node. */
@@ -204,12 +225,16 @@ static int run(void *context, const struct ry_cal_point *point, int rounds, doub
     }
     reserve(&me.send, &me.send_bytes, copy ? point->bytes : out);
     reserve(&me.recv, &me.recv_bytes, copy ? point->bytes : in);
+    if (by_ucx(point) && n && ry_ucx_prepare(out + in, n, err))
+        die("%s", err->msg);
     greatest(0);
     DEVICE(event_record, me.before, me.stream);
     for (int i = 0; i < rounds && (copy || n); i++) {
         if (copy)
             DEVICE(copy, me.recv, me.send, point->bytes, me.stream);
-        else
+        else if (by_ucx(point) && ry_ucx_issue(me.messages, n, me.send, me.recv, me.stream, err))
+            die("%s", err->msg);
+        else if (!by_ucx(point))
             issue(me.messages, n, point->kind == RY_CAL_NODE);
     }
     DEVICE(event_record, me.after, me.stream);
@@ -286,10 +311,11 @@ static int picture(const struct ry_calibration *cal)
 
 /* ---- the command line ---- */
 
-enum { OPT_SVG = 256, OPT_NO_KEEP };
+enum { OPT_SVG = 256, OPT_NO_KEEP, OPT_NO_UCX };
 static const struct argp_option options[] = {
     {"seconds", 's', "S", 0, "How long to measure, connecting not included (6)", 0},
     {"svg", OPT_SVG, "FILE", 0, "Draw what was measured and the model (rank 0)", 0},
+    {"no-ucx", OPT_NO_UCX, 0, 0, "Do not measure what UCX makes of the links between nodes (RAILYARD_TRANSPORT=auto needs it)", 0},
     {"no-keep", OPT_NO_KEEP, 0, 0, "Print only; do not keep the result for jobs", 0},
     {0}};
 
@@ -306,6 +332,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case OPT_SVG:
         opt.svg = arg;
+        return 0;
+    case OPT_NO_UCX:
+        opt.ucx = false;
         return 0;
     case OPT_NO_KEEP:
         opt.keep = false;
@@ -366,7 +395,7 @@ int main(int argc, char **argv)
     open_device();
     open_communicator();
     find_cluster();
-    const struct ry_cal_runner runner = {.run = run, .node_comm = open_node_communicators()};
+    const struct ry_cal_runner runner = {.run = run, .node_comm = open_node_communicators(), .ucx = open_ucx()};
     if (ry_calibrate(&cal, me.cluster, &runner, opt.seconds, &err))
         die("%s", err.msg);
     cal.model.plan_us_per_rank = planning_us();
@@ -378,6 +407,7 @@ int main(int argc, char **argv)
     if (me.who.rank == 0 && opt.svg)
         status |= picture(&cal);
     status = greatest(status) > 0; /* nobody leaves while others still print */
+    ry_ucx_close();
     if (me.node_comm)
         NCCL(ncclCommDestroy, me.node_comm);
     NCCL(ncclCommDestroy, me.comm);

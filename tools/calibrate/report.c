@@ -12,6 +12,8 @@ static const char *const what[RY_CAL_KINDS] = {
     [RY_CAL_NODE] = "the same over a communicator of the node's ranks alone",
     [RY_CAL_NIC_ONE] = "one rank of each node to the next node",
     [RY_CAL_NIC_ALL] = "all ranks of each node to the next node",
+    [RY_CAL_UCX_ONE] = "one rank of each node to the next node, by way of UCX",
+    [RY_CAL_UCX_ALL] = "all ranks of each node to the next node, by way of UCX",
     [RY_CAL_EXCHANGE] = "exchange: everyone to everyone (not fitted: checks the model)",
 };
 
@@ -71,6 +73,10 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
     link_line(&m->link[RY_LINK_NIC], "nic", "a node, each way", none, f);
     fprintf(f, "  %-6s one rank alone gets %.3f GB/s of it, each way%s\n", "", m->nic_rank_bytes_per_us / 1000,
             m->link[RY_LINK_NIC].measured ? "" : "   GUESSED");
+    if (m->ucx.measured) {
+        link_line(&m->ucx, "ucx", "a node, each way, by way of UCX", "", f);
+        fprintf(f, "  %-6s one rank alone gets %.3f GB/s of it, each way\n", "", m->ucx_rank_bytes_per_us / 1000);
+    }
     fprintf(f, "  %-6s %9.1f us each + bytes / %.3f GB/s\n", "copy", m->copy_us, m->copy_bytes_per_us / 1000);
     fprintf(f, "  %-6s %9.1f us for each group; agreement %.0f us (guessed), planning %.2f us a rank\n", "group",
             m->group_us, m->agreement_us, m->plan_us_per_rank);
@@ -87,7 +93,8 @@ void ry_calibrate_table(const struct ry_calibration *cal, const struct ry_cluste
 
 /* Okabe and Ito's colours: told apart by the colour-blind, too. */
 static const char *const colors[RY_CAL_KINDS] = {"#777777", "#56b4e9", "#cc79a7", "#009e73",
-                                                 "#000000", "#e69f00", "#d55e00", "#0072b2"};
+                                                 "#000000", "#e69f00", "#d55e00", "#8c6d31",
+                                                 "#7b4173", "#0072b2"};
 
 static double scale(double v, double low, double high, double from, double to)
 {

@@ -84,6 +84,8 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
              c->name ? c->name : c->id);
     if (s->agreed && s->short_of_staging > s->agreed / 10)
         HINT("%" PRIu64 " exchanges went direct for want of staging memory: raise RAILYARD_STAGING", s->short_of_staging);
+    if (s->agreed && s->over_ucx)
+        HINT("UCX carried what crosses nodes in %" PRIu64 " of the %" PRIu64 " exchanges that were agreed on", s->over_ucx, s->agreed);
     if (!s->exchanges || !s->bytes)
         return n;
     uint64_t moved = s->in_node + s->cross_node + s->unknown;

@@ -184,9 +184,9 @@ json_t *ry_report_agreed_json(const struct ry_summary *s)
                                         ry_bin_from(d->bin), "to_bytes", ry_bin_from(d->bin + 1), "exchanges",
                                         (json_int_t)d->exchanges, "median_us", d->median_us));
     }
-    return json_pack("{s:I,s:o,s:I,s:I,s:I,s:{s:I,s:o,s:o,s:o,s:o},s:o}", "exchanges", (json_int_t)s->agreed,
+    return json_pack("{s:I,s:o,s:I,s:I,s:I,s:I,s:{s:I,s:o,s:o,s:o,s:o},s:o}", "exchanges", (json_int_t)s->agreed,
                      "by_strategy", strategies, "verified", (json_int_t)s->verified, "verify_differs",
-                     (json_int_t)s->verify_differs, "short_of_staging", (json_int_t)s->short_of_staging, "waits", "n",
+                     (json_int_t)s->verify_differs, "short_of_staging", (json_int_t)s->short_of_staging, "over_ucx", (json_int_t)s->over_ucx, "waits", "n",
                      (json_int_t)a->waited.n, "in_all", wait_json(&a->waited), "messages", wait_json(&a->messages),
                      "late_ranks", wait_json(&a->late), "histogram", histogram, "durations", durations);
 }
