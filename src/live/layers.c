@@ -54,6 +54,7 @@ struct railyard_live_layers {
     /* learning */
     uint64_t learned, since, fit_at;
     double weight, total; /* of samples in the sums, and of their counts */
+    double fare;          /* see fare() */
     int fitting;          /* the next layer to be fitted; layers - 1: none */
     int turn;             /* sample to learn from next, where not all can be */
     /* what came of it */
@@ -140,6 +141,13 @@ static bool make_room(struct railyard_live_layers *l)
            l->to && l->left && l->at && l->assign;
 }
 
+/* For measurements: the part of what moves send that is counted when it is decided. 0: moves are free, which is NetMoE's own objective. */
+static double fare(void)
+{
+    const char *text = getenv("RY_TEST_FARE");
+    return text ? fmin(fmax(atof(text), 0), 1) : 1;
+}
+
 struct railyard_live_layers *railyard_live_layers_new(const struct railyard_live_layers_job *j)
 {
     if (check_job(j))
@@ -163,6 +171,7 @@ struct railyard_live_layers *railyard_live_layers_new(const struct railyard_live
     l->rides = j->combine == 2;
     l->fit_at = FIRST;
     l->fitting = l->layers - 1;
+    l->fare = fare();
     if (!make_steps(l) || !make_room(l)) {
         railyard_live_layers_free(l);
         ry_fail(&ry_live_err, "layers: out of memory for %d layers of %d experts", j->layers, j->experts);
@@ -292,7 +301,7 @@ static double price(const struct railyard_live_layers *l, int layer, int s, uint
         return rows;
     for (int q = 0; q < l->places; q++)
         rows += (q == p ? 0 : 2 * (double)f[q]) + (l->combine && q != brought ? (double)r[q] : 0);
-    return rows + (double)l->tokens * ((p != l->slot_place[s]) + (p != l->slot_place[sample]));
+    return rows + l->fare * (double)l->tokens * ((p != l->slot_place[s]) + (p != l->slot_place[sample]));
 }
 
 /* Where samples go: l->to[slot]. Returns what it costs. */
@@ -484,7 +493,7 @@ static void account(struct railyard_live_layers *l)
         l->tried = 0, l->earned = 0;
     if (carried > 0) {
         rate = fmax(MEMORY, 1.0 / (double)(++l->tried));
-        l->earned += rate * (home - crossed - carried - l->earned);
+        l->earned += rate * (home - crossed - l->fare * carried - l->earned);
         if (l->tried >= TRIED && l->earned < 0)
             l->rest = REST;
     }

@@ -62,7 +62,7 @@ def main():
     model.broadcast_params()
     moe_job.load(a, rank, model.module)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=a.lr, bf16=not a.fp32, params_dtype=dtype, clip_grad=0.0 if a.gradients else 1.0), [model],
+        OptimizerConfig(optimizer="adam", lr=a.lr, adam_beta2=0.95, bf16=not a.fp32, params_dtype=dtype, clip_grad=0.0 if a.gradients else 1.0), [model],
         use_gloo_process_groups=False)
 
     def step(tokens, labels, place):

@@ -123,6 +123,7 @@ def begin(a):
     if a.experts % world:
         raise SystemExit("moe_job: %d experts cannot be dealt evenly to %d ranks" % (a.experts, world))
     if a.cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's
         device = torch.device("cpu")
         torch.set_num_threads(1)
     else:
@@ -136,15 +137,17 @@ def begin(a):
     return rank, world, device
 
 
-def train(name, a, rank, world, device, step, parameters, groups=(), gradients=None):
+def train(name, a, rank, world, device, step, parameters, groups=(), gradients=None, data=None, more=dict):
     """`step(tokens, labels, place)` trains on one batch and returns its loss (a tensor of one element). `groups`: the optimizer's,
-    whose rates are set; gradients(): {parameter's name: its gradient} after a step."""
+    whose rates are set; gradients(): {parameter's name: its gradient} after a step; data: (index, size) among those with samples of their own
+    (all ranks); more(): what else goes into train.json, called on all ranks."""
+    own, owners = data or (rank, world)
     samples, wait = [], torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if a.loader:
-        dataset, batches = domains.batches(a.loader, a.seq, a.batch, rank, world, a.seed, a.workers, a.reorder)
+        dataset, batches = domains.batches(a.loader, a.seq, a.batch, own, owners, a.seed, a.workers, a.reorder)
     else:
         text = Text(a.text_bytes)
-        generator = torch.Generator().manual_seed(a.seed * 1000003 + rank)
+        generator = torch.Generator().manual_seed(a.seed * 1000003 + own)
 
     def batch():
         if not a.loader:
@@ -199,6 +202,7 @@ def train(name, a, rank, world, device, step, parameters, groups=(), gradients=N
         form = "<%dq" % (steps * a.batch)
         flat = [struct.unpack(form, b) for b in gather_bytes(struct.pack(form, *sum(samples, [])), device)]
         samples = [[list(r[s * a.batch:(s + 1) * a.batch]) for s in range(steps)] for r in flat]  # [rank][step][sample]
+    others = more()
     if rank == 0:
         mean = [math.fsum(r[s] for r in losses) / world for s in range(steps)]
         slowest = [max(r[s] for r in times) for s in range(steps)]
@@ -212,6 +216,7 @@ def train(name, a, rank, world, device, step, parameters, groups=(), gradients=N
                   "weights_sha256": [w.hex() for w in digests], "step_ms": [t * 1e3 for t in slowest], "blocks": blocks,
                   # The most that any rank's tensors took, and what PyTorch held for them.
                   "peak_gib": [max(p[k] for p in peaks) / 2**30 for k in (0, 1)]}
+        result.update(others)
         if a.show_samples and a.loader:
             result["samples"] = samples
         if a.out:

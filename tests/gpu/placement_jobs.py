@@ -15,7 +15,7 @@ from turns import HERE, Failed, Job, cluster
 
 NAME = "placement"
 FRAMEWORKS = {"megatron": "megatron_moe.py", "deepspeed": "deepspeed_moe.py"}
-PARTS = {"megatron": ("samples", "experts", "sum", "layer"), "deepspeed": ("samples", "experts")}
+PARTS = {"megatron": ("samples", "experts", "sum", "layer", "netmoe"), "deepspeed": ("samples", "experts")}
 LEARNED = ("framework", "top_k", "experts", "layers", "hidden", "ffn", "seq")  # what weights are of
 PLANNED = ("shape",)  # what the map is for, too
 
@@ -83,6 +83,8 @@ def settings(a, folder):
             jobs[label] = also + experts[len(base):] + [homes(folder, label, "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
     if "layer" in a.parts:
         jobs[exchanges + ", layer"] = base + ["RAILYARD_PLACEMENT=layer"]
+    if "netmoe" in a.parts:  # whoever would be nearer to the experts moves, as if that were free
+        jobs[exchanges + ", layer, moves free"] = base + ["RAILYARD_PLACEMENT=layer", "RY_TEST_FARE=0"]
     return jobs
 
 

@@ -4,8 +4,8 @@ curves: jobs from the same weights with the same samples in every step. Plain on
 different orders; placed ones let Railyard do so. What sums are made of is the same, their order is not, and training carries the last
 bits on: so plain runs drift apart, and placed ones should neither more nor less. Losses are means over ten steps. A run is held against plain
 runs, at each of these means: is it within their least and greatest, widened by that spread on both sides? It lies within where
-that is so for nine of ten means, and where it is, on average, no further from the plain runs than 1.5 times what the two plain runs farthest
-apart are from each other. Each plain run is held against the other plain ones by the same rule: that says what the rule is worth.
+that is so for four of five means, and where it is, on average, no further from the plain runs than 1.5 times what the two plain runs farthest
+apart are from each other. (Of random walks held against five of their kind one in forty is taken for another; tests/live/measuring_test.py.) Each plain run is held against the other plain ones by the same rule: that says what the rule is worth.
 
 gradients: one sample per rank, fp32, weights that stay (rate 0): the gradient of a step is the same whoever has which sample, up to the
 order of sums. Each parameter's greatest difference, over its greatest gradient; beside it, the same between two plain runs that deal the
@@ -29,9 +29,9 @@ TOLD = ("windows", "moves", "changed ranks", "warn", "error", " off")
 
 def options(p):
     p.add_argument("--curve", type=int, nargs="?", const=300, default=0, metavar="STEPS", help="curves of losses of so many steps (300)")
-    p.add_argument("--curve-batch", type=int, default=8, help="samples per rank and step there")
+    p.add_argument("--curve-batch", type=int, default=4, help="samples per rank and step there")
     p.add_argument("--curve-lr", type=float, default=3e-4)
-    p.add_argument("--curve-plain", type=int, default=4, metavar="N", help="plain runs, 3 at least")
+    p.add_argument("--curve-plain", type=int, default=5, metavar="N", help="plain runs, 3 at least")
     p.add_argument("--svg", metavar="FILE", help="the curves")
     p.add_argument("--gradients", action="store_true", help="gradients of one step, placed against unplaced")
     p.add_argument("--gradients-close", type=float, default=1e-3, help="how far a parameter's may be apart, as a part of its greatest")
@@ -88,7 +88,7 @@ def within(curve, plains):
     apart = max(distance(p, q) for i, p in enumerate(plains) for q in plains[:i])
     far = statistics.fmean(distance(curve, p) for p in plains)
     return {"inside": inside / len(curve), "distance": far, "far": far / apart if apart else 0.0 if far == 0 else float("inf"),
-            "ok": inside >= 0.9 * len(curve) and far <= 1.5 * apart}
+            "ok": inside >= 0.8 * len(curve) and far <= 1.5 * apart}
 
 
 def judge(losses, plain):

@@ -154,13 +154,13 @@ class Attention(nn.Module):
         self.out = nn.Parameter(seeded((hidden, hidden), hidden ** -0.5 / 2, key, "out"))
 
     def forward(self, x):
-        b, s, h = x.shape
-        q, k, v = F.linear(x, self.qkv.to(x.dtype)).view(b, s, 3, self.heads, h // self.heads).permute(2, 0, 3, 1, 4)
+        b, s, wide = len(x), x.shape[1], self.out.shape[1] // self.heads
+        q, k, v = F.linear(x, self.qkv.to(x.dtype)).view(b, s, 3, self.heads, wide).permute(2, 0, 3, 1, 4)
         # Written out: the fused kernels add up their gradients in no fixed order.
-        score = (q @ k.transpose(-1, -2)).float() * (h // self.heads) ** -0.5
+        score = (q @ k.transpose(-1, -2)).float() * wide ** -0.5
         score = score.masked_fill(torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
         y = score.softmax(-1).to(x.dtype) @ v
-        return F.linear(y.transpose(1, 2).reshape(b, s, h), self.out.to(x.dtype))
+        return F.linear(y.transpose(1, 2).reshape(b, s, -1), self.out.to(x.dtype))
 
 
 class MoE(nn.Module):

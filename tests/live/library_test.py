@@ -228,6 +228,27 @@ def refusals():
     refused("closed", live.observe, tokens, counts, None, 0)
 
 
+def fares():
+    """Samples that want a little more of the other node than of their own stay: going there costs more. Where moves count as free
+    (RY_TEST_FARE), as NetMoE has it, they go."""
+    moved = {}
+    for fare in ("1", "0"):
+        os.environ["RY_TEST_FARE"] = fare
+        layers = library.Layers(ranks=4, samples=8, tokens=100, layers=3, experts=8, topk=1, places=2, distinct=0,
+                                rank_place=[0, 0, 1, 1], expert_place=[0] * 4 + [1] * 4)
+        moved[fare] = 0
+        for _ in range(40):
+            any_moved, kinds, sample = False, [rng.randrange(2) for _ in range(32)], list(range(32))
+            for layer in range(3):
+                counts = array.array("I", [n for s in sample for n in ([15] * 4 + [10] * 4)[:: 1 if kinds[s] else -1]])
+                order, plan = layers.next(layer, sample, counts, array.array("I", [0] * 64))
+                sample = list(order) if plan.moved else sample
+                any_moved |= plan.moved > 0
+            moved[fare] += any_moved
+    del os.environ["RY_TEST_FARE"]
+    check("micro-batches with moves, by what these are said to cost: %s" % moved, moved["1"] == 0 and moved["0"] > 24)
+
+
 def threads():
     live = library.Live(JOB)
     samples = [sample(i % 2) for i in range(16)]
@@ -276,7 +297,7 @@ try:
         import numpy
         with_numpy(numpy)
     else:
-        for part in (loading, finding, learning, refusals, threads):
+        for part in (loading, finding, learning, refusals, fares, threads):
             part()
         try:
             import numpy

@@ -2,6 +2,7 @@
 """`railyard plan --compare` on routing made here: the table, its JSON, maps, decisions, errors. usage: compare_test.py RAILYARD"""
 import json
 import os
+import pathlib
 import random
 import struct
 import sys
@@ -99,6 +100,15 @@ with tempfile.TemporaryDirectory() as tmp:
     check(f"{placed}: no permutations", placed["ranks"] == 8 and all(sorted(l) == list(range(EXPERTS)) for l in placed["permutation"]))
     pairs = [sorted(l[i:i + 2]) for l in placed["permutation"] for i in range(0, EXPERTS, 2)]
     check(f"experts that tokens choose together are apart: {pairs}", all(b - a == DOMAINS for a, b in pairs))
+
+    # Homes for jobs: the model under the map is not the one for experts where they are; each names its map, so loads only there.
+    run(*PROTOCOL, "-n", "4", "--map", f"{tmp}/map.json", "--homes", f"{tmp}/homes", "--homes-unmoved", f"{tmp}/unmoved", local)
+    models = [pathlib.Path(f"{tmp}/{name}").read_bytes() for name in ("homes", "unmoved")]
+    check("one home model for two maps", models[0] != models[1] and min(map(len, models)) > 1000)
+    run(*PROTOCOL, "-n", "4", "--homes-unmoved", f"{tmp}/alone", local)
+    check("the home model depends on what else is written", pathlib.Path(f"{tmp}/alone").read_bytes() == models[1])
+    wants("--homes are those under the map that --map writes", *PROTOCOL, "-n", "4", "--homes", f"{tmp}/homes", local, status=2)
+    wants("the recording has no tokens to tell homes from", *PROTOCOL, "-n", "2", "--homes-unmoved", f"{tmp}/none", bare)
 
     wants("--map is what --compare learned from one folder", *PROTOCOL, "-n", "2,4", "--map", f"{tmp}/map", local, status=2)
     wants("meta.json: cannot be opened", *PROTOCOL, f"{tmp}/none")
