@@ -222,7 +222,8 @@ void ry_contention_took(struct ry_contention *q, int seat, const struct ry_conte
             struct record *o = &q->record[i];
             if (o->seat < 0 || !may_meet(q, seat, o->seat))
                 continue;
-            double met = fmin(run->began_us + run->us, o->run.began_us + o->run.us) - fmax(run->began_us, o->run.began_us);
+            double met =
+                fmin(run->began_us + run->us, o->run.began_us + o->run.us) - fmax(run->began_us, o->run.began_us);
             if (!(met > 0))
                 continue;
             meet(r, o, met);

@@ -1,20 +1,21 @@
 /*
  * contention.h: what a process' communicators have on the NICs at the same time.
  *
- * Owns: when the latest exchanges of all of them ran on the device and how many bytes they moved across nodes; what ran beside
- * what, and for how long; the figure that a rank puts into its manifest (struct ry_beside, plan/cost.h). Not: the clock
- * (sampler.h), which exchanges are timed (exchange.c), what is made of the figure (plan/cost.c, policy.c).
+ * Owns: when the latest exchanges of all of them ran on the device and how many bytes they moved across nodes; what ran
+ * beside what, and for how long; the figure that a rank puts into its manifest (struct ry_beside, plan/cost.h). Not:
+ * the clock (sampler.h), which exchanges are timed (exchange.c), what is made of the figure (plan/cost.c, policy.c).
  *
  * Two exchanges run beside each other while both are between their begin and end on the device, whatever the host
  * enqueued when: a host that runs ahead has many under way that will never meet. Of an exchange's bytes as large a part
- * counts as the time that they met is of its own time. What ran beside an exchange is known only when the others are over, too, so
- * its figure is settled, and told of, after all that had begun to be timed when it came in; or after RY_CONTENTION_WAIT_NS.
- * Short exchanges may be timed one in so many; each then counts for as many (`weight`).
+ * counts as the time that they met is of its own time. What ran beside an exchange is known only when the others are
+ * over, too, so its figure is settled, and told of, after all that had begun to be timed when it came in; or after
+ * RY_CONTENTION_WAIT_NS. Short exchanges may be timed one in so many; each then counts for as many (`weight`).
  *
- * Communicators with the same key are ranks of one and the same in this process, and not beside each other; nor are those of
- * different devices, whose clocks differ.
+ * Communicators with the same key are ranks of one and the same in this process, and not beside each other; nor are
+ * those of different devices, whose clocks differ.
  *
- * Costs: nothing while a process has one communicator, or nobody asked lately. No device, no I/O, no clock but the one passed in.
+ * Costs: nothing while a process has one communicator, or nobody asked lately. No device, no I/O, no clock but the one
+ * passed in.
  *
  * Thread-safety: any thread; functions marked [job] take no lock.
  */
@@ -37,8 +38,10 @@ struct ry_contention; /* one per process */
 struct ry_contention *ry_contention_new(void);
 void ry_contention_free(struct ry_contention *q);
 
-/** An exchange took `us`, and `beside` ran beside it; met_us of that time another one did. Called under the lock: must not call back. */
-typedef void (*ry_contention_settled)(void *context, uint64_t number, double us, double met_us, const struct ry_beside *beside);
+/** An exchange took `us`, and `beside` ran beside it; met_us of that time another one did. Called under the lock: must
+ * not call back. */
+typedef void (*ry_contention_settled)(void *context, uint64_t number, double us, double met_us,
+                                      const struct ry_beside *beside);
 
 /** A communicator's seat; -1: none is free, and it is not followed (all functions take that). */
 int ry_contention_join(struct ry_contention *q, uint64_t key, int device, ry_contention_settled settled, void *context);

@@ -388,7 +388,8 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
             ry_sum_end(r);
         }
     }
-    if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
+    /* nobody asks how long others take */
+    if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins))))
         start_clock(c, y, r);
     return taken;
 }
@@ -503,7 +504,8 @@ static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchang
     if (r->pacing.sample) {
         bool follows = good && r->pacing.way == way && r->pacing.number + 1 == now.number && r->pacing.stream == x->stream;
         if (follows)
-            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes, ry_contention_much(ry_engine.contention, c->seat_beside));
+            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes,
+                          ry_contention_much(ry_engine.contention, c->seat_beside));
         ry_sampler_end(ry_engine.sampler, r->pacing.sample, x->stream, follows, followed, c, now.number);
     }
     r->pacing.sample = wanted ? ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream) : NULL;

@@ -1,5 +1,5 @@
-/* policy.c: see policy.h. */
-#include "policy.h"
+/* policy.c: see policy.h; of the same, policy_learn.c and policy_wire.c. */
+#include "chooser.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -8,174 +8,16 @@
 #include <string.h>
 
 #include "base/log.h"
-#include "returns.h"
 #include "ucx/carrier.h"
 
-/* Agreeing must pay all in all. Asked after so many engaged exchanges (a layer has up to 8), and, once it paid, so
- * many. */
-#define FIRST_ACCOUNT 12
-#define ACCOUNT 64
-#define MOST_UNPAID 6     /* accounts in a row after which proposals do not become rarer any more */
 #define MARGIN 0.05       /* a strategy must promise as much over direct */
-#define SURE 0.3          /* of plain NCCL's time: with so much saved by all estimates, the pace need not be asked */
-#define RECENT 256        /* choices remembered until their duration is known */
-/* Agreeing that costs no more than this share of an exchange is worth it just to find out; less where rows are equal, */
-#define CHEAP 0.1
-#define CHEAP_EQUAL 0.02 /* since there every exchange that goes another way loses much */
-#define TRIES 6           /* exchanges measured to find out about a strategy, of twice as many made */
 #define NODE_COMM_AFTER 8 /* verdicts to relay: for a few, making communicators of the nodes' ranks is too much, */
 #define NODE_COMM_PROMISING 1 /* unless by the model relaying is faster than direct, once they are there */
-#define CLOSE 1.5 /* where rows are equal, only what is estimated to come so close to the best is found out about */
-
-/* A choice, until it is known how long it took. */
-struct recent {
-    uint64_t number, busiest;
-    enum ry_strategy strategy;
-    double us;    /* the model's own estimate, without the agreement */
-    double least; /* duration measured by those who reported and had much to do */
-    int reported; /* ranks */
-    int load;     /* that it was expected to run under */
-    struct ry_beside beside; /* what it did run beside, of those who reported */
-};
-
-/* What is on the NICs besides: cost.h says why what is known under one load is kept from what is known under the other. */
-enum { ALONE, BESIDE, LOADS };
-
-struct ry_chooser {
-    struct ry_policy_config config;
-    char name[24];
-    struct ry_cost_learned learned[LOADS];
-    struct ry_beside beside; /* of the exchange being decided */
-    int load;
-    struct ry_chooser_counts counts;
-    /* since the account was opened: what plain NCCL would have taken, and that less what was chosen */
-    double accounted_us, saved_us;
-    int accounted, account; /* exchanges in it; to be */
-    int unpaid, skip;       /* accounts in a row that did not pay; proposals not made for that */
-    uint64_t reissued;      /* exchanges, for verify */
-    bool timed;             /* the exchange being decided is to be timed */
-    struct ry_returns sums;
-    bool said_unverified;
-    double plain_us; /* what plain NCCL would take for it, not engaged */
-    int chunks;      /* of its plans */
-    int parts;       /* that messages are to have from then on */
-    struct {
-        int relayed; /* verdicts, until it was asked for */
-        bool asked, used;
-        enum ry_node_order order; /* of the exchange being decided */
-    } node_comm;
-    uint8_t tried[LOADS][RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
-    struct recent recent[RECENT];
-    /* of the exchange being decided */
-    struct ry_side *sides;                  /* [nranks] */
-    struct ry_load *loads;                  /* [nranks] */
-    uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
-    uint64_t *arriving;                     /* [nranks] over a relay's NIC */
-    bool looked;                            /* any rank for equal rows */
-    bool all_pack;                          /* and write packed messages out */
-    struct ry_repeats *repeats;             /* [nranks][nnodes] */
-    uint64_t *cross_need;                   /* [nranks] bytes of host memory that UCX lacks for it */
-    bool cross, crossed;                    /* UCX carries what crosses nodes; has done so before */
-    uint64_t *packed_in;                    /* [nnodes] what comes across, packed or not, if looked */
-    struct ry_slice *slices[RY_STRATEGIES]; /* [nranks] each, laid out at the strategy's first use; none for direct */
-    struct ry_balance *balance;             /* what the words of slices by balanced are made of */
-    char *order;                            /* what one rank is told */
-    size_t order_size;
-};
-
-/* ---- as it is sent ---- */
-
-#define PARTS_AT 56 /* bit of a row width on its way */
-
-/* Number `i` of a list of them. There are no more rows than 2^31. */
-static void put_counts(char *list, int i, const struct ry_repeats *r)
-{
-    uint32_t word[RY_CHUNKS] = {0};
-    for (int k = 0; r && k < RY_CHUNKS - 1; k++)
-        word[k] = (uint32_t)r->early[k];
-    word[RY_CHUNKS - 1] = r ? (uint32_t)r->distinct : 0;
-    memcpy(list + (size_t)i * sizeof word, word, sizeof word);
-}
-
-static void get_counts(const char *list, int i, struct ry_repeats *r)
-{
-    uint32_t word[RY_CHUNKS];
-    memcpy(word, list + (size_t)i * sizeof word, sizeof word);
-    for (int k = 0; k < RY_CHUNKS - 1; k++)
-        r->early[k] = word[k];
-    r->distinct = word[RY_CHUNKS - 1];
-}
-
-size_t ry_side_pack(void *out, const struct ry_side *side, int nnodes, const struct ry_repeats *repeats)
-{
-    struct ry_side s = *side;
-    s.row_bytes = repeats ? s.row_bytes : 0;
-    memcpy(out, &s, sizeof s);
-    if (!s.row_bytes)
-        return sizeof s;
-    for (int n = 0; n < nnodes; n++)
-        put_counts((char *)out + sizeof s, n, repeats[n].row_bytes ? &repeats[n] : NULL);
-    return ry_side_most(nnodes);
-}
-
-int ry_side_unpack(struct ry_side *side, struct ry_repeats *repeats, int nnodes, const void *extra, size_t bytes)
-{
-    if (bytes < sizeof *side)
-        return -1;
-    memcpy(side, extra, sizeof *side);
-    if (bytes != (side->row_bytes ? ry_side_most(nnodes) : sizeof *side))
-        return -1;
-    for (int n = 0; n < nnodes; n++) {
-        repeats[n] = (struct ry_repeats){0};
-        if (!side->row_bytes)
-            continue;
-        repeats[n].row_bytes = side->row_bytes;
-        repeats[n].parts = side->parts;
-        get_counts((const char *)extra + sizeof *side, n, &repeats[n]);
-    }
-    return 0;
-}
-
-static size_t cells_bytes(const struct ry_slice *s)
-{
-    return (size_t)s->nrows * (size_t)s->ncols * sizeof *s->cells;
-}
-
-size_t ry_order_bytes(const struct ry_slice *slice)
-{
-    return sizeof(struct ry_order) + (slice ? cells_bytes(slice) + slice->nwords * sizeof *slice->words : 0) +
-           (slice && slice->repeats ? (size_t)slice->nrows * (sizeof(uint64_t) + RY_CHUNKS * sizeof(uint32_t)) : 0);
-}
-
-int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, struct ry_err *err)
-{
-    size_t expected = ry_order_bytes(slice), cells = cells_bytes(slice), order = sizeof(struct ry_order);
-    if (bytes != expected)
-        return ry_fail(err, "the verdict holds %zu bytes instead of %zu", bytes, expected);
-    if (cells)
-        memcpy(slice->cells, (const char *)extra + order, cells);
-    if (slice->nwords)
-        memcpy(slice->words, (const char *)extra + order + cells, slice->nwords * sizeof *slice->words);
-    const char *widths = (const char *)extra + order + cells, *list = widths + (size_t)slice->nrows * sizeof(uint64_t);
-    for (int i = 0; slice->repeats && i < slice->nrows; i++) {
-        uint64_t width;
-        memcpy(&width, widths + (size_t)i * sizeof width, sizeof width);
-        slice->repeats[i].row_bytes = width & ~(UINT64_C(0xFF) << PARTS_AT);
-        slice->repeats[i].parts = width >> PARTS_AT;
-        get_counts(list, i, &slice->repeats[i]);
-    }
-    return 0;
-}
-
-static int load_of(const struct ry_beside *b)
-{
-    return ry_beside_more(b) >= RY_BESIDE_MUCH ? BESIDE : ALONE;
-}
 
 static void see_load(struct ry_chooser *c)
 {
     c->beside = ry_cost_beside(c->config.map, c->loads);
-    c->load = load_of(&c->beside);
+    c->load = ry_load_kind_of(&c->beside);
 }
 
 /* For logs. */
@@ -214,7 +56,7 @@ static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_
 /* No more distinct rows than rows, and no fewer later on. */
 static bool possible(const struct ry_repeats *r, uint64_t rows)
 {
-    bool good = r->distinct <= rows && r->row_bytes >> PARTS_AT == 0 && (r->parts <= 2 || r->parts == RY_CHUNKS);
+    bool good = r->distinct <= rows && r->row_bytes >> RY_PARTS_AT == 0 && (r->parts <= 2 || r->parts == RY_CHUNKS);
     for (int p = 0; good && p < ry_parts(r); p++)
         good = ry_part_distinct(r, p) <= ry_part_distinct(r, p + 1);
     return good;
@@ -277,193 +119,6 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
         if (!check_found(c, r, x->matrix + (size_t)r * (size_t)map->nranks))
             return false;
     return true;
-}
-
-/* ---- learning ---- */
-
-/* Of an exchange that will not be told of any more. Not if it ran under another load than was thought (cost.h). */
-static void learn_of(struct ry_chooser *c, const struct recent *k)
-{
-    if (load_of(&k->beside) == k->load)
-        ry_cost_learn(&c->learned[k->load], k->strategy, k->busiest, k->us, k->least);
-    else
-        c->counts.dropped++;
-}
-
-static void add_beside(struct ry_beside *sum, const struct ry_beside *b)
-{
-    sum->out += b->out;
-    sum->in += b->in;
-    sum->own_out += b->own_out;
-    sum->own_in += b->own_in;
-    sum->share = b->share > sum->share ? b->share : sum->share;
-}
-
-/*
- * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too:
- * what counts is the least among those with much to do (cost.h).
- */
-static void learn(struct ry_chooser *c)
-{
-    int n = c->config.map->nranks;
-    double agreement = 0;
-    for (int r = 0; r < n; r++) {
-        const struct ry_side *s = &c->sides[r];
-        if (s->messages_us > agreement)
-            agreement = s->messages_us;
-        for (int i = 0; i < RY_TOOK; i++) {
-            const struct ry_took *took = &s->took[i];
-            struct recent *k = &c->recent[(took->number - 1) % RECENT];
-            if (!took->number || k->number != took->number - 1)
-                continue;
-            k->reported++;
-            add_beside(&k->beside, &took->beside);
-            if (took->us > 0 && took->us < k->least && 2 * took->bytes >= k->busiest)
-                k->least = took->us;
-            if (k->reported == n)
-                learn_of(c, k);
-        }
-    }
-    if (agreement > 0)
-        c->config.model.agreement_us = agreement;
-}
-
-static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
-{
-    struct recent *k = &c->recent[number % RECENT];
-    if (k->reported < c->config.map->nranks && 2 * k->reported > c->config.map->nranks) /* the others never will */
-        learn_of(c, k);
-    *k =
-        (struct recent){.number = number,
-                        .busiest = ry_cost_busiest(c->config.map, c->loads),
-                        .strategy = choice->strategy,
-                        .us = choice->model_us[choice->strategy] - c->config.model.agreement_us -
-                              (choice->strategy == RY_DEDUP ? choice->search_us : 0), /* over before the clock starts */
-                        .load = c->load,
-                        .least = INFINITY};
-}
-
-/* ---- finding out ---- */
-
-/*
- * The model knows bytes and messages, not how flows get along on a link. Where agreeing costs little, each
- * strategy is therefore tried a few times in every size class, once, and measured: what that may take longer is little,
- * and soon over; what it may find is there for the whole job. Where rows are equal much is at
- * stake, and what is far from the best is left out, but for a few of direct: that the model says so must not be all
- * there is against it.
- */
-static int size_class(const struct ry_chooser *c)
-{
-    uint64_t busiest = ry_cost_busiest(c->config.map, c->loads);
-    return busiest ? 63 - __builtin_clzll(busiest) : 0;
-}
-
-static uint32_t wanted(const struct ry_chooser *c, const struct ry_choice *choice, int strategy)
-{
-    const struct ry_cluster *map = c->config.map;
-    double best = INFINITY;
-    for (int s = 0; s < RY_STRATEGIES; s++)
-        best = choice->us[s] < best ? choice->us[s] : best;
-    if (!isfinite(choice->us[strategy]) || ((strategy == RY_HIERARCHICAL || strategy == RY_BALANCED) && map->nnodes == map->nranks))
-        return 0;
-    if ((!isfinite(choice->us[RY_DEDUP]) && strategy != RY_BALANCED) || choice->us[strategy] <= CLOSE * best)
-        return TRIES;
-    return strategy == RY_DIRECT ? RY_COST_ENOUGH : 0;
-}
-
-/* The strategy to be tried next: the one made least often, then the one measured least; -1: all are known. */
-static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choice, int class)
-{
-    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
-    bool equal = isfinite(choice->us[RY_DEDUP]), begun = false;
-    double cheap = equal ? CHEAP_EQUAL : CHEAP;
-    int make = -1, measure = -1, several = 0;
-    for (int s = 0; s < RY_STRATEGIES && !equal; s++) /* what agreeing is said to cost changes while it is learned */
-        begun |= c->tried[c->load][s][class] > 0;
-    if (c->config.map->nnodes < 2 || !(begun || c->config.model.agreement_us <= cheap * plain))
-        return -1;
-    for (int s = 0; s < RY_STRATEGIES; s++) {
-        uint32_t enough = wanted(c, choice, s), made = c->tried[c->load][s][class],
-                 measured = c->learned[c->load].at[s][class].samples;
-        several += enough > 0;
-        if (measured >= enough)
-            continue;
-        if (made < enough && (make < 0 || made < c->tried[c->load][make][class]))
-            make = s;
-        if (made < 2 * enough && (measure < 0 || measured < c->learned[c->load].at[measure][class].samples))
-            measure = s;
-    }
-    if (several < 2)
-        return -1;
-    return make >= 0 ? make : measure; /* durations come late: take turns, rather than wait for the last one's */
-}
-
-static void open_account(struct ry_chooser *c, int exchanges)
-{
-    c->saved_us = c->accounted_us = 0;
-    c->accounted = 0;
-    c->account = exchanges;
-}
-
-static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
-{
-    int class = size_class(c), strategy = to_find_out(c, choice, class), all = 0;
-    if (strategy < 0)
-        return false;
-    choice->strategy = (enum ry_strategy)strategy;
-    c->tried[c->load][strategy][class]++;
-    for (int s = 0; s < RY_STRATEGIES; s++)
-        all += c->tried[c->load][s][class];
-    snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", all,
-             (1ull << class) >> 10);
-    open_account(c, FIRST_ACCOUNT); /* what was estimated before is not what is known after */
-    if (c->config.pace)
-        ry_pace_changed(c->config.pace);
-    return true;
-}
-
-/* What the model expects to be gained may be lost between exchanges (pace.h). False: it is; *rest: to be seen, after so many. */
-static bool keeps_pace(struct ry_chooser *c, uint64_t number, bool engaged, unsigned *rest)
-{
-    double ratio;
-    *rest = 0;
-    if (!c->config.pace || c->saved_us > SURE * c->accounted_us)
-        return true;
-    enum ry_pace_advice advice = ry_pace_ask(c->config.pace, number, engaged, &ratio, rest);
-    if (ratio > 0)
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the time from one exchange to the next is %.1f %% of what it is "
-               "without agreeing%s", c->name, number, 100 * ratio, advice == RY_PACE_LEAVE ? ": not enough is gained" : "");
-    if (advice == RY_PACE_WATCH)
-        ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": the next %u pass by, to see how fast plain NCCL goes", c->name,
-               number, *rest);
-    return advice != RY_PACE_LEAVE;
-}
-
-static void did_it_pay(struct ry_chooser *c, bool pays)
-{
-    c->unpaid = pays ? 0 : c->unpaid < MOST_UNPAID ? c->unpaid + 1 : c->unpaid;
-    c->skip = pays ? 0 : (1 << c->unpaid) - 2;
-}
-
-/*
- * Does agreeing pay, all in all? Asked now and then, since exchanges of one layer differ; soon after it began, or after
- * something was found out. Where it did not pay again and again, proposals are made less and less often. Returns how many
- * exchanges are to pass by before it is asked again; 0: it pays.
- */
-static unsigned rest_after(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
-{
-    double plain = choice->us[RY_DIRECT] - c->config.model.agreement_us;
-    c->accounted_us += plain;
-    c->saved_us += plain - choice->us[choice->strategy];
-    if (choice->strategy != RY_DEDUP)
-        c->saved_us -= choice->search_us; /* looked for nothing */
-    if (++c->accounted < c->account)
-        return 0;
-    unsigned watched = 0;
-    bool pays = c->saved_us > 0 && keeps_pace(c, number, true, &watched);
-    did_it_pay(c, pays);
-    open_account(c, ACCOUNT);
-    return watched ? watched : !pays;
 }
 
 /* What each rank passes on for others, and what comes to it across nodes then, from the matrix. */
@@ -573,14 +228,14 @@ static void forget_plans(struct ry_chooser *c)
     if (c->config.pace)
         ry_pace_changed(c->config.pace);
     for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++) {
-        for (int load = 0; load < LOADS; load++) {
+        for (int load = 0; load < RY_LOAD_KINDS; load++) {
             ry_cost_forget(&c->learned[load], (enum ry_strategy)s);
             memset(c->tried[load][s], 0, sizeof c->tried[load][s]);
         }
     }
-    for (int i = 0; i < RECENT; i++)
+    for (int i = 0; i < RY_CHOOSER_RECENT; i++)
         if (c->recent[i].strategy != RY_DIRECT) /* these will be told of, yet */
-            c->recent[i] = (struct recent){.number = UINT64_MAX};
+            c->recent[i] = (struct ry_recent){.number = UINT64_MAX};
 }
 
 /* Do all ranks hold the memory for it? */
@@ -622,16 +277,16 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
-    bool ask = !yes && to_find_out(c, &choice, size_class(c)) >= 0, skip = yes && c->skip > 0;
+    bool ask = !yes && ry_chooser_to_find_out(c, &choice, ry_chooser_class(c)) >= 0, skip = yes && c->skip > 0;
     unsigned rest;
     c->skip -= skip;
     c->accounted_us = plain;
     c->saved_us = plain - choice.us[choice.strategy];
-    if (yes && !skip && !keeps_pace(c, number, false, &rest)) {
-        did_it_pay(c, false);
+    if (yes && !skip && !ry_chooser_keeps_pace(c, number, false, &rest)) {
+        ry_chooser_did_it_pay(c, false);
         skip = true;
     }
-    open_account(c, FIRST_ACCOUNT); /* nothing is engaged */
+    ry_chooser_open_account(c, RY_CHOOSER_FIRST); /* nothing is engaged */
     char text[96];
     ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)%s", c->name, number,
            skip  ? "not worth agreeing on, since it did not pay lately"
@@ -806,9 +461,9 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         *rest = 1;
         return RY_DIRECT;
     }
-    learn(c);
+    ry_chooser_learn(c);
     see_load(c);
-    c->counts.beside += c->load == BESIDE;
+    c->counts.beside += c->load == RY_BESIDE;
     start_node_comms(c);
     find_relayed(c, x->matrix);
     struct ry_cost_matrix matrix = {.relayed = c->relayed, .arriving = c->arriving, .packed_in = c->looked ? c->packed_in : NULL};
@@ -816,7 +471,7 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     ry_cost_choose(&choice, &c->config.model, &c->learned[c->load], c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
     forced = forced == RY_REPLICA ? RY_DIRECT : forced; /* here nobody can do that alone */
-    bool sum = choose_sum(c, x, &choice, forced), trial = !sum && forced < 0 && find_out(c, &choice);
+    bool sum = choose_sum(c, x, &choice, forced), trial = !sum && forced < 0 && ry_chooser_find_out(c, &choice);
     c->timed = trial || choice.trial;
     if (forced >= 0 && !sum) {
         snprintf(choice.why, sizeof choice.why, "forced by RAILYARD_STRATEGY");
@@ -828,12 +483,12 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         snprintf(choice.why, sizeof choice.why, "out of memory for the verdict");
         choice.strategy = RY_DIRECT;
     }
-    remember(c, x->number, &choice);
+    ry_chooser_remember(c, x->number, &choice);
     c->plain_us = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     c->counts.chosen[choice.strategy]++;
     if (choice.strategy == RY_DEDUP)
         note_dedup(c, x->number, &choice);
-    *rest = forced < 0 && !trial ? rest_after(c, x->number, &choice) : 0;
+    *rest = forced < 0 && !trial ? ry_chooser_rest_after(c, x->number, &choice) : 0;
     order_node_comms(c, &choice, *rest > 0);
     order_chunks(c, &choice);
     order_cross(c, &choice, x->matrix);
@@ -874,8 +529,8 @@ static const void *slice(void *context, const struct ry_agreed *x, int strategy,
     uint64_t *width = cell;
     for (int i = 0; s->repeats && i < s->nrows; i++) {
         const struct ry_repeats *its = c->looked ? &c->repeats[(size_t)s->rows[i] * nnodes + node] : NULL;
-        width[i] = its ? its->row_bytes | its->parts << PARTS_AT : 0;
-        put_counts((char *)(width + s->nrows), i, its);
+        width[i] = its ? its->row_bytes | its->parts << RY_PARTS_AT : 0;
+        ry_counts_put((char *)(width + s->nrows), i, its);
     }
     *size = ry_order_bytes(s);
     return c->order;
@@ -888,13 +543,13 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     struct ry_chooser *c = calloc(1, sizeof *c);
     size_t n = (size_t)config->map->nranks, nodes = (size_t)config->map->nnodes;
     if (c) {
-        open_account(c, FIRST_ACCOUNT);
+        ry_chooser_open_account(c, RY_CHOOSER_FIRST);
         c->config = *config;
         c->parts = 1;
-        for (int i = 0; i < LOADS; i++)
-            c->learned[i].other = &c->learned[LOADS - 1 - i];
+        for (int i = 0; i < RY_LOAD_KINDS; i++)
+            c->learned[i].other = &c->learned[RY_LOAD_KINDS - 1 - i];
         snprintf(c->name, sizeof c->name, "%s", config->name);
-        for (int i = 0; i < RECENT; i++)
+        for (int i = 0; i < RY_CHOOSER_RECENT; i++)
             c->recent[i].number = UINT64_MAX;
     }
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||

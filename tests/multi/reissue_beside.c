@@ -1,10 +1,11 @@
 /*
- * reissue_beside.c: two communicators of the same ranks, one with long exchanges and one with short ones, at the same time on two
- * threads, or one after the other. Every byte is checked; printed is how long the short ones took, each waited for.
+ * reissue_beside.c: two communicators of the same ranks, one with long exchanges and one with short ones, at the same
+ * time on two threads, or one after the other. Every byte is checked; printed is how long the short ones took, each
+ * waited for.
  *
  * usage: reissue_beside CASE SHAPE [SECONDS [KIB [DIFFERENT]]]
- *   together, apart: as said; long: only those; SECONDS: how long either goes on; KIB: of a segment of the long ones, in rows
- *   of 1 KiB, of which each rank has so many different ones (8)
+ *   together, apart: as said; long: only those; SECONDS: how long either goes on; KIB: of a segment of the long ones,
+ * in rows of 1 KiB, of which each rank has so many different ones (8)
  */
 
 #include "reissue.h"
@@ -59,7 +60,8 @@ static void make_short_ones(struct side *s, bool together)
         if (timed < MOST_TIMED)
             took_us[timed++] = us;
         if (i % 8 == 7) /* while there is something beside them: what comes after is not what is asked about */
-            goes_on = all_agree(s, s->number < MOST_EXCHANGES - 16 && (together ? !long_is_over : seconds_since(began) < seconds));
+            goes_on = all_agree(s, s->number < MOST_EXCHANGES - 16 &&
+                                       (together ? !long_is_over : seconds_since(began) < seconds));
     }
     compare_ways(s);
 }
@@ -79,8 +81,8 @@ static void both(bool together)
         pthread_join(thread, NULL);
     qsort(took_us, (size_t)timed, sizeof *took_us, by_value);
     if (who.rank == 0)
-        printf("short exchanges: %d, half took %.0f us at most, 90 %% %.0f us; long ones: %llu\n", timed, took_us[timed / 2],
-               took_us[timed * 9 / 10], (unsigned long long)large->number);
+        printf("short exchanges: %d, half took %.0f us at most, 90 %% %.0f us; long ones: %llu\n", timed,
+               took_us[timed / 2], took_us[timed * 9 / 10], (unsigned long long)large->number);
     end_side(small);
     end_side(large);
 }

@@ -649,6 +649,14 @@ def case_sum_report():
 
 # ---- several communicators at once ----
 
+
+def skip_if_unsteady():
+    if steady.unsteady():
+        print(f"reissue_test: {CASE}: SKIPPED: others take the processors, and agreeing takes longer than it saves")
+        sys.exit(77)
+
+
+
 BESIDE = r"communicator (\w+), exchange \d+: .*, beside ([\d.]+) MB of other communicators \(a byte takes the NICs ([\d.]+) times as long\)"
 
 
@@ -689,24 +697,33 @@ def case_beside_short():
     folder = tempfile.mkdtemp(prefix="railyard-beside-")
     atexit.register(shutil.rmtree, folder, True)
     job("../../tools/railyard/railyard", "calibrate", "--seconds=1", env={"XDG_CACHE_HOME": folder}, preload=False, links=("--nic", "0.5"))
+    slow = []
     for attempt in range(4):
         plain, _ = beside("together", 1, 256, links=("--nic", "0.5"), preload=False)
         us, lines = beside("together", 1, 256, links=("--nic", "0.5"), env={"XDG_CACHE_HOME": folder, "RAILYARD_STRATEGY": "auto"})
-        if us <= 2 * plain + 1000 and said(lines, ": dedup "):
+        if us > 2 * plain + 1000:
+            slow.append(f"{us:.0f} us, with plain NCCL {plain:.0f} us")
+        elif said(lines, ": dedup "):
             return
-    fail(f"short exchanges took {us} us beside long ones, with plain NCCL {plain} us; by dedup: {len(said(lines, ': dedup '))}")
+    skip_if_unsteady()
+    fail(f"short exchanges took {slow} beside long ones" if slow else "the long ones were never made by dedup")
 
 
 def case_pace():
     """What little dedup saves here is held against the pace of plain NCCL, which is watched for that: both are measured."""
     steady.go_first()
-    out, lines, _ = auto("long", 3, 128, 384, program="reissue_beside", links=("--nic", "0.2"), env={"RAILYARD_ROW_BYTES": "1024"})
-    expect(lines, r"the next \d+ pass by, to see how fast plain NCCL goes")
-    found = expect(lines, r"the time from one exchange to the next is [\d.]+ % of what it is without agreeing")
-    ratios = [float(re.search(r"is ([\d.]+) %", line).group(1)) for line in found]
-    print(ratios)
-    if not all(20 < v < 500 for v in ratios):
-        fail(f"paces of {ratios} %")
+    for attempt in range(3):
+        out, lines, _ = auto("long", 3, 128, 384, program="reissue_beside", links=("--nic", "0.2"), env={"RAILYARD_ROW_BYTES": "1024"})
+        watched = said(lines, r"the next \d+ pass by, to see how fast plain NCCL goes")
+        found = said(lines, r"the time from one exchange to the next is [\d.]+ % of what it is without agreeing")
+        ratios = [float(re.search(r"is ([\d.]+) %", line).group(1)) for line in found]
+        print(len(watched), ratios)
+        if ratios:
+            break
+    if not watched:  # too slow for dedup to be worth its price
+        skip_if_unsteady()
+    if not watched or not ratios or not all(20 < v < 500 for v in ratios):
+        fail(f"plain NCCL was watched {len(watched)} times, paces of {ratios} %")
 
 
 # ---- communicators of the nodes' ranks ----

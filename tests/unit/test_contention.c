@@ -190,20 +190,24 @@ struct drawn {
     uint64_t out, in;
 };
 
-/* Random exchanges of three communicators, each with those of a fourth seat of the same key as the first, told of in a random order: every
- * figure is the sum over all that it met. */
+/* Random exchanges of three communicators, each with those of a fourth seat of the same key as the first, told of in a
+ * random order: every figure is the sum over all that it met. */
 START_TEST(all_pairs)
 {
     const char *given = getenv("RY_TEST_SEED");
     unsigned seed = given ? (unsigned)strtoul(given, NULL, 0) : (unsigned)(time(NULL) ^ getpid());
     printf("RY_TEST_SEED=%u\n", seed);
+    stop();
     for (int round = 0; round < 300; round++) {
         start();
-        int seat[4] = {join(1, 0, 0), join(2, 0, 1), join(3, 0, 2), join(1, 0, 3)}, n = 1 + rand_r(&seed) % (RY_CONTENTION_RECORDS - 1);
+        int seat[4] = {join(1, 0, 0), join(2, 0, 1), join(3, 0, 2), join(1, 0, 3)},
+            n = 1 + rand_r(&seed) % (RY_CONTENTION_RECORDS - 1);
         struct drawn d[RY_CONTENTION_RECORDS];
         uint64_t key[4] = {1, 2, 3, 1};
         for (int i = 0; i < n; i++) {
-            d[i] = (struct drawn){rand_r(&seed) % 4, (uint64_t)i, rand_r(&seed) % 10000, 1 + rand_r(&seed) % 3000, rand_r(&seed) % 100000, rand_r(&seed) % 100000};
+            d[i] = (struct drawn){rand_r(&seed) % 4,      (uint64_t)i,
+                                  rand_r(&seed) % 10000,  1 + rand_r(&seed) % 3000,
+                                  rand_r(&seed) % 100000, rand_r(&seed) % 100000};
             ry_contention_began(q, seat[d[i].who]);
         }
         for (int i = n - 1; i > 0; i--) {

@@ -75,6 +75,35 @@ START_TEST(beside)
 }
 END_TEST
 
+/* What was measured under one load stands in under the other, for a strategy that was not measured there; nothing else is taken over. */
+START_TEST(other_load)
+{
+    struct ry_cluster *c = regular(2, 4);
+    uint64_t *m = even(c, 1000000);
+    struct ry_load *l = loads_of(c, m, NULL);
+    struct ry_cost_learned *alone = calloc(1, sizeof *alone), *busy = calloc(1, sizeof *busy);
+    struct ry_choice before, after;
+    ry_cost_choose(&before, &typical, busy, c, l, NULL, 0.05);
+    busy->other = alone;
+    alone->other = busy;
+    for (int i = 0; i < 4; i++) {
+        ry_cost_learn(alone, RY_HIERARCHICAL, ry_cost_busiest(c, l), 100, 50);
+        ry_cost_learn(alone, RY_DIRECT, ry_cost_busiest(c, l), 100, 300);
+        ry_cost_learn(busy, RY_DIRECT, ry_cost_busiest(c, l), 100, 200);
+    }
+    ry_cost_choose(&after, &typical, busy, c, l, NULL, 0.05);
+    near(after.us[RY_HIERARCHICAL], before.model_us[RY_HIERARCHICAL] / 2, "stands in");
+    near(after.us[RY_DIRECT], before.model_us[RY_DIRECT] * 2, "its own");
+    ck_assert_int_eq(after.strategy, RY_HIERARCHICAL);
+    ck_assert_uint_eq(alone->size[20].turn, 0); /* choices made under the other load are not its own */
+    free(alone);
+    free(busy);
+    free(l);
+    free(m);
+    ry_cluster_free(c);
+}
+END_TEST
+
 /* Random exchanges, loads and others: never faster for them, slower by no more than as many as ran, and by what crosses only. */
 START_TEST(beside_at_random)
 {
@@ -650,6 +679,7 @@ int main(void)
     tcase_add_test(t, by_hand);
     tcase_add_test(t, beside);
     tcase_add_test(t, beside_at_random);
+    tcase_add_test(t, other_load);
     tcase_add_test(t, one_node_and_nothing);
     tcase_add_test(t, monotonic);
     tcase_add_test(t, against_plans);

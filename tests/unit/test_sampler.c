@@ -94,6 +94,62 @@ START_TEST(clock_of_a_device)
 }
 END_TEST
 
+#define FASTER 1000
+
+static int fast_elapsed(struct ry_event *a, struct ry_event *b, double *us, struct ry_err *e)
+{
+    int rc = ry_device_host()->event_elapsed(a, b, us, e);
+    *us *= FASTER;
+    return rc;
+}
+
+static _Atomic int destroyed;
+
+static void count_destroyed(struct ry_event *ev)
+{
+    destroyed++;
+    ry_device_host()->event_destroy(ev);
+}
+
+/* Over minutes, of a device for which a millisecond is a second: the clock goes on where one of its events takes over from another. */
+START_TEST(clock_over_minutes)
+{
+    static struct ry_device fast;
+    fast = *ry_device_host();
+    fast.event_elapsed = fast_elapsed;
+    fast.event_destroy = count_destroyed;
+    static struct ry_sampler *s; /* as the other one */
+    s = ry_sampler_start(&fast, &err);
+    ck_assert_ptr_nonnull(s);
+    ry_sampler_clock(s);
+    uint64_t before[20], after[20];
+    double at[20];
+    for (int i = 0; i < 20; i++) {
+        calls = 0;
+        before[i] = ry_now_ns();
+        struct ry_sample *p = ry_sampler_begin(s, 0, NULL);
+        after[i] = ry_now_ns();
+        ry_sampler_end(s, p, NULL, 1, done, &calls, 7);
+        until(1);
+        at[i] = began[0];
+    }
+    int known = 0, last = -1;
+    for (int i = 0; i < 20; i++) {
+        if (isnan(at[i])) /* it began before an event that had taken over by then, or before there was any */
+            continue;
+        if (last >= 0)
+            ck_assert_msg(at[i] - at[last] >= FASTER * ((double)(before[i] - after[last]) / 1e3 - 1) &&
+                              at[i] - at[last] <= FASTER * ((double)(after[i] - before[last]) / 1e3 + 1),
+                          "%f us from sample %d to sample %d", at[i] - at[last], last, i);
+        last = i;
+        known++;
+    }
+    ck_assert_int_ge(known, 8);
+    ck_assert_int_ge(destroyed, 3); /* so often it was handed over */
+    ry_sampler_stop(s);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("sampler");
@@ -102,6 +158,7 @@ int main(void)
     tcase_add_test(t, any_ordinal);
     tcase_add_test(t, given_back);
     tcase_add_test(t, clock_of_a_device);
+    tcase_add_test(t, clock_over_minutes);
     suite_add_tcase(suite, t);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);
