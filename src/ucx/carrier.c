@@ -320,6 +320,8 @@ static int begin(struct ry_cross *face, const struct ry_cross_transfer *list, in
         j = NULL;
         good = !c->config.device->stream_write_value(stream, (uint32_t *)&c->word[READY], first, err) &&
                !(c->staged && copy_out(c, out, (int)nsend, stream, err));
+        if (!good)
+            ry_carrier_abort(c); /* the device refuses: nothing that the hub waits for will come */
     }
     free(at);
     free(j);

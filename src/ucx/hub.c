@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,8 +28,8 @@
 
 #define SPIN_NS 30000u         /* without anything happening, before it sleeps */
 #define NAP_NS 20000u          /* while a stream is waited for, */
-#define LONG_NAP_NS 100000u    /* and has been for long */
-#define LONG_NS 5000000u
+#define LONG_NAP_NS 60000u     /* and has been for long */
+#define LONG_NS 50000000u
 #define LOOK_MS 200            /* at the clock, while something is under way */
 #define END_NS 1000000000ull   /* for what is under way when the process ends */
 #define FLUSH_NS 300000000ull  /* for acknowledgements */
@@ -459,6 +460,7 @@ static void flush(struct ry_hub *h)
 static void *work(void *arg)
 {
     struct ry_hub *h = arg;
+    prctl(PR_SET_TIMERSLACK, 1000ul); /* of this thread: naps are to be as short as they say */
     uint64_t last = 0, stop_at = 0;
     unsigned busy = 0;
     bool flies, waits;
