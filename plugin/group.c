@@ -96,6 +96,13 @@ bool ry_group_wanted(const struct ry_comm *c)
     return face && atomic_load_explicit(&face->hold, memory_order_acquire);
 }
 
+/* Paused or not. */
+static bool insisted(const struct ry_comm *c)
+{
+    const struct ry_comm_face *face = c->engine;
+    return atomic_load_explicit(&face->hold, memory_order_relaxed) & RY_HOLD_ALWAYS;
+}
+
 static void maybe_stray(struct ry_group *g)
 {
     if (!g->held && (!g->comm || g->strayed || !(g->hold || ry_group_wanted(g->comm))))
@@ -147,7 +154,7 @@ static void turn_to(struct ry_group *g, ncclComm_t comm, cudaStream_t stream, en
     g->mixed_types = false;
     /* alone, a send or receive is no exchange; a communicator that does not block may answer "in progress" to each call
      */
-    g->hold = ry_group_wanted(g->comm) && !atomic_load_explicit(&ry_group_paused, memory_order_relaxed) &&
+    g->hold = ry_group_wanted(g->comm) && (!atomic_load_explicit(&ry_group_paused, memory_order_relaxed) || insisted(g->comm)) &&
               g->comm->blocking && !atomic_load(&g->comm->miscounted) && (g->depth || what == RY_CAPTURE_CALL);
     if (!++g->epoch) { /* wrapped: old marks could look new */
         for (int d = 0; d < 2; d++)

@@ -29,6 +29,8 @@ struct ry_group {
     int inside; /* > 0: this thread is in the real NCCL, whose own calls of public functions only pass */
     enum ry_capture capture;
     void *nccl;           /* the communicator of the group's first call */
+    void *latest;         /* that of the thread's latest exchange; NULL: there was none */
+    uint64_t exchanges;   /* of the thread so far */
     struct ry_comm *comm; /* its entry, with a reference; NULL if it is not followed */
     void *stream;
     bool hold;    /* its face said so at the group's first call: calls are kept back while this may be an exchange */

@@ -17,9 +17,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RY_HOOKS_VERSION 4u
+#define RY_HOOKS_VERSION 5u
 #define RY_ENGINE_ENTRY "railyard_engine_open"
 #define RY_NCCL_ID_BYTES 128
+
+struct railyard_redirect;
 
 /* NCCL calls other than p2p that are noted as counts. Order is recorded by name only (see record/), so it may grow. */
 enum ry_call {
@@ -82,6 +84,8 @@ struct ry_exchange {
 struct ry_comm_face {
     _Atomic uint32_t hold, wants;
 };
+/* This bit of `hold`: even while the job has paused Railyard. */
+#define RY_HOLD_ALWAYS (1u << 31)
 
 /* What the preload counts by itself on each communicator, handed over when it ends. */
 struct ry_comm_counts {
@@ -147,6 +151,11 @@ struct ry_hooks {
     void (*freed)(void);
     /** railyard_strategy() of railyard.h: 0, or -1. */
     int (*strategy)(const char *name);
+    /** railyard_redirect_ready(), railyard_redirect(), railyard_redirect_done() of railyard.h, for a communicator that does not
+     *  change under them. */
+    int (*redirect_ready)(void *comm, uint64_t bytes, uint64_t rows, void *stream);
+    int (*redirect)(void *comm, const struct railyard_redirect *how);
+    int (*redirect_done)(void *comm);
     /** The process is about to exit: `counts(handle, out)` reads the counts of a communicator still alive. */
     void (*closing)(void (*counts)(void *nccl, struct ry_comm_counts *out));
 };

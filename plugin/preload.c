@@ -190,6 +190,8 @@ static inline void end_exchange(struct ry_group *g, struct running *run, ncclRes
         }
         if (r == ncclSuccess || r == ncclInProgress)
             ry_comms_add_to(&g->comm->exchanges, 1);
+        g->latest = g->nccl;
+        g->exchanges++;
     } else if (g->comm && g->calls[0] + g->calls[1]) {
         ry_comms_add_to(&g->comm->plain_groups, 1);
     }
@@ -204,6 +206,62 @@ API int railyard_pause(int on)
 API int railyard_strategy(const char *name)
 {
     return atomic_load(&ry_preload_state) == RY_WATCHING && ry_preload_hooks.strategy ? ry_preload_hooks.strategy(name) : -1;
+}
+
+/* ---- redirected exchanges ---- */
+
+/* The communicator, with a reference, if exchanges on it can be kept back. */
+static struct ry_comm *followed(const void *nccl)
+{
+    if (!nccl || atomic_load(&ry_preload_state) != RY_WATCHING)
+        return NULL;
+    struct ry_comm *c = ry_comms_get(nccl);
+    if (c && atomic_load(&c->pending) == RY_SETTLED && c->engine && c->blocking && !atomic_load(&c->miscounted))
+        return c;
+    if (c)
+        ry_comms_put(c);
+    return NULL;
+}
+
+API uint64_t railyard_latest_exchange(const void **comm, int32_t *nranks, int32_t *rank)
+{
+    struct ry_comm *c = followed(ry_group.latest);
+    *comm = c ? ry_group.latest : NULL;
+    *nranks = c ? c->nranks : 0;
+    *rank = c ? c->rank : -1;
+    if (c)
+        ry_comms_put(c);
+    return ry_group.exchanges;
+}
+
+API int railyard_redirect_ready(const void *comm, uint64_t bytes, uint64_t rows, void *stream)
+{
+    struct ry_comm *c = ry_preload_hooks.redirect_ready && !atomic_load(&ry_group_paused) ? followed(comm) : NULL;
+    if (!c)
+        return 1;
+    ry_group.inside++;
+    int no = ry_preload_hooks.redirect_ready(c->engine, bytes, rows, stream);
+    ry_group.inside--;
+    ry_comms_put(c);
+    return no;
+}
+
+API int railyard_redirect(const void *comm, const struct railyard_redirect *how)
+{
+    struct ry_comm *c = ry_preload_hooks.redirect ? followed(comm) : NULL;
+    int r = c ? ry_preload_hooks.redirect(c->engine, how) : -1;
+    if (c)
+        ry_comms_put(c);
+    return r;
+}
+
+API int railyard_redirect_done(const void *comm)
+{
+    struct ry_comm *c = ry_preload_hooks.redirect_done ? followed(comm) : NULL;
+    int r = c ? ry_preload_hooks.redirect_done(c->engine) : -1;
+    if (c)
+        ry_comms_put(c);
+    return r;
 }
 
 API ncclResult_t ncclGroupStart(void)

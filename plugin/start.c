@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "control/load.h"
@@ -21,13 +22,17 @@ struct ry_hooks ry_preload_hooks;
 
 /*
  * The one thing that is done before anybody calls NCCL: where exchanges may be carried out while the job's stream waits for
- * them, kernels must be loaded when their module is, and CUDA reads this once, when it starts.
+ * them, kernels must be loaded when their module is, and streams should not share hardware queues. CUDA reads both once, when it
+ * starts. Under MPS all clients have one pool of queues: who takes many may keep others from starting.
  */
-static __attribute__((constructor)) void load_eagerly(void)
+static __attribute__((constructor)) void prepare_cuda(void)
 {
     const char *hold = getenv("RAILYARD_HOLD");
-    if (hold && (!strcmp(hold, "0") || !strcasecmp(hold, "no") || !strcasecmp(hold, "off") || !strcasecmp(hold, "false")))
-        setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    if (!hold || (strcmp(hold, "0") && strcasecmp(hold, "no") && strcasecmp(hold, "off") && strcasecmp(hold, "false")))
+        return;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    if (!getenv("CUDA_MPS_PIPE_DIRECTORY") && access("/tmp/nvidia-mps/control", F_OK))
+        setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
 }
 
 static bool disabled(void)

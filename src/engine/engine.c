@@ -536,6 +536,9 @@ __attribute__((visibility("default"))) int railyard_engine_open(const struct ry_
         hooks->stray = ry_exchange_stray;
         hooks->comm_aborting = ry_exchange_aborting;
         hooks->strategy = strategy;
+        hooks->redirect_ready = ry_redirect_ready;
+        hooks->redirect = ry_redirect_next;
+        hooks->redirect_done = ry_redirect_done;
         if (ry_later_on()) {
             hooks->settle = ry_later_settle;
             hooks->freeing = ry_later_freeing;

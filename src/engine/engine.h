@@ -3,7 +3,7 @@
  *
  * Owns: the process's one engine, and what is kept of each communicator. engine.c brings communicators up and down,
  * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange; look.c (equal rows), sum.c (summed
- * returns), twins.c (communicators that send the same) and later.c (calls that return first) are parts of it. Not for
+ * returns), redirect.c (rows that go elsewhere), twins.c (communicators that send the same) and later.c (calls that return first) are parts of it. Not for
  * anybody else.
  */
 #ifndef RY_ENGINE_ENGINE_H
@@ -28,6 +28,7 @@
 #include "pairing.h"
 #include "policy.h"
 #include "record/record.h"
+#include "redirect.h"
 #include "repeats.h"
 #include "row_width.h"
 #include "run/run.h"
@@ -52,6 +53,7 @@ struct way {
     uint64_t number, wall_ns;
     struct ry_sample *sample;
     bool captured;
+    bool redirected;      /* what goes is another exchange (redirect.h) */
     bool given_away;      /* take and end are, or were, done as one by ry_exchange_carry() */
     bool together;        /* with the communicator's twins */
     bool timed;           /* the yardmaster wants to know how long it takes */
@@ -106,6 +108,7 @@ struct reissue {
     struct searched searched;
     struct ry_pairs pairs;
     struct summing summing;
+    struct ry_redirected redirected;
     struct {
         struct ry_load load;
         double saving; /* bytes; 0: nothing promises any */

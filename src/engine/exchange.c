@@ -12,7 +12,8 @@
  *                        (node_comm.h). Otherwise the preload passes the exchange on to NCCL as it is. What a summed return
  *                        takes besides is in sum.c: ry_sum_begin() before all this finds what it answers, ry_sum_keep()
  *                        after a packed exchange keeps what its return will need.
- *                        May start the clock (sampler.c), once nothing is waited for any more.
+ *                        May start the clock (sampler.c), once nothing is waited for any more. Where the job has asked for its
+ *                        rows to go elsewhere, all that is done to another exchange in its place (redirect.h).
  *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
  *
  * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
@@ -50,7 +51,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.given_away = now.cross = false;
+    now.captured = now.together = now.timed = now.given_away = now.cross = now.redirected = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -249,7 +250,7 @@ static void carry_out(struct comm *c, struct reissue *r, const struct ry_exchang
     struct ry_run_node *node = now.node == RY_NODE_USE ? ry_node_comm_face(r->node) : NULL;
     struct ry_plan *plan = plan_of(r, verdict, x->rank, repeats, &err);
     bool good = run_plan(c, r, x, b, plan, node, &err, result);
-    if (good && plan->strategy == RY_DEDUP)
+    if (good && plan->strategy == RY_DEDUP && !now.redirected) /* its return will not be */
         ry_sum_keep(c, r, b, plan, repeats, &now.rows, now.number);
     else if (good && plan->strategy == RY_SUM)
         ry_sum_tell(c, r, plan, &now.rows, now.number);
@@ -335,26 +336,43 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     return true;
 }
 
-static bool take(struct comm *c, const struct ry_exchange *x, int *result)
+/* `x` as the job has it; `y` as it goes: the same, unless it was redirected. */
+static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_exchange *y, int *result)
 {
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     bool taken = false;
     struct ry_buffers b;
     if (r)
-        b = describe(r, x);
+        b = describe(r, y);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
     if (r) {
-        taken = by_twins(c, r, x, &b, result);
+        taken = by_twins(c, r, y, &b, result);
         if (!taken) {
-            ry_sum_begin(c, r, &b, &now.rows, now.number, x->held);
-            taken = reissue(c, r, x, &b, result);
+            ry_sum_begin(c, r, &b, &now.rows, now.number, y->held && !now.redirected);
+            taken = reissue(c, r, y, &b, result);
             ry_sum_end(r);
         }
     }
     if (!taken && (c->record || now.strategy || now.timed || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
-        start_clock(c, x);
+        start_clock(c, y);
     return taken;
+}
+
+/* Its rows go elsewhere (redirect.h); or they do not, or it fails. True: *result is the job's. */
+static bool take_redirected(struct comm *c, const struct ry_exchange *x, int *result)
+{
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    const struct ry_exchange *y = ry_redirect_begin(c, r, x, result);
+    now.redirected = y != x;
+    if (!now.redirected)
+        return take(c, x, x, result);
+    if (!y)
+        return true;
+    if (!take(c, x, y, result))
+        *result = atomic_load(&r->aborted) ? NCCL_SYSTEM_ERROR : ry_engine.host.plain(c->info.nccl, y);
+    ry_redirect_end(c, r, x, result);
+    return true;
 }
 
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result)
@@ -366,7 +384,7 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
     if (taken)
         now.gather_count = 0;
     else
-        taken = take(c, x, result);
+        taken = take_redirected(c, x, result);
     ry_engine_leave();
     return taken;
 }
@@ -410,7 +428,7 @@ static uint64_t busier_way(const struct ry_exchange *x)
 static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
 {
     bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
-    ok = ok && !now.together; /* which is neither this communicator's agreement nor NCCL */
+    ok = ok && !now.together && !now.redirected; /* which are neither this communicator's agreement nor NCCL alone */
     enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
     bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
     uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;
@@ -462,7 +480,9 @@ void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, in
 {
     if (!cookie || now.given_away || !ry_engine_enter())
         return;
-    end(handle, x, result);
+    struct comm *c = handle;
+    struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
+    end(c, now.redirected && r && !result ? &r->redirected.x : x, result); /* as it went */
     ry_engine_leave();
 }
 
@@ -471,7 +491,7 @@ int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct 
     const struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     int result = NCCL_OK;
     now = *way;
-    if (!take(c, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
+    if (!take(c, x, x, &result)) /* NCCL must not see a communicator that is being aborted: its handle may be gone */
         result = r && !atomic_load(&r->aborted) ? ry_engine.host.plain(c->info.nccl, x) : NCCL_SYSTEM_ERROR;
     end(c, x, result);
     return result;
@@ -504,7 +524,7 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
     }
     now.number = x->ordinal;
     now.wall_ns = wall_ns;
-    now.captured = now.timed = now.verify = now.given_away = false;
+    now.captured = now.timed = now.verify = now.given_away = now.redirected = false;
     now.strategy = NULL;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = clock;

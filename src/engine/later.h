@@ -34,7 +34,9 @@ enum {
     RY_LATER_CAME,  /* the latest ticket whose turn came on its S */
     RY_LATER_OVER,  /* the latest that S need not wait for any more: written by R */
     RY_LATER_TRIED, /* the same of trials: written by the host */
-    RY_LATER_WORDS = 4
+    RY_LATER_FROM,  /* what a rank sends itself in a trial, and where to */
+    RY_LATER_TO,
+    RY_LATER_WORDS = 8
 };
 
 /* A communicator's part. */

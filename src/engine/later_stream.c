@@ -2,10 +2,12 @@
  * later_stream.c: Railyard's stream and words of a communicator, and whether a stream of the job's can wait for them.
  *
  * Streams share hardware queues (CUDA_DEVICE_MAX_CONNECTIONS): a wait at the head of one keeps everything behind it
- * from running, whatever stream that belongs to. If that is R, or a stream that NCCL has made for itself, nothing ever
- * lets S go. This cannot be known, so it is tried: the first exchange of each S is carried out by the job's thread on R
- * while S waits, for a word that only the host writes. When the exchange has ended, or has not in time, the host lets S
- * go; S waits for the exchange's end besides, so that nothing is wrong either way.
+ * from running, whatever stream that belongs to. If that is R, or a stream that NCCL has made for itself (each of its
+ * launches waits for one), nothing ever lets S go. This cannot be known, so it is tried, on the job's thread while S
+ * waits for a word that only the host writes. First this rank sends a word to itself, on R and by all communicators that
+ * an exchange may use: if that does not end, it is this rank's own queues, and no other rank is kept waiting for it.
+ * Then the exchange is carried out. When it has ended, or has not in time, the host lets S go; S waits for the
+ * exchange's end besides, so that nothing is wrong either way.
  */
 #include "later_stream.h"
 
@@ -134,6 +136,25 @@ bool ry_later_stream_good(struct comm *c, void *stream)
     return at >= 0 && c->later.tried[at].good;
 }
 
+/* Do R and what NCCL does behind it run on this rank while S waits? */
+static bool runs_here(struct ry_later_task *t, struct ry_event *after)
+{
+    const struct ry_device *device = ry_engine.device;
+    struct comm *c = t->c;
+    struct reissue *r = atomic_load(&c->reissue);
+    struct ry_run_node *node = ry_node_comm_state(r->node) == RY_NODE_HAS ? ry_node_comm_face(r->node) : NULL;
+    struct ry_err err;
+    uint32_t *from = &c->later.word[RY_LATER_FROM], *to = &c->later.word[RY_LATER_TO];
+    int result = 0;
+    if (device->stream_wait(c->later.stream, t->before, &err) ||
+        ry_run_to_itself(r->runner, node, c->info.rank, from, to, sizeof *from, c->later.stream, &result, &err) ||
+        device->event_record(after, c->later.stream, &err)) {
+        ry_log(RY_LOG_PLAN, "communicator %s: %s", c->id, err.msg);
+        return false;
+    }
+    return !result && over_first(c, t->before, after);
+}
+
 /* The exchange on R, and its end before what S does next. */
 static bool carry_beside(struct ry_later_task *t, struct ry_event *after, int *result)
 {
@@ -168,17 +189,21 @@ bool ry_later_try(struct comm *c, const struct ry_exchange *x, const struct way 
     enum ry_later_begun begun = made ? ry_later_begin(t, RY_LATER_TRIED) : RY_LATER_NOT_HERE;
     if (begun == RY_LATER_BEGUN) {
         ry_later_trying(t);
-        bool good = false, carried = carry_beside(t, after, result);
-        if (carried)
-            good = over_first(c, t->before, after);
+        bool here = runs_here(t, after), good = false, failed = !here;
+        if (here && carry_beside(t, after, result))
+            failed = !(good = over_first(c, t->before, after));
         ry_later_let_go(c, RY_LATER_TRIED, t->ticket);
         c->later.tried[at].good = good;
-        *trials += carried && !good;
-        if (carried && !good)
-            ry_info("communicator %s: an exchange did not end in time while the job's stream waited (trial %d of %d)%s",
-                    c->id, *trials, TRIALS,
-                    *trials < TRIALS ? "" : ": streams may share a hardware queue, the calling thread is held");
+        *trials += failed;
+        if (failed)
+            ry_info("communicator %s: %s did not end in time while the job's stream waited (trial %d of %d)%s", c->id,
+                    here ? "an exchange" : "what this rank sends itself", *trials, TRIALS,
+                    *trials < TRIALS ? ""
+                                     : ": the calling thread is held. Streams share a hardware queue; a larger "
+                                       "CUDA_DEVICE_MAX_CONNECTIONS gives more of them");
         ry_later_tried(t);
+        if (!here)
+            begun = RY_LATER_NOT_NOW;
     } else {
         *trials += begun == RY_LATER_NOT_HERE;
     }

@@ -98,30 +98,34 @@ void ry_pairs_free(struct ry_pairs *p)
 
 /* ---- the rule ---- */
 
-/* NULL: every row went out equally often, and more than once. */
-static const char *unequal(const struct ry_copies *c)
+uint32_t ry_pairs_wanted(const struct ry_pairs *p)
+{
+    return p->combine.copies ? p->combine.copies : p->learned ? p->learned : p->guess;
+}
+
+/* NULL: every row that may be summed went out `wanted` times. */
+static const char *unequal(const struct ry_copies *c, uint32_t wanted)
 {
     if (c->zero)
         return "some rows were all zeros";
-    if (c->least != c->most)
+    if (c->least < 2 || c->least > RY_COPIES_MOST)
+        return "rows went out once";
+    if (c->least != c->most && !(c->apart && c->times == wanted))
         return "not all rows went out equally often";
-    return c->least < 2 || c->least > RY_COPIES_MOST ? "rows went out once" : NULL;
-}
-
-static uint32_t wanted_copies(const struct ry_pairs *p)
-{
-    return p->combine.copies ? p->combine.copies : p->learned;
+    return c->least != wanted ? "rows went out another number of times than tokens do" : NULL;
 }
 
 bool ry_pairs_learn(struct ry_pairs *p, const struct ry_copies *copies)
 {
     if (!copies->rows)
         return true;
-    if (unequal(copies))
-        return false;
-    if (!p->learned || p->learned % copies->least == 0)
-        p->learned = (uint32_t)copies->least;
-    return copies->least == wanted_copies(p);
+    bool possible = !copies->zero && copies->least >= 2 && copies->least <= RY_COPIES_MOST;
+    uint32_t least = (uint32_t)copies->least;
+    if (possible && copies->least == copies->most && (!p->learned || p->learned % least == 0))
+        p->learned = least;
+    else if (possible && copies->least != copies->most && (!p->guess || p->guess > least))
+        p->guess = least;
+    return !unequal(copies, ry_pairs_wanted(p));
 }
 
 const char *ry_pairs_copies(const struct ry_pairs *p, const struct ry_pair *pair, uint32_t *copies)
@@ -129,11 +133,9 @@ const char *ry_pairs_copies(const struct ry_pairs *p, const struct ry_pair *pair
     *copies = 0;
     if (!pair->copies.rows)
         return NULL;
-    const char *why = unequal(&pair->copies);
-    if (!why && pair->copies.least != wanted_copies(p))
-        why = "rows went out another number of times than tokens do";
+    const char *why = unequal(&pair->copies, ry_pairs_wanted(p));
     if (!why)
-        *copies = wanted_copies(p);
+        *copies = ry_pairs_wanted(p);
     return why;
 }
 

@@ -13,9 +13,12 @@
  *     same time; its counts are D's turned round, all of them; it comes of the same type, bf16, fp16 or fp32;
  *   - D went packed, and what it said of equal rows is still there;
  *   - equal rows were copies of one token, not of two with the same bytes: among all that this rank sent in D, to its
- *     own node and itself as well, every row occurs just K times, and no row is all zeros, which is padding.
+ *     own node and itself as well, every row occurs just K times, and no row is all zeros, which is padding. Where a few
+ *     rows occur a multiple of K times, and no row any other number, those few went out unpacked, each for itself (the
+ *     same word at the beginning of several samples makes such rows in every layer): nothing of theirs is added up.
  * K is told (sum:K) or the least uniform number ever seen here, which later only ever gives way to one that divides it:
- * two tokens with the same bytes make twice as many copies, and tokens that were dropped somewhere fewer of some.
+ * two tokens with the same bytes make twice as many copies, and tokens that were dropped somewhere fewer of some. Before
+ * a uniform number was seen, the least number of all is tried.
  * Anything else: the exchange goes unsummed.
  *
  * Pure state, no I/O; one per communicator, used by one thread at a time.
@@ -54,11 +57,13 @@ struct ry_pair {
 struct ry_pairs {
     struct ry_combine combine;
     void (*let_go)(struct ry_kept *kept); /* ry_kept_free() */
-    uint32_t learned;                     /* K; 0: not yet */
+    uint32_t learned, guess;              /* K; what is tried before it is known; 0: not yet */
     int n;
     struct ry_pair *of[RY_PAIRS]; /* oldest first */
 };
 
+/** How often a token's rows go out, as far as that is known; 0: it is not. */
+uint32_t ry_pairs_wanted(const struct ry_pairs *p);
 /** Rows were found to go out so often: K is learned from it. False: no return of this exchange will ever be summed. */
 bool ry_pairs_learn(struct ry_pairs *p, const struct ry_copies *copies);
 /**

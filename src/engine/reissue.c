@@ -57,6 +57,7 @@ static void free_reissue(struct reissue *r, bool aborted)
         ry_talk_close(r->talk);
     ry_across_close(r->across, atomic_load(&ry_engine.closed));
     ry_node_comm_end(r->node, aborted); /* what it had to abort is under way already */
+    ry_redirected_free(&r->redirected);
     if (r->runner)
         ry_runner_free(r->runner, aborted);
     ry_chooser_free(r->chooser);

@@ -25,7 +25,7 @@ void ry_sum_count(const struct comm *c, struct reissue *r, const struct ry_buffe
     struct ry_err err;
     if (!may_return_summed(r, b, rows))
         return;
-    if (ry_run_copies(r->runner, b, rows->bytes, &err))
+    if (ry_run_copies(r->runner, b, rows->bytes, ry_pairs_wanted(&r->pairs), &err))
         ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": its return will not be summed: %s", c->id, number,
                err.msg);
 }

@@ -39,7 +39,7 @@ struct step { /* what comes after a layer */
 struct railyard_live_layers {
     pthread_mutex_t lock;
     int ranks, samples, slots, tokens, layers, experts, topk, places;
-    bool distinct;
+    bool distinct, combine, rides;
     int *slot_place;    /* [slots] */
     int *expert_place;  /* [experts] */
     int *capacity;      /* [places] */
@@ -50,6 +50,7 @@ struct railyard_live_layers {
     float *counts;  /* [slots][layers][experts] */
     float *rows;    /* [slots][layers][places] */
     int *was;       /* [layers][slots]: places */
+    bool *inside;   /* [layers]: whoever moved after it moved inside its combine */
     /* learning */
     uint64_t learned, since, fit_at;
     double weight, total; /* of samples in the sums, and of their counts */
@@ -128,13 +129,14 @@ static bool make_room(struct railyard_live_layers *l)
     l->counts = malloc(S * L * E * sizeof *l->counts);
     l->rows = malloc(S * L * P * sizeof *l->rows);
     l->was = malloc(S * L * sizeof *l->was);
+    l->inside = calloc(L, sizeof *l->inside);
     l->future = malloc(S * P * sizeof *l->future);
     l->cost = malloc(S * P * sizeof *l->cost);
     l->to = malloc(S * sizeof *l->to);
     l->left = malloc(S * sizeof *l->left);
     l->at = malloc(P * sizeof *l->at);
     l->assign = ry_assign_new(l->slots, l->places, 0, &ry_live_err);
-    return l->slot_place && l->expert_place && l->capacity && l->counts && l->rows && l->was && l->future && l->cost &&
+    return l->slot_place && l->expert_place && l->capacity && l->counts && l->rows && l->was && l->inside && l->future && l->cost &&
            l->to && l->left && l->at && l->assign;
 }
 
@@ -157,6 +159,8 @@ struct railyard_live_layers *railyard_live_layers_new(const struct railyard_live
     l->topk = j->topk;
     l->places = j->places;
     l->distinct = j->distinct != 0;
+    l->combine = j->combine != 0;
+    l->rides = j->combine == 2;
     l->fit_at = FIRST;
     l->fitting = l->layers - 1;
     if (!make_steps(l) || !make_room(l)) {
@@ -189,6 +193,7 @@ void railyard_live_layers_free(struct railyard_live_layers *l)
     free(l->counts);
     free(l->rows);
     free(l->was);
+    free(l->inside);
     free(l->future);
     free(l->cost);
     free(l->to);
@@ -259,13 +264,13 @@ static void keep_layer(struct railyard_live_layers *l, int layer, const uint32_t
 
 /* ---- deciding ---- */
 
-/* Rows of all layers to come, by place. */
+/* Rows of all layers to come, or of the next one where that is all that matters, by place. */
 static void foresee(const struct railyard_live_layers *l, int layer, int sample, float *out)
 {
     const struct step *step = &l->steps[layer];
     const float *x = counts_of(l, sample, step->first);
     size_t P = (size_t)l->places;
-    float most = (float)(l->layers - 1 - layer) * (float)l->tokens * (float)(l->distinct ? 1 : l->topk);
+    float most = (float)(l->rides ? 1 : l->layers - 1 - layer) * (float)l->tokens * (float)(l->distinct ? 1 : l->topk);
     memset(out, 0, P * sizeof *out);
     for (size_t i = 0; i < (size_t)step->features; i++)
         for (size_t p = 0; p < P && x[i] > 0; p++)
@@ -274,28 +279,39 @@ static void foresee(const struct railyard_live_layers *l, int layer, int sample,
         out[p] = fminf(fmaxf(out[p], 0), most);
 }
 
-/* Rows that sample `sample`, now in slot s, is predicted to send across if it goes to place p. */
-static double price(const struct railyard_live_layers *l, int s, uint32_t sample, int p)
+/* Rows that sample `sample`, now in slot s, is predicted to send across if it goes to place p after this layer. Where it may go
+   inside combine, the rows of that are among them. */
+static double price(const struct railyard_live_layers *l, int layer, int s, uint32_t sample, int p, bool inside)
 {
-    const float *f = l->future + (size_t)s * (size_t)l->places;
+    const float *f = l->future + (size_t)s * (size_t)l->places, *r = rows_of(l, (int)sample, layer);
+    int brought = inside ? p : l->slot_place[s];
     double rows = 0;
+    for (int q = 0; l->rides && q < l->places; q++)
+        rows += q == p ? 0 : (double)f[q] + (double)r[q];
+    if (l->rides)
+        return rows;
     for (int q = 0; q < l->places; q++)
-        rows += q == p ? 0 : 2 * (double)f[q];
+        rows += (q == p ? 0 : 2 * (double)f[q]) + (l->combine && q != brought ? (double)r[q] : 0);
     return rows + (double)l->tokens * ((p != l->slot_place[s]) + (p != l->slot_place[sample]));
 }
 
-static void solve(struct railyard_live_layers *l, const uint32_t *sample)
+/* Where samples go: l->to[slot]. Returns what it costs. */
+static double solve(struct railyard_live_layers *l, int layer, const uint32_t *sample, bool inside)
 {
     double most = 2.0 * l->layers * l->tokens * (l->distinct ? l->places : l->topk * l->places) + 2.0 * l->tokens;
     for (int s = 0; s < l->slots; s++) {
         int32_t *cost = l->cost + (size_t)s * (size_t)l->places;
         for (int p = 0; p < l->places; p++)
-            cost[p] = 2 * (int32_t)lrint(price(l, s, sample[s], p) / most * COST);
+            cost[p] = 2 * (int32_t)lrint(price(l, layer, s, sample[s], p, inside) / most * COST);
         cost[l->slot_place[s]]--; /* of equal solutions, one that moves less */
     }
     struct ry_assign_problem problem = {
         .nsamples = l->slots, .nplaces = l->places, .cost = l->cost, .capacity = l->capacity};
     ry_assign(l->assign, RY_SOLVE_EXACT, &problem, l->to);
+    double go = 0;
+    for (int s = 0; s < l->slots; s++)
+        go += price(l, layer, s, sample[s], l->to[s], inside);
+    return go;
 }
 
 /* next[] from to[], places of slots' samples; returns how many move. A place has as many leaving as coming. */
@@ -336,18 +352,28 @@ static void decide(struct railyard_live_layers *l, int layer, const uint32_t *sa
     }
     for (int s = 0; s < l->slots; s++)
         foresee(l, layer, (int)sample[s], l->future + (size_t)s * (size_t)l->places);
-    for (int s = 0; s < l->slots; s++)
-        plan->stay += price(l, s, sample[s], l->slot_place[s]);
+    double to_come = 0;
+    for (int s = 0; s < l->slots; s++) {
+        const float *f = l->future + (size_t)s * (size_t)l->places;
+        plan->stay += price(l, layer, s, sample[s], l->slot_place[s], false);
+        if (l->rides) {
+            to_come = plan->stay;
+            continue;
+        }
+        for (int p = 0; p < l->places; p++)
+            to_come += p == l->slot_place[s] ? 0 : 2 * (double)f[p];
+        to_come += l->slot_place[s] == l->slot_place[sample[s]] ? 0 : l->tokens;
+    }
     plan->go = plan->stay;
     if (l->rest) {
         snprintf(plan->why, sizeof plan->why, "all stay: moving did not pay lately");
         return;
     }
-    solve(l, sample);
-    double go = 0;
-    for (int s = 0; s < l->slots; s++)
-        go += price(l, s, sample[s], l->to[s]);
-    double gain = plan->stay > 0 ? 1 - go / plan->stay : 0;
+    double inside = l->combine ? solve(l, layer, sample, true) : 0, go = l->rides ? inside : solve(l, layer, sample, false);
+    bool better = l->combine && inside <= go; /* of equal ones the one that is hidden by experts */
+    if (better && !l->rides)
+        go = solve(l, layer, sample, true);
+    double gain = to_come > 0 ? (plan->stay - go) / to_come : 0; /* this layer's combine is no part of what it is held against */
     if (gain < LEAST_GAIN) {
         snprintf(plan->why, sizeof plan->why, "all stay: moving samples would keep %.1f %% of what is to cross",
                  100 * fmax(gain, 0));
@@ -355,6 +381,7 @@ static void decide(struct railyard_live_layers *l, int layer, const uint32_t *sa
     }
     plan->go = go;
     plan->moved = arrange(l, sample, next);
+    plan->inside = l->inside[layer] = better;
     snprintf(plan->why, sizeof plan->why,
              "%d of %d samples change places after layer %d: %.0f rows are to cross rather than %.0f, it is predicted",
              plan->moved, l->slots, layer, go, plan->stay);
@@ -372,7 +399,7 @@ static void learn_sample(struct railyard_live_layers *l, int sample)
         const float *x = counts_of(l, sample, s->first), *after = rows_of(l, sample, k + 1);
         size_t F = (size_t)s->features;
         for (size_t p = 0; p < P; p++)
-            to_come[p] += (double)after[p];
+            to_come[p] = (l->rides ? 0 : to_come[p]) + (double)after[p];
         for (size_t i = 0; i < F; i++) {
             double xi = (double)x[i];
             for (size_t j = 0; j <= i && xi > 0; j++)
@@ -434,15 +461,17 @@ static void account(struct railyard_live_layers *l)
         for (int k = 0, at = l->slot_place[i]; k < l->layers; k++) {
             const float *r = rows_of(l, i, k);
             int now = l->was[(size_t)k * (size_t)l->slots + (size_t)i];
+            bool moves = l->inside[k] && k + 1 < l->layers; /* its results went to where it was next */
+            int then = l->rides && k + 1 == l->layers ? l->slot_place[i] : moves ? l->was[(size_t)(k + 1) * (size_t)l->slots + (size_t)i] : now;
             double all = 0;
             for (int p = 0; p < l->places; p++)
                 all += 2 * (double)r[p];
             sent += all;
             home += all - 2 * (double)r[l->slot_place[i]];
-            crossed += all - 2 * (double)r[now];
-            carried += at != now ? l->tokens : 0;
+            crossed += all - (double)r[now] - (double)r[then];
+            carried += at != now && !(l->rides && k && l->inside[k - 1]) ? l->tokens : 0;
             at = now;
-            if (k + 1 == l->layers)
+            if (k + 1 == l->layers && !l->rides)
                 carried += at != l->slot_place[i] ? l->tokens : 0;
         }
     }
@@ -476,6 +505,7 @@ int railyard_live_layers_next(struct railyard_live_layers *l, int32_t layer, con
         memcpy(next, sample, (size_t)l->slots * sizeof *next);
         keep_layer(l, layer, sample, counts, distinct);
         l->next_layer = layer + 1;
+        l->inside[layer] = false;
         if (layer + 1 < l->layers) {
             decide(l, layer, sample, next, plan);
         } else {

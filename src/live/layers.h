@@ -8,14 +8,17 @@
  *
  * Words: a slot is a position in a rank's micro-batch, numbered rank by rank; a sample is named by its home, the slot
  * where it was when the micro-batch began and where it is again before the loss. Samples move between the dispatches of
- * two layers, as hidden states; so both exchanges of a layer are to and from the same rank.
+ * two layers, as hidden states; so both exchanges of a layer are to and from the same rank, unless they move inside combine.
  *
  * What is minimized, in rows that cross between places: of each sample that is at place a, has its home at h and goes
  * to p,
  *
  *     2 · Σ over the layers to come of (rows that it will send, less those to p) + tokens · ([p ≠ a] + [p ≠ h])
  *
- * as if it stayed at p for the rest of the micro-batch and then went home. It may be decided otherwise a layer later;
+ * as if it stayed at p for the rest of the micro-batch and then went home; where samples may move inside combine, both that
+ * and, with the layer's own results going to p instead of a, the whole again, and what is less of the two. Where the residual
+ * rides along, a sample may be elsewhere in each layer for nothing: then it is this layer's rows and the next dispatch's, less
+ * those to p, and everybody is home behind the last layer's combine. It may be decided otherwise a layer later;
  * what it costs to go home counts from the first move, so that samples do not go for a gain that is eaten on the way
  * back, and do not go to and fro. The backward pass mirrors all of it. Rows to come are told from the counts of the
  * last layers by a ridge regression, learned as the job runs; where it knows nothing it says that all places are alike,
@@ -43,6 +46,8 @@ struct railyard_live_layers_job {
     int32_t topk;     /* experts that a token goes to */
     int32_t places;   /* >= 2 */
     int32_t distinct; /* 1: rows are (token, place) pairs, what is sent where equal rows cross once; 0: copies */
+    int32_t combine;  /* 1: samples may move inside combine, which then brings a layer's results to where the sample is next;
+                         2: they do, and nothing else of them has to be sent for that (the residual rides along) */
     const int32_t *rank_place;   /* [ranks] */
     const int32_t *expert_place; /* [experts], of every layer, as routers number them */
 };
@@ -50,6 +55,7 @@ struct railyard_live_layers_job {
 struct railyard_live_layers_plan {
     uint32_t size;
     int32_t moved; /* samples that change places; 0: all stay */
+    int32_t inside; /* 1: inside combine; 0: behind it */
     double stay;   /* rows predicted to cross from here to the micro-batch's end, going home included, if all stay */
     double go;     /* the same with `next`, moving included */
     char why[192]; /* in words, one line */

@@ -22,7 +22,7 @@
 #pragma GCC visibility push(default)
 #endif
 
-#define RAILYARD_LIVE_ABI 2 /* changed whenever anything below, or in layers.h, is; the adapter refuses another one */
+#define RAILYARD_LIVE_ABI 3 /* changed whenever anything below, or in layers.h, is; the adapter refuses another one */
 
 struct railyard_live;
 

@@ -53,6 +53,8 @@ struct ry_runner {
     int *one_node;            /* its map */
     int one_node_ranks;
     bool counting; /* it was given something */
+    bool telling;  /* and the next search for equal rows is to hear of it */
+    uint32_t times;
 };
 
 /* ---- batch.c ---- */

@@ -22,6 +22,7 @@
 #include "rows_internal.h"
 
 #define ALIGN 256
+#define BEFORE (1 + sizeof(struct ry_rows_extremes) / sizeof(uint64_t))
 
 _Static_assert(sizeof(struct ry_rows_put) <= 4096 && sizeof(struct ry_rows_expand) <= 4096 &&
                    sizeof(struct ry_rows_pack) <= 4096,
@@ -34,7 +35,7 @@ struct answers {
     const struct ry_device *device;
     struct ry_event *used;
     int nnodes;
-    volatile uint64_t *word; /* [2 + RY_ROWS_ANSWERS nnodes]: errors, extremes, distinct, zero, … */
+    volatile uint64_t *word; /* [BEFORE + RY_ROWS_ANSWERS nnodes]: errors, extremes, distinct, zero, … */
 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct answers *idle;
@@ -52,6 +53,7 @@ struct ry_rows {
     bool used, scanned;
     uint64_t *host;   /* the tables: pending counter, nodes, segments */
     uint64_t *nrows;  /* [nnodes]: of the last scan */
+    uint64_t *before; /* [nranks]: rows of ranks below, while tables are laid out */
     uint64_t *copies; /* [RY_ROWS_ANSWERS][nnodes]: the answers, for the caller */
     bool known;       /* they are there */
     bool counted;     /* copies of rows as well */
@@ -92,7 +94,7 @@ static struct answers *take_answers(const struct ry_device *device, int nnodes, 
         free(a);
         return NULL;
     }
-    if (device->pinned_alloc(&word, (2 + RY_ROWS_ANSWERS * (size_t)nnodes) * sizeof *a->word, err)) {
+    if (device->pinned_alloc(&word, (BEFORE + RY_ROWS_ANSWERS * (size_t)nnodes) * sizeof *a->word, err)) {
         device->event_destroy(a->used);
         free(a);
         return NULL;
@@ -130,6 +132,7 @@ void ry_rows_free(struct ry_rows *rows)
     free(rows->first_of);
     free(rows->host);
     free(rows->nrows);
+    free(rows->before);
     free(rows->copies);
     free(rows);
 }
@@ -152,7 +155,7 @@ struct ry_rows *ry_rows_new(const struct ry_device *device, int ordinal, int nra
         return NULL;
     }
     memset((void *)(uintptr_t)rows->answers->word, 0,
-           (2 + RY_ROWS_ANSWERS * (size_t)nnodes) * sizeof *rows->answers->word);
+           (BEFORE + RY_ROWS_ANSWERS * (size_t)nnodes) * sizeof *rows->answers->word);
     ry_rows_for_tests(rows, ~UINT64_C(0), ~UINT64_C(0), 0);
     return rows;
 }
@@ -173,16 +176,22 @@ int ry_rows_layout(struct ry_rows *rows, int nranks, int nnodes, const int *node
     to.first_of = calloc((size_t)nnodes + 1, sizeof *to.first_of);
     to.host = calloc(table_words(&to), sizeof *to.host);
     to.nrows = calloc((size_t)nnodes + 1, sizeof *to.nrows);
+    to.before = calloc((size_t)nranks + 1, sizeof *to.before);
     to.copies = calloc(RY_ROWS_ANSWERS * (size_t)nnodes + 1, sizeof *to.copies);
-    bool have = to.node && to.by_node && to.first_of && to.host && to.nrows && to.copies;
+    bool have = to.node && to.by_node && to.first_of && to.host && to.nrows && to.before && to.copies;
     /* Those in use go, or, if there is no memory for new ones, the new ones. */
     int **own[] = {&rows->node, &rows->by_node, &rows->first_of}, *new[] = {to.node, to.by_node, to.first_of};
-    uint64_t **own64[] = {&rows->host, &rows->nrows, &rows->copies}, *new64[] = {to.host, to.nrows, to.copies};
+    uint64_t **own64[] = {&rows->host, &rows->nrows, &rows->before, &rows->copies};
+    uint64_t *new64[] = {to.host, to.nrows, to.before, to.copies};
     for (int i = 0; i < 3; i++) {
         free(have ? *own[i] : new[i]);
+        if (have)
+            *own[i] = new[i];
+    }
+    for (int i = 0; i < 4; i++) {
         free(have ? *own64[i] : new64[i]);
         if (have)
-            *own[i] = new[i], *own64[i] = new64[i];
+            *own64[i] = new64[i];
     }
     if (!have)
         return ry_fail(err, "out of memory for %d ranks", nranks);
@@ -359,8 +368,12 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
 {
     struct ry_rows_node *node = (struct ry_rows_node *)(rows->host + 1);
     struct ry_rows_segment *segment = (struct ry_rows_segment *)(node + rows->nnodes);
-    uint64_t most = 0;
+    uint64_t most = 0, before = 0;
     int parts = in->parts > 1 ? in->parts : 1;
+    for (int r = 0; r < rows->nranks; r++) {
+        rows->before[r] = before;
+        before += ry_rows_of(in->send_bytes[r], in->row_bytes);
+    }
     rows->host[0] = 0; /* none pending */
     s->nrows = 0;
     s->nsegments = 0;
@@ -377,6 +390,7 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
                     continue;
                 is.first_row = s->nrows;
                 is.node = (uint64_t)n;
+                is.told = rows->before[r] + ry_part_at(ry_rows_of(in->send_bytes[r], in->row_bytes), p, parts);
                 segment[s->nsegments++] = is;
                 s->nrows += ry_rows_of(is.bytes, in->row_bytes);
             }
@@ -405,14 +419,30 @@ static size_t lay_out(struct ry_rows *rows, struct ry_rows_scan *s, const struct
 static int count_copies(struct ry_rows *rows, const struct ry_rows_scan *s, void *stream, struct ry_err *err)
 {
     void *table = (void *)(uintptr_t)s->table, *extremes = (void *)(uintptr_t)s->tiles;
-    return rows->device->fill(extremes, 0, sizeof(uint64_t), stream, err) ||
+    return rows->device->fill(extremes, 0, sizeof(struct ry_rows_extremes), stream, err) ||
                    (s->nrows && (rows->device->fill(table, 0, s->nrows * sizeof(uint32_t), stream, err) ||
                                  rows_launch(rows, &rows_tally, s->nrows, s, stream, err) ||
                                  rows_launch(rows, &rows_extremes, s->nrows, s, stream, err))) ||
-                   rows->device->copy((void *)(uintptr_t)(rows->answers->word + 1), extremes, sizeof(uint64_t), stream,
-                                      err)
+                   rows->device->copy((void *)(uintptr_t)(rows->answers->word + 1), extremes,
+                                      sizeof(struct ry_rows_extremes), stream, err)
                ? -1
                : 0;
+}
+
+/* Where `told` has found how often rows of these buffers occur: nothing, if it was not these, or not asked that. */
+static bool tell(struct ry_rows_scan *s, const struct ry_rows *told, const struct ry_rows_input *in)
+{
+    s->told_where = s->told_times = s->told_extremes = s->told_rows = 0;
+    s->copies = in->copies ? in->times : 0;
+    if (!told || !told->counted || told->scan.copies < 2 || told->scan.row_bytes != in->row_bytes || told->nnodes != 1 ||
+        told->parts != 1 || !ry_rows_scanned(told, 0, in->send, in->send_bytes))
+        return false;
+    s->told_where = told->scan.where;
+    s->told_times = told->scan.table;
+    s->told_extremes = told->scan.tiles;
+    s->told_rows = told->scan.nrows;
+    s->copies = told->scan.copies;
+    return true;
 }
 
 int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *stream, struct ry_err *err)
@@ -426,11 +456,13 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
     if (!rows->memory || s.nrows > rows->capacity)
         return ry_fail(err, "%llu rows are more than the %llu that there is memory for", (unsigned long long)s.nrows,
                        (unsigned long long)rows->capacity);
-    s.found = (uint64_t)(uintptr_t)(rows->answers->word + 2);
+    s.found = (uint64_t)(uintptr_t)(rows->answers->word + BEFORE);
     rows->scanned = false;
     uint64_t tiles = (uint64_t)s.nnodes * s.tiles_per_node;
     uint64_t table = s.nrows ? sizeof(struct ry_rows_slot) << s.table_bits : 0;
-    if (rows_enter(rows, stream, err) || put(rows, &s, words, table, stream, err))
+    bool told = tell(&s, in->told, in);
+    if (rows_enter(rows, stream, err) || (told && rows_enter(in->told, stream, err)) ||
+        put(rows, &s, words, table, stream, err))
         return -1;
     if (s.nrows && (rows_launch(rows, &rows_sample, s.nrows * RY_ROWS_SAMPLE, &s, stream, err) ||
                     rows_launch(rows, &rows_compare, (s.nrows + s.batch - 1) / s.batch * 32, &s, stream, err) ||
@@ -439,7 +471,7 @@ int ry_rows_scan(struct ry_rows *rows, const struct ry_rows_input *in, void *str
         return -1;
     if (rows_launch(rows, &rows_number, tiles * 32, &s, stream, err) ||
         (in->copies && count_copies(rows, &s, stream, err)) || rows->device->event_record(rows->found, stream, err) ||
-        rows_leave(rows, stream, err))
+        rows_leave(rows, stream, err) || (told && rows_leave(in->told, stream, err)))
         return -1;
     rows->scan = s;
     rows->scanned = true;
@@ -473,21 +505,24 @@ int ry_rows_found_wait(struct ry_rows *rows, struct ry_rows_found *found, struct
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
     for (int i = 0; i < (int)RY_ROWS_ANSWERS * rows->nnodes; i++)
-        rows->copies[i] = rows->answers->word[2 + i];
+        rows->copies[i] = rows->answers->word[BEFORE + (size_t)i];
     const struct ry_rows_node *node = (const struct ry_rows_node *)(rows->host + 1);
     for (int n = 0; n < rows->nnodes; n++)
         for (int k = 0; k < (int)RY_ROWS_PARTS - 1; k++)
             if (node[n].part[k] == node[n].rows) /* nothing is beyond */
                 rows->copies[(2 + k) * rows->nnodes + n] = rows->copies[n];
     rows->known = true;
-    uint64_t extremes = rows->answers->word[1];
+    struct ry_rows_extremes extremes;
+    memcpy(&extremes, (const void *)(uintptr_t)(rows->answers->word + 1), sizeof extremes);
     *found = (struct ry_rows_found){.rows = rows->nrows,
                                     .distinct = rows->copies,
                                     .zero = rows->copies + rows->nnodes,
                                     .early = rows->copies + 2 * rows->nnodes};
-    if (rows->counted && (uint32_t)extremes) {
-        found->most = (uint32_t)extremes;
-        found->least = (uint32_t) ~(extremes >> 32);
+    if (rows->counted && extremes.most) {
+        found->most = extremes.most;
+        found->least = ~extremes.not_least;
+        found->odd = extremes.odd;
+        found->many = extremes.many;
     }
     return 0;
 }

@@ -13,7 +13,7 @@
 /* A row, and its segment's ends, beyond which nothing may be read. */
 struct span {
     const byte *at, *from, *to;
-    uint64_t bytes, node;
+    uint64_t bytes, node, told;
 };
 
 static __device__ span span_of(const ry_rows_scan &s, uint64_t row)
@@ -30,7 +30,8 @@ static __device__ span span_of(const ry_rows_scan &s, uint64_t row)
     const byte *from = AT(const byte, segment[low].at), *to = from + segment[low].bytes;
     const byte *at = from + (row - segment[low].first_row) * s.row_bytes;
     uint64_t left = (uint64_t)(to - at);
-    return span{at, from, to, left < s.row_bytes ? left : s.row_bytes, segment[low].node};
+    return span{at, from, to, left < s.row_bytes ? left : s.row_bytes, segment[low].node,
+                segment[low].told + (row - segment[low].first_row)};
 }
 
 /* The 16 bytes at `p`, all of them between `from` and `to`. */
@@ -103,17 +104,29 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_put_words(const _
         AT(uint4, p.fill)[i] = make_uint4(FULL, FULL, FULL, FULL);
 }
 
+/* Row number `told` is of several tokens with the same bytes, and goes by itself. */
+static __device__ bool alone(const ry_rows_scan &s, uint64_t told)
+{
+    uint32_t times = AT(const uint32_t, s.told_times)[AT(const uint32_t, s.told_where)[told]];
+    return times && times != s.copies;
+}
+
 extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_sample_rows(const __grid_constant__ ry_rows_scan s)
 {
     uint32_t i = threadIdx.x % RY_ROWS_SAMPLE;
     uint64_t offset = ry_rows_sample_at(s.row_bytes, i), step = threads() / RY_ROWS_SAMPLE;
+    bool apart = false;
+    if (s.told_where) {
+        ry_rows_extremes e = *AT(const ry_rows_extremes, s.told_extremes);
+        apart = ry_rows_apart(e.odd, e.many, s.told_rows) && e.many;
+    }
     for (uint64_t first = thread_of() / 32 * (32 / RY_ROWS_SAMPLE); first < s.nrows; first += step) {
         uint64_t row = first + threadIdx.x % 32 / RY_ROWS_SAMPLE, hash = 0, node = 0;
-        bool whole = false;
+        bool whole = false; /* and may have equals */
         uint32_t any = 0;
         if (row < s.nrows) {
             span a = span_of(s, row);
-            whole = a.bytes == s.row_bytes;
+            whole = a.bytes == s.row_bytes && !(apart && alone(s, a.told));
             node = a.node;
             if (whole && offset < a.bytes) {
                 uint4 v = a.bytes - offset < WORD ? cut_word(a.at + offset, (uint32_t)(a.bytes - offset))
@@ -176,7 +189,7 @@ static __device__ finding examine(const span &a, const span &b, uint32_t lanes)
 static __device__ void compare_one(const ry_rows_scan &s, uint64_t row, uint64_t leader)
 {
     uint8_t state = AT(uint8_t, s.state)[row];
-    span a = span_of(s, row), b = span{NULL, NULL, NULL, 0, 0};
+    span a = span_of(s, row), b = span{NULL, NULL, NULL, 0, 0, 0};
     if (!state)
         b = span_of(s, leader);
     finding f = examine(a, b, s.lanes);
@@ -325,25 +338,36 @@ extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_tally_rows(const 
             atomicAdd(AT(uint32_t, s.table) + AT(const uint32_t, s.where)[row], 1u);
 }
 
-/* The most and, as its complement, the least of them, where the tiles were. */
+/* struct ry_rows_extremes of them, where the tiles were. */
 extern "C" __global__ void __launch_bounds__(RY_ROWS_BLOCK) ry_extremes_of_rows(const __grid_constant__ ry_rows_scan s)
 {
-    uint32_t most = 0, not_least = 0;
+    ry_rows_extremes *all = AT(ry_rows_extremes, s.tiles);
+    uint32_t most = 0, not_least = 0, odd = 0, many = 0;
     for (uint64_t row = thread_of(); row < s.nrows; row += threads()) {
         uint32_t times = AT(const uint32_t, s.table)[row];
         if (times) { /* the first of its equals */
             most = times > most ? times : most;
             not_least = ~times > not_least ? ~times : not_least;
+            if (s.copies && times % s.copies)
+                odd += times;
+            else if (s.copies && times != s.copies)
+                many += times;
         }
     }
+    odd = sum(FULL, odd, 32u);
+    many = sum(FULL, many, 32u);
     for (uint32_t x = 16; x; x /= 2) {
         uint32_t a = __shfl_xor_sync(FULL, most, x), b = __shfl_xor_sync(FULL, not_least, x);
         most = a > most ? a : most;
         not_least = b > not_least ? b : not_least;
     }
     if (threadIdx.x % 32 == 0 && most) {
-        atomicMax(AT(uint32_t, s.tiles), most);
-        atomicMax(AT(uint32_t, s.tiles) + 1, not_least);
+        atomicMax(&all->most, most);
+        atomicMax(&all->not_least, not_least);
+        if (odd)
+            atomicAdd(&all->odd, odd);
+        if (many)
+            atomicAdd(&all->many, many);
     }
 }
 

@@ -58,7 +58,10 @@ struct ry_rows_input {
     const uint64_t *send_bytes; /* [nranks] */
     uint64_t row_bytes;         /* > 0 */
     const bool *scan_node;      /* [nnodes]: nodes to look at; NULL: all */
-    bool copies;                /* count how often rows occur, too */
+    bool copies;                /* count how often rows occur, too, */
+    uint32_t times;             /* beside how often a token's do, if that is known */
+    struct ry_rows *told;       /* a scanner whose latest scan was the same rows', all ranks on one node, copies counted; or NULL. Where rows
+                                   that occur a multiple of its `times` are few, and all others occur `times`, those few go as distinct ones */
     int parts;                  /* that rows are taken in, as struct ry_repeats has it (plan/plan.h); 0: 1 */
 };
 /** Enqueue the search. -1 with `err`: too many rows for the capacity, or the device refused. */
@@ -71,6 +74,7 @@ struct ry_rows_found {
     const uint64_t *early;    /* [3][nnodes] of the distinct ones, those in the first part, in the first two, in the first three */
     uint64_t least, most;     /* copies of a distinct row on its node, over all nodes but without rows of zero bytes. 0 and 0
                                  if there are none, or they were not to be counted */
+    uint64_t odd, many;       /* of those rows: no multiple of `times`, several times that; 0 where `times` was not known */
 };
 /** Is the search over? Never blocks. */
 bool ry_rows_found_ready(struct ry_rows *rows);

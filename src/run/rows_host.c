@@ -12,7 +12,7 @@
 
 struct span {
     const unsigned char *at;
-    uint64_t bytes, node;
+    uint64_t bytes, node, told;
 };
 
 static struct span span_of(const struct ry_rows_scan *s, uint64_t row)
@@ -29,7 +29,7 @@ static struct span span_of(const struct ry_rows_scan *s, uint64_t row)
     segment += low;
     uint64_t skip = (row - segment->first_row) * s->row_bytes, left = segment->bytes - skip;
     return (struct span){AT(const unsigned char, segment->at) + skip, left < s->row_bytes ? left : s->row_bytes,
-                         segment->node};
+                         segment->node, segment->told + (row - segment->first_row)};
 }
 
 /* Add the word at `at` (cut at the row's end) as number `i` to a hash. */
@@ -63,6 +63,16 @@ static void host_put(const void *param)
         memset(AT(void, p->fill), 0xff, p->nfill * 16);
 }
 
+/* Row number `told` is of several tokens with the same bytes, and goes by itself. */
+static bool alone(const struct ry_rows_scan *s, uint64_t told)
+{
+    const struct ry_rows_extremes *e = AT(const struct ry_rows_extremes, s->told_extremes);
+    if (!s->told_where || !ry_rows_apart(e->odd, e->many, s->told_rows))
+        return false;
+    uint32_t times = AT(const uint32_t, s->told_times)[AT(const uint32_t, s->told_where)[told]];
+    return times && times != s->copies;
+}
+
 static void host_sample(const void *param)
 {
     const struct ry_rows_scan *s = param;
@@ -73,7 +83,7 @@ static void host_sample(const void *param)
         uint64_t sum = 0, any = 0;
         for (uint32_t i = 0; i < RY_ROWS_SAMPLE; i++)
             add_word(row, ry_rows_sample_at(s->row_bytes, i), i, &sum, &any);
-        state[r] = row.bytes < s->row_bytes ? RY_ROWS_PARTIAL : any ? 0 : RY_ROWS_LOOK;
+        state[r] = row.bytes < s->row_bytes || alone(s, row.told) ? RY_ROWS_PARTIAL : any ? 0 : RY_ROWS_LOOK;
         if (!state[r])
             where[r] = insert(s, ry_rows_sample_key(ry_rows_hash_end(sum), s->sample_mask, row.node), r);
     }
@@ -174,13 +184,17 @@ static void host_tally(const void *param)
 static void host_extremes(const void *param)
 {
     const struct ry_rows_scan *s = param;
-    uint32_t *result = AT(uint32_t, s->tiles);
+    struct ry_rows_extremes *all = AT(struct ry_rows_extremes, s->tiles);
     for (uint64_t r = 0; r < s->nrows; r++) {
         uint32_t times = AT(const uint32_t, s->table)[r];
-        if (times && times > result[0])
-            result[0] = times;
-        if (times && ~times > result[1])
-            result[1] = ~times;
+        if (times && times > all->most)
+            all->most = times;
+        if (times && ~times > all->not_least)
+            all->not_least = ~times;
+        if (s->copies && times % s->copies)
+            all->odd += times;
+        else if (s->copies && times != s->copies)
+            all->many += times;
     }
 }
 

@@ -45,6 +45,7 @@ struct ry_rows_segment {
     uint64_t at, bytes; /* > 0 */
     uint64_t first_row;
     uint64_t node;
+    uint64_t told; /* its first row's number in the scan that tells how often rows occur */
 };
 struct ry_rows_node {
     uint64_t first_row, rows;
@@ -58,7 +59,7 @@ struct ry_rows_slot {
 
 /* state[row], between the kernels */
 #define RY_ROWS_LOOK 1u    /* the sample is zero: look at all of it */
-#define RY_ROWS_PARTIAL 2u /* the shorter last row of a segment: distinct, but may be zero */
+#define RY_ROWS_PARTIAL 2u /* the shorter last row of a segment, or one that goes by itself: distinct, but may be zero */
 #define RY_ROWS_ZERO 4u    /* found to be zero */
 #define RY_ROWS_SLOT 8u    /* where[row] is a slot yet */
 
@@ -80,8 +81,20 @@ struct ry_rows_scan {
     uint32_t nsegments, nnodes;
     uint32_t table_bits;
     uint32_t tiles_per_node;
+    /* How often rows occur, as another scan of the same rows, all on one node, has found. Its where, its table and its extremes;
+       0: nobody tells */
+    uint64_t told_where, told_times, told_extremes, told_rows;
+    uint32_t copies; /* of a token's row, K; 0: not known */
     uint32_t lanes; /* threads that compare or copy a row together: a power of 2, up to a warp */
     uint32_t batch; /* rows that a warp takes at a time: a power of 2, 32 / lanes to 32 */
+};
+
+/*
+ * What is told of a scan's rows, those of zero bytes aside: how often one occurs at most, the complement of how often at least; of rows that do
+ * not occur K times, how many do not occur a multiple of K times, and how many do.
+ */
+struct ry_rows_extremes {
+    uint32_t most, not_least, odd, many;
 };
 
 /* Messages to write. Each has the rows before it counted, as many as there are in its list, or may be (no fewer than are)
@@ -122,6 +135,14 @@ struct ry_rows_expand {
 #else
 #define RY_ROWS_BOTH static inline
 #endif
+
+#define RY_ROWS_FEW 8u /* so many rows of which one occurs a multiple of K times: then those may go by themselves */
+
+/* Do rows that occur a multiple of K times, of several tokens with the same bytes, go by themselves? */
+RY_ROWS_BOTH int ry_rows_apart(uint64_t odd, uint64_t many, uint64_t rows)
+{
+    return !odd && many * RY_ROWS_FEW <= rows;
+}
 
 RY_ROWS_BOTH uint64_t ry_rows_list_at(uint64_t row_bytes, uint64_t distinct)
 {

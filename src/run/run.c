@@ -475,6 +475,39 @@ static int carry_out_beside(struct ry_runner *r, const struct ry_plan *plan, con
     return rc;
 }
 
+static int to_itself(const struct ry_runner *r, void *comm, int rank, const void *from, void *to, uint64_t bytes,
+                     void *stream)
+{
+    int result = r->nccl.group_start();
+    if (result)
+        return result;
+    result = r->nccl.send(from, bytes, RY_NCCL_UINT8, rank, comm, stream);
+    if (!result)
+        result = r->nccl.recv(to, bytes, RY_NCCL_UINT8, rank, comm, stream);
+    int ended = r->nccl.group_end();
+    return result ? result : ended;
+}
+
+int ry_run_to_itself(struct ry_runner *r, struct ry_run_node *node, int rank, const void *from, void *to,
+                     uint64_t bytes, void *stream, int *result, struct ry_err *err)
+{
+    const struct ry_device *d = r->device;
+    *result = to_itself(r, r->comm, rank, from, to, bytes, stream);
+    if (*result || !node || !node->local)
+        return 0;
+    atomic_fetch_add(&node->users, 1);
+    void *comm = atomic_load(&node->comm);
+    *result = comm ? to_itself(r, comm, node->local[rank], from, to, bytes, stream) : 0;
+    atomic_fetch_sub(&node->users, 1);
+    if (*result || !has_beside(r))
+        return 0;
+    return d->event_record(r->beside.begun, stream, err) || d->stream_wait(r->beside.stream, r->beside.begun, err) ||
+                   d->event_record(r->beside.joined, r->beside.stream, err) ||
+                   d->stream_wait(stream, r->beside.joined, err)
+               ? -1
+               : 0;
+}
+
 void ry_run_localize(struct ry_plan *plan, int replicas)
 {
     int each = plan->nranks / replicas;

@@ -128,12 +128,17 @@ int ry_run_scan_wait(struct ry_runner *runner, struct ry_repeats *repeats, struc
  * How often each distinct row occurs among all that this rank sends, to its own node and itself as well: a second scanner, whose
  * memory counts as the first one's does. For whoever must know that rows are equal only because they are copies of one.
  */
-/** Enqueue that search on b->stream; before ry_run_scan()'s its answer is there when that one's is. -1 with `err`: not possible now,
- *  nothing was enqueued, there is no answer. The answer of an earlier search is forgotten either way. */
-int ry_run_copies(struct ry_runner *runner, const struct ry_buffers *b, uint64_t row_bytes, struct ry_err *err);
+/** Enqueue that search on b->stream; before ry_run_scan()'s its answer is there when that one's is. `times`: how often a token's row
+ *  occurs, where that is known; else 0. The next ry_run_scan(), if of the same buffers, then takes rows of several tokens that have the same bytes for
+ *  distinct: those that occur a multiple of `times`, where they are few and all others occur `times` (struct ry_copies, apart). -1 with `err`: not
+ *  possible now, nothing was enqueued, there is no answer. The answer of an earlier search is forgotten either way. */
+int ry_run_copies(struct ry_runner *runner, const struct ry_buffers *b, uint64_t row_bytes, uint32_t times,
+                  struct ry_err *err);
 struct ry_copies {
     uint64_t rows, distinct, zero; /* of all rows; of them distinct; of them zero bytes only */
     uint64_t least, most;          /* times that a distinct row occurs, those of zeros aside; 0 and 0 if there is no other */
+    uint32_t times;                /* as it was asked */
+    bool apart;                    /* each row occurs `times`, or is one of few that occur a multiple of that and went as distinct ones */
 };
 /** True: that search is over, and *copies says what it found. False: it is not, or there was none. Never blocks. */
 bool ry_run_copies_over(struct ry_runner *runner, struct ry_copies *copies);
@@ -169,6 +174,14 @@ struct ry_run_node {
     _Atomic(void *) comm; /* NULL: there is none, or it is being aborted */
     _Atomic int users;    /* groups that are being enqueued on it now: whoever sets comm to NULL may wait for them */
 };
+
+/**
+ * This rank sends itself `bytes` bytes, `from` to `to`, by everything that a plan may go over: the job's communicator, the node's and the
+ * stream for steps beside the others, where there are such. No other rank has a part in it: it ends on `stream` unless something on this
+ * rank's own device keeps it from running. Errors as ry_run()'s.
+ */
+int ry_run_to_itself(struct ry_runner *runner, struct ry_run_node *node, int rank, const void *from, void *to, uint64_t bytes,
+                     void *stream, int *result, struct ry_err *err);
 
 /**
  * A plan by replica, which is in the numbers of all twins' ranks together (plan.h), becomes one in those of the communicators that

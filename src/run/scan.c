@@ -109,6 +109,8 @@ int ry_run_scan(struct ry_runner *r, const struct ry_cluster *map, const struct 
                 int parts, struct ry_err *err)
 {
     uint64_t nrows = 0;
+    bool telling = r->telling;
+    r->telling = false;
     r->scan.row_bytes = 0;
     r->scan.known = false;
     if (!r->rows)
@@ -134,7 +136,8 @@ int ry_run_scan(struct ry_runner *r, const struct ry_cluster *map, const struct 
                                .send_bytes = b->send_bytes,
                                .row_bytes = row_bytes,
                                .scan_node = r->scan.scan_node,
-                               .parts = parts};
+                               .parts = parts,
+                               .told = telling ? r->all_rows : NULL};
     if (ry_rows_scan(r->rows, &in, b->stream, err))
         return -1;
     r->scan.row_bytes = row_bytes;
@@ -201,10 +204,11 @@ static int one_node(struct ry_runner *r, int nranks, struct ry_err *err)
     return 0;
 }
 
-int ry_run_copies(struct ry_runner *r, const struct ry_buffers *b, uint64_t row_bytes, struct ry_err *err)
+int ry_run_copies(struct ry_runner *r, const struct ry_buffers *b, uint64_t row_bytes, uint32_t times,
+                  struct ry_err *err)
 {
     uint64_t nrows = 0;
-    r->counting = false;
+    r->counting = r->telling = false;
     if (!r->all_rows)
         return ry_fail(err, "Railyard's kernels are not loaded");
     if (!row_bytes)
@@ -215,11 +219,12 @@ int ry_run_copies(struct ry_runner *r, const struct ry_buffers *b, uint64_t row_
             return ry_fail(err, "more than %llu rows of %llu bytes", (unsigned long long)RY_ROWS_MOST,
                            (unsigned long long)row_bytes);
     }
-    struct ry_rows_input in = {.send = b->send, .send_bytes = b->send_bytes, .row_bytes = row_bytes, .copies = true};
+    struct ry_rows_input in = {.send = b->send, .send_bytes = b->send_bytes, .row_bytes = row_bytes, .copies = true, .times = times};
     if (one_node(r, b->nranks, err) || make_room(r->all_rows, nrows, b->stream, err) ||
         ry_rows_scan(r->all_rows, &in, b->stream, err))
         return -1;
-    r->counting = true;
+    r->counting = r->telling = true;
+    r->times = times;
     return 0;
 }
 
@@ -228,6 +233,12 @@ bool ry_run_copies_over(struct ry_runner *r, struct ry_copies *copies)
     struct ry_rows_found found;
     if (!r->counting || !ry_rows_found_ready(r->all_rows) || ry_rows_found_wait(r->all_rows, &found, NULL))
         return false;
-    *copies = (struct ry_copies){found.rows[0], found.distinct[0], found.zero[0], found.least, found.most};
+    *copies = (struct ry_copies){.rows = found.rows[0],
+                                 .distinct = found.distinct[0],
+                                 .zero = found.zero[0],
+                                 .least = found.least,
+                                 .most = found.most,
+                                 .times = r->times,
+                                 .apart = r->times > 1 && ry_rows_apart(found.odd, found.many, found.rows[0])};
     return true;
 }

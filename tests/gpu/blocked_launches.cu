@@ -4,7 +4,7 @@
  *
  *   nvcc -O2 -arch=native -o blocked_launches tests/gpu/blocked_launches.cu -lcuda && ./blocked_launches
  *   CUDA_MODULE_LOADING=EAGER ./blocked_launches
- *   CUDA_DEVICE_MAX_CONNECTIONS=1 ./blocked_launches     (and 32: which streams such a wait keeps from running)
+ *   CUDA_DEVICE_MAX_CONNECTIONS=1 ./blocked_launches queues     (and 32: which streams such a wait keeps from running)
  *
  * Each case is a process of its own with an alarm of 4 s: one that hangs would hang a job whose exchanges are carried
  * out by a thread of Railyard's while the job's stream waits for them. What was found is in docs/holding-the-host.md.
@@ -193,13 +193,14 @@ static void one(const char *w)
     fflush(stdout);
     _exit(0);
 }
-/* Of 64 streams, how many a wait on one of them keeps from running: those that share its hardware queue. Nothing is at stake, the
-   host ends the wait. `high`: the waiting stream has the default priority, the others the highest. */
-static void queues(bool high)
+/* Of 64 streams, how many, and which in the order of their making, a wait on one of them keeps from running: those that share its
+   hardware queue. Nothing is at stake, the host ends the wait. `high`: the waiting stream has the default priority, the others the
+   highest; `legacy`: it is the one that launches without a stream go to. */
+static void queues(bool high, bool legacy)
 {
     enum { N = 64 };
     int least, most, held = 0;
-    cudaStream_t s[N], waits;
+    cudaStream_t s[N], waits = 0;
     void *f;
     alarm(20);
     CK(cudaSetDevice(0));
@@ -208,32 +209,40 @@ static void queues(bool high)
     memset(f, 0, 4096);
     volatile unsigned *word = (volatile unsigned *)f;
     CU(cuMemHostGetDevicePointer(&dflag, f, 0));
-    CK(cudaStreamCreateWithFlags(&waits, cudaStreamNonBlocking));
+    if (!legacy)
+        CK(cudaStreamCreateWithFlags(&waits, cudaStreamNonBlocking));
     for (int i = 0; i < N; i++)
         CK(cudaStreamCreateWithPriority(&s[i], cudaStreamNonBlocking, high ? most : least));
     CU(cuStreamWaitValue32(waits, dflag, 1, CU_STREAM_WAIT_VALUE_GEQ));
     for (int i = 0; i < N; i++)
         CU(cuStreamWriteValue32(s[i], dflag + 4 * (i + 1), 1, 0));
     usleep(200000);
+    char which[8 * N] = "";
     for (int i = 0; i < N; i++)
-        held += !word[i + 1];
+        if (!word[i + 1]) {
+            held++;
+            sprintf(which + strlen(which), " %d", i);
+        }
     *word = 1;
     CK(cudaDeviceSynchronize());
     const char *n = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
-    printf("a wait on one stream keeps %d of %d other streams %sfrom running (CUDA_DEVICE_MAX_CONNECTIONS %s)\n", held, N,
-           high ? "of the highest priority " : "", n ? n : "not set");
+    printf("a wait on %s keeps %d of %d other streams %sfrom running (CUDA_DEVICE_MAX_CONNECTIONS %s):%s\n",
+           legacy ? "the legacy stream" : "one stream", held, N, high ? "of the highest priority " : "", n ? n : "not set",
+           which);
     fflush(stdout);
     _exit(0);
 }
-int main()
+int main(int argc, char **argv)
 {
-    for (int high = 0; high < 2; high++) {
+    for (int i = 0; i < 4; i++) {
         fflush(stdout);
         pid_t p = fork();
         if (!p)
-            queues(high);
+            queues(i & 1, i & 2);
         waitpid(p, 0, 0);
     }
+    if (argc > 1 && !strcmp(argv[1], "queues"))
+        return 0;
     const char *all[] = {"cudaMalloc",
                          "cudaFree",
                          "cudaDeviceSynchronize",

@@ -114,7 +114,7 @@ def main():
 
     if rank == 0:
         print("deepspeed_moe: DeepSpeed %s, %d experts over %d ranks" % (deepspeed.__version__, a.experts, world), flush=True)
-    moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters())
+    moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters(), optimizer.param_groups)
     moe_job.save(a, rank, model)
     dist.destroy_process_group()
 

@@ -180,15 +180,31 @@ class Windows:
         return self.names[self.at[i][0]]
 
 
-def batches(folder, seq, batch, rank, world, seed, workers=0):
-    """(dataset, iterator without end over batches): PyTorch's DataLoader with a DistributedSampler, epoch after epoch."""
+def batches(folder, seq, batch, rank, world, seed, workers=0, reorder=None):
+    """(dataset, iterator without end over batches): PyTorch's DataLoader with a DistributedSampler, epoch after epoch. reorder: a seed
+    by which each global batch's samples are dealt to ranks and slots in another order."""
+    import torch
     from torch.utils.data import DataLoader, DistributedSampler
     dataset = Windows(folder, seq)
     if len(dataset) < batch * world:
         raise SystemExit("domains: %d windows in %s; a step takes %d" % (len(dataset), folder, batch * world))
-    sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
-    loader = DataLoader(dataset, batch_size=batch, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=True,
-                        persistent_workers=workers > 0)
+
+    class Reordered(DistributedSampler):
+        def __iter__(self):
+            parts = []
+            for r in range(world):  # what each rank is dealt otherwise
+                self.rank = r
+                parts.append(list(super().__iter__()))
+            self.rank, draw = rank, torch.Generator().manual_seed(reorder * 1000003 + self.epoch)
+            for at in range(0, len(parts[0]) // batch * batch, batch):
+                whole = [i for part in parts for i in part[at:at + batch]]
+                order = torch.randperm(len(whole), generator=draw).tolist()
+                yield from (whole[k] for k in order[rank * batch:(rank + 1) * batch])
+
+    sampler = (DistributedSampler if reorder is None else Reordered)(
+        dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed, drop_last=True)
+    loader = DataLoader(dataset, batch_size=batch, sampler=sampler, num_workers=workers, drop_last=True,
+                        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
     def endless():
         epoch = 0

@@ -49,6 +49,7 @@ def an_offer(rank, **more):
         "model": [3, 8, 2],
         "group": [0, 1] if rank < 2 else [2, 3],
         "node": f"n{rank % 2}",
+        "outside": "",
         **more,
     }
 
@@ -69,6 +70,10 @@ def case_agreement(_):
     ):
         verdict = layers.judge({**offers, rank: bad}, 4)
         check(not verdict["go"] and what in verdict["why"], f"{what}: {verdict}")
+
+    check(layers.judge(offers, 4)["outside"] == "", "inside combine")
+    verdict = layers.judge({**offers, 2: an_offer(2, outside="sums")}, 4)
+    check(verdict["go"] and verdict["outside"] == "rank 2: sums", verdict)
 
     def together(ranks, patience=0.5, late=()):
         shared, said = board.MemoryBoard(), {}
@@ -145,6 +150,15 @@ def case_findings(_):
     check(told == seen, f"docs/live-placement.md and the adapter differ: {sorted(told ^ seen)}")
     print(f"{len(seen)} options, all in the documentation")
 
+    def asked(setting, **config):
+        return megatron_layers.outside(types.SimpleNamespace(**config), lambda name: setting.get(name, ""))
+
+    for name in megatron_layers.OUTSIDE:
+        check(asked({}, **{name: 2}).startswith(name), f"{name}: {asked({}, **{name: 2})}")
+        check(f"`{name}`" in table or name == "moe_shared_expert_intermediate_size", f"{name} is not in the documentation")
+    check(asked({"RAILYARD_COMBINE": "sum:2"}).startswith("RAILYARD_COMBINE"), "sums")
+    check("preloaded" in asked({}, mlp_chunks_for_training=1), asked({}, mlp_chunks_for_training=1))
+
 
 class Said:
     """A job of one rank, as far as a Mover asks it."""
@@ -220,7 +234,7 @@ def case_answers(_):
     planner, moves = layers.Planner.__new__(layers.Planner), iter([1] + 3 * (layers.IDLE + 1) * [0] + [0, 1, 0] + [0])
     planner._idle, planner._moved = 0, True
     planner._layers = types.SimpleNamespace(
-        next=lambda layer, sample, *_: (sample, types.SimpleNamespace(moved=next(moves), why="")),
+        next=lambda layer, sample, *_: (sample, types.SimpleNamespace(moved=next(moves), why="", inside=False)),
         state=lambda: types.SimpleNamespace(sure=True),
     )
     planner.next(0, 0, [], None, None)

@@ -71,10 +71,13 @@ def run_activation():
     names = {
         "megatron.core.models.gpt.gpt_model": ["GPTModel.forward"],
         "megatron.core.tensor_parallel": ["checkpoint"],
-        "megatron.core.transformer.transformer_layer": ["TransformerLayer._forward_mlp"],
+        "megatron.core.transformer.transformer_layer": ["TransformerLayer._forward_mlp", "TransformerLayer._forward_post_mlp"],
         "megatron.core.transformer.transformer_block": ["TransformerBlock.forward"],
         "megatron.core.transformer.moe.router": ["TopKRouter.forward"],
-        "megatron.core.transformer.moe.token_dispatcher": ["MoEAlltoAllTokenDispatcher.token_dispatch"],
+        "megatron.core.transformer.moe.token_dispatcher": [
+            "MoEAlltoAllTokenDispatcher.token_dispatch",
+            "MoEAlltoAllTokenDispatcher.token_combine",
+        ],
     }
     env = {**os.environ, "RAILYARD_PLACEMENT": "layer", "PYTHONPATH": os.path.join(HERE, "..", "..", "plugin", "python")}
     done = subprocess.run(
@@ -517,22 +520,13 @@ def child(rank, world, port, parallel, scenario):
         os._exit(1)
 
 
-def main():
-    print(f"{CASE}: seed {SEED}", flush=True)
-    if CASE in layers_rules.CASES:
-        return layers_rules.CASES[CASE](SEED)
-    try:
-        import torch
-
-        importlib.import_module("megatron.core")
-    except ImportError as e:
-        print(f"skipped: {e} (RY_TEST_PYTHON names an interpreter that has torch and megatron-core)")
-        sys.exit(77)
+def prepare():
+    """Megatron-core on this process's CPU, the adapter's patches applied."""
     import warnings
 
+    import torch
+
     warnings.simplefilter("ignore")
-    if CASE == "activation":
-        return run_activation()
     torch.set_num_threads(1)
     on_cpu()
     states = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -543,6 +537,21 @@ def main():
         states.activation_recompute_forward = states.fp8_autocast = lambda **_: contextlib.nullcontext()
     for name in ("megatron", "megatron_layers"):
         patched(name)
+
+
+def main():
+    print(f"{CASE}: seed {SEED}", flush=True)
+    if CASE in layers_rules.CASES:
+        return layers_rules.CASES[CASE](SEED)
+    try:
+        importlib.import_module("torch")
+        importlib.import_module("megatron.core")
+    except ImportError as e:
+        print(f"skipped: {e} (RY_TEST_PYTHON names an interpreter that has torch and megatron-core)")
+        sys.exit(77)
+    if CASE == "activation":
+        return run_activation()
+    prepare()
     for world, parallel, scenario in CASES[CASE]:
         port = free_port()
         fork = multiprocessing.get_context("fork")

@@ -117,6 +117,12 @@ if not SANITIZED:
         e = {"PATH": os.environ["PATH"], "LD_PRELOAD": PRELOAD, "RAILYARD_HOLD": value}
         p = subprocess.run(["sh", "-c", "/usr/bin/env sh -c '%s'" % show], env=e, stdout=subprocess.PIPE, text=True)
         check(f"eager by the preload, {value}", p.stdout, said)
+    queues = 'echo "$CUDA_DEVICE_MAX_CONNECTIONS"'
+    for more, said in (({}, "32\n"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "1\n"), ({"CUDA_MPS_PIPE_DIRECTORY": "/x"}, "\n"), ({"RAILYARD_HOLD": "yes"}, "\n")):
+        if not os.path.exists("/tmp/nvidia-mps/control"):
+            e = {"PATH": os.environ["PATH"], "LD_PRELOAD": PRELOAD, "RAILYARD_HOLD": "no", **more}
+            p = subprocess.run(["sh", "-c", "/usr/bin/env sh -c '%s'" % queues], env=e, stdout=subprocess.PIPE, text=True)
+            check(f"hardware queues, {more}", p.stdout, said)
     check("status", run("--", "sh", "-c", "exit 7")[0], 7)
     check("signal", run("--", "sh", "-c", "kill -9 $$")[0], -9)
     check(

@@ -555,11 +555,17 @@ def case_sum_exact():
 
 
 def case_sum_refuses():
-    cases = (("twins", 0.5), ("zeros", 0.5), ("drops", 0.5), ("unequal", 0), ("equal", 0.5), ("types", 0.25))
+    cases = (("many_twins", 0.5), ("zeros", 0.5), ("drops", 0.5), ("unequal", 0), ("equal", 0.5), ("types", 0.25))
     for i, (case, most) in enumerate(cases):
         shapes = ("aabb", "abbca")
         for shape in shapes if SLOW == 1 else shapes[i % 2:i % 2 + 1]:  # under sanitizers each case and each shape once at least
             sums(case, shape, 16, least=most * 0.6, most=most)
+
+
+def case_sum_twins():
+    """Tokens with the same bytes: the others' rows are summed all the same."""
+    for shape in ("aabb", "abbca"):
+        sums("twins", shape, 16, least=0.8, most=1)
 
 
 def case_sum_outstanding():
@@ -905,6 +911,48 @@ def case_later_recorded():
             fail(f"{name}: exchanges {numbers}")
         if len(took) < 30:
             fail(f"{name}: only {len(took)} durations")
+
+
+def redirected(case, shape="aabb", *args, env=None, least=0.6):
+    """Layers, `least` of them redirected."""
+    out, lines = job("reissue_redirect", case, shape, *map(str, args), ranks=len(shape), nodes=1, env=env)
+    made, moved = map(int, re.search(r"(\d+) layers, (\d+) redirected", out).groups())
+    if not least <= moved / made <= (0 if case == "refused" else 1):
+        fail(f"{case} {shape} {args}: {moved} of {made} layers were redirected, not {least}:\n{out}")
+    return lines
+
+
+def case_redirect_engaged():
+    """However exchanges are carried out, every row is where it is to be."""
+    for shape, k, row, env in (("aabb", 3, 96, {}), ("abab", 2, 1030, {"RAILYARD_VERIFY": "2"}), ("abbca", 4, 50, {}), ("abcd", 1, 16, {}),
+                               ("aabb", 3, 128, {"RAILYARD_STRATEGY": "dedup"}), ("aaabbb", 5, 256, {"RAILYARD_STRATEGY": "dedup", "RAILYARD_VERIFY": "1"}),
+                               ("aabb", 2, 514, {"RAILYARD_STRATEGY": "balanced"})):
+        lines = redirected("engaged", shape, 30, k, row, env=env)
+        calm(lines)
+        expect(lines, r"exchanges agreed on, [1-9]" if not env.get("RAILYARD_STRATEGY") else ", [1-9][0-9]+ " + env["RAILYARD_STRATEGY"], len(shape))
+    calm(redirected("paused", "aabb", 12))
+
+
+def case_redirect_plain():
+    """Nothing but this is done to exchanges: the communicator is observed, or all goes direct."""
+    for shape, env in (("aabb", {"RAILYARD_STRATEGY": "auto"}), ("abba", {"RAILYARD_STRATEGY": "direct"})):
+        calm(redirected("from_start", shape, 60, env=env, least=0.2))
+
+
+def case_redirect_sum():
+    """Returns are summed, but not those of what was redirected."""
+    for shape in ("aabb", "abbca"):
+        lines = redirected("only_moves", shape, 40, 3, 192, env={**SUM, "RAILYARD_COMBINE": "sum:3"})
+        calm(lines)
+        expect(lines, r", 1[0-9][0-9] dedup", len(shape))  # dispatch and what goes back to experts
+        expect(lines, r", \d+ summed", 0)
+
+
+def case_redirect_refused():
+    for env in ({"RAILYARD_STRATEGY": "observe"}, {"RAILYARD_STAGING": "1K"}, {"RAILYARD_HOLD": "no", "CUDA_MODULE_LOADING": "EAGER"}):
+        redirected("refused", "aabb", env=env, least=0)
+    lines = redirected("wrong", "aabb")
+    expect(lines, "error: .*it was to be redirected: it is of other counts than was said", 4)
 
 
 def main(cases=globals()):

@@ -221,7 +221,7 @@ static struct one {
     pthread_t by[NUMBERS];
     uint32_t gate; /* where it is used: exchanges that the device has got on with */
     bool gated;
-    int result;
+    int result, refuses; /* what NCCL says to exchanges, and to what a rank sends itself */
 } one[COMMS];
 static _Atomic int in_carry;
 
@@ -259,6 +259,35 @@ int ry_exchange_carry(struct comm *c, const struct ry_exchange *x, const struct 
     return atomic_load(&o->reissue.aborted) ? 2 : o->result;
 }
 
+/* What this rank sends itself goes the same way through its own queues, and asks nothing of other ranks. */
+static _Atomic int to_itself;
+int ry_run_to_itself(struct ry_runner *r, struct ry_run_node *node, int rank, const void *from, void *to, uint64_t bytes,
+                     void *stream, int *result, struct ry_err *err)
+{
+    struct one *o = (void *)r;
+    struct ry_event *ev;
+    atomic_fetch_add(&to_itself, 1);
+    ck_assert_uint_eq(bytes, sizeof(uint32_t));
+    if (o->nccl) {
+        make_event(&ev, NULL);
+        record(ev, o->nccl, NULL);
+        wait_event(stream, ev, NULL);
+    }
+    write_value(stream, to, *(const uint32_t *)from, NULL);
+    *result = o->refuses;
+    return 0;
+}
+
+enum ry_node_state ry_node_comm_state(const struct ry_node_comm *node)
+{
+    return RY_NODE_CANNOT;
+}
+
+struct ry_run_node *ry_node_comm_face(struct ry_node_comm *node)
+{
+    ck_abort_msg("there is none");
+}
+
 static _Atomic int comms_ended;
 void ry_comm_end(struct comm *c, enum ry_death how, const struct ry_comm_counts *counts)
 {
@@ -293,6 +322,7 @@ static void setup_with(int n)
     for (int i = 0; i < COMMS; i++) {
         struct one *o = &one[i];
         o->reissue.talk = (void *)o; /* only asked whether it is there */
+        o->reissue.runner = (void *)o;
         atomic_store(&o->comm.reissue, &o->reissue);
         snprintf(o->comm.id, sizeof o->comm.id, "%d", i);
         atomic_store(&o->allowed, -1);
@@ -390,17 +420,19 @@ START_TEST(after_what_was_before)
 END_TEST
 
 /* One hardware queue for everything: each trial ends by the host's hand, nothing hangs, and the thread is held from
- * there. */
+ * there. No exchange is tried, whose other ranks would have to wait. */
 START_TEST(shared_queue)
 {
     struct one *o = &one[0];
     setup_with(1);
     job_streams(1);
     for (uint64_t n = 0; n < 10; n++) {
-        ck_assert(issue(o, n) == (n < 3)); /* trials carry it out, too */
+        ck_assert(!issue(o, n));
         there(o, n + 1);
     }
     ck_assert_uint_eq(o->comm.later.given, 0);
+    ck_assert_int_eq(to_itself, 3);
+    ck_assert_int_eq(o->carried, 0);
 }
 END_TEST
 
@@ -414,9 +446,44 @@ START_TEST(shared_by_nccl)
     nccl->queue = ((struct stream *)o->stream)->queue;
     o->nccl = nccl;
     for (uint64_t n = 0; n < 6; n++) {
-        issue(o, n);
+        ck_assert(!issue(o, n));
         there(o, n + 1);
     }
+    ck_assert_uint_eq(o->comm.later.given, 0);
+    ck_assert_int_eq(to_itself, 3);
+    ck_assert_int_eq(o->carried, 0);
+}
+END_TEST
+
+/* Another rank has its trouble, whatever it be: its part does not come in time. */
+START_TEST(others_late)
+{
+    struct one *o = &one[0];
+    setup_with(4);
+    job_streams(1);
+    o->gated = true;
+    ck_assert(issue(o, 0)); /* carried out, and not ended while the stream waited */
+    for (uint64_t n = 1; n < 4; n++)
+        ck_assert(!issue(o, n)); /* what the engine's stream does comes behind it */
+    __atomic_store_n(&o->gate, 4, __ATOMIC_RELEASE);
+    there(o, 4);
+    ck_assert_int_eq(o->carried, 1);
+    ck_assert_uint_eq(o->comm.later.given, 0);
+}
+END_TEST
+
+/* NCCL will not: nothing was begun, the thread is held. */
+START_TEST(not_to_itself)
+{
+    struct one *o = &one[0];
+    setup_with(4);
+    job_streams(1);
+    o->refuses = 1;
+    for (uint64_t n = 0; n < 6; n++) {
+        ck_assert(!issue(o, n));
+        there(o, n + 1);
+    }
+    ck_assert_int_eq(o->carried, 0);
     ck_assert_uint_eq(o->comm.later.given, 0);
 }
 END_TEST
@@ -431,7 +498,7 @@ START_TEST(another_stream)
         issue(o, n);
         there(o, n + 1);
     }
-    ck_assert_uint_ge(o->comm.later.given, 8);
+    ck_assert_uint_eq(o->comm.later.given, 8); /* the first trial fails, the second does not */
 }
 END_TEST
 
@@ -451,7 +518,7 @@ START_TEST(trial_beside)
     __atomic_store_n(&o->gate, 1, __ATOMIC_RELEASE);
     ck_assert(issue(o, 1));
     o->stream = second;
-    ck_assert(issue(o, 2)); /* tried, in vain: what is before it on the engine's stream is not over */
+    ck_assert(!issue(o, 2)); /* tried, in vain: what is before it on the engine's stream is not over */
     make_event(&ev, NULL);
     record(ev, first, NULL);
     usleep(20000);
@@ -628,6 +695,8 @@ int main(void)
     tcase_add_test(t, after_what_was_before);
     tcase_add_test(t, shared_queue);
     tcase_add_test(t, shared_by_nccl);
+    tcase_add_test(t, others_late);
+    tcase_add_test(t, not_to_itself);
     tcase_add_test(t, another_stream);
     tcase_add_test(t, trial_beside);
     tcase_add_test(t, no_such_call);

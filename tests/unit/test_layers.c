@@ -131,7 +131,7 @@ static double crossing(const struct world *w, int l, const uint32_t *sample)
 
 struct outcome {
     double home, crossed, carried;
-    int moved;
+    int moved, inside;
 };
 
 /* One micro-batch, decisions carried out, but for those after layer `late`. */
@@ -145,8 +145,16 @@ static struct outcome run(struct world *w, int late)
         sample[s] = home[s] = (uint32_t)s;
     for (int l = 0; l < w->job.layers; l++) {
         o.home += crossing(w, l, home);
-        o.crossed += crossing(w, l, sample);
         tell(w, w->layers, l, sample, next, &plan);
+        bool inside = plan.inside && l != late;
+        ck_assert(!plan.inside || (w->job.combine && plan.moved));
+        o.inside += inside;
+        if (w->job.combine == 2 && l + 1 == w->job.layers) { /* home, inside combine */
+            o.crossed += (crossing(w, l, home) - crossing(w, l, sample)) / 2;
+            memcpy(sample, home, sizeof sample);
+            continue;
+        }
+        o.crossed += (crossing(w, l, sample) + crossing(w, l, inside ? next : sample)) / 2;
         int seen[SLOTS] = {0}, moved = 0;
         for (int s = 0; s < slots(w); s++) {
             ck_assert_uint_lt(next[s], (uint32_t)slots(w));
@@ -166,7 +174,7 @@ static struct outcome run(struct world *w, int late)
         if (l == late)
             continue;
         o.moved += moved;
-        o.carried += moved * w->job.tokens;
+        o.carried += inside && w->job.combine == 2 ? 0 : moved * w->job.tokens;
         memcpy(sample, next, sizeof sample);
     }
     for (int s = 0; s < slots(w); s++)
@@ -179,7 +187,8 @@ static struct outcome runs(struct world *w, int n)
     struct outcome sum = {0};
     for (int i = 0; i < n; i++) {
         struct outcome o = run(w, below(4) ? -1 : below(w->job.layers));
-        sum = (struct outcome){sum.home + o.home, sum.crossed + o.crossed, sum.carried + o.carried, sum.moved + o.moved};
+        sum = (struct outcome){sum.home + o.home, sum.crossed + o.crossed, sum.carried + o.carried, sum.moved + o.moved,
+                               sum.inside + o.inside};
     }
     return sum;
 }
@@ -244,6 +253,77 @@ START_TEST(the_way_home_counts)
 }
 END_TEST
 
+/* Inside combine, this layer's results are on their way already: three exchanges instead of two, 2.25 times its tokens. */
+START_TEST(results_go_along)
+{
+    static struct world w;
+    for (int distinct = 0; distinct < 2; distinct++) {
+        make(&w, 4, 8, 2, 2, distinct, 64);
+        w.job.topk = 1;
+        w.job.combine = 1;
+        start(&w);
+        runs(&w, 20);
+        struct outcome o = runs(&w, 60);
+        ck_assert_msg(o.moved > 50 && o.inside && o.crossed + o.carried < o.home, "%d moves, %g + %g of %g", o.moved, o.crossed,
+                      o.carried, o.home);
+        struct railyard_live_layers_state s = {.size = sizeof s};
+        ck_assert_int_eq(railyard_live_layers_state(w.layers, &s), 0);
+        ck_assert_msg(s.crossed + s.carried < s.home, "accounted: %g + %g of %g", s.crossed, s.carried, s.home);
+        railyard_live_layers_free(w.layers);
+    }
+}
+END_TEST
+
+/* Domains whose experts are elsewhere in each layer: worth while to go there where going is free, and home it is as well. */
+START_TEST(rides_anywhere)
+{
+    static struct world w;
+    make(&w, 4, 8, 2, 6, 0, 32);
+    for (int l = 0; l < w.job.layers; l++)
+        for (int d = 0; d < 2; d++)
+            w.target[l][d] = (d + l / 2) % 2;
+    w.job.combine = 2;
+    start(&w);
+    runs(&w, 20);
+    struct outcome o = runs(&w, 40);
+    ck_assert_msg(o.crossed + o.carried < 0.8 * o.home, "%g + %g of %g", o.crossed, o.carried, o.home);
+    struct railyard_live_layers_state s = {.size = sizeof s};
+    ck_assert_int_eq(railyard_live_layers_state(w.layers, &s), 0);
+    ck_assert_msg(s.crossed < 0.8 * s.home && s.carried < 0.1 * s.home, "accounted: %g + %g of %g", s.crossed, s.carried, s.home);
+    railyard_live_layers_free(w.layers);
+}
+END_TEST
+
+/* Domains whose experts change their place between two layers: results had better come back before the sample goes. */
+START_TEST(results_come_back_first)
+{
+    static struct world w;
+    make(&w, 4, 8, 2, 8, 0, 32);
+    for (int l = 4; l < 8; l++)
+        for (int d = 0; d < 2; d++)
+            w.target[l][d] = 1 - w.target[l][d];
+    w.job.combine = 1;
+    start(&w);
+    runs(&w, 20);
+    int outside = 0, inside = 0;
+    for (int i = 0; i < 20; i++) {
+        uint32_t sample[SLOTS], next[SLOTS];
+        struct railyard_live_layers_plan plan;
+        draw(&w);
+        for (int s = 0; s < slots(&w); s++)
+            sample[s] = (uint32_t)s;
+        for (int l = 0; l < w.job.layers; l++) {
+            tell(&w, w.layers, l, sample, next, &plan);
+            memcpy(sample, next, sizeof sample);
+            outside += plan.moved && !plan.inside;
+            inside += plan.moved && plan.inside;
+        }
+    }
+    ck_assert_msg(outside > 15 && inside < outside, "%d, %d", outside, inside);
+    railyard_live_layers_free(w.layers);
+}
+END_TEST
+
 /* What layers to come send is no longer what it was: moving must end by itself, and begin again when it has learned. */
 START_TEST(rests_when_it_does_not_pay)
 {
@@ -276,6 +356,7 @@ START_TEST(any_job)
     for (int i = 0; i < 12; i++) {
         int places = 1 << (1 + below(3)), ranks = places * (1 + below(2));
         make(&w, ranks, 1 + below(SLOTS / ranks), places, 2 + below(LAYERS - 1), below(2), below(200));
+        w.job.combine = below(3);
         start(&w);
         struct railyard_live_layers *twin = railyard_live_layers_new(&w.job);
         int n = 30 + 300 / slots(&w);
@@ -346,6 +427,9 @@ int main(void)
     tcase_add_test(t, follows_what_is_seen);
     tcase_add_test(t, moves_are_paid_for);
     tcase_add_test(t, the_way_home_counts);
+    tcase_add_test(t, results_go_along);
+    tcase_add_test(t, results_come_back_first);
+    tcase_add_test(t, rides_anywhere);
     tcase_add_test(t, rests_when_it_does_not_pay);
     tcase_add_test(t, any_job);
     tcase_add_test(t, refuses);

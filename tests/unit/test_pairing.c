@@ -189,6 +189,33 @@ START_TEST(copies_learned)
 }
 END_TEST
 
+/* Most rows K times, a few of several tokens with the same bytes: what the search says of them. */
+static struct ry_copies apart(uint64_t least, uint64_t most, uint32_t times, bool are)
+{
+    return (struct ry_copies){.rows = 80, .distinct = 30, .least = least, .most = most, .times = times, .apart = are};
+}
+
+START_TEST(copies_apart)
+{
+    ck_assert_int_eq(by(apart(2, 4, 0, false)), -1); /* nothing is known: tried from here on */
+    ck_assert_int_eq((int)ry_pairs_wanted(&pairs), 2);
+    ck_assert_int_eq((int)pairs.learned, 0);
+    ck_assert_int_eq(by(apart(2, 4, 2, true)), 2);
+    ck_assert_int_eq(by(apart(2, 3, 2, false)), -1); /* some were dropped, or too many are equal */
+    ck_assert_int_eq(by(apart(2, 4, 4, true)), -1);  /* asked by what was thought of before */
+    struct ry_copies zero = apart(2, 4, 2, true);
+    zero.zero = 1;
+    ck_assert_int_eq(by(zero), -1);
+    ck_assert_int_eq(by(copies_of(40, 6, 6)), 6); /* uniform: that is what is known */
+    ck_assert_int_eq(by(apart(2, 4, 2, true)), -1);
+    ck_assert_int_eq(by(apart(6, 12, 6, true)), 6);
+    pairs.combine.copies = 4;
+    ck_assert_int_eq(by(apart(6, 12, 6, true)), -1);
+    ck_assert_int_eq(by(apart(4, 8, 4, true)), 4);
+    ck_assert_int_eq(by(apart(8, 16, 4, true)), -1); /* none of them once */
+}
+END_TEST
+
 START_TEST(copies_told)
 {
     pairs.combine.copies = 4;
@@ -314,6 +341,7 @@ int main(void)
     tcase_add_test(t, remembers);
     tcase_add_test(t, the_same_back);
     tcase_add_test(t, copies_learned);
+    tcase_add_test(t, copies_apart);
     tcase_add_test(t, copies_told);
     tcase_add_test(t, learned_late);
     tcase_add_test(t, all_agree);

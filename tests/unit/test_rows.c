@@ -60,6 +60,9 @@ struct job {
     uint64_t rows[RANKS], distinct[RANKS], zero[RANKS], least[RANKS], most[RANKS], early[RANKS][3];
     bool copies; /* asked for, too */
     int parts;
+    uint32_t told;       /* K, where it is told how often rows occur among all */
+    uint64_t odd, many;  /* what the oracle says of that */
+    bool *alone;         /* [all rows, rank after rank]: goes by itself; NULL: none does */
 };
 
 enum mix { ANY, EQUAL, DISTINCT, ZERO, TOKENS };
@@ -156,6 +159,33 @@ static bool sample_is_zero(const unsigned char *row, uint64_t row_bytes)
     return true;
 }
 
+/* Which rows go by themselves, by comparing all with all. */
+static void tell(struct job *j)
+{
+    uint64_t n = 0, total = all_rows(j);
+    const unsigned char **row = calloc(total + 1, sizeof *row);
+    uint64_t *times = calloc(total + 1, sizeof *times);
+    bool *whole = calloc(total + 1, sizeof *whole);
+    j->alone = calloc(total + 1, sizeof *j->alone);
+    j->odd = j->many = 0;
+    for (int r = 0; r < j->nranks; r++)
+        for (uint64_t at = 0; at < j->bytes[r]; at += j->row_bytes, n++) {
+            row[n] = j->data + j->at[r] + at;
+            whole[n] = j->bytes[r] - at >= j->row_bytes;
+            times[n] = is_zero(row[n], whole[n] ? j->row_bytes : j->bytes[r] - at) ? 0 : 1;
+        }
+    for (uint64_t i = 0; i < n; i++)
+        for (uint64_t k = 0; k < n && times[i] && whole[i]; k++)
+            times[i] += k != i && whole[k] && !memcmp(row[i], row[k], j->row_bytes);
+    for (uint64_t i = 0; i < n; i++) {
+        j->odd += times[i] % j->told != 0;
+        j->many += times[i] && times[i] % j->told == 0 && times[i] != j->told;
+    }
+    for (uint64_t i = 0; i < n; i++)
+        j->alone[i] = times[i] && times[i] != j->told && !j->odd && 8 * j->many <= n;
+    free(row), free(times), free(whole);
+}
+
 /* The message that each node should get; hashes are perfect, or (both masks 0) all the same. */
 static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
 {
@@ -164,6 +194,9 @@ static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
     uint64_t n = 0, rows = 0, zero = 0;
     bool blind = !j->sample_mask && !j->full_mask;
     const unsigned char *leader = NULL, *second = NULL;
+    uint64_t before[RANKS + 1] = {0};
+    for (int r = 0; r < j->nranks; r++)
+        before[r + 1] = before[r] + rows_of(j->bytes[r], j->row_bytes);
     j->parts = j->parts ? j->parts : 1;
     for (int turn = 0; turn < j->nranks * j->parts && j->scan[node]; turn++) {
         int r = turn % j->nranks, part = turn / j->nranks;
@@ -180,7 +213,7 @@ static unsigned char *expected(struct job *j, int node, uint64_t *bytes)
             uint64_t left = j->bytes[r] - i * j->row_bytes, d = n;
             bool whole = left >= j->row_bytes, nothing = is_zero(row, whole ? j->row_bytes : left);
             zero += nothing;
-            bool may = whole;
+            bool may = whole && !(j->alone && j->alone[before[r] + i]);
             if (blind && whole && !nothing) {
                 if (!leader && !sample_is_zero(row, j->row_bytes))
                     leader = row;
@@ -304,6 +337,25 @@ static struct ry_rows *scanner(const struct ry_device *on, const struct job *j, 
     return rows;
 }
 
+/* What tells how often rows occur. */
+static struct ry_rows *teller(const struct ry_device *on, const struct job *j, const void *const *send, void *s)
+{
+    static const int one_node[RANKS];
+    struct ry_rows_found found;
+    struct ry_rows *told = ry_rows_new(on, 0, j->nranks, 1, one_node, &err);
+    ck_assert_msg(told, "%s", err.msg);
+    ok(ry_rows_grow(told, all_rows(j), s, &err));
+    ry_rows_for_tests(told, j->sample_mask ? j->sample_mask : ~0ull, ~0ull, j->blocks);
+    struct ry_rows_input in = {
+        .send = send, .send_bytes = j->bytes, .row_bytes = j->row_bytes, .copies = true, .times = j->told};
+    ok(ry_rows_scan(told, &in, s, &err));
+    ok(ry_rows_found_wait(told, &found, &err));
+    ck_assert_msg(found.odd == j->odd && found.many == j->many, "%llu odd, %llu many, not %llu and %llu",
+                  (unsigned long long)found.odd, (unsigned long long)found.many, (unsigned long long)j->odd,
+                  (unsigned long long)j->many);
+    return told;
+}
+
 /* The messages of all nodes from backend `on`, 0xee beyond their ends. */
 static void messages(const struct ry_device *on, struct ry_rows *rows, const struct job *j, void *s,
                      unsigned char **message, uint64_t *bytes, bool back)
@@ -320,13 +372,15 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
                                .send_bytes = j->bytes,
                                .row_bytes = j->row_bytes,
                                .scan_node = j->scan,
-                               .copies = j->copies,
+                               .copies = j->copies && !j->told,
                                .parts = j->parts};
+    if (j->told)
+        in.told = teller(on, j, send, s);
     ok(ry_rows_scan(rows, &in, s, &err));
     ok(ry_rows_found_wait(rows, &found, &err));
     ck_assert(ry_rows_found_ready(rows));
     uint64_t least = 0, most = 0;
-    for (int n = 0; n < j->nnodes && j->copies; n++) {
+    for (int n = 0; n < j->nnodes && in.copies; n++) {
         most = j->most[n] > most ? j->most[n] : most;
         least = j->least[n] && (!least || j->least[n] < least) ? j->least[n] : least;
     }
@@ -353,6 +407,7 @@ static void messages(const struct ry_device *on, struct ry_rows *rows, const str
         ok(on->release(packed, &err));
     }
     ok(on->release(buffer, &err));
+    ry_rows_free(in.told);
 }
 
 static void run(struct job *j)
@@ -360,6 +415,8 @@ static void run(struct job *j)
     unsigned char *message[RANKS], *again[RANKS];
     uint64_t bytes[RANKS], bytes_again[RANKS], want_bytes;
     unsigned char *want[RANKS];
+    if (j->told)
+        tell(j);
     for (int n = 0; n < j->nnodes; n++)
         want[n] = expected(j, n, &want_bytes);
     struct ry_rows *rows = scanner(device, j, stream);
@@ -385,6 +442,8 @@ static void run(struct job *j)
     for (int n = 0; n < j->nnodes; n++)
         free(message[n]), free(want[n]);
     free(j->data);
+    free(j->alone);
+    j->alone = NULL;
 }
 
 static const uint64_t widths[] = {1,    2,    3,    4,    7,    15,    16,    17,    18,    24,   31,
@@ -444,6 +503,109 @@ START_TEST(shapes)
         make(&j, 1, 1, 1024, 1, DISTINCT);
     while (!j.size && (free(j.data), true));
     run(&j);
+}
+END_TEST
+
+/* All rows K times, anywhere, but for the first token, whose bytes `twins` others have, and `odd` rows that occur once; no shorter last rows. */
+static void make_tokens(struct job *j, uint64_t row_bytes, uint32_t k, uint64_t tokens, uint64_t twins, uint64_t odd, bool zeros)
+{
+    uint64_t each[RANKS] = {0}, rows = tokens * k, at = 0;
+    make(j, 1 + (int)draw(9), 1 + (int)draw(4), row_bytes, 0, DISTINCT);
+    free(j->data);
+    for (uint64_t i = 0; i < rows + odd; i++)
+        each[draw((uint64_t)j->nranks)]++;
+    j->size = 0;
+    for (int r = 0; r < j->nranks; r++) {
+        j->at[r] = j->size + draw(20);
+        j->bytes[r] = each[r] * row_bytes;
+        j->size = j->at[r] + j->bytes[r];
+    }
+    j->data = calloc(1, j->size + 1);
+    unsigned char **place = calloc(rows + odd, sizeof *place), *token = malloc(row_bytes);
+    for (int r = 0; r < j->nranks; r++)
+        for (uint64_t i = 0; i < each[r]; i++)
+            place[at++] = j->data + j->at[r] + i * row_bytes;
+    for (uint64_t i = at; i > 1; i--) {
+        uint64_t other = draw(i);
+        unsigned char *was = place[i - 1];
+        place[i - 1] = place[other], place[other] = was;
+    }
+    at = 0;
+    for (uint64_t t = 0; t < tokens; t++) {
+        if (!t || t > twins)
+            noise(token, row_bytes);
+        if (zeros && t + 1 == tokens)
+            memset(token, 0, row_bytes);
+        for (uint32_t i = 0; i < k; i++)
+            memcpy(place[at++], token, row_bytes);
+    }
+    for (uint64_t i = 0; i < odd; i++)
+        noise(place[at++], row_bytes);
+    j->told = k;
+    free(place), free(token);
+}
+
+/* Several tokens with the same bytes: they go by themselves where they are few, and all others as often as a token. */
+START_TEST(tokens_apart)
+{
+    struct job j;
+    int apart = 0, packed = 0;
+    start();
+    for (int i = 0; i < WIDTHS; i++) {
+        uint32_t k = 2 + (uint32_t)draw(7);
+        uint64_t row_bytes = widths[i] < 15 ? 15 : widths[i], tokens = some_rows(row_bytes) / k * 4 + 2;
+        make_tokens(&j, row_bytes, k, tokens, draw(3), !draw(4) ? 1 + draw(2) : 0, !draw(3));
+        tell(&j);
+        for (uint64_t n = 0; n < all_rows(&j); n++)
+            apart += j.alone[n];
+        packed += !j.odd && j.many * 8 > all_rows(&j);
+        free(j.alone);
+        run(&j);
+    }
+    ck_assert_int_gt(apart, 20); /* there were such rows, */
+    ck_assert_int_gt(packed, 0); /* and too many of them */
+    for (int i = 0; i < WIDTHS; i += 2) { /* rows of any kinds: as often as it comes */
+        make(&j, 5, 3, widths[i], some_rows(widths[i]), TOKENS);
+        j.told = 2 + (uint32_t)draw(2);
+        run(&j);
+    }
+}
+END_TEST
+
+/* Of other bytes, or another width, nothing is told. */
+START_TEST(told_of_others)
+{
+    const void *send[RANKS];
+    struct ry_rows_found found;
+    struct job j;
+    void *buffer;
+    start();
+    make_tokens(&j, 64, 2, 40, 2, 0, false);
+    tell(&j);
+    ok(device->alloc(&buffer, j.size + 1, &err));
+    ok(device->copy(buffer, j.data, j.size + 1, stream, &err));
+    for (int r = 0; r < j.nranks; r++)
+        send[r] = (char *)buffer + j.at[r], j.node[r] = 0;
+    struct ry_rows *told = teller(device, &j, send, stream), *rows = scanner(device, &j, stream);
+    struct ry_rows_input in = {.send = send, .send_bytes = j.bytes, .row_bytes = 64, .told = told};
+    ok(ry_rows_scan(rows, &in, stream, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert_uint_eq(found.distinct[0], 37 + 6); /* three tokens with the same bytes: their six rows */
+    ok(ry_rows_scan(rows, &(struct ry_rows_input){.send = send, .send_bytes = j.bytes, .row_bytes = 64}, stream, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert_uint_eq(found.distinct[0], 38);
+    for (int r = 0; r < j.nranks; r++)
+        if (j.bytes[r]) {
+            send[r] = (const char *)send[r] + 64, j.bytes[r] -= 64;
+            break;
+        }
+    ok(ry_rows_scan(rows, &(struct ry_rows_input){.send = send, .send_bytes = j.bytes, .row_bytes = 64, .told = told}, stream, &err));
+    ok(ry_rows_found_wait(rows, &found, &err));
+    ck_assert_uint_le(found.distinct[0], 38);
+    ry_rows_free(rows);
+    ry_rows_free(told);
+    ok(device->release(buffer, &err));
+    free(j.alone), free(j.data);
 }
 END_TEST
 
@@ -1011,6 +1173,8 @@ static void add_tests(TCase *t, bool cuda)
     tcase_add_test(t, all_widths);
     tcase_add_test(t, mixes);
     tcase_add_test(t, shapes);
+    tcase_add_test(t, tokens_apart);
+    tcase_add_test(t, told_of_others);
     tcase_add_test(t, collisions);
     tcase_add_test(t, many);
     tcase_add_test(t, few_bits);

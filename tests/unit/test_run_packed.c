@@ -657,7 +657,7 @@ START_TEST(copies)
     struct ry_copies c;
     start();
     ck_assert(!ry_run_copies_over(t.runner, &c));
-    ok(ry_run_copies(t.runner, &t.b, W, &err));
+    ok(ry_run_copies(t.runner, &t.b, W, 0, &err));
     scan(W); /* the one does not disturb the other */
     ck_assert(ry_run_copies_over(t.runner, &c));
     ck_assert_uint_eq(c.rows, 24);
@@ -672,16 +672,16 @@ START_TEST(copies)
     numbers(1, (const float[]){1, 2, 3, 3}, 4);
     numbers(5, (const float[]){2, 1}, 2);
     t.bytes[0] = t.bytes[2] = t.bytes[3] = 0;
-    ok(ry_run_copies(t.runner, &t.b, W, &err));
+    ok(ry_run_copies(t.runner, &t.b, W, 0, &err));
     ok(device->stream_sync(t.stream, &err));
     ck_assert(ry_run_copies_over(t.runner, &c));
     ck_assert(c.rows == 6 && c.distinct == 3 && !c.zero && c.least == 2 && c.most == 2);
     t.bytes[1] = t.bytes[5] = 0;
-    ok(ry_run_copies(t.runner, &t.b, W, &err));
+    ok(ry_run_copies(t.runner, &t.b, W, 0, &err));
     ok(device->stream_sync(t.stream, &err));
     ck_assert(ry_run_copies_over(t.runner, &c));
     ck_assert(!c.rows && !c.distinct && !c.least && !c.most);
-    ck_assert_int_eq(ry_run_copies(t.runner, &t.b, 0, &err), -1);
+    ck_assert_int_eq(ry_run_copies(t.runner, &t.b, 0, 0, &err), -1);
     ck_assert(!ry_run_copies_over(t.runner, &c));
     end();
 }

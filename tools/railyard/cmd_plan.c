@@ -14,7 +14,8 @@
 #define MAX_DIRS 16
 
 static struct {
-    const char *dir, *cost, *json, *map;
+    const char *dir, *cost, *json;
+    struct plan_files files;
     const char *dirs[MAX_DIRS]; /* the first is dir */
     int ndirs;
     int nodes[MAX_SIZES], nsizes, ranks, fit, batches, batch, history, max_moved;
@@ -31,6 +32,8 @@ enum {
     KEY_COMPARE,
     KEY_LOCAL,
     KEY_MAP,
+    KEY_HOMES,
+    KEY_UNMOVED,
     KEY_FIT,
     KEY_BATCHES,
     KEY_BATCH,
@@ -105,7 +108,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args.local = true;
         return 0;
     case KEY_MAP:
-        args.map = arg;
+        args.files.map = arg;
+        return 0;
+    case KEY_HOMES:
+        args.files.homes = arg;
+        return 0;
+    case KEY_UNMOVED:
+        args.files.unmoved = arg;
         return 0;
     case KEY_FIT:
         args.fit = (int)number(state, "fit", arg, 0, 1 << 28);
@@ -167,8 +176,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "takes one folder, but got '%s' too", args.dirs[1]);
         if (args.local + args.compare + args.speed + args.ablate > 1)
             argp_error(state, "--locality, --compare, --speed and --ablate are one each");
-        if (args.map && (!args.compare || args.nsizes != 1 || args.ndirs != 1))
-            argp_error(state, "--map is what --compare learned from one folder for one number of --nodes");
+        if ((args.files.map || args.files.homes || args.files.unmoved) &&
+            (!args.compare || args.nsizes != 1 || args.ndirs != 1))
+            argp_error(state, "--%s is what --compare learned from one folder for one number of --nodes",
+                       args.files.map ? "map" : args.files.homes ? "homes" : "homes-unmoved");
+        if (args.files.homes && !args.files.map)
+            argp_error(state, "--homes are those under the map that --map writes; --homes-unmoved is without one");
         if (!args.dir && !args.speed)
             argp_error(state, "which folder? Give one that holds recorded routing: meta.json and counts.npy");
         if (args.busiest && args.max_moved >= 0)
@@ -193,6 +206,9 @@ static const struct argp_option options[] = {
     {"locality", KEY_LOCAL, 0, 0, "what stays on its rank and node as recorded, layer by layer and over the recording, and how far "
                                 "that is from all", 0},
     {"map", KEY_MAP, "FILE", 0, "with --compare: write the expert map, loads held, to FILE.json or FILE.npy", 0},
+    {"homes", KEY_HOMES, "FILE", 0,
+     "with --map: write what tells samples' homes from their tokens under that map, for RAILYARD_HOME_MODEL", 0},
+    {"homes-unmoved", KEY_UNMOVED, "FILE", 0, "with --compare: the same for experts where they are", 0},
     {"json", 'j', "FILE", 0, "write it as JSON, too; with - only that, to stdout", 0},
     {0, 0, 0, 0, "The cluster:", 2},
     {"nodes", 'n', "N,N,...", 0, "sizes to plan for (2,4,8)", 0},
@@ -456,7 +472,7 @@ static int compare_all(json_t *out, bool quiet, struct ry_err *err)
                                  .row_bytes = args.row_bytes};
         if (!quiet)
             printf("\n%s\n", args.dirs[i]);
-        json_t *one = plan_compare(&study, args.nodes, args.nsizes, args.ranks, args.map, quiet, err);
+        json_t *one = plan_compare(&study, args.nodes, args.nsizes, args.ranks, &args.files, quiet, err);
         failed = one ? 0 : -1;
         if (one) {
             json_object_set_new(one, "dir", json_string(args.dirs[i]));

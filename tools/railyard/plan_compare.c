@@ -95,6 +95,18 @@ static struct ry_home_model *model_of(struct scene *s, const int *expert_rank, i
     return m;
 }
 
+static int write_homes(struct scene *s, const int *expert_rank, const char *path, struct ry_err *err)
+{
+    if (!path)
+        return 0;
+    if (!ry_has_tokens(s->routing))
+        return ry_fail(err, "%s: not written: the recording has no tokens to tell homes from", path);
+    struct ry_home_model *m = model_of(s, expert_rank, s->routing->samples, 0, 0, err);
+    int failed = !m || ry_home_model_save(m, path, err);
+    ry_home_model_free(m);
+    return failed ? -1 : 0;
+}
+
 /* What crosses in batches of which[n], summed: homes in order; known; or as the model tells from tokens. */
 static int cross(struct scene *s, const int *which, int n, const int *expert_rank, enum ry_counting counting,
                  enum ry_homes_by homes, const struct ry_home_model *model, double *sum, struct ry_err *err)
@@ -187,7 +199,8 @@ static const struct kind kinds[] = {
 };
 
 /* Copies: learn from the first samples, judge by batches of the rest. */
-static int copies(struct scene *s, struct table *t, json_t *why, const char *map_file, struct ry_err *err)
+static int copies(struct scene *s, struct table *t, json_t *why, const struct plan_files *files,
+                  struct ry_err *err)
 {
     const struct ry_study *y = s->study;
     const struct ry_routing *r = s->routing;
@@ -234,8 +247,9 @@ static int copies(struct scene *s, struct table *t, json_t *why, const char *map
                                             "move_experts", p->move_experts, "move_samples", p->move_samples,
                                             "loads_held", p->bound_held, "homes", m ? trust.why : "no tokens",
                                             "explained", trust.explained, "captured", trust.captured));
-            if (map_file &&
-                ry_expert_map_save(map_file, p->expert_rank, r->layers, r->experts, s->cluster->nranks, err))
+            if ((files->map &&
+                 ry_expert_map_save(files->map, p->expert_rank, r->layers, r->experts, s->cluster->nranks, err)) ||
+                write_homes(s, p->expert_rank, files->homes, err) || write_homes(s, s->blocks, files->unmoved, err))
                 goto out;
         }
         ry_coplace_free(p);
@@ -321,7 +335,7 @@ static int shuffled(struct scene *s, const struct ry_routing *anew, json_t *list
 }
 
 static int one_size(const struct ry_study *study, const struct ry_routing *anew, int nodes, int ranks,
-                    const char *map_file, struct table *t, json_t *why, json_t *shuffle, struct ry_err *err)
+                    const struct plan_files *files, struct table *t, json_t *why, json_t *shuffle, struct ry_err *err)
 {
     const struct ry_routing *r = study->routing;
     size_t slots = (size_t)r->layers * (size_t)r->experts;
@@ -339,7 +353,7 @@ static int one_size(const struct ry_study *study, const struct ry_routing *anew,
     if (nodes > RY_HOME_NODES)
         ry_fail(err, "homes are told from tokens for up to %d nodes, not %d", RY_HOME_NODES, nodes);
     else if (!ry_experts_contiguous(s.blocks, r->layers, r->experts, s.cluster->nranks, err) && !netmoe(&s, t, err) &&
-             !copies(&s, t, why, map_file, err) && !shuffled(&s, anew, shuffle, err))
+             !copies(&s, t, why, files, err) && !shuffled(&s, anew, shuffle, err))
         rc = r->choice_samples >= 64 && ry_has_tokens(r) ? distinct(&s, t, err) : 0;
 out:
     ry_cluster_free(s.cluster);
@@ -371,8 +385,8 @@ static void print(const struct table *t, const int *nodes, json_t *why, json_t *
                                               json_string_value(json_object_get(at, "experts")));
 }
 
-json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes, int ranks, const char *map_file,
-                     bool quiet, struct ry_err *err)
+json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes, int ranks,
+                     const struct plan_files *files, bool quiet, struct ry_err *err)
 {
     struct table t = {.nsizes = nsizes};
     json_t *why = json_array(), *shuffle = json_array(), *rows = json_array(), *sizes = json_array();
@@ -381,7 +395,7 @@ json_t *plan_compare(const struct ry_study *study, const int *nodes, int nsizes,
     for (int i = 0; i < nsizes && !failed; i++) {
         t.at = i;
         json_array_append_new(sizes, json_integer(nodes[i]));
-        failed = one_size(study, anew, nodes[i], ranks, map_file, &t, why, shuffle, err);
+        failed = one_size(study, anew, nodes[i], ranks, files, &t, why, shuffle, err);
     }
     ry_routing_close(anew);
     for (int i = 0; i < t.nrows; i++) {

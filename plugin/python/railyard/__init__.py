@@ -12,7 +12,8 @@ Started by sitecustomize.py beside this package, not imported by a user (but for
   planner.py    the leader's windows: asks the library, claims, says what came of it
   tokens.py     samples' tokens, read ahead                                             (torch)
   observe.py    observations: made without a synchronization, sent, added up            (torch, NumPy)
-  layers.py, moving.py      samples moved between layers: agreement and answers; the moves themselves     (torch)
+  layers.py, deciding.py    samples moved between layers: agreement and answers; who goes where            (torch)
+  moving.py, combining.py   the moves themselves, between layers and inside combine                        (torch)
   adapt.py      what the adapters of frameworks share: findings, wrapping, joining
   experts.py    experts moved between ranks at start: agreement, exchange, notes        (torch)
   expert_tensors.py     what belongs to an expert, and where optimizers keep it         (torch)

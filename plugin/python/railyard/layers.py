@@ -21,17 +21,17 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import VERSION, say
-from .moving import Doubt, Route, lawful, move, route
+from .deciding import IDLE, Forced, Planner  # noqa: F401
+from .moving import Doubt, Route, exchange, lawful, move, moved, route
 
 FIRST = 2  # micro-batches in which nobody moves: their backward passes show whether layers run in ways that are not known
 QUIET = 8  # micro-batches without answers, where the leader would not move anybody anyway
-IDLE = 4  # micro-batches one after the other that moved nobody, after which it is taken that the next would not
 LATE = 0.005  # seconds that the leader waits for the solver once it can begin; then nobody moves
 PATIENCES = 4  # as experts.py has it
 TELL = 200  # micro-batches between two lines of what came of it
 
-FAILED, UNFIT, UNREADY = 1, 2, 4  # what a rank says of itself with its counts
-STAY, MOVE, END = 0, 1, 2  # what the leader answers
+FAILED, UNFIT, UNREADY, HERE = 1, 2, 4, 8  # what a rank says of itself with its counts; HERE: its combine can be redirected
+STAY, MOVE, END, INSIDE = 0, 1, 2, 3  # what the leader answers; MOVE: at the block's boundary, INSIDE: in the combine
 HEAD = 4  # words: micro-batch, layer, what the rank says, whether its attention mask is the one known
 
 
@@ -39,7 +39,8 @@ HEAD = 4  # words: micro-batch, layer, what the rank says, whether its attention
 
 
 def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
-    """What all ranks do, from what they offered: {"go": bool, "why": text, "nodes": [of each rank]}. Pure."""
+    """What all ranks do, from what they offered: {"go": bool, "why": text, "nodes": [of each rank], "outside": why samples move at
+    the block's boundary and not inside combine, or ""}. Pure."""
     no = [r for r in range(world) if (offers.get(r) or {}).get("no")]
     missing = [r for r in range(world) if offers.get(r) is None]
     if no:
@@ -57,6 +58,8 @@ def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
         other = [r for r in range(world) if offers[r][key] != offers[0][key]]
         if other:
             return {"go": False, "why": f"rank {other[0]} has {what} than rank 0 ({offers[other[0]][key]}, {offers[0][key]})"}
+    outside = [r for r in range(world) if offers[r]["outside"]]
+    outside = f"rank {outside[0]}: {offers[outside[0]]['outside']}" if outside else ""
     nodes = [offers[r]["node"] for r in range(world)]
     for r in range(world):
         group = offers[r]["group"]
@@ -64,7 +67,7 @@ def judge(offers: Dict[int, Optional[dict]], world: int) -> dict:
             return {"go": False, "why": f"rank {r}'s expert-parallel group is not the same for all its members"}
         if len({nodes[m] for m in group}) < 2:
             return {"go": False, "why": f"nothing to gain: the experts of rank {r}'s samples are all on one node"}
-    return {"go": True, "why": "", "nodes": nodes}
+    return {"go": True, "why": "", "nodes": nodes, "outside": outside}
 
 
 def agree(board: Any, rank: int, world: int, offer: dict, patience: float) -> dict:
@@ -98,70 +101,21 @@ def agree(board: Any, rank: int, world: int, offer: dict, patience: float) -> di
         ) from e
 
 
-# ---- who decides
-
-
-class Planner:
-    """The library's decisions (C)."""
-
-    def __init__(self, **job: Any) -> None:
-        from . import library
-
-        self._layers = library.Layers(**job)
-        self._idle, self._moved = 0, True
-
-    def next(
-        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
-    ) -> Tuple[Optional[List[int]], bool, str]:
-        """(what each slot shall have in the next layer, or None: all stay; whether asking on is of use; why)"""
-        order, plan = self._layers.next(layer, sample, counts, distinct)
-        if layer == 0:
-            self._idle, self._moved = 0 if self._moved else self._idle + 1, False
-        self._moved |= plan.moved > 0
-        use = self._layers.state().sure and (plan.moved > 0 or self._idle < IDLE)
-        return (order if plan.moved else None), use, plan.why
-
-    def words(self) -> str:
-        s = self._layers.state()
-        return (
-            f"of what samples send {100 * s.crossed:.1f} % leaves its node, and {100 * s.carried:.1f} % as much their moves; "
-            f"{100 * s.home:.1f} % would if they stayed at home ({s.why})"
-        )
-
-
-class Forced:
-    """Any permutation at each layer: for tests."""
-
-    def __init__(self, seed: int, stay: float = 0.2) -> None:
-        import random
-
-        self._pick, self._stay = random.Random(seed), stay
-
-    def next(
-        self, number: int, layer: int, sample: List[int], counts: Any, distinct: Any
-    ) -> Tuple[Optional[List[int]], bool, str]:
-        if self._pick.random() < self._stay:
-            return None, True, "forced to stay"
-        order = list(sample)
-        self._pick.shuffle(order)
-        return order, True, "forced to move"
-
-    def words(self) -> str:
-        return "forced"
-
-
 # ---- a micro-batch
 
 
 class Micro:
     """A training forward pass, and what its backward pass must know of it."""
 
-    __slots__ = ("number", "sample", "routes", "deciding", "counts", "layer", "flags", "mask", "over")
+    __slots__ = ("number", "sample", "routes", "ways", "held", "residual", "deciding", "counts", "layer", "flags", "mask", "over")
 
     def __init__(self, number: int, slots: int, flags: int, mask: Any, deciding: bool) -> None:
         self.number, self.flags, self.mask, self.deciding = number, flags, mask, deciding
         self.sample = list(range(slots))
         self.routes: Dict[int, Route] = {}  # by the layer before whose experts samples move
+        self.ways: Dict[int, Any] = {}  # by the layer in whose combine samples move
+        self.held: Dict[int, Any] = {}  # of a layer that is under way, its residual, and what combine has made of it:
+        self.residual: Dict[int, Any] = {}
         self.counts: Any = None  # of the layer that is under way
         self.layer = -1
         self.over = False  # the forward pass is: what runs now is recomputed
@@ -188,12 +142,15 @@ class Mover:
         places: int,
         planner: Any,
         late: float = LATE,
+        combine: Any = None,
     ) -> None:
         self.job, self.group, self.ranks, self.late = job, group, list(ranks), late
         self.rank = self.ranks.index(job.rank)
         self.b, self.s, self.layers, self.experts = b, s, layers, experts
         self.expert_place, self.places, self.planner = list(expert_place), places, planner
+        self.combine = combine  # combining.Combine; None: samples move at the block's boundary
         self.slots = b * len(self.ranks)
+        self.answer_size = 4 + self.slots + (len(self.ranks) ** 2 if combine else 0)
         self.size = HEAD + b * (experts + places)
         self.number = 0  # of micro-batches so far
         self.quiet = FIRST  # no answers before this one
@@ -205,13 +162,13 @@ class Mover:
         self._mask: Any = None  # [experts][places] on the device
         self._side: Any = None
         self._jobs: "queue.SimpleQueue" = queue.SimpleQueue()
-        self._answers: Dict[Tuple[int, int], Tuple[int, Optional[List[int]], int, str]] = {}
+        self._answers: Dict[Tuple[int, int], Tuple[int, List[int], int, str]] = {}
         self._there = threading.Condition()
         self._left_out: Optional[int] = None  # a micro-batch in which nobody moves
         self._end = ""  # what the solver's thread has found out
         self._any = False
         self._pending: Tuple[int, int, Any] = (-1, -1, None)  # the last counts that were gathered
-        self.counted = {"micro-batches": 0, "moves": 0, "late": 0}
+        self.counted = {"micro-batches": 0, "moves": 0, "inside": 0, "late": 0}
         if self.rank == 0:
             threading.Thread(target=self._work, name="railyard-layers", daemon=True).start()
             atexit.register(self.last_words)
@@ -257,12 +214,23 @@ class Mover:
         except Exception as e:
             self.fail(f"counting routing failed: {say.failure(e)}")
 
-    def dispatched(self, micro: Micro, layer: int, like: Any) -> None:
-        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there."""
+    def dispatching(self) -> None:
+        if self.combine is not None:
+            self.combine.begin()
+
+    def dispatched(self, micro: Micro, layer: int, like: Any, splits: Callable[[], Any] = lambda: None) -> None:
+        """Tokens of the layer are on their way to the experts: counts go to the leader behind them. like: a tensor there; splits():
+        rows that combine will send, and receive, by rank."""
         if self.over is not None:
             return
+        here = 0
         try:
-            self._gather(micro, layer, like)
+            if self.combine is not None and micro.deciding and layer + 1 < self.layers and self.combine.ready(*splits(), like):
+                here = HERE
+        except Exception as e:
+            self.fail(f"a combine cannot be looked at: {say.failure(e)}")
+        try:
+            self._gather(micro, layer, like, here)
         except Exception as e:
             raise Doubt(
                 f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: counts cannot be gathered: {say.failure(e)}"
@@ -270,15 +238,52 @@ class Mover:
 
     def arrive(self, micro: Micro, layer: int, hidden: Any) -> Any:
         """Hidden states [s, b, …] as the layer's experts are to have them."""
-        if not micro.over and micro.deciding and self.over is None and layer > 0:
-            try:
-                self._obey(micro, layer, hidden)
-            except Exception as e:
-                raise Doubt(
-                    f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: the leader's answer is lost: {say.failure(e)}"
-                ) from e
+        if self.combine is None and not micro.over and micro.deciding and self.over is None and layer > 0:
+            self._ask(micro, layer, hidden)
         way = micro.routes.get(layer)
-        return hidden if way is None else move(hidden, way, self)
+        hidden = hidden if way is None else move(hidden, way, self)
+        if self.combine is not None:
+            micro.held[layer] = hidden
+        return hidden
+
+    def combined(self, micro: Micro, layer: int, rows: Any, original: Callable[[Any], Any], told: Callable[[], Any]) -> Any:
+        """original(rows) is the layer's combine. told(): rows that it sends, and receives, by rank; the token that each row is of
+        which this rank receives."""
+        if self.combine is None:
+            return original(rows)
+        hidden = micro.held.pop(layer, None)  # None: recomputed without what is around it
+        if not micro.over:
+            self.combine.saw(rows)
+            if micro.deciding and self.over is None and layer + 1 < self.layers:
+                self._ask(micro, layer + 1, rows, told)
+        way = micro.ways.get(layer)
+        if way is None:
+            return original(rows)
+        if hidden is not None:
+            import torch
+
+            if hidden.is_cuda and micro.over:  # else it has waited for the dispatch, which is behind `hidden`
+                self._side.wait_stream(torch.cuda.current_stream(hidden.device))
+            with self._stream(hidden):  # on its way while experts compute
+                traced = torch.is_grad_enabled()
+                there = (move if traced else exchange)(hidden, way.route, self)
+                if hidden.is_cuda:
+                    hidden.record_stream(self._side)
+            micro.residual[layer] = (there, traced)
+        return self.combine.carry(way, rows, original)
+
+    def left(self, micro: Micro, layer: int, residual: Any) -> Any:
+        """The residual, as it is to be added to what combine has brought."""
+        there, traced = micro.residual.pop(layer, (None, False))
+        if there is None:
+            return residual
+        import torch
+
+        if there.is_cuda:
+            now = torch.cuda.current_stream(there.device)
+            now.wait_stream(self._side)
+            there.record_stream(now)
+        return there if traced or not torch.is_grad_enabled() else moved(residual, there, micro.ways[layer].route, self)
 
     def home(self, micro: Micro, hidden: Any) -> Any:
         """As the micro-batch began."""
@@ -305,6 +310,7 @@ class Mover:
 
     def end(self, micro: Micro) -> None:
         micro.over, micro.counts, micro.mask = True, None, None
+        micro.held.clear()
         if self.rank == 0 and self.over is None:
             self.counted["micro-batches"] += 1
             if self.counted["micro-batches"] % TELL == 0 and self.planner is not None:
@@ -317,8 +323,9 @@ class Mover:
     def tell(self) -> None:
         c = self.counted
         say.info(
-            f"layer placement: in {c['micro-batches']} micro-batches {c['moves']} moves, {c['late']} decisions too late; "
-            f"{self.planner.words()}"
+            f"layer placement: in {c['micro-batches']} micro-batches {c['moves']} moves"
+            + (f" ({c['inside']} inside combine)" if self.combine is not None else "")
+            + f", {c['late']} decisions too late; {self.planner.words()}"
         )
 
     # ---- between ranks
@@ -341,11 +348,11 @@ class Mover:
             self._side = torch.cuda.Stream(like.device)
         return torch.cuda.stream(self._side)
 
-    def _gather(self, micro: Micro, layer: int, like: Any) -> None:
+    def _gather(self, micro: Micro, layer: int, like: Any, here: int) -> None:
         import torch
         import torch.distributed as dist
 
-        flags, body = micro.flags, micro.counts if micro.layer == layer else None
+        flags, body = micro.flags | here, micro.counts if micro.layer == layer else None
         if self.why is not None or (body is None and not flags & UNFIT):
             flags |= FAILED
         head = torch.tensor([micro.number, layer, flags, 1], dtype=torch.int32)
@@ -378,12 +385,20 @@ class Mover:
                 self._jobs.put((micro.number, layer, list(micro.sample), host, event and (event, like.device)))
                 self._pending = (micro.number, layer, event)
 
-    def _obey(self, micro: Micro, layer: int, like: Any) -> None:
+    def _ask(self, micro: Micro, layer: int, like: Any, told: Optional[Callable[[], Any]] = None) -> None:
+        try:
+            self._obey(micro, layer, like, told)
+        except Exception as e:
+            raise Doubt(
+                f"railyard: rank {self.job.rank}: RAILYARD_PLACEMENT=layer: the leader's answer is lost: {say.failure(e)}"
+            ) from e
+
+    def _obey(self, micro: Micro, layer: int, like: Any, told: Optional[Callable[[], Any]]) -> None:
         """Gets the answer to the counts of the layer before, and notes what it means for this micro-batch."""
         import torch
         import torch.distributed as dist
 
-        words = self._answer(micro, layer - 1) if self.rank == 0 else [0] * (4 + self.slots)
+        words = self._answer(micro, layer - 1) if self.rank == 0 else [0] * self.answer_size
         host = torch.tensor(words, dtype=torch.int32)
         if not like.is_cuda:
             dist.broadcast(host, self.ranks[0], group=self.group)
@@ -398,18 +413,39 @@ class Mover:
                 event.record(self._side)
             event.synchronize()
         number, at, kind, quiet, *then = host.tolist()
-        if (number, at) != (micro.number, layer - 1) or (kind == MOVE and not lawful(then, self.slots)):
+        then, rows = then[: self.slots], then[self.slots :]
+        if (number, at) != (micro.number, layer - 1) or (kind in (MOVE, INSIDE) and not lawful(then, self.slots)):
             raise ValueError(f"an answer to layer {at} of micro-batch {number} in layer {layer} of micro-batch {micro.number}")
         if quiet:
             self.quiet, micro.deciding = micro.number + 1 + quiet, False
         if kind == END:
             self.over = "the leader has ended it"
-        elif kind == MOVE:
-            micro.routes[layer] = route(micro.sample, then, self.rank, self.b)
+        elif kind in (MOVE, INSIDE):
+            way = route(micro.sample, then, self.rank, self.b)
+            if kind == MOVE:
+                micro.routes[layer] = way
+            else:
+                n, at_slot = len(self.ranks), {sample: slot for slot, sample in enumerate(then)}
+                sends, receives, tokens = told()
+                with self._stream(like):
+                    micro.ways[layer - 1] = self.combine.way(
+                        sends,
+                        receives,
+                        tokens,
+                        [at_slot[sample] for sample in micro.sample],
+                        [rows[e * n : (e + 1) * n] for e in range(n)],
+                        way,
+                    )
+                    if like.is_cuda:
+                        event = torch.cuda.Event()
+                        event.record(self._side)
+                if like.is_cuda:
+                    torch.cuda.current_stream(like.device).wait_event(event)
             micro.sample = then
             self.moved = True
             if self.rank == 0:
                 self.counted["moves"] += 1
+                self.counted["inside"] += kind == INSIDE
                 if not self._any:
                     self._any = True
                     say.info(f"from here on samples move between layers: {self.planner.words()}")
@@ -418,7 +454,7 @@ class Mover:
 
     def _answer(self, micro: Micro, layer: int) -> List[int]:
         """Whatever happens here, there is an answer."""
-        kind, then, quiet = STAY, None, 0
+        kind, then, quiet = STAY, [], 0
         try:
             number, told, event = self._pending
             if (number, told) == (micro.number, layer):
@@ -435,10 +471,11 @@ class Mover:
                     kind, then, quiet, _ = got
         except Exception as e:
             self.fail(f"answering failed: {say.failure(e)}")
-            kind, then, quiet = END, None, 0
+            kind, then, quiet = END, [], 0
         if kind == END and self._end:
             self.fail(self._end)
-        return [micro.number, layer, kind, quiet] + (then if then is not None else [0] * self.slots)
+        words = [micro.number, layer, kind, quiet] + then
+        return words + [0] * (self.answer_size - len(words))
 
     def _work(self) -> None:
         """The solver's thread."""
@@ -466,7 +503,7 @@ class Mover:
                     del self._answers[old]
                 self._there.notify_all()
 
-    def _decide(self, number: int, layer: int, sample: List[int], host: Any) -> Tuple[int, Optional[List[int]], int, str]:
+    def _decide(self, number: int, layer: int, sample: List[int], host: Any) -> Tuple[int, List[int], int, str]:
         import numpy as np
 
         rows = host.numpy().reshape(len(self.ranks), self.size)
@@ -487,15 +524,28 @@ class Mover:
                     "that is not causal for all its samples",
                 )
         if self._left_out == number:
-            return STAY, None, QUIET if layer == 0 else 0, "unfit"
+            return STAY, [], QUIET if layer == 0 else 0, "unfit"
         split = HEAD + self.b * self.experts
         counts, distinct = (np.ascontiguousarray(part, dtype=np.uint32) for part in (rows[:, HEAD:split], rows[:, split:]))
         order, ask, why = self.planner.next(number, layer, sample, counts, distinct)
         if any(row[2] & UNREADY for row in rows):
-            return STAY, None, 0, "no backward pass yet"
+            return STAY, [], 0, "no backward pass yet"
         say.debug(f"micro-batch {number}, layer {layer}: {why}")
         quiet = 0 if ask or layer else QUIET
-        return (STAY if order is None else MOVE), order, quiet, why
+        if order is None:
+            return STAY, [], quiet, why
+        if self.combine is None or not self.planner.inside:
+            return MOVE, order, quiet, why
+        absent = [r for r, row in enumerate(rows) if not row[2] & HERE]
+        if absent:
+            if layer + 1 < self.layers and number >= self.quiet:
+                say.warn_once("layers-outside", f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_LOG=plan "
+                              "says why there): samples move at the block's boundary instead")
+            return MOVE, order, quiet, why
+        from . import combining
+
+        there = combining.matrix(counts.reshape(self.slots, self.experts), sample, order, len(self.ranks), self.b)
+        return INSIDE, order + sum(there, []), quiet, why
 
 
 # ---- this process
@@ -506,7 +556,7 @@ def start(
 ) -> Optional[Mover]:
     """Agrees with all ranks; the Mover, or None where samples stay. offer: no, shape [s, b, hidden, dtype], model [layers,
     experts, topk], group."""
-    offer = {"version": VERSION, "node": job.node, **offer}
+    offer = {"version": VERSION, "node": job.node, "outside": "not asked", **offer}
     decision = agree(job.board, job.rank, job.world, offer, PATIENCES * job.patience())
     if not decision["go"]:
         (say.warn if job.rank == 0 else say.info)(f"samples stay where they are: {decision['why']}")
@@ -519,7 +569,11 @@ def start(
     rank_place = [names.index(decision["nodes"][r]) for r in ranks]
     held = experts // len(ranks)
     expert_place = [rank_place[e // held] for e in range(experts)]
-    planner, trouble = None, ""
+    planner, trouble, combine, outside = None, "", None, decision.get("outside", "not agreed on")
+    if not outside:
+        from . import combining
+
+        combine = combining.Combine(group, ranks.index(job.rank), len(ranks), b)
     if ranks[0] == job.rank:
         try:
             planner = (make_planner or Planner)(
@@ -531,6 +585,7 @@ def start(
                 topk=topk,
                 places=len(names),
                 distinct=int(distinct),
+                combine=int(combine is not None),
                 rank_place=rank_place,
                 expert_place=expert_place,
             )
@@ -538,9 +593,10 @@ def start(
             trouble = f"nobody to decide: {say.failure(e)}"
     if job.rank == 0:
         say.info(
-            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each"
+            f"samples may move between layers: groups of {len(ranks)} ranks on {len(names)} nodes, {b} samples of {s} tokens each; "
+            + (f"at the block's boundary ({outside})" if outside else "inside combine")
         )
-    mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner)
+    mover = Mover(job, group, ranks, b, s, layers, experts, expert_place, len(names), planner, combine=combine)
     if trouble:
         mover.fail(trouble)
     return mover

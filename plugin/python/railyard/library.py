@@ -11,7 +11,7 @@ import threading
 from array import array
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
-ABI = 2  # RAILYARD_LIVE_ABI
+ABI = 3  # RAILYARD_LIVE_ABI
 
 
 class Error(Exception):
@@ -55,6 +55,7 @@ class Ahead(NamedTuple):
     stay: float  # rows predicted to cross to the end of the micro-batch if all stay
     go: float  # the same as decided
     why: str
+    inside: bool  # combine; else behind it
 
 
 class Worth(NamedTuple):
@@ -69,12 +70,12 @@ class Worth(NamedTuple):
 
 class _LayersJob(ctypes.Structure):
     _fields_ = [("size", ctypes.c_uint32)] + [
-        (name, ctypes.c_int32) for name in ("ranks", "samples", "tokens", "layers", "experts", "topk", "places", "distinct")
+        (name, ctypes.c_int32) for name in ("ranks", "samples", "tokens", "layers", "experts", "topk", "places", "distinct", "combine")
     ] + [("rank_place", ctypes.POINTER(ctypes.c_int32)), ("expert_place", ctypes.POINTER(ctypes.c_int32))]
 
 
 class _Ahead(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_uint32), ("moved", ctypes.c_int32), ("stay", ctypes.c_double), ("go", ctypes.c_double),
+    _fields_ = [("size", ctypes.c_uint32), ("moved", ctypes.c_int32), ("inside", ctypes.c_int32), ("stay", ctypes.c_double), ("go", ctypes.c_double),
                 ("why", ctypes.c_char * 192)]
 
 
@@ -412,7 +413,7 @@ class Layers(_Handle):
             Live._check("counts", c.count, self.slots * self.experts)
             Live._check("distinct", d.count, self.slots * self.places)
             self._call("next", layer, s.address, c.address, d.address, out, ctypes.byref(plan))
-        return list(out), Ahead(plan.moved, plan.stay, plan.go, plan.why.decode("utf-8", "replace"))
+        return list(out), Ahead(plan.moved, plan.stay, plan.go, plan.why.decode("utf-8", "replace"), bool(plan.inside))
 
     def state(self) -> Worth:
         s = _Worth(size=ctypes.sizeof(_Worth))

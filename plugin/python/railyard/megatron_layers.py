@@ -1,8 +1,9 @@
 """Megatron-core 0.16: where samples can move between layers, and which options forbid it.
 
 Owns: wrapping GPTModel.forward (a micro-batch), TransformerLayer._forward_mlp (where samples arrive), TransformerBlock.forward
-(where they come home), TopKRouter.forward and the dispatcher's token_dispatch (what is told of a layer), checkpoint() (so that
-what is recomputed moves as it did); the findings. Not: moving, deciding (layers.py). megatron.py must have been loaded before.
+(where they come home), TopKRouter.forward and the dispatcher's token_dispatch (what is told of a layer), its token_combine and
+TransformerLayer._forward_post_mlp (where samples move inside combine), checkpoint() (so that what is recomputed moves as it did); the
+findings. Not: moving, deciding (layers.py). megatron.py must have been loaded before.
 
 Samples move between attention and experts: what a layer's attention has made of them (the residual stream) is all that there
 is of a sample there, and the answer to the layer before has had the whole of attention to come. After the last layer they go
@@ -81,6 +82,38 @@ def refusals(config: Any, facts: Dict[str, Any]) -> List[str]:
     return out
 
 
+OUTSIDE = {
+    "moe_shared_expert_intermediate_size": "shared experts' results are where the sample was",
+    "moe_permute_fusion": "the order of its rows is not known here",
+    "moe_router_padding_for_quantization": "tokens have more rows than experts",
+    "moe_router_padding_for_fp8": "tokens have more rows than experts",
+    "moe_latent_size": "not known what combine carries",
+    "mlp_chunks_for_training": "several combines for one layer",
+}
+
+
+def outside(config: Any, setting: Callable[[str], str]) -> str:
+    """Why samples cannot move inside combine, so that they do at the block's boundary; "" if they can."""
+    from . import combining
+
+    for name, why in OUTSIDE.items():
+        if (getattr(config, name, None) or 0) not in (0, 1) or getattr(config, name, None) is True:
+            return "%s: %s" % (name, why)
+    if setting("RAILYARD_COMBINE").startswith("sum"):
+        return "RAILYARD_COMBINE=%s: what is redirected is not summed" % setting("RAILYARD_COMBINE")
+    if os.environ.get("RY_TEST_OUTSIDE"):
+        return "RY_TEST_OUTSIDE is set"
+    try:
+        combining.Library()
+    except (AttributeError, OSError):
+        return "librailyard.so is not preloaded"
+    if setting("RAILYARD_STRATEGY") == "observe":
+        return "RAILYARD_STRATEGY=observe: nothing is redirected"
+    if setting("RAILYARD_HOLD") == "0":
+        return "RAILYARD_HOLD=no: what is redirected is enqueued when it is called"
+    return ""
+
+
 def unfit(shape: List[int], tokens: Any, extra: Dict[str, Any]) -> str:
     """Why nobody must move in this micro-batch; "" if somebody may."""
     if tokens is None or list(tokens.shape) != [shape[1], shape[0]]:
@@ -112,7 +145,7 @@ def _number(layer: Any) -> Optional[int]:
     return megatron._numbers.get(router) if router is not None else None
 
 
-def _offer(model: Any, tokens: Any) -> Dict[str, Any]:
+def _offer(model: Any, tokens: Any, setting: Callable[[str], str]) -> Dict[str, Any]:
     """What this rank says before its first training step. Raises, or says no, where samples must stay."""
     from megatron.core.transformer import transformer_layer
 
@@ -139,6 +172,7 @@ def _offer(model: Any, tokens: Any) -> Dict[str, Any]:
         "shape": [s, b, config.hidden_size, str(config.params_dtype)],
         "model": [description["layers"], description["n_experts"], description["topk"]],
         "group": description["ep_ranks"],
+        "outside": outside(config, setting),
     }
 
 
@@ -153,7 +187,7 @@ def _set_up(model: Any, tokens: Any) -> None:
     if job is None:
         return say.warn("samples stay where they are: torch.distributed is not set up")
     try:
-        offer = _offer(model, tokens)
+        offer = _offer(model, tokens, job.setting)
         if job.stopped(now=True):
             offer["no"] = offer["no"] or "placement is off: %s" % job.stopped()
     except Exception as e:
@@ -261,6 +295,18 @@ def patch_layer(module: Any) -> None:
         return _forward_mlp
 
     _wrap(layer, "_forward_mlp", make)
+    adapt.positions(layer._forward_post_mlp, "mlp_output_with_bias", "residual")
+
+    def make_post(original):
+        def _forward_post_mlp(self, mlp_output_with_bias, residual, *args, **kwargs):
+            micro, number = current(), None if adapt.compiling() else _number(self)
+            if micro is not None and number is not None:
+                residual = _state["mover"].left(micro, number, residual)
+            return original(self, mlp_output_with_bias, residual, *args, **kwargs)
+
+        return _forward_post_mlp
+
+    _wrap(layer, "_forward_post_mlp", make_post)
 
 
 def _grad() -> bool:
@@ -312,19 +358,39 @@ def patch_dispatcher(module: Any) -> None:
     """megatron.core.transformer.moe.token_dispatcher"""
     dispatcher = module.MoEAlltoAllTokenDispatcher
 
+    def splits(self) -> Any:
+        """Rows that combine sends, and receives, by rank."""
+        return [int(n) for n in self.output_splits], [int(n) for n in self.input_splits]
+
     def make(original):
         def token_dispatch(self, *args, **kwargs):
+            micro, number = current(), None if adapt.compiling() else _dispatchers.get(self)
+            if micro is None or micro.over or number is None:
+                return original(self, *args, **kwargs)
+            _state["mover"].dispatching()
             result = original(self, *args, **kwargs)
-            micro = current()
-            if micro is not None and not micro.over and not adapt.compiling():
-                number = _dispatchers.get(self)
-                if number is not None:
-                    _state["mover"].dispatched(micro, number, result[0])
+            _state["mover"].dispatched(micro, number, result[0], lambda: splits(self))
             return result
 
         return token_dispatch
 
+    def make_combine(original):
+        def token_combine(self, hidden_states, *args, **kwargs):
+            micro, number = current(), None if adapt.compiling() else _dispatchers.get(self)
+            if micro is None or number is None:
+                return original(self, hidden_states, *args, **kwargs)
+            return _state["mover"].combined(
+                micro,
+                number,
+                hidden_states,
+                lambda rows: original(self, rows, *args, **kwargs),
+                lambda: (*splits(self), self.reversed_local_input_permutation_mapping),
+            )
+
+        return token_combine
+
     _wrap(dispatcher, "token_dispatch", make)
+    _wrap(dispatcher, "token_combine", make_combine)
 
 
 def patch_checkpoint(module: Any) -> None:

@@ -49,7 +49,7 @@ def lawful(order: Sequence[int], slots: int) -> bool:
 
 
 def _function() -> Any:
-    """The autograd function, made when torch is there."""
+    """The autograd functions, made when torch is there."""
     global _moving
     if _moving is None:
         import torch
@@ -66,7 +66,19 @@ def _function() -> Any:
             def backward(ctx, gradient):
                 return exchange(gradient, ctx.way.back(), ctx.mover), None, None
 
-        _moving = Moving
+        class Moved(torch.autograd.Function):
+            """The same, where the exchange was made already."""
+
+            @staticmethod
+            def forward(ctx, hidden, there, way, mover):
+                ctx.way, ctx.mover = way, mover
+                return there
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return exchange(gradient, ctx.way.back(), ctx.mover), None, None, None
+
+        _moving = (Moving, Moved)
     return _moving
 
 
@@ -74,7 +86,12 @@ _moving: Any = None
 
 
 def move(hidden: Any, way: Route, mover: Any) -> Any:
-    return _function().apply(hidden, way, mover)
+    return _function()[0].apply(hidden, way, mover)
+
+
+def moved(hidden: Any, there: Any, way: Route, mover: Any) -> Any:
+    """`there` is what exchange() has made of `hidden`, unseen by autograd."""
+    return _function()[1].apply(hidden, there, way, mover)
 
 
 def exchange(x: Any, way: Route, mover: Any) -> Any:

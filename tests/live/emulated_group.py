@@ -1,0 +1,69 @@
+"""A process group's all-to-alls over the NCCL that `railyard emu` brings, as PyTorch would issue them: for tests without GPUs.
+
+Owns: standing in for torch.distributed.all_to_all_single on one group. Everything else goes over gloo.
+"""
+
+import ctypes
+
+FLOATS = {"torch.float32": 7, "torch.bfloat16": 9, "torch.int32": 2, "torch.int64": 4, "torch.float64": 8}  # ncclDataType_t
+
+
+def _check(right, what):
+    if not right:
+        raise AssertionError(what)
+
+
+class Id(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_char * 128)]
+
+
+class Nccl:
+    """A group's communicator on the emulated NCCL, behind torch.distributed.all_to_all_single."""
+
+    def __init__(self, torch, dist, group):
+        self.torch, self.group = torch, group
+        self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.exchanges = 0
+        self.call = ctypes.CDLL(None)  # librailyard.so, which is in front
+        one = Id()
+        if self.rank == 0:
+            self._good(self.call.ncclGetUniqueId(ctypes.byref(one)))
+        told = [bytes(one) if self.rank == 0 else None]
+        dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group=group)
+        one = Id.from_buffer_copy(told[0])
+        self.comm = ctypes.c_void_p()
+        self.call.ncclCommInitRank.argtypes = [ctypes.c_void_p, ctypes.c_int, Id, ctypes.c_int]
+        self._good(self.call.ncclCommInitRank(ctypes.byref(self.comm), self.n, one, self.rank))
+        for name in ("ncclSend", "ncclRecv"):
+            getattr(self.call, name).argtypes = [
+                ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
+            ]
+        theirs = dist.all_to_all_single
+
+        def all_to_all_single(output, given, output_split_sizes=None, input_split_sizes=None, group=None, **more):
+            if group is not self.group:
+                return theirs(output, given, output_split_sizes, input_split_sizes, group=group, **more)
+            self.exchange(output, given, output_split_sizes, input_split_sizes)
+
+        dist.all_to_all_single = self.torch.distributed.all_to_all_single = all_to_all_single
+
+    @staticmethod
+    def _good(result):
+        _check(result == 0, f"NCCL gave {result}")
+
+    def exchange(self, output, given, takes, gives):
+        _check(output.is_contiguous() and given.is_contiguous() and output.dtype == given.dtype, "not as NCCL wants it")
+        each, kind = output[:1].numel() or given[:1].numel(), FLOATS[str(output.dtype)]
+        takes, gives = ([int(n) for n in s] if s is not None else [len(given) // self.n] * self.n for s in (takes, gives))
+        out, into, size = given.data_ptr(), output.data_ptr(), output.element_size()
+        self._good(self.call.ncclGroupStart())
+        for p in range(self.n):
+            self._good(self.call.ncclSend(out, gives[p] * each, kind, p, self.comm, None))
+            self._good(self.call.ncclRecv(into, takes[p] * each, kind, p, self.comm, None))
+            out, into = out + gives[p] * each * size, into + takes[p] * each * size
+        self._good(self.call.ncclGroupEnd())
+        self.exchanges += 1
+
+    def end(self):
+        self.call.ncclCommDestroy.argtypes = [ctypes.c_void_p]
+        self._good(self.call.ncclCommDestroy(self.comm))
