@@ -104,6 +104,8 @@ static void start_parts(void)
     if ((ry_engine.record || !ry_engine.observe) && ry_engine.settings.sample &&
         !(ry_engine.sampler = ry_sampler_start(ry_engine.device, &err)))
         ry_warn("exchanges are not timed: %s", err.msg);
+    if (ry_engine.sampler)
+        ry_engine.contention = ry_contention_new();
     if (ry_engine.observe)
         return;
     if (ry_nccl_find(&ry_engine.nccl, ry_engine.host.find, &err) || !(ry_engine.control = ry_control_start(&err)))
@@ -247,6 +249,7 @@ static void *comm_created(const struct ry_comm_info *info)
         goto out;
     }
     c->info = *info;
+    c->seat_beside = -1;
     if (info->device == RY_DEVICE_CURRENT)
         c->info.device = ry_engine.device && ry_engine.device->current ? ry_engine.device->current() : -1;
     c->key = communicator_key(info, parent);
@@ -275,7 +278,7 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
 {
     static const char *const names[RY_CALLS] = {"send", "recv", "alltoall", "allgather", "allreduce", "broadcast",
                                                 "reduce", "reducescatter", "gather", "scatter", "onesided"};
-    struct ry_record_counter list[2 * RY_CALLS + 7 + RY_STRATEGIES];
+    struct ry_record_counter list[2 * RY_CALLS + 9 + RY_STRATEGIES];
     char text[2 * RY_CALLS][32], strategy[RY_STRATEGIES][32];
     int n = 0;
     list[n++] = (struct ry_record_counter){"exchanges", counts->exchanges};
@@ -285,6 +288,10 @@ static void end_recording(struct comm *c, const char *how, const struct ry_comm_
         snprintf(text[2 * i + 1], sizeof text[0], "bytes.%s", names[i]);
         list[n++] = (struct ry_record_counter){text[2 * i], counts->calls[i]};
         list[n++] = (struct ry_record_counter){text[2 * i + 1], counts->bytes[i]};
+    }
+    if (atomic_load(&c->clocked_us) > 0) {
+        list[n++] = (struct ry_record_counter){"clocked_us", (uint64_t)atomic_load(&c->clocked_us)};
+        list[n++] = (struct ry_record_counter){"beside_us", (uint64_t)atomic_load(&c->met_us)};
     }
     if (c->counts.agreed) {
         list[n++] = (struct ry_record_counter){"agreed", c->counts.agreed};
@@ -315,6 +322,7 @@ void ry_comm_end(struct comm *c, enum ry_death how, const struct ry_comm_counts 
     ry_rendezvous_cancel(ry_engine.rendezvous, c);
     if (ry_engine.sampler)
         ry_sampler_forget(ry_engine.sampler, c);
+    ry_contention_leave(ry_engine.contention, c->seat_beside);
     ry_reissue_close(c, how == RY_DEATH_ABORT);
     ry_later_end(c);
     if (c->record)

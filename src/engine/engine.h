@@ -17,6 +17,7 @@
 #include "base/log.h"
 #include "base/settings.h"
 #include "cluster.h"
+#include "contention.h"
 #include "control/rendezvous.h"
 #include "control/talk.h"
 #include "device/device.h"
@@ -57,6 +58,8 @@ struct way {
     bool given_away;      /* take and end are, or were, done as one by ry_exchange_carry() */
     bool together;        /* with the communicator's twins */
     bool timed;           /* the yardmaster wants to know how long it takes */
+    bool met;             /* so does who wants to know what runs beside what (contention.h) */
+    uint64_t packed_out;  /* bytes that cross, if it goes by dedup */
     const char *strategy; /* NULL: not agreed on */
     bool verify;
     enum ry_node_order node;   /* with the verdict */
@@ -123,6 +126,8 @@ struct reissue {
     struct {
         _Atomic uint64_t number, bytes; /* 1 + the exchange; what this rank had to move in it */
         _Atomic double us;              /* 0: not known yet, or told */
+        _Atomic uint64_t out, in, own_out, own_in; /* struct ry_beside: what ran beside it */
+        _Atomic double share;
     } moved[64]; /* the latest exchanges agreed on, until the yardmaster was told how long they took */
     struct ry_pace *pace; /* on the yardmaster */
     struct {
@@ -157,6 +162,12 @@ struct comm {
     _Atomic(struct reissue *) reissue;
     struct reissue_counts counts; /* from ry_reissue_close() on */
     struct ry_later later;
+    int seat_beside; /* in ry_engine.contention; -1: none */
+    struct {
+        _Atomic uint64_t number, out, in; /* 1 + the exchange; bytes across nodes, as they go */
+        _Atomic unsigned weight;
+    } crossing[64]; /* the latest that are timed for contention's sake */
+    _Atomic double clocked_us, met_us; /* how long those took that are settled, and ran beside others */
 };
 
 struct engine {
@@ -176,6 +187,7 @@ struct engine {
     _Atomic int transport;       /* enum ry_transport: RAILYARD_TRANSPORT, or as the job says by railyard_strategy() */
     bool staged; /* through host memory, even where UCX can do without */
     struct ry_sampler *sampler;
+    struct ry_contention *contention; /* NULL: nothing is timed */
     const struct ry_device *device; /* NULL: none could be opened */
     struct ry_nccl nccl;
     struct ry_topo *topo; /* NULL until topology_known() has returned, and if it cannot be read */
@@ -270,6 +282,8 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
 void ry_exchange_stray(void *handle);
 void ry_exchange_aborting(void *handle);
 void ry_exchange_int64_allgather(void *handle, uint64_t count);
+/** From here on the communicator's exchanges are among those that may run beside others of this process. */
+void ry_exchange_meet_others(struct comm *c);
 /** What verify mode found since the last call; a mismatch ends the engagement. */
 void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 

@@ -25,6 +25,7 @@
  * why, instead of letting this rank go direct alone and hang the job or mix up its data.
  */
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
 
 #include "base/clock.h"
@@ -51,7 +52,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.given_away = now.cross = now.redirected = false;
+    now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -64,11 +65,33 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     return c;
 }
 
-/* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
-static void start_clock(const struct comm *c, const struct ry_exchange *x)
+/* Bytes that this rank moves across nodes, as they go: of those that it gets packed, as large a part as of those that it sends. */
+static void note_crossing(struct comm *c, const struct reissue *r, bool packed, unsigned weight)
 {
-    if (ry_engine.sampler && !now.captured && (now.timed || now.number % ry_engine.settings.sample == 0))
-        now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
+    uint64_t in = 0, out = packed ? now.packed_out : now.rows.cross;
+    for (int p = 0; p < r->map->nranks; p++)
+        in += r->map->node[p] != r->map->node[c->info.rank] ? r->recv[p] : 0;
+    if (packed && now.rows.cross)
+        in = (uint64_t)((double)in * (double)out / (double)now.rows.cross);
+    atomic_store(&c->crossing[now.number % 64].out, out);
+    atomic_store(&c->crossing[now.number % 64].in, in);
+    atomic_store(&c->crossing[now.number % 64].weight, weight);
+    atomic_store(&c->crossing[now.number % 64].number, now.number + 1);
+    ry_contention_began(ry_engine.contention, c->seat_beside);
+}
+
+/* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
+static void start_clock(struct comm *c, const struct ry_exchange *x, const struct reissue *r)
+{
+    bool turn = ry_engine.settings.sample && now.number % ry_engine.settings.sample == 0;
+    bool large = now.met && now.rows.cross >= RY_CONTENTION_LARGE;
+    if (!ry_engine.sampler || now.captured || !(now.timed || turn || large))
+        return;
+    now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
+    now.met &= now.sample != NULL;
+    if (now.met)
+        note_crossing(c, r, now.strategy && !strcmp(now.strategy, ry_strategy_name(RY_DEDUP)),
+                      large ? 1 : turn ? (unsigned)ry_engine.settings.sample : 0);
 }
 
 /* ---- take ---- */
@@ -131,6 +154,11 @@ static void tell_durations(struct reissue *r, struct ry_took took[RY_TOOK])
             continue;
         took[n++] = (struct ry_took){.number = atomic_load(&r->moved[i].number),
                                      .bytes = atomic_load(&r->moved[i].bytes),
+                                     .beside = {.out = atomic_load(&r->moved[i].out),
+                                                .in = atomic_load(&r->moved[i].in),
+                                                .own_out = atomic_load(&r->moved[i].own_out),
+                                                .own_in = atomic_load(&r->moved[i].own_in),
+                                                .share = atomic_load(&r->moved[i].share)},
                                      .us = atomic_exchange(&r->moved[i].us, 0)};
     }
 }
@@ -152,13 +180,15 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     for (int i = 0; i < RY_STRATEGIES; i++)
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
+    side.load.beside = ry_contention_of(ry_engine.contention, c->seat_beside, ry_now_ns());
+    now.packed_out = side.load.packed_out;
     side.cannot_pack = !ry_run_packs(r->runner);
     side.row_bytes = repeats ? now.rows.bytes : 0;
     side.parts = repeats ? (uint64_t)ry_parts(&repeats[r->map->node[x->rank]]) : 0;
     ry_sum_offer(r, &side);
     seen = side;
     if (r->promising.saving > 0)
-        seen.load = r->promising.load;
+        seen.load = r->promising.load, seen.load.beside = side.load.beside;
     r->promising.saving = 0;
     struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
                             .one_call = x->one_call,
@@ -229,10 +259,10 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
 }
 
 /* Enqueue it, `plan` NULL telling that it could not be built, as `why` says. True: it is under way, and NCCL has nothing against it. */
-static bool run_plan(const struct comm *c, const struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
+static bool run_plan(struct comm *c, const struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                      const struct ry_plan *plan, struct ry_run_node *node, struct ry_err *why, int *result)
 {
-    start_clock(c, x);
+    start_clock(c, x, r);
     ry_run_cross(r->runner, now.cross ? ry_across_face(r->across, now.number) : NULL);
     if (plan && !(now.verify ? ry_run_verify(r->runner, plan, b, node, now.number, result, why)
                              : ry_run(r->runner, plan, b, node, result, why)))
@@ -346,6 +376,10 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
         b = describe(r, y);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
+    now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&
+              ry_contention_wants(ry_engine.contention, c->seat_beside, ry_now_ns(), c->record != NULL);
+    if (now.met)
+        ry_sampler_clock(ry_engine.sampler);
     if (r) {
         taken = by_twins(c, r, y, &b, result);
         if (!taken) {
@@ -354,8 +388,8 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
             ry_sum_end(r);
         }
     }
-    if (!taken && (c->record || now.strategy || now.timed || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
-        start_clock(c, y);
+    if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins)))) /* nobody asks how long others take */
+        start_clock(c, y, r);
     return taken;
 }
 
@@ -391,8 +425,37 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
 
 /* ---- end ---- */
 
+/* Goes to the yardmaster with the next manifest. */
+static void tell_yardmaster(struct comm *c, uint64_t number, double us, const struct ry_beside *beside)
+{
+    struct reissue *r = atomic_load(&c->reissue);
+    if (!r || atomic_load(&r->moved[number % 64].number) != number + 1)
+        return;
+    atomic_store(&r->moved[number % 64].out, beside->out);
+    atomic_store(&r->moved[number % 64].in, beside->in);
+    atomic_store(&r->moved[number % 64].own_out, beside->own_out);
+    atomic_store(&r->moved[number % 64].own_in, beside->own_in);
+    atomic_store(&r->moved[number % 64].share, beside->share);
+    atomic_store(&r->moved[number % 64].us, us);
+}
+
+/* What ran beside an exchange is known. Calls do not overlap. */
+static void settled(void *context, uint64_t number, double us, double met_us, const struct ry_beside *beside)
+{
+    struct comm *c = context;
+    atomic_store(&c->clocked_us, atomic_load(&c->clocked_us) + us);
+    atomic_store(&c->met_us, atomic_load(&c->met_us) + met_us);
+    tell_yardmaster(c, number, us, beside);
+}
+
+void ry_exchange_meet_others(struct comm *c)
+{
+    if (ry_engine.contention)
+        c->seat_beside = ry_contention_join(ry_engine.contention, c->key, c->info.device, settled, c);
+}
+
 /* On the sampler's thread. */
-static void exchange_took(void *context, uint64_t number, double us)
+static void exchange_took(void *context, uint64_t number, double began_us, double us)
 {
     struct comm *c = context;
     struct reissue *r = atomic_load(&c->reissue);
@@ -400,12 +463,17 @@ static void exchange_took(void *context, uint64_t number, double us)
         ry_record_duration(ry_engine.record, c->record, number, us);
     if (r)
         ry_twins_took(r->twins, number, us);
-    if (r && atomic_load(&r->moved[number % 64].number) == number + 1)
-        atomic_store(&r->moved[number % 64].us, us); /* goes to the yardmaster with the next manifest */
+    struct ry_contention_run run = {number, began_us, us, atomic_load(&c->crossing[number % 64].out),
+                                    atomic_load(&c->crossing[number % 64].in), atomic_load(&c->crossing[number % 64].weight)};
+    bool met = atomic_load(&c->crossing[number % 64].number) == number + 1;
+    if (met)
+        ry_contention_took(ry_engine.contention, c->seat_beside, &run, ry_now_ns());
+    if (!met || !isfinite(began_us))
+        tell_yardmaster(c, number, us, &(struct ry_beside){0});
 }
 
 /* On the sampler's thread. */
-static void followed(void *context, uint64_t number, double us)
+static void followed(void *context, uint64_t number, double began_us, double us)
 {
     struct comm *c = context;
     struct reissue *r = atomic_load(&c->reissue);
@@ -435,7 +503,7 @@ static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchang
     if (r->pacing.sample) {
         bool follows = good && r->pacing.way == way && r->pacing.number + 1 == now.number && r->pacing.stream == x->stream;
         if (follows)
-            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes);
+            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes, ry_contention_much(ry_engine.contention, c->seat_beside));
         ry_sampler_end(ry_engine.sampler, r->pacing.sample, x->stream, follows, followed, c, now.number);
     }
     r->pacing.sample = wanted ? ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream) : NULL;
@@ -471,6 +539,8 @@ static void end(struct comm *c, const struct ry_exchange *x, int result)
        (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
     if (now.sample)
         ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+    if (now.sample && now.met && result != NCCL_OK)
+        ry_contention_lost(ry_engine.contention, c->seat_beside);
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (r && r->pace)
         keep_pace(c, r, x, result == NCCL_OK);
@@ -524,7 +594,7 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
     }
     now.number = x->ordinal;
     now.wall_ns = wall_ns;
-    now.captured = now.timed = now.verify = now.given_away = now.redirected = false;
+    now.captured = now.timed = now.met = now.verify = now.given_away = now.redirected = false;
     now.strategy = NULL;
     now.waited_us = now.late_us = now.plain_us = 0;
     now.sample = clock;

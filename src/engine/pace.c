@@ -13,7 +13,7 @@
 #define MOST_GAP (64 * RY_PACE_GAP)
 
 struct kind {
-    uint32_t key; /* 1 + classes of both exchanges; 0: free */
+    uint32_t key; /* 1 + classes of both exchanges, and whether others ran beside; 0: free */
     uint32_t seen[RY_PACE_WAYS];
     float us[RY_PACE_WAYS][RY_PACE_MEMORY];
 };
@@ -56,9 +56,9 @@ static unsigned class_of(uint64_t bytes)
     return bytes ? 64 - (unsigned)__builtin_clzll(bytes) : 0;
 }
 
-void ry_pace_began(struct ry_pace *p, uint64_t number, enum ry_pace_way way, uint64_t before, uint64_t bytes)
+void ry_pace_began(struct ry_pace *p, uint64_t number, enum ry_pace_way way, uint64_t before, uint64_t bytes, bool beside)
 {
-    uint64_t kind = class_of(before) << 7 | class_of(bytes);
+    uint64_t kind = (uint64_t)beside << 14 | class_of(before) << 7 | class_of(bytes);
     if (way == RY_PACE_PLAIN)
         atomic_fetch_sub_explicit(&p->wanted, 1, memory_order_relaxed);
     atomic_store_explicit(&p->under_way[number % UNDER_WAY], (number + 1) << 32 | kind << 8 | (uint64_t)way,

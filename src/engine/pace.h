@@ -12,6 +12,10 @@
  * it, by their medians: a step that ends with a checkpoint does not count for more than another. One rank's are enough,
  * ranks being in step over any number of exchanges: the yardmaster's own, and nothing has to be sent.
  *
+ * What other communicators have on the links at the time makes up a kind, too: an interval that ended beside their
+ * exchanges is compared with such intervals only. Otherwise watching plain NCCL while they happen to rest would look
+ * like a gain of plain NCCL, and the other way round.
+ *
  * Thread-safety: any thread; ry_pace_began() and ry_pace_wants() take no lock.
  */
 #ifndef RY_ENGINE_PACE_H
@@ -35,8 +39,8 @@ void ry_pace_free(struct ry_pace *p);
 /** Are intervals of this way wanted? Engaged ones always, plain ones while they are watched. */
 bool ry_pace_wants(const struct ry_pace *p, enum ry_pace_way way);
 /** The interval that ends with exchange `number` is being measured; bytes: what this rank had to send or get, whichever
- * is more, in it and in the one before it. */
-void ry_pace_began(struct ry_pace *p, uint64_t number, enum ry_pace_way way, uint64_t before, uint64_t bytes);
+ * is more, in it and in the one before it; beside: others run beside this communicator's exchanges (plan/cost.h). */
+void ry_pace_began(struct ry_pace *p, uint64_t number, enum ry_pace_way way, uint64_t before, uint64_t bytes, bool beside);
 /** It was `us` microseconds. Ignored unless it was told of, lately, and is above zero. */
 void ry_pace_took(struct ry_pace *p, uint64_t number, double us);
 

@@ -34,12 +34,19 @@ struct recent {
     double us;    /* the model's own estimate, without the agreement */
     double least; /* duration measured by those who reported and had much to do */
     int reported; /* ranks */
+    int load;     /* that it was expected to run under */
+    struct ry_beside beside; /* what it did run beside, of those who reported */
 };
+
+/* What is on the NICs besides: cost.h says why what is known under one load is kept from what is known under the other. */
+enum { ALONE, BESIDE, LOADS };
 
 struct ry_chooser {
     struct ry_policy_config config;
     char name[24];
-    struct ry_cost_learned learned;
+    struct ry_cost_learned learned[LOADS];
+    struct ry_beside beside; /* of the exchange being decided */
+    int load;
     struct ry_chooser_counts counts;
     /* since the account was opened: what plain NCCL would have taken, and that less what was chosen */
     double accounted_us, saved_us;
@@ -57,12 +64,13 @@ struct ry_chooser {
         bool asked, used;
         enum ry_node_order order; /* of the exchange being decided */
     } node_comm;
-    uint8_t tried[RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
+    uint8_t tried[LOADS][RY_STRATEGIES][RY_COST_CLASSES]; /* exchanges made to find out */
     struct recent recent[RECENT];
     /* of the exchange being decided */
     struct ry_side *sides;                  /* [nranks] */
     struct ry_load *loads;                  /* [nranks] */
     uint64_t *relayed, *need, *spare;       /* [nranks] bytes; need: of staging */
+    uint64_t *arriving;                     /* [nranks] over a relay's NIC */
     bool looked;                            /* any rank for equal rows */
     bool all_pack;                          /* and write packed messages out */
     struct ry_repeats *repeats;             /* [nranks][nnodes] */
@@ -159,6 +167,28 @@ int ry_order_unpack(struct ry_slice *slice, const void *extra, size_t bytes, str
     return 0;
 }
 
+static int load_of(const struct ry_beside *b)
+{
+    return ry_beside_more(b) >= RY_BESIDE_MUCH ? BESIDE : ALONE;
+}
+
+static void see_load(struct ry_chooser *c)
+{
+    c->beside = ry_cost_beside(c->config.map, c->loads);
+    c->load = load_of(&c->beside);
+}
+
+/* For logs. */
+static const char *beside_text(const struct ry_chooser *c, char text[96])
+{
+    uint64_t bytes = c->beside.out > c->beside.in ? c->beside.out : c->beside.in;
+    text[0] = 0;
+    if (bytes)
+        snprintf(text, 96, ", beside %.2f MB of other communicators (a byte takes the NICs %.2f times as long)", (double)bytes / 1e6,
+                 1 + ry_beside_more(&c->beside));
+    return text;
+}
+
 /* Do all ranks have a communicator of their node's ranks, or could have one? Then estimates are made with it. */
 static void see_node_comms(struct ry_chooser *c)
 {
@@ -177,6 +207,7 @@ static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_
         c->loads[r] = c->sides[r].load;
     }
     see_node_comms(c);
+    see_load(c);
     return true;
 }
 
@@ -250,6 +281,24 @@ static bool get_sides(struct ry_chooser *c, const struct ry_agreed *x)
 
 /* ---- learning ---- */
 
+/* Of an exchange that will not be told of any more. Not if it ran under another load than was thought (cost.h). */
+static void learn_of(struct ry_chooser *c, const struct recent *k)
+{
+    if (load_of(&k->beside) == k->load)
+        ry_cost_learn(&c->learned[k->load], k->strategy, k->busiest, k->us, k->least);
+    else
+        c->counts.dropped++;
+}
+
+static void add_beside(struct ry_beside *sum, const struct ry_beside *b)
+{
+    sum->out += b->out;
+    sum->in += b->in;
+    sum->own_out += b->own_out;
+    sum->own_in += b->own_in;
+    sum->share = b->share > sum->share ? b->share : sum->share;
+}
+
 /*
  * How long exchanges took, as the ranks tell with later manifests. A rank that was early measures its waiting, too:
  * what counts is the least among those with much to do (cost.h).
@@ -268,10 +317,11 @@ static void learn(struct ry_chooser *c)
             if (!took->number || k->number != took->number - 1)
                 continue;
             k->reported++;
+            add_beside(&k->beside, &took->beside);
             if (took->us > 0 && took->us < k->least && 2 * took->bytes >= k->busiest)
                 k->least = took->us;
             if (k->reported == n)
-                ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+                learn_of(c, k);
         }
     }
     if (agreement > 0)
@@ -282,13 +332,14 @@ static void remember(struct ry_chooser *c, uint64_t number, const struct ry_choi
 {
     struct recent *k = &c->recent[number % RECENT];
     if (k->reported < c->config.map->nranks && 2 * k->reported > c->config.map->nranks) /* the others never will */
-        ry_cost_learn(&c->learned, k->strategy, k->busiest, k->us, k->least);
+        learn_of(c, k);
     *k =
         (struct recent){.number = number,
                         .busiest = ry_cost_busiest(c->config.map, c->loads),
                         .strategy = choice->strategy,
                         .us = choice->model_us[choice->strategy] - c->config.model.agreement_us -
                               (choice->strategy == RY_DEDUP ? choice->search_us : 0), /* over before the clock starts */
+                        .load = c->load,
                         .least = INFINITY};
 }
 
@@ -328,17 +379,18 @@ static int to_find_out(const struct ry_chooser *c, const struct ry_choice *choic
     double cheap = equal ? CHEAP_EQUAL : CHEAP;
     int make = -1, measure = -1, several = 0;
     for (int s = 0; s < RY_STRATEGIES && !equal; s++) /* what agreeing is said to cost changes while it is learned */
-        begun |= c->tried[s][class] > 0;
+        begun |= c->tried[c->load][s][class] > 0;
     if (c->config.map->nnodes < 2 || !(begun || c->config.model.agreement_us <= cheap * plain))
         return -1;
     for (int s = 0; s < RY_STRATEGIES; s++) {
-        uint32_t enough = wanted(c, choice, s), made = c->tried[s][class], measured = c->learned.at[s][class].samples;
+        uint32_t enough = wanted(c, choice, s), made = c->tried[c->load][s][class],
+                 measured = c->learned[c->load].at[s][class].samples;
         several += enough > 0;
         if (measured >= enough)
             continue;
-        if (made < enough && (make < 0 || made < c->tried[make][class]))
+        if (made < enough && (make < 0 || made < c->tried[c->load][make][class]))
             make = s;
-        if (made < 2 * enough && (measure < 0 || measured < c->learned.at[measure][class].samples))
+        if (made < 2 * enough && (measure < 0 || measured < c->learned[c->load].at[measure][class].samples))
             measure = s;
     }
     if (several < 2)
@@ -359,9 +411,9 @@ static bool find_out(struct ry_chooser *c, struct ry_choice *choice)
     if (strategy < 0)
         return false;
     choice->strategy = (enum ry_strategy)strategy;
-    c->tried[strategy][class]++;
+    c->tried[c->load][strategy][class]++;
     for (int s = 0; s < RY_STRATEGIES; s++)
-        all += c->tried[s][class];
+        all += c->tried[c->load][s][class];
     snprintf(choice->why, sizeof choice->why, "to find out: try %d at exchanges of %llu KiB and up", all,
              (1ull << class) >> 10);
     open_account(c, FIRST_ACCOUNT); /* what was estimated before is not what is known after */
@@ -414,15 +466,19 @@ static unsigned rest_after(struct ry_chooser *c, uint64_t number, const struct r
     return watched ? watched : !pays;
 }
 
-/* What each rank passes on for others, from the matrix. */
+/* What each rank passes on for others, and what comes to it across nodes then, from the matrix. */
 static void find_relayed(struct ry_chooser *c, const uint64_t *matrix)
 {
     const struct ry_cluster *map = c->config.map;
     int n = map->nranks;
     memset(c->relayed, 0, (size_t)n * sizeof *c->relayed);
+    memset(c->arriving, 0, (size_t)n * sizeof *c->arriving);
     for (int from = 0; from < n; from++)
         for (int to = 0; to < n; to++) {
-            int relay = map->node[from] == map->node[to] ? to : ry_relay(map, from, map->node[to]);
+            if (map->node[from] == map->node[to])
+                continue;
+            int relay = ry_relay(map, from, map->node[to]);
+            c->arriving[relay] += matrix[(size_t)from * (size_t)n + (size_t)to];
             if (relay != to) /* what is for the relay itself is not passed on */
                 c->relayed[relay] += matrix[(size_t)from * (size_t)n + (size_t)to];
         }
@@ -517,8 +573,10 @@ static void forget_plans(struct ry_chooser *c)
     if (c->config.pace)
         ry_pace_changed(c->config.pace);
     for (int s = RY_HIERARCHICAL; s < RY_STRATEGIES; s++) {
-        ry_cost_forget(&c->learned, (enum ry_strategy)s);
-        memset(c->tried[s], 0, sizeof c->tried[s]);
+        for (int load = 0; load < LOADS; load++) {
+            ry_cost_forget(&c->learned[load], (enum ry_strategy)s);
+            memset(c->tried[load][s], 0, sizeof c->tried[load][s]);
+        }
     }
     for (int i = 0; i < RECENT; i++)
         if (c->recent[i].strategy != RY_DIRECT) /* these will be told of, yet */
@@ -560,7 +618,7 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
         return false;
     struct ry_choice choice;
     c->config.model.by_ucx = wants_ucx(c, NULL);
-    struct ry_cost_learned learned = c->learned; /* asking is not choosing: nothing may be remembered of it */
+    struct ry_cost_learned learned = c->learned[c->load]; /* asking is not choosing: nothing may be remembered of it */
     ry_cost_choose(&choice, &c->config.model, &learned, c->config.map, c->loads, NULL, MARGIN);
     double plain = choice.us[RY_DIRECT] - c->config.model.agreement_us;
     bool yes = choice.strategy != RY_DIRECT && choice.us[choice.strategy] < plain * (1 - MARGIN);
@@ -574,12 +632,13 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
         skip = true;
     }
     open_account(c, FIRST_ACCOUNT); /* nothing is engaged */
-    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)", c->name, number,
+    char text[96];
+    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s (%s; plain NCCL %.0f us)%s", c->name, number,
            skip  ? "not worth agreeing on, since it did not pay lately"
            : yes ? "worth agreeing on"
            : ask ? "worth finding out"
                  : "not worth agreeing on",
-           choice.why, plain);
+           choice.why, plain, beside_text(c, text));
     return (yes && !skip) || ask;
 }
 
@@ -748,11 +807,13 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         return RY_DIRECT;
     }
     learn(c);
+    see_load(c);
+    c->counts.beside += c->load == BESIDE;
     start_node_comms(c);
     find_relayed(c, x->matrix);
-    struct ry_cost_matrix matrix = {.relayed = c->relayed, .packed_in = c->looked ? c->packed_in : NULL};
+    struct ry_cost_matrix matrix = {.relayed = c->relayed, .arriving = c->arriving, .packed_in = c->looked ? c->packed_in : NULL};
     c->config.model.by_ucx = wants_ucx(c, &matrix);
-    ry_cost_choose(&choice, &c->config.model, &c->learned, c->config.map, c->loads, &matrix, MARGIN);
+    ry_cost_choose(&choice, &c->config.model, &c->learned[c->load], c->config.map, c->loads, &matrix, MARGIN);
     int forced = atomic_load(c->config.forced);
     forced = forced == RY_REPLICA ? RY_DIRECT : forced; /* here nobody can do that alone */
     bool sum = choose_sum(c, x, &choice, forced), trial = !sum && forced < 0 && find_out(c, &choice);
@@ -777,12 +838,13 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
     order_chunks(c, &choice);
     order_cross(c, &choice, x->matrix);
     *verify = verified(c, choice.strategy);
-    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s%s (%s)%s%s", c->name, x->number,
+    char text[96];
+    ry_log(RY_LOG_PLAN, "communicator %s, exchange %" PRIu64 ": %s%s%s (%s)%s%s%s", c->name, x->number,
            ry_strategy_name(choice.strategy), c->cross ? " over UCX" : "",
            c->chunks > 2   ? " in 4 chunks"
            : c->chunks > 1 ? " in 2 chunks"
                            : "",
-           choice.why, *verify ? ", verified" : "", *rest ? "; the next are not agreed on" : "");
+           choice.why, beside_text(c, text), *verify ? ", verified" : "", *rest ? "; the next are not agreed on" : "");
     return (int)choice.strategy;
 }
 
@@ -829,6 +891,8 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
         open_account(c, FIRST_ACCOUNT);
         c->config = *config;
         c->parts = 1;
+        for (int i = 0; i < LOADS; i++)
+            c->learned[i].other = &c->learned[LOADS - 1 - i];
         snprintf(c->name, sizeof c->name, "%s", config->name);
         for (int i = 0; i < RECENT; i++)
             c->recent[i].number = UINT64_MAX;
@@ -836,7 +900,7 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
     if (!c || !(c->loads = calloc(n, sizeof *c->loads)) || !(c->sides = calloc(n, sizeof *c->sides)) ||
         !(c->relayed = calloc(n, sizeof *c->relayed)) || !(c->need = calloc(n, sizeof *c->need)) ||
         !(c->spare = calloc(n, sizeof *c->spare)) || !(c->cross_need = calloc(n, sizeof *c->cross_need)) ||
-        !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
+        !(c->arriving = calloc(n, sizeof *c->arriving)) || !(c->repeats = calloc(n * nodes, sizeof *c->repeats)) ||
         !(c->packed_in = calloc(nodes, sizeof *c->packed_in)) ||
         !(c->order = malloc(c->order_size = sizeof(struct ry_order))))
         goto no_memory;
@@ -861,6 +925,7 @@ void ry_chooser_free(struct ry_chooser *c)
     }
     free(c->loads);
     free(c->relayed);
+    free(c->arriving);
     free(c->need);
     free(c->spare);
     free(c->cross_need);

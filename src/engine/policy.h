@@ -37,6 +37,7 @@ struct ry_side {
         uint64_t number; /* 1 + it; 0: none */
         uint64_t bytes;  /* how much this rank had to send or get in it, whichever is more */
         double us;       /* on the device, the search for equal rows not included */
+        struct ry_beside beside; /* what ran beside it */
     } took[RY_TOOK]; /* several, since they become known some at a time */
     uint64_t row_bytes;           /* that this rank looked for equal rows by; 0: it did not look */
     uint64_t parts;               /* that it took them in */
@@ -100,6 +101,8 @@ struct ry_policy ry_chooser_policy(struct ry_chooser *c);
 struct ry_chooser_counts {
     uint64_t chosen[RY_STRATEGIES]; /* exchanges by strategy, while engaged */
     uint64_t short_of_staging;
+    uint64_t beside;  /* exchanges decided as run beside others: RY_BESIDE_MUCH */
+    uint64_t dropped; /* durations that were not learned from, for they were taken under another load */
 };
 void ry_chooser_counts(const struct ry_chooser *c, struct ry_chooser_counts *out);
 

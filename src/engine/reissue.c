@@ -154,6 +154,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
         goto failed;
     r->across = ry_across_open(c, map, address, address_size);
     r->twins = ry_twins_open(c, r, address, address_size);
+    ry_exchange_meet_others(c);
     atomic_store(&c->reissue, r);
     atomic_store(&c->face.wants, 1);
     return true;
@@ -196,7 +197,10 @@ void ry_reissue_close(struct comm *c, bool aborted)
         ry_talk_close(r->talk); /* from here on nobody else asks the chooser */
     r->talk = NULL;
     count(&c->counts, r);
-    char dedup[128] = "", node[64] = "", later[64] = "";
+    char dedup[128] = "", node[64] = "", later[64] = "", beside[96] = "";
+    double clocked_us = atomic_load(&c->clocked_us);
+    if (atomic_load(&c->met_us) > 0)
+        snprintf(beside, sizeof beside, "; other communicators' ran %.0f %% of their time beside them", 100 * atomic_load(&c->met_us) / clocked_us);
     if (c->later.given)
         snprintf(later, sizeof later, "; %llu after their calls had returned", (unsigned long long)c->later.given);
     if (r->over_node)
@@ -211,11 +215,11 @@ void ry_reissue_close(struct comm *c, bool aborted)
         snprintf(dedup + strlen(dedup), sizeof dedup - strlen(dedup), ", %llu summed", (unsigned long long)r->carried_out[RY_SUM]);
     if (r->waits.count)
         ry_info("communicator %s: %llu exchanges agreed on, %llu hierarchical%s, %llu verified; verdicts took %.0f / %.0f / %.0f us "
-                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s%s",
+                "(half / 90 %% / 99 %% of them at most), of it %.0f / %.0f / %.0f us for messages, the rest for late ranks%s%s%s",
                 c->id, (unsigned long long)r->waits.count, (unsigned long long)r->carried_out[RY_HIERARCHICAL], dedup,
                 (unsigned long long)r->verified, ry_waits_quantile(&r->waits, 0.5), ry_waits_quantile(&r->waits, 0.9),
                 ry_waits_quantile(&r->waits, 0.99), ry_waits_quantile(&r->messages, 0.5),
-                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later);
+                ry_waits_quantile(&r->messages, 0.9), ry_waits_quantile(&r->messages, 0.99), node, later, beside);
     if (r->over_ucx)
         ry_info("communicator %s: UCX carried what crossed nodes in %llu of these, %llu bytes from here", c->id,
                 (unsigned long long)r->over_ucx, (unsigned long long)ry_across_sent(r->across));

@@ -1,8 +1,14 @@
 /*
  * sampler.c: see sampler.h. A fixed array of samples, each with an atomic state; whoever moves a state on owns the sample:
  * FREE → TAKEN (job) → FLYING (job) → FREE (watcher). The watcher looks now and then while anything flies.
+ *
+ * When a sample began is the time since an event that the watcher recorded on an idle stream of its own. Drivers give times between
+ * events as 32-bit floating point numbers of milliseconds, half a microsecond apart after eight seconds; so every half a minute
+ * another event takes over, which samples under way will not have begun before.
  */
 #include "sampler.h"
+
+#include <math.h>
 
 #include <pthread.h>
 #include <semaphore.h>
@@ -14,6 +20,9 @@
 #include "base/thread.h"
 
 #define SAMPLES 256
+#define CLOCKS 16      /* devices of one process whose samples know when they began */
+#define CLOCK_US 30e6  /* that an event serves, */
+#define HANDOVER_US 5e6 /* and how old the next one must be: no exchange takes longer, or it is not told when it began */
 #define LOOK_MS 20 /* nobody waits for a duration; each look asks the driver, whose locks the job wants */
 
 enum { FREE, TAKEN, FLYING };
@@ -27,6 +36,14 @@ struct ry_sample {
     uint64_t number;
 };
 
+struct clock {
+    bool used, failed;
+    int ordinal;
+    void *stream;
+    struct ry_event *zero, *next; /* next: NULL, or recorded to take over */
+    double zero_us;               /* on the clock */
+};
+
 struct ry_sampler {
     const struct ry_device *device;
     pthread_t thread;
@@ -35,6 +52,8 @@ struct ry_sampler {
     _Atomic bool stop;
     _Atomic unsigned next;
     _Atomic int flying;
+    _Atomic bool clock;
+    struct clock clocks[CLOCKS]; /* the watcher's */
     struct ry_sample samples[SAMPLES];
 };
 
@@ -59,6 +78,71 @@ static bool make_events(struct ry_sampler *s, struct ry_sample *p, int ordinal)
     }
     p->ordinal = ordinal;
     return true;
+}
+
+void ry_sampler_clock(struct ry_sampler *s)
+{
+    if (!atomic_load_explicit(&s->clock, memory_order_relaxed))
+        atomic_store(&s->clock, true);
+}
+
+/* ---- the clock ---- */
+
+static struct ry_event *mark(struct ry_sampler *s, const struct clock *k)
+{
+    struct ry_event *ev = NULL;
+    if (s->device->event_create(&ev, NULL))
+        return NULL;
+    if (!s->device->event_record(ev, k->stream, NULL))
+        return ev;
+    s->device->event_destroy(ev);
+    return NULL;
+}
+
+/* Made at the first look that finds it wanted: what began before that does not know when. */
+static struct clock *clock_of(struct ry_sampler *s, int ordinal)
+{
+    for (int i = 0; i < CLOCKS; i++) {
+        struct clock *k = &s->clocks[i];
+        if (k->used && k->ordinal == ordinal)
+            return k->failed ? NULL : k;
+        if (k->used)
+            continue;
+        *k = (struct clock){.used = true, .failed = true, .ordinal = ordinal};
+        if ((ordinal >= 0 && s->device->use(ordinal, NULL)) || s->device->stream_create(&k->stream, NULL) ||
+            !(k->zero = mark(s, k)))
+            return NULL;
+        k->failed = false;
+        return k;
+    }
+    return NULL;
+}
+
+static void hand_over(struct ry_sampler *s, struct clock *k, double now_us)
+{
+    double at;
+    bool done = false;
+    if (!k->next && now_us > CLOCK_US && (k->ordinal < 0 || !s->device->use(k->ordinal, NULL)))
+        k->next = mark(s, k);
+    else if (k->next && !s->device->event_done(k->next, &done, NULL) && done &&
+             !s->device->event_elapsed(k->zero, k->next, &at, NULL) && now_us > at + HANDOVER_US) {
+        s->device->event_destroy(k->zero);
+        k->zero = k->next;
+        k->next = NULL;
+        k->zero_us += at;
+    }
+}
+
+/* When a sample that is done began; `us` it took. */
+static double began(struct ry_sampler *s, const struct ry_sample *p, double us)
+{
+    double at;
+    struct clock *k = atomic_load_explicit(&s->clock, memory_order_relaxed) ? clock_of(s, p->ordinal) : NULL;
+    if (!k || s->device->event_elapsed(k->zero, p->start, &at, NULL) || !(at >= 0))
+        return NAN;
+    double us_at = k->zero_us + at;
+    hand_over(s, k, at + us);
+    return us_at;
 }
 
 struct ry_sample *ry_sampler_begin(struct ry_sampler *s, int ordinal, void *stream)
@@ -106,7 +190,7 @@ static void look(struct ry_sampler *s, const void *context)
         double us;
         bool broken = s->device->event_done(p->stop, &done, NULL) != 0;
         if (done && !broken && !s->device->event_elapsed(p->start, p->stop, &us, NULL))
-            p->done(p->context, p->number, us);
+            p->done(p->context, p->number, began(s, p, us), us);
         if (done || broken || (context && p->context == context)) {
             if (!done)
                 drop_events(s, p); /* a pair that is still pending must not be recorded anew yet */

@@ -17,10 +17,13 @@
 struct ry_sampler;
 struct ry_sample;
 
-/** Called on the sampler's thread. */
-typedef void (*ry_sampler_done)(void *context, uint64_t number, double us);
+/** Called on the sampler's thread. began_us: when, on a clock that all samples of one device share; NAN: not known
+ * (ry_sampler_clock()). */
+typedef void (*ry_sampler_done)(void *context, uint64_t number, double began_us, double us);
 
 struct ry_sampler *ry_sampler_start(const struct ry_device *device, struct ry_err *err);
+/** [job] From now on samples are to know when they began. The thread keeps an event per device for that, on a stream of its own. */
+void ry_sampler_clock(struct ry_sampler *s);
 /** [job] Before the exchange: NULL if it cannot be timed (stream under capture, all pairs in flight, a driver error). */
 struct ry_sample *ry_sampler_begin(struct ry_sampler *s, int ordinal, void *stream);
 /** [job] After it was issued; `ok` false gives the pair back unused. */

@@ -78,7 +78,7 @@ static double correction(const struct ry_cost_learned *learned, int strategy, in
     *own = false;
     if (!learned)
         return 0;
-    if (nearby(learned, strategy, class, &ratio)) {
+    if (nearby(learned, strategy, class, &ratio) || (learned->other && nearby(learned->other, strategy, class, &ratio))) {
         *own = true;
         return ratio;
     }

@@ -184,6 +184,45 @@ static inline double smaller(double a, double b)
     return a < b ? a : b;
 }
 
+/* ---- others on the same NICs ---- */
+
+static double taken(uint64_t others, uint64_t own, double share)
+{
+    return others && share > 0 ? smaller(number(others) / (own ? number(own) : 1), share) : 0;
+}
+
+static inline double slower_out(const struct ry_beside *b)
+{
+    return 1 + taken(b->out, b->own_out, b->share);
+}
+
+static inline double slower_in(const struct ry_beside *b)
+{
+    return 1 + taken(b->in, b->own_in, b->share);
+}
+
+double ry_beside_more(const struct ry_beside *beside)
+{
+    return larger(slower_out(beside), slower_in(beside)) - 1;
+}
+
+static inline void add_beside(struct ry_beside *sum, const struct ry_beside *b)
+{
+    sum->out += b->out;
+    sum->in += b->in;
+    sum->own_out += b->own_out;
+    sum->own_in += b->own_in;
+    sum->share = larger(sum->share, b->share);
+}
+
+struct ry_beside ry_cost_beside(const struct ry_cluster *cluster, const struct ry_load *loads)
+{
+    struct ry_beside sum = {0};
+    for (int r = 0; r < cluster->nranks; r++)
+        add_beside(&sum, &loads[r].beside);
+    return sum;
+}
+
 struct pace { /* a link of the model, ready to be multiplied with */
     double alpha, per_message, per_byte;
 };
@@ -217,15 +256,17 @@ struct node_sum {
     uint64_t most_out, most_in;   /* of its busiest rank */
     uint64_t packed, most_packed; /* out, dedup */
     uint64_t most_relayed;        /* 0 where that is not known */
+    uint64_t most_arriving;       /* the same */
     uint64_t pieces;              /* messages of direct that come for its ranks from other nodes */
     uint32_t sends, recvs, nodes; /* of the rank that has most: messages of direct, remote nodes that it sends to */
     uint32_t heard;               /* and that it gets from */
+    struct ry_beside beside;
+    double slower_out, slower_in; /* a byte over its NIC, for what others have on it; 1: nobody has */
 };
 
 /* How many nodes are summed at a time: there is no memory to allocate, and a node's ranks need not be neighbours. */
 #define CHUNK 512
 
-#define STAGES_US 0.004  /* finding the stages, by the cube of the nodes: seen 8 ms at 128 */
 #define SEARCH_KERNELS 8 /* that a search for equal rows enqueues: src/run/rows.c */
 
 static inline uint64_t more(uint64_t a, uint64_t b)
@@ -239,7 +280,7 @@ static inline uint64_t fewer(uint64_t a, uint64_t b)
 }
 
 static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struct ry_load *loads,
-                   const uint64_t *relayed, int first, int n)
+                   const uint64_t *relayed, const uint64_t *arriving, int first, int n)
 {
     memset(sum, 0, (size_t)n * sizeof *sum);
     for (int r = 0; r < c->nranks; r++) {
@@ -260,8 +301,15 @@ static void sum_up(struct node_sum *sum, const struct ry_cluster *c, const struc
         s->recvs = l->cross_recvs > s->recvs ? l->cross_recvs : s->recvs;
         s->nodes = l->nodes_out > s->nodes ? l->nodes_out : s->nodes;
         s->heard = l->nodes_in > s->heard ? l->nodes_in : s->heard;
+        add_beside(&s->beside, &l->beside);
         if (relayed)
             s->most_relayed = more(s->most_relayed, relayed[r]);
+        if (relayed && arriving)
+            s->most_arriving = more(s->most_arriving, arriving[r]);
+    }
+    for (int i = 0; i < n; i++) {
+        sum[i].slower_out = slower_out(&sum[i].beside);
+        sum[i].slower_in = slower_in(&sum[i].beside);
     }
 }
 
@@ -279,11 +327,12 @@ static inline double crowded(double incast, double nodes)
 }
 
 static inline void nic_us(struct ry_cost_parts *p, const struct paces *k, int node, bool in, uint64_t messages,
-                          uint64_t bytes, double rank_bytes, uint32_t nodes)
+                          uint64_t bytes, double rank_bytes, uint32_t nodes, double slower)
 {
     if (!messages)
         return;
-    double transfer = larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte) * crowded(k->incast, in ? nodes : 1);
+    double transfer =
+        larger(number(bytes) * k->nic.per_byte, rank_bytes * k->rank_per_byte) * crowded(k->incast, in ? nodes : 1) * slower;
     double us = k->nic.alpha + number(messages) * k->nic.per_message + transfer;
     if (us <= p->nic)
         return;
@@ -310,14 +359,14 @@ static inline void relaying_us(struct ry_cost_parts *p, const struct paces *k, i
 {
     double share = 1.0 / node_size, others = 1 - share, plain = number(s->in) * share;
     double relayed = relays_known ? number(s->most_relayed) : plain * others;
-    double arrives = relayed + plain * share;
+    double arrives = s->most_arriving ? number(s->most_arriving) : relayed + plain * share;
     bool packed = in < s->in;
     if (packed)
         arrives *= number(in) / number(s->in);
     /* The node hears of at least as many remote ranks as its best-connected rank does. */
     uint64_t heard = (uint64_t)(int64_t)(s->recvs * share + 0.999);
-    nic_us(p, k, node, false, s->nodes, out, number(most_out), s->nodes);
-    nic_us(p, k, node, true, heard, in, arrives, s->heard);
+    nic_us(p, k, node, false, s->nodes, out, number(most_out), s->nodes, s->slower_out);
+    nic_us(p, k, node, true, heard, in, arrives, s->heard, s->slower_in);
     if (!s->in || node_size < 2)
         return;
     double gets = s->recvs * others, passes = number(s->pieces) * share * others;
@@ -348,9 +397,10 @@ struct balancing {
     uint32_t partners;
 };
 
-static inline void across_us(struct balancing *x, const struct paces *k, int node, bool in, uint64_t bytes, int node_size)
+static inline void across_us(struct balancing *x, const struct paces *k, int node, bool in, uint64_t bytes, int node_size,
+                             double slower)
 {
-    double us = number(bytes) * larger(k->nic.per_byte, k->rank_per_byte / node_size);
+    double us = number(bytes) * larger(k->nic.per_byte, k->rank_per_byte / node_size) * slower;
     if (us <= x->nic)
         return;
     x->nic = us;
@@ -364,8 +414,8 @@ static inline void balancing_us(struct balancing *x, struct ry_cost_parts *p, co
 {
     double share = 1.0 / node_size, others = 1 - share;
     double above = larger(number(s->most_out) - number(s->out) * share, 0);
-    across_us(x, k, node, false, s->out, node_size);
-    across_us(x, k, node, true, s->in, node_size);
+    across_us(x, k, node, false, s->out, node_size, s->slower_out);
+    across_us(x, k, node, true, s->in, node_size, s->slower_in);
     x->partners = s->nodes > x->partners ? s->nodes : x->partners;
     x->partners = s->heard > x->partners ? s->heard : x->partners;
     if (node_size < 2)
@@ -480,7 +530,8 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
                           const struct ry_cluster *c, const struct ry_load *loads, const struct ry_cost_matrix *matrix)
 {
     const struct ry_cost_model plans = model->by_ucx ? ry_cost_over_ucx(model) : *model, *m = &plans;
-    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *packed_in = matrix ? matrix->packed_in : NULL;
+    const uint64_t *relayed = matrix ? matrix->relayed : NULL, *arriving = matrix ? matrix->arriving : NULL;
+    const uint64_t *packed_in = matrix ? matrix->packed_in : NULL;
     struct ry_cost_parts *direct = &parts[RY_DIRECT], *hier = &parts[RY_HIERARCHICAL], *dedup = &parts[RY_DEDUP],
                          *balanced = &parts[RY_BALANCED];
     struct balancing even = {.nic_node = -1};
@@ -519,10 +570,12 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     for (int first = 0; first < c->nnodes; first += CHUNK) {
         struct node_sum sum[CHUNK];
         int n = c->nnodes - first < CHUNK ? c->nnodes - first : CHUNK;
-        sum_up(sum, c, loads, relayed, first, n);
+        sum_up(sum, c, loads, relayed, arriving, first, n);
         for (int i = 0; i < n; i++) {
-            nic_us(direct, &by_nccl, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes);
-            nic_us(direct, &by_nccl, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard);
+            nic_us(direct, &by_nccl, first + i, false, sum[i].sends, sum[i].out, number(sum[i].most_out), sum[i].nodes,
+                   sum[i].slower_out);
+            nic_us(direct, &by_nccl, first + i, true, sum[i].recvs, sum[i].in, number(sum[i].most_in), sum[i].heard,
+                   sum[i].slower_in);
             int size = c->node_size[first + i];
             relaying_us(hier, &k, first + i, size, &sum[i], relayed != NULL, sum[i].out, sum[i].most_out, sum[i].in);
             balancing_us(&even, balanced, &k, first + i, size, &sum[i]);
@@ -541,7 +594,7 @@ uint64_t ry_cost_parts_of(struct ry_cost_parts parts[RY_STRATEGIES], const struc
     dedup->overhead = hier->overhead;
     add_stages(balanced, m, &even);
     balanced->copies = hier->copies;
-    balanced->overhead = hier->overhead + STAGES_US * c->nnodes * c->nnodes * c->nnodes;
+    balanced->overhead = hier->overhead + RY_STAGES_US * c->nnodes * c->nnodes * c->nnodes;
     dedup->copies = most_nodes * m->copy_us + number(most_packed) / m->copy_bytes_per_us + written;
     dedup->written = written;
     if (most_scanned)

@@ -57,6 +57,24 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
 
 /** The model of plans whose transfers between nodes UCX carries: what is between nodes is as UCX has it. */
 struct ry_cost_model ry_cost_over_ucx(const struct ry_cost_model *model);
+/*
+ * Contention. Other communicators of a rank's process may exchange at the same time, over the same NICs. Bytes: of an exchange
+ * like those measured lately, on the average; all 0 where nothing was seen beside them. `out` and `in` are what others moved
+ * across nodes while it ran, own_out and own_in what it moved itself, so that out / own_out says how much of the NIC the others
+ * took, whatever this exchange has to move by another strategy: the NIC goes on giving them their part while it lasts. `share`
+ * bounds that: as many others ran at a time, on the average, and a NIC that is full gives all of them the same.
+ *     across nodes: bytes / bytes_per_us * (1 + min(sum of out / sum of own_out, share))       sums over a node's ranks; each way
+ * So bytes across nodes cost more, steps inside nodes and messages do not, and what leaves bytes out gains as much more. Processes
+ * of the node that have no rank in this communicator are not seen.
+ */
+struct ry_beside {
+    uint64_t out, in, own_out, own_in;
+    double share; /* 1: one other always ran */
+};
+/* From so much more time for each byte across nodes on, an exchange counts as run beside others: see ry_cost_learned. */
+#define RY_BESIDE_MUCH 0.25
+/** By how much more each byte across nodes takes, the worse of both ways; 0: nobody was there. */
+double ry_beside_more(const struct ry_beside *beside);
 
 /* What one rank's side of an exchange puts on the links: computed by each rank from its own row and column, O(nranks). */
 struct ry_load {
@@ -66,14 +84,19 @@ struct ry_load {
     uint32_t nodes_out, nodes_in; /* remote nodes that it sends anything to, gets anything from */
     uint64_t scanned;    /* bytes of cross_out that were searched for equal rows; 0: not looked */
     uint64_t packed_out; /* what would cross instead of cross_out; equal to it where nothing was found or not looked */
+    struct ry_beside beside; /* all 0 until somebody sets it: not a matter of the exchange itself */
 };
 /** `repeats` ([nnodes], or NULL: not looked) as in plan.h. O(nranks), no allocation. */
 void ry_load_of(struct ry_load *load, const struct ry_cluster *cluster, int rank, const uint64_t *send, const uint64_t *recv,
                 const struct ry_repeats *repeats);
+/** What is beside all of them: sums; of `share` the most. */
+struct ry_beside ry_cost_beside(const struct ry_cluster *cluster, const struct ry_load *loads);
 
 /* What only the full matrix tells, where it is known (any may be NULL). Bytes. */
 struct ry_cost_matrix {
     const uint64_t *relayed;   /* [nranks] what a rank relays for others, hierarchical. NULL: even among the node's ranks */
+    const uint64_t *arriving;  /* [nranks] what comes over its NIC then, for itself or to be relayed. NULL: as relayed says, and an
+                                  even part of the rest. Not looked at without `relayed` */
     const uint64_t *packed_in; /* [nnodes] dedup: what comes into a node. NULL: cross_in, less what all save on average */
 };
 
@@ -100,6 +123,15 @@ double ry_cost_plans(const struct ry_cost_model *model, const struct ry_cluster 
  * high, and follows a change of the network within as many exchanges. Fewer than RY_COST_ENOUGH tell nothing yet. Where a
  * strategy has not been measured, its ratio is taken from the nearest size class, or from the other strategies: what is
  * wrong with the model of the links is wrong for all.
+ *
+ * Exchanges beside other communicators' (RY_BESIDE_MUCH) are remembered apart from those that had the links to themselves: in
+ * another struct ry_cost_learned, each the `other` of the other. A duration holds what the others cost, too, the more the more its
+ * strategy has to move: taken for one that had the NIC to itself it would blame the strategy for bytes that were not its own.
+ * To drop all that was taken beside others will not do where exchanges always run so; nor will the model's correction alone, since
+ * that NICs share evenly is an assumption. So like is compared with like, by estimates that know of the load; what was measured
+ * under one load stands in under the other only for a strategy that was not measured there yet, the estimate having the rest. And a
+ * duration taken under another load than its exchange was expected to run under is dropped: its estimate is one of another
+ * situation.
  */
 #define RY_COST_CLASSES 64
 #define RY_COST_MEMORY 16
@@ -115,6 +147,7 @@ struct ry_cost_class {
 struct ry_cost_learned {
     struct ry_cost_cell at[RY_STRATEGIES][RY_COST_CLASSES];
     struct ry_cost_class size[RY_COST_CLASSES];
+    const struct ry_cost_learned *other; /* asked where this one knows nothing of a strategy; NULL: nobody. Not asked in turn */
 };
 /** Ignored unless both times are above zero and finite. */
 void ry_cost_learn(struct ry_cost_learned *learned, enum ry_strategy strategy, uint64_t busiest_bytes, double estimated_us,

@@ -6,6 +6,8 @@
 
 #include "cost.h"
 
+#define RY_STAGES_US 0.004 /* finding the stages of `balanced`, by the cube of the nodes: seen 8 ms at 128 */
+
 /* Microseconds. Links of the first group work side by side; all else follows one after the other. */
 struct ry_cost_parts {
     double total, groups, self, local, nic, copies, forward, overhead;

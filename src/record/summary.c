@@ -165,6 +165,8 @@ static void sum_agreed(struct ry_summary *s)
     s->verify_differs = counter(s->comm, "verify_differs");
     s->short_of_staging = counter(s->comm, "short_of_staging");
     s->over_ucx = counter(s->comm, "over_ucx");
+    s->clocked_us = counter(s->comm, "clocked_us");
+    s->beside_us = counter(s->comm, "beside_us");
 }
 
 /* Does another communicator with exchanges see its int64 all-gathers on this one? */

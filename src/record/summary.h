@@ -37,6 +37,7 @@ struct ry_summary {
     /* exchanges that were agreed on, of the rank that saw most: by strategy as in comm->agreed, all, those that were verified */
     uint64_t by_strategy[RY_TRACE_STRATEGIES], agreed, verified;
     uint64_t verify_differs, short_of_staging, over_ucx; /* by the counters; 0 where no rank gave any */
+    uint64_t clocked_us, beside_us; /* the same, all ranks: what exchanges took of which it is known what ran beside; of it beside others' */
     /* do senders and receivers agree? */
     uint64_t pairs_checked, pairs_differ, differ_sent, differ_received;
     int differ_from, differ_to; /* the first such pair */

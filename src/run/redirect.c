@@ -58,13 +58,13 @@ int ry_redirect_hold(struct ry_redirect **out, struct ry_runner *r, uint64_t byt
         void *memory;
         uint64_t b = bytes + (room ? bytes / 4 : 0), n = rows + (room ? rows / 4 : 0);
         uint64_t all = message_room(b, n) + round_up(b);
-        if (!staging_reserve(all - d->held)) {
+        if (!ry_run_staging_reserve(all - d->held)) {
             ry_fail(err, "%llu bytes of memory for rows on their way, beyond what is left: raise RAILYARD_STAGING",
                     (unsigned long long)all);
             continue;
         }
         if (r->device->alloc_async(&memory, all, stream, err)) {
-            staging_unreserve(all - d->held);
+            ry_run_staging_unreserve(all - d->held);
             continue;
         }
         if (d->memory && r->device->free_after(d->memory, d->used, &lost))
@@ -84,7 +84,7 @@ void ry_redirect_free(struct ry_redirect *d)
         return;
     if (d->memory && d->runner->device->free_after(d->memory, d->used, &err))
         ry_info("%llu bytes of memory are lost: %s", (unsigned long long)d->held, err.msg);
-    staging_unreserve(d->held);
+    ry_run_staging_unreserve(d->held);
     d->runner->device->event_destroy(d->used);
     free(d);
 }

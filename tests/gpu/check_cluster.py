@@ -4,10 +4,14 @@
 Each test runs the real thing: real namespaces, real traffic. train_moe.py is tested with PyTorch on gloo where it is
 installed (RY_TEST_PYTHON names a Python that has it), and says so where it is not.
 """
+import collections
 import importlib.machinery
 import importlib.util
+import itertools
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +19,7 @@ import tempfile
 import textwrap
 import time
 import unittest
+from xml.etree import ElementTree
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CLUSTER = [sys.executable, os.path.join(HERE, "cluster")]
@@ -716,6 +721,74 @@ class DedupTest(unittest.TestCase):
                 "1", "--minutes", "0.4")
         self.assertEqual(r.returncode, 0, r.stderr)
         self.assertIn("all bytes as they must be", r.stdout)
+
+
+class GridTest(unittest.TestCase):
+    """The grid's own logic: which rows there are and in which order, what rounds say, what rank 0 says, the picture."""
+
+    def test_rows(self):
+        m = load("grid")
+        a = m.parse([])
+        names = [m.name_of(r) for r in a.rows]
+        self.assertIn("4x2/zipf/64MiB/d0.75/r2", names)
+        self.assertFalse([n for n in names if n.startswith("2x1/") and n.endswith("/r2")])  # nobody to be the twin of
+        row = next(r for r in a.rows if m.name_of(r) == "2x2/even/1MiB/d0/r2")
+        self.assertEqual(m.ways_of(row, a.ways), ["direct", "replica"])  # one rank of a communicator on each node, nothing repeated
+        self.assertEqual(m.ways_of(dict(row, replicas=1, dup=0.5), a.ways), ["direct", "hierarchical", "balanced", "dedup"])
+        order = m.ordered(a.rows, 7)
+        self.assertEqual(sorted(map(m.name_of, order)), sorted(names))
+        self.assertEqual(order, m.ordered(a.rows, 7))
+        first = order[:len(order) // 6]  # a run that is cut off early
+        for x, y in itertools.combinations([d for d in m.DIMENSIONS if d != "shape"], 2):
+            self.assertEqual({(r[x], r[y]) for r in first}, {(r[x], r[y]) for r in order}, "%s and %s in %d rows" % (x, y, len(first)))
+        todo, out, planned = m.plan(a, a.rows, 400)
+        self.assertTrue(todo and out and planned <= 400)
+        self.assertEqual(len(m.parse(["--only", "*/8MiB/d0.5/r1", "--only", "2x1/even/*"]).rows), 12 + 11)
+
+    def test_judge(self):
+        m = load("grid")
+        rng = random.Random(1)
+
+        def rounds(n, **us):
+            return [{w: v * math.exp(rng.gauss(0, 0.01)) for w, v in us.items()} for _ in range(n)]
+        j = m.judge(rounds(20, **{"plain": 1000, "dedup": 250, "direct": 1010, "plain-auto": 2000, "auto": 510}), ["direct", "dedup"])
+        self.assertEqual((j["best"], j["holds"]), ("dedup", "holds"))
+        self.assertAlmostEqual(j["auto_to_best"][0], 510 / 2000 / 0.25, 1)
+        self.assertAlmostEqual(j["noise"][0], 2.0, 1)
+        j = m.judge(rounds(20, **{"plain": 1000, "dedup": 250, "plain-auto": 1000, "auto": 300}), ["dedup"])
+        self.assertEqual(j["holds"], "fails")  # 20 % off the best
+        j = m.judge(rounds(20, **{"plain": 1000, "direct": 1100, "plain-auto": 1000, "auto": 1040}), ["direct"])
+        self.assertEqual((j["best"], j["holds"]), ("plain", "fails"))  # 4 % slower than plain
+        # Ways that are all alike: choosing the least of them must not make auto look slow.
+        off = [m.judge([{w: math.exp(rng.gauss(0, 0.1)) for w in ("plain", "a", "b", "c", "d", "plain-auto", "auto")} for _ in range(12)], list("abcd"))["auto_to_best"][0]
+               for _ in range(60)]
+        self.assertLess(abs(sum(map(math.log, off)) / len(off)), 0.02)
+
+    def test_plans(self):
+        m = load("grid")
+        with tempfile.NamedTemporaryFile("w", suffix=".log") as f:
+            f.write("railyard[h:1] plan: communicator 0af, exchange 12: dedup in 2 chunks (dedup 5 us)\n"
+                    "railyard[h:1] plan: communicator 0af, exchange 13: direct (to find out: try 1 at exchanges of 8 KiB and up)\n"
+                    "railyard[h:1] plan: communicator 0af, exchange 14: worth agreeing on (dedup)\n"
+                    "railyard[h:1] plan: twins 0af, exchange 14: replica in 2 chunks (5 us, each for itself 9 us)\n"
+                    "railyard[h:1] plan: communicator 0af, exchange 15: hier")
+            f.flush()
+            plans = m.Plans(f.name)
+            self.assertEqual(plans.read(), [("dedup", False), ("direct", True), ("replica", False)])
+            f.write("archical (x)\n")
+            f.flush()
+            self.assertEqual(plans.read(), [("hierarchical", False)])
+        self.assertEqual(m.chosen_text(collections.Counter({"dedup": 9}), 10), "dedup 90 %, plain 10 %")
+
+    def test_output(self):
+        m = load("grid")
+        rows = []
+        for r in m.parse(["--sizes", "1M,8M"]).rows[:30]:
+            us = [{"plain": 10.0, "direct": 11.0 + i % 3, "plain-auto": 10.0, "auto": 10.0 + i % 2} for i in range(8)]
+            rows.append(dict(m.judge(us, ["direct"]), row=r, name=m.name_of(r), us={"plain": 10.0}, chose={}, auto_exchanges=4))
+        self.assertIn("| plain 100 % |", m.table(rows))
+        self.assertIn("of 30 rows", m.summary(rows, [1])[0])
+        ElementTree.fromstring(m.picture(rows))
 
 
 class ProfilerTest(unittest.TestCase):

@@ -647,6 +647,68 @@ def case_sum_report():
         fail(f"saved: {ways['return']}")
 
 
+# ---- several communicators at once ----
+
+BESIDE = r"communicator (\w+), exchange \d+: .*, beside ([\d.]+) MB of other communicators \(a byte takes the NICs ([\d.]+) times as long\)"
+
+
+def beside(case, seconds, kib, links=("--nic", "2"), env=None, preload=True):
+    """What the short exchanges took, half of them at most, in us; the lines."""
+    out, lines = job("reissue_beside", case, "aabb", str(seconds), str(kib), env={"RAILYARD_ROW_BYTES": "1024", "RAILYARD_LOG": "plan", **(env or {})},
+                     links=links, preload=preload)
+    calm(lines)
+    print(out, end="")
+    return float(re.search(r"half took (\d+) us", out).group(1)), lines
+
+
+def case_beside():
+    """Manifests tell of what other communicators have on the NICs, and the report names it; nothing is told where they take turns."""
+    for when in ("together", "apart"):
+        folder = tempfile.mkdtemp(prefix="railyard-beside-")
+        atexit.register(shutil.rmtree, folder, True)
+        trace = os.path.join(folder, "trace")
+        _, lines = beside(when, 1, 256, env={"RAILYARD_TRACE": trace, "RAILYARD_SAMPLE": "1"})
+        told = {m.group(1): m for m in (re.search(BESIDE, line) for line in lines) if m}
+        text = subprocess.run([RAILYARD, "report", trace, "--json", "-"], stdout=subprocess.PIPE, check=True, text=True).stdout
+        shares = {c["id"]: c["beside"] for c in json.loads(text)["communicators"]}
+        print(when, {k: m.groups()[1:] for k, m in told.items()}, shares)
+        if when == "apart":
+            if told or any(shares.values()) or said(lines, "of their time beside them"):
+                fail("communicators that take turns are said to be beside each other")
+            continue
+        if len(shares) != 2 or set(told) != set(shares):
+            fail("both communicators are to be told of")
+        if not all(0.05 < v <= 1 for v in shares.values()):
+            fail("each ran beside the other, part of the time")
+        expect(lines, r"other communicators' ran \d+ % of their time beside them", 8)
+
+
+def case_beside_short():
+    """Long exchanges that auto makes by dedup, and short ones on another communicator: these take no longer than they do with plain NCCL."""
+    steady.go_first()
+    folder = tempfile.mkdtemp(prefix="railyard-beside-")
+    atexit.register(shutil.rmtree, folder, True)
+    job("../../tools/railyard/railyard", "calibrate", "--seconds=1", env={"XDG_CACHE_HOME": folder}, preload=False, links=("--nic", "0.5"))
+    for attempt in range(4):
+        plain, _ = beside("together", 1, 256, links=("--nic", "0.5"), preload=False)
+        us, lines = beside("together", 1, 256, links=("--nic", "0.5"), env={"XDG_CACHE_HOME": folder, "RAILYARD_STRATEGY": "auto"})
+        if us <= 2 * plain + 1000 and said(lines, ": dedup "):
+            return
+    fail(f"short exchanges took {us} us beside long ones, with plain NCCL {plain} us; by dedup: {len(said(lines, ': dedup '))}")
+
+
+def case_pace():
+    """What little dedup saves here is held against the pace of plain NCCL, which is watched for that: both are measured."""
+    steady.go_first()
+    out, lines, _ = auto("long", 3, 128, 384, program="reissue_beside", links=("--nic", "0.2"), env={"RAILYARD_ROW_BYTES": "1024"})
+    expect(lines, r"the next \d+ pass by, to see how fast plain NCCL goes")
+    found = expect(lines, r"the time from one exchange to the next is [\d.]+ % of what it is without agreeing")
+    ratios = [float(re.search(r"is ([\d.]+) %", line).group(1)) for line in found]
+    print(ratios)
+    if not all(20 < v < 500 for v in ratios):
+        fail(f"paces of {ratios} %")
+
+
 # ---- communicators of the nodes' ranks ----
 
 OVER = r"; (\d+) over communicators of the nodes' ranks"

@@ -3,6 +3,7 @@
  */
 #include "base/clock.h"
 #include "cost_help.h"
+#include "rounds.h"
 
 /* ---- loads and estimates by hand ---- */
 
@@ -42,6 +43,69 @@ START_TEST(loads)
 }
 END_TEST
 
+/* The same exchange beside others: only the NIC is slower, by what they took of it, and by no more than its even part. */
+START_TEST(beside)
+{
+    const double mb = 1e6, nic = 16 * mb / 3e3;
+    struct ry_cluster *c = regular(2, 4);
+    uint64_t *m = even(c, 1000000);
+    struct ry_load *l = loads_of(c, m, NULL);
+    double direct = ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT), hier = ry_cost_estimate(&typical, c, l, NULL, RY_HIERARCHICAL);
+    double balanced = ry_cost_estimate(&typical, c, l, NULL, RY_BALANCED);
+    for (int r = 4; r < 8; r++) /* node 1's ranks send 16 MB while others send 8 */
+        l[r].beside = (struct ry_beside){.out = 2000000, .own_out = 4000000, .share = 1};
+    near(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT), direct + nic * 0.5, "beside others");
+    near(ry_cost_estimate(&typical, c, l, NULL, RY_HIERARCHICAL), hier + nic * 0.5, "hierarchical beside others");
+    near(ry_cost_estimate(&typical, c, l, NULL, RY_BALANCED), balanced + nic * 0.5, "balanced beside others");
+    for (int r = 4; r < 8; r++) /* they had ever so much to send, but ran for a quarter of the time */
+        l[r].beside = (struct ry_beside){.out = 200000000, .own_out = 4000000, .share = 0.25};
+    near(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT), direct + nic * 0.25, "its even part");
+    for (int r = 4; r < 8; r++) /* what comes in counts by itself; three others at a time; one rank of four saw them */
+        l[r].beside = r > 4 ? (struct ry_beside){.own_in = 4000000} : (struct ry_beside){.in = 32000000, .own_in = 4000000, .share = 3};
+    near(ry_cost_estimate(&typical, c, l, NULL, RY_DIRECT), direct + nic * 2, "what comes in");
+    struct ry_beside sum = ry_cost_beside(c, l);
+    ck_assert_uint_eq(sum.in, 32000000);
+    ck_assert_uint_eq(sum.own_in, 16000000);
+    near(ry_beside_more(&sum), 2, "more");
+    sum = (struct ry_beside){.out = 5, .in = 5, .own_out = 5, .share = NAN};
+    near(ry_beside_more(&sum), 0, "nonsense");
+    free(l);
+    free(m);
+    ry_cluster_free(c);
+}
+END_TEST
+
+/* Random exchanges, loads and others: never faster for them, slower by no more than as many as ran, and by what crosses only. */
+START_TEST(beside_at_random)
+{
+    for (int round = 0; round < ROUNDS_OF(3000); round++) {
+        struct ry_cluster *c = random_cluster(24);
+        size_t n = (size_t)c->nranks;
+        uint64_t *m = calloc(n * n, sizeof *m);
+        for (size_t i = 0; i < n * n; i++)
+            m[i] = rand() % 3 ? (uint64_t)(rand() % 1000000) : 0;
+        struct ry_load *l = loads_of(c, m, NULL), *alone = loads_of(c, m, NULL);
+        double share = uniform(0, 3);
+        for (size_t r = 0; r < n; r++)
+            if (rand() % 2)
+                l[r].beside = (struct ry_beside){(uint64_t)(rand() % 5000000), (uint64_t)(rand() % 5000000), l[r].cross_out, l[r].cross_in, uniform(0, share)};
+        for (int s = 0; s <= RY_BALANCED; s++) {
+            if (s != RY_DIRECT && s != RY_HIERARCHICAL && s != RY_BALANCED)
+                continue;
+            double before = ry_cost_estimate(&typical, c, alone, NULL, (enum ry_strategy)s), after = ry_cost_estimate(&typical, c, l, NULL, (enum ry_strategy)s);
+            ck_assert_msg(after >= before - 1e-9 && after <= before * (1 + share) + 1e-9, "%s: %f us alone, %f beside others (%f)",
+                          ry_strategy_name((enum ry_strategy)s), before, after, share);
+            if (c->nnodes == 1)
+                near(after, before, "nothing crosses");
+        }
+        free(alone);
+        free(l);
+        free(m);
+        ry_cluster_free(c);
+    }
+}
+END_TEST
+
 /* 2 nodes of 4, 1 MB for everyone: the formulas of the header, worked out here by hand. */
 START_TEST(by_hand)
 {
@@ -61,6 +125,9 @@ START_TEST(by_hand)
     double one_gets = 13 * mb / 2e3; /* ... through its own share of the NIC */
     near(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL),
          50 + 8 * 0.2 + 2 * 15 + 40 + 1 * 10 + one_gets + forward, "hierarchical, one relay");
+    const uint64_t arriving[] = {16000000, 0, 0, 0, 4000000, 4000000, 4000000, 4000000}; /* all of it, and its own is most */
+    near(ry_cost_estimate(&typical, c, l, &(struct ry_cost_matrix){.relayed = relayed, .arriving = arriving}, RY_HIERARCHICAL),
+         50 + 8 * 0.2 + 2 * 15 + 40 + 1 * 10 + 16 * mb / 2e3 + forward, "hierarchical, one relay, all known");
     /* passed on over a communicator of the node's ranks; nothing else is */
     struct ry_cost_model model = typical;
     model.node_comm = true;
@@ -141,7 +208,7 @@ END_TEST
  */
 START_TEST(against_plans)
 {
-    double worst[3] = {0}, sum[3] = {0}, worst_alike = 0;
+    double worst[4] = {0}, sum[4] = {0}, worst_alike = 0;
     int rounds = 400;
     struct ry_cost_model model = typical;
     for (int round = 0; round < rounds; round++) {
@@ -149,24 +216,28 @@ START_TEST(against_plans)
         model.node_comm = round % 4 < 2;
         struct ry_cluster *c = alike ? regular(1 + rand() % 5, 1 + rand() % 6) : random_cluster(24);
         size_t n = (size_t)c->nranks;
-        uint64_t *m = calloc(n * n, sizeof *m), *relayed = calloc(n, sizeof *relayed);
+        uint64_t *m = calloc(n * n, sizeof *m), *relayed = calloc(n, sizeof *relayed), *arriving = calloc(n, sizeof *arriving);
         double size = exp(uniform(0, 16));
         int zeros = alike ? 0 : rand() % 4;
         for (size_t i = 0; i < n * n; i++)
             m[i] =
                 zeros && rand() % 4 < zeros ? 0 : (uint64_t)(size * (alike ? uniform(0.7, 1.3) : exp(uniform(-3, 3))));
         struct ry_load *l = loads_of(c, m, NULL);
-        double error[3];
+        for (int i = 0; i < (int)(n * n); i++)
+            if (c->node[i / (int)n] != c->node[i % (int)n])
+                arriving[ry_relay(c, i / (int)n, c->node[i % (int)n])] += m[i];
+        double error[4];
         error[0] = log(ry_cost_estimate(&model, c, l, NULL, RY_DIRECT) /
                        from_plans(&model, c, m, NULL, RY_DIRECT, relayed, NULL));
         double steps = from_plans(&model, c, m, NULL, RY_HIERARCHICAL, relayed, NULL);
         error[1] = log(ry_cost_estimate(&model, c, l, NULL, RY_HIERARCHICAL) / steps);
         error[2] =
             log(ry_cost_estimate(&model, c, l, &(struct ry_cost_matrix){.relayed = relayed}, RY_HIERARCHICAL) / steps);
+        error[3] = log(ry_cost_estimate(&model, c, l, &(struct ry_cost_matrix){.relayed = relayed, .arriving = arriving}, RY_HIERARCHICAL) / steps);
         ck_assert_msg(fabs(error[0]) < 0.1 && fabs(error[1]) < log(2) && fabs(error[2]) < log(2),
                       "seed %u: %d ranks on %d nodes: direct x%.3f, hierarchical x%.3f, with relays x%.3f", seed,
                       c->nranks, c->nnodes, exp(error[0]), exp(error[1]), exp(error[2]));
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < 4; i++) {
             worst[i] = fmax(worst[i], fabs(error[i]));
             sum[i] += fabs(error[i]);
         }
@@ -175,14 +246,16 @@ START_TEST(against_plans)
         free(l);
         free(m);
         free(relayed);
+        free(arriving);
         ry_cluster_free(c);
     }
     printf(
         "estimate over steps, worst (mean): direct x%.3f (%.3f), hierarchical x%.2f (%.3f), relays known x%.2f (%.3f), "
-        "even matrices x%.2f\n",
+        "and what arrives x%.2f (%.3f), even matrices x%.2f\n",
         exp(worst[0]), exp(sum[0] / rounds), exp(worst[1]), exp(sum[1] / rounds), exp(worst[2]), exp(sum[2] / rounds),
-        exp(worst_alike));
+        exp(worst[3]), exp(sum[3] / rounds), exp(worst_alike));
     ck_assert(worst_alike < log(4.0 / 3));
+    ck_assert(sum[3] <= sum[2] + 1e-9);
 }
 END_TEST
 
@@ -575,6 +648,8 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_test(t, loads);
     tcase_add_test(t, by_hand);
+    tcase_add_test(t, beside);
+    tcase_add_test(t, beside_at_random);
     tcase_add_test(t, one_node_and_nothing);
     tcase_add_test(t, monotonic);
     tcase_add_test(t, against_plans);

@@ -30,7 +30,7 @@ static void go(enum ry_pace_way way, int exchanges, uint64_t before, uint64_t by
 {
     for (int i = 0; i < exchanges; i++, number++)
         if (ry_pace_wants(pace, way)) {
-            ry_pace_began(pace, number, way, before, bytes);
+            ry_pace_began(pace, number, way, before, bytes, false);
             ry_pace_took(pace, number, us);
         }
 }
@@ -168,7 +168,7 @@ START_TEST(nonsense)
     for (int i = 0; i < 100; i++)
         ry_pace_took(pace, (uint64_t)i, 100);
     for (uint64_t i = 0; i < 12; i++) {
-        ry_pace_began(pace, i, RY_PACE_ENGAGED, 1, 1);
+        ry_pace_began(pace, i, RY_PACE_ENGAGED, 1, 1, false);
         ry_pace_took(pace, i + 256, 1);
         ry_pace_took(pace, i, i % 2 ? NAN : i % 3 ? 0 : -1);
     }
@@ -185,7 +185,7 @@ static void *many(void *arg)
     unsigned seed = (unsigned)(uintptr_t)arg;
     for (uint64_t i = 0; i < 20000; i++) {
         uint64_t n = 2 * i + seed % 2;
-        ry_pace_began(pace, n, RY_PACE_ENGAGED, UINT64_C(1) << rand_r(&seed) % 64, UINT64_C(1) << rand_r(&seed) % 64);
+        ry_pace_began(pace, n, RY_PACE_ENGAGED, UINT64_C(1) << rand_r(&seed) % 64, UINT64_C(1) << rand_r(&seed) % 64, false);
         ry_pace_took(pace, n, 1 + rand_r(&seed) % 100);
     }
     return NULL;

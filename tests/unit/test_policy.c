@@ -31,6 +31,7 @@ static double takes_us[RY_STRATEGIES]; /* the truth; balanced, where nothing is 
 static int went[RY_STRATEGIES];
 static bool last, verify, late; /* late: durations become known eight exchanges at a time */
 static struct ry_took later[RANKS][RY_TOOK];
+static struct ry_beside beside; /* what ran beside each exchange, as every rank tells */
 static unsigned rest;
 
 /* Made by what a test would change of it. */
@@ -178,7 +179,7 @@ static int exchange(void)
     went[s]++;
     bool timed = order_of(s, 0, &cells, &ncells).timed;
     for (int r = 0; r < RANKS; r++) {
-        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s == RY_BALANCED && !takes_us[s] ? RY_HIERARCHICAL : s] * (r ? 1 : 3)};
+        struct ry_took took = {number + 1, matrix[r] * RANKS, takes_us[s == RY_BALANCED && !takes_us[s] ? RY_HIERARCHICAL : s] * (r ? 1 : 3), beside};
         bool known = timed || number % 8 == 0;
         later[r][number % RY_TOOK] = known ? took : (struct ry_took){0};
         memset(sides[r].took, 0, sizeof sides[r].took); /* told */
@@ -480,7 +481,7 @@ static void follow(enum ry_pace_way way, int n, double us)
 {
     for (int i = 0; i < n; i++, number += way == RY_PACE_PLAIN)
         if (ry_pace_wants(pace, way)) {
-            ry_pace_began(pace, number, way, 64 << 20, 64 << 20);
+            ry_pace_began(pace, number, way, 64 << 20, 64 << 20, false);
             ry_pace_took(pace, number, us);
         }
 }
@@ -699,6 +700,78 @@ START_TEST(learns_from_the_busy)
         exchange();
     ck_assert_int_ge(went[RY_HIERARCHICAL], 18);
     end();
+}
+END_TEST
+
+/* All ranks expect others beside the next exchanges, or that these do meet some; `part` of the NICs' bytes theirs. */
+static struct ry_beside others(double part)
+{
+    return (struct ry_beside){(uint64_t)(part * 1e6), (uint64_t)(part * 1e6), 1000000, 1000000, part > 0 ? 1 : 0};
+}
+
+static void expect_others(double part)
+{
+    for (int r = 0; r < RANKS; r++)
+        sides[r].load.beside = others(part);
+}
+
+static double plain_us(int strategy)
+{
+    const uint64_t *cells;
+    size_t n;
+    return order_of(strategy, 0, &cells, &n).plain_us;
+}
+
+/* While others are on the NICs everything takes twice as long: what is measured then is not held against a strategy afterwards, nor
+ * what was measured before against the others. */
+START_TEST(beside_others)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    for (int turn = 0; turn < 4; turn++) {
+        double times = turn % 2 ? 2 : 1;
+        expect_others(turn % 2);
+        beside = others(turn % 2);
+        takes_us[RY_DIRECT] = 100000 * times;
+        takes_us[RY_HIERARCHICAL] = 80000 * times;
+        if (turn > 1) { /* known from before, at once */
+            ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+            ck_assert_double_eq_tol(plain_us(RY_HIERARCHICAL), 100000 * times, 1000 * times);
+        }
+        for (int i = 0; i < 48; i++)
+            exchange();
+        ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+        ck_assert_double_eq_tol(plain_us(RY_HIERARCHICAL), 100000 * times, 1000 * times);
+    }
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_eq(counts.dropped, 0);
+    ck_assert_uint_eq(counts.beside, 49 + 50);
+    end();
+}
+END_TEST
+
+/* Others come beside exchanges for which nobody expected them: those durations tell nothing. */
+START_TEST(unexpected_others)
+{
+    begin(0, 1 << 30, 50);
+    uniform(64 << 20, 1 << 30);
+    takes_us[RY_DIRECT] = 100000;
+    takes_us[RY_HIERARCHICAL] = 80000;
+    for (int i = 0; i < 48; i++)
+        exchange();
+    ck_assert_int_eq(exchange(), RY_HIERARCHICAL);
+    beside = others(1);
+    takes_us[RY_HIERARCHICAL] = 160000;
+    for (int i = 0; i < 400; i++)
+        exchange();
+    ck_assert_int_ge(went[RY_HIERARCHICAL], 380);
+    struct ry_chooser_counts counts;
+    ry_chooser_counts(chooser, &counts);
+    ck_assert_uint_ge(counts.dropped, 40);
+    ck_assert_uint_eq(counts.beside, 0);
+    end();
+    beside = others(0);
 }
 END_TEST
 
@@ -1079,6 +1152,8 @@ int main(void)
     tcase_add_test(t, kinds_take_turns);
     tcase_add_test(t, does_not_flap);
     tcase_add_test(t, learns_from_the_busy);
+    tcase_add_test(t, beside_others);
+    tcase_add_test(t, unexpected_others);
     tcase_add_test(t, node_comms);
     tcase_add_test(t, chunks);
     tcase_add_test(t, over_ucx);

@@ -107,6 +107,9 @@ int ry_report_hints(const struct ry_summary *s, char hints[RY_HINTS][240])
         HINT("rank %d arrives last, as it waits least: half of its exchanges take under %s, on rank %d (the longest) "
              "under %s",
              s->shortest, ry_report_us(s->median_shortest, a), s->longest, ry_report_us(s->median_longest, b));
+    if (s->beside_us > s->clocked_us / 10)
+        HINT("%.0f %% of the time that its exchanges take, those of other communicators of the same processes run beside them: they "
+             "share the links", percent(s->beside_us, s->clocked_us));
     if (!s->same_exchanges)
         HINT("the ranks counted different numbers of exchanges: some were killed early, or took part in groups that "
              "were no exchange");

@@ -121,12 +121,13 @@ static json_t *comm(const struct ry_trace *t, const struct ry_summary *s)
                           "parent", c->parent, "birth", c->birth, "kind", "inferred", s->kind, "from", s->why, "nranks",
                           c->nranks, "ranks_read", c->present, "nnodes", c->nnodes, "mapped", c->mapped, "hosts",
                           hosts(c), "look_at", look);
-    json_t *more = json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "exchanges", number(s->exchanges),
+    json_t *more = json_pack("{s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o,s:o}", "exchanges", number(s->exchanges),
                              "bytes_total", number(s->bytes), "bytes_self", number(s->self), "bytes_in_node",
                              number(s->in_node), "bytes_cross_node", number(s->cross_node), "bytes_unknown",
                              number(s->unknown), "dropped", number(s->dropped), "dropped_durations",
                              number(s->dropped_durations), "one_call", number(c->one_call), "captured",
-                             number(c->captured), "types", types(c), "rows", rows(c), "time", time_of(s));
+                             number(c->captured), "types", types(c), "rows", rows(c), "time", time_of(s),
+                             "beside", s->clocked_us ? json_real((double)s->beside_us / (double)s->clocked_us) : json_null());
     json_t *shape =
         json_pack("{s:{s:o,s:o,s:o,s:o},s:{s:o,s:o,s:b},s:o,s:o,s:o,s:o,s:o,s:o,s:O}", "imbalance", "sent", peak(&s->peak_sent),
                   "received", peak(&s->peak_received), "node_sent", peak(&s->node_out), "node_received",

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "plan/cost_parts.h"
 #include "sim.h"
 
 #define DRAWS 3
@@ -111,16 +112,17 @@ static enum ry_strategy chosen(const struct ry_cost_model *m, const struct ry_cl
                                const uint64_t *columns, struct ry_load *loads)
 {
     struct ry_choice choice;
-    uint64_t *relayed = calloc((size_t)c->nranks, sizeof *relayed);
+    uint64_t *relayed = calloc(2 * (size_t)c->nranks, sizeof *relayed), *arriving = relayed ? relayed + c->nranks : NULL;
     for (int from = 0; relayed && from < c->nranks; from++) /* as the yardmaster knows it */
         for (int to = 0; to < c->nranks; to++) {
             int relay = c->node[from] == c->node[to] ? to : ry_relay(c, from, c->node[to]);
+            arriving[relay] += c->node[from] == c->node[to] ? 0 : matrix[(size_t)from * (size_t)c->nranks + (size_t)to];
             relayed[relay] += relay == to ? 0 : matrix[(size_t)from * (size_t)c->nranks + (size_t)to];
         }
     for (int r = 0; r < c->nranks; r++)
         ry_load_of(&loads[r], c, r, matrix + (size_t)r * (size_t)c->nranks, columns + (size_t)r * (size_t)c->nranks,
                    NULL);
-    ry_cost_choose(&choice, m, NULL, c, loads, &(struct ry_cost_matrix){.relayed = relayed}, 0.05);
+    ry_cost_choose(&choice, m, NULL, c, loads, &(struct ry_cost_matrix){.relayed = relayed, .arriving = arriving}, 0.05);
     free(relayed);
     return choice.strategy;
 }
@@ -141,19 +143,25 @@ static int one_size(const struct sim_skewed *s, const struct ry_cost_model *give
     model.node_comm = true; /* jobs split them off */
     model.measured = true;  /* no doubt about made-up figures */
     for (int kind = 0; kind < MATRICES && !rc; kind++) {
-        double us[RY_STRATEGIES] = {0}, plan_us = INFINITY, took;
+        double us[RY_STRATEGIES] = {0}, plan_us = INFINITY, took, by_auto = 0, by_best = 0;
         int groups = 0, stages = 0, choices[RY_STRATEGIES] = {0};
         uint64_t state = s->seed * 2654435761u + 88172645463325252u;
         for (int d = 0; d < DRAWS && !rc; d++) {
             fill(matrix, c->nranks, kind, s, &state, order, weight);
             for (size_t i = 0; i < n * n; i++)
                 columns[i % n * n + i / n] = matrix[i];
-            choices[chosen(&model, c, matrix, columns, loads)]++;
+            enum ry_strategy taken = chosen(&model, c, matrix, columns, loads);
+            double best = INFINITY;
+            choices[taken]++;
             for (size_t w = 0; w < sizeof ways / sizeof *ways && !rc; w++) {
                 double t = by_steps(&model, c, matrix, columns, ways[w], &groups, &took, err);
                 rc = isnan(t) ? -1 : 0;
                 us[ways[w]] += t / DRAWS;
+                t += ways[w] == RY_BALANCED ? RY_STAGES_US * pow(c->nnodes, 3) : 0; /* which jobs wait for, as for the exchange */
+                best = fmin(best, t);
+                by_auto += ways[w] == taken ? t : 0;
             }
+            by_best += best;
             stages += groups; /* balanced was last */
             plan_us = fmin(plan_us, took);
         }
@@ -164,9 +172,9 @@ static int one_size(const struct sim_skewed *s, const struct ry_cost_model *give
             if (choices[w])
                 snprintf(choice + strlen(choice), sizeof choice - strlen(choice), "%s%s", *choice ? ", " : "",
                          ry_strategy_name((enum ry_strategy)w));
-        printf("  %4d  %-7s  %10.0f  %12.0f  %10.0f  %8.2fx  %8.2fx  %6.1f  %10.0f  %s\n", c->nranks, kinds[kind],
+        printf("  %4d  %-7s  %10.0f  %12.0f  %10.0f  %8.2fx  %8.2fx  %6.1f  %10.0f  %+11.1f %%  %s\n", c->nranks, kinds[kind],
                us[RY_DIRECT], us[RY_HIERARCHICAL], us[RY_BALANCED], us[RY_DIRECT] / us[RY_BALANCED],
-               us[RY_HIERARCHICAL] / us[RY_BALANCED], (double)stages / DRAWS, plan_us, choice);
+               us[RY_HIERARCHICAL] / us[RY_BALANCED], (double)stages / DRAWS, plan_us, 100 * (by_auto / by_best - 1), choice);
     }
     free(matrix);
     free(loads);
@@ -184,8 +192,8 @@ int sim_skewed(const struct sim_skewed *s, const struct sim_study *study, struct
            s->bytes / 1048576, s->exponent, f->gpus, f->nics, f->nics == 1 ? "" : "s", f->node_gbs, f->local_gbs);
     if (s->incast > 0)
         printf(";\na NIC that many nodes send to loses up to %g %%", 100 * s->incast);
-    printf("\n\n  %4s  %-7s  %10s  %12s  %10s  %9s  %9s  %6s  %10s  %s\n", "GPUs", "matrix", "direct us",
-           "hierarchical", "balanced", "to direct", "to hier.", "groups", "planned us", "auto takes");
+    printf("\n\n  %4s  %-7s  %10s  %12s  %10s  %9s  %9s  %6s  %10s  %13s  %s\n", "GPUs", "matrix", "direct us",
+           "hierarchical", "balanced", "to direct", "to hier.", "groups", "planned us", "auto to best", "auto takes");
     for (int i = 0; i < study->npoints; i++) {
         struct sim_point *p = &study->points[i];
         struct ry_cluster *c = ry_fabric_cluster(&p->fabric, err);
