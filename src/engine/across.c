@@ -1,6 +1,6 @@
 /*
- * across.c: see across.h. A rank sends the yardmaster its card; with all in, the yardmaster sends each rank those of its
- * peers. Whoever is lost to the yardmaster is lost to all, at once: UCX may notice late.
+ * across.c: see across.h. A rank sends the yardmaster its card; with all in, the yardmaster sends each rank those of
+ * its peers. Whoever is lost to the yardmaster is lost to all, at once: UCX may notice late.
  */
 #include "across.h"
 
@@ -29,7 +29,7 @@ struct ry_across {
     struct {
         void *bytes;
         size_t size;
-    } *cards; /* [nranks], on the yardmaster */
+    } * cards; /* [nranks], on the yardmaster */
     int ncards;
 };
 
@@ -122,8 +122,8 @@ static void message(void *context, int from, const void *bytes, size_t size)
     size -= sizeof said;
     if (said.say == LOST) {
         ry_carrier_lost(a->carrier, (int)said.count, "its process ended, or cannot be reached");
-    } else if (said.count == 1 && size >= sizeof e && (memcpy(&e, rest, sizeof e), e.rank == (uint32_t)from) && a->cards &&
-               e.size == size - sizeof e) {
+    } else if (said.count == 1 && size >= sizeof e && (memcpy(&e, rest, sizeof e), e.rank == (uint32_t)from) &&
+               a->cards && e.size == size - sizeof e) {
         take_card(a, from, rest + sizeof e, e.size);
     } else if (from == 0) {
         meet(a, said.count, rest, size);
@@ -149,7 +149,8 @@ static void failed(void *context, uint64_t number, int peer, const char *why)
 {
     const struct comm *c = context;
     ry_log(RY_LOG_ERROR,
-           "communicator %s, exchange %" PRIu64 ": rank %d: %s: what UCX was to bring from it or take to it never ends, and the job's "
+           "communicator %s, exchange %" PRIu64
+           ": rank %d: %s: what UCX was to bring from it or take to it never ends, and the job's "
            "stream waits for that. Unless the job aborts the communicator, this process ends in %g s",
            c->id, number, peer, why, ry_engine.settings.patience);
 }
@@ -160,7 +161,9 @@ static void hopeless(void *context, uint64_t number)
     const struct comm *c = context;
     if (atomic_load(&ry_engine.closed))
         return;
-    ry_log(RY_LOG_ERROR, "communicator %s, exchange %" PRIu64 ": nobody has aborted the communicator: this process ends", c->id, number);
+    ry_log(RY_LOG_ERROR,
+           "communicator %s, exchange %" PRIu64 ": nobody has aborted the communicator: this process ends", c->id,
+           number);
     abort();
 }
 

@@ -1,8 +1,8 @@
 /*
  * across.h: the ranks of one communicator come to know each other over UCX, so that it can carry what crosses nodes.
  *
- * Owns: which pairs of ranks do, how their addresses get around (over a line of the control plane, the yardmaster in the
- * middle), telling the carrier who is lost, and what is said, and done, where transfers fail. Not: the transfers
+ * Owns: which pairs of ranks do, how their addresses get around (over a line of the control plane, the yardmaster in
+ * the middle), telling the carrier who is lost, and what is said, and done, where transfers fail. Not: the transfers
  * (ucx/carrier.h), when they go that way (the yardmaster: policy.h).
  *
  * Thread-safety: as ucx/carrier.h has it.
@@ -20,8 +20,8 @@ struct ry_across;
 /** RAILYARD_TRANSPORT, which is nccl where it is none of those that are known: said. */
 enum ry_transport ry_transport_read(const char *value, bool *staged);
 
-/** For a communicator whose ranks have met; `address`: its yardmaster's, on all ranks. NULL: it stays with NCCL, as it was told, or
- *  as a line says. */
+/** For a communicator whose ranks have met; `address`: its yardmaster's, on all ranks. NULL: it stays with NCCL, as it
+ * was told, or as a line says. */
 struct ry_across *ry_across_open(struct comm *c, const struct ry_cluster *map, const void *address, size_t size);
 /** What this rank's manifests say. NULL is fine: it cannot. */
 enum ry_cross_state ry_across_state(const struct ry_across *a);

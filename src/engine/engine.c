@@ -111,7 +111,7 @@ static void start_parts(void)
     if (ry_nccl_find(&ry_engine.nccl, ry_engine.host.find, &err) || !(ry_engine.control = ry_control_start(&err)))
         ry_warn("exchanges are not reissued: %s", err.msg);
     int ordinal = ry_engine.device->current ? ry_engine.device->current() : -1;
-    bool direct = !strcmp(ry_engine.settings.transport, "ucx");
+    bool direct = !strcmp(ry_engine.settings.transport, "ucx") && ordinal >= 0;
     if (ry_engine.control && atomic_load(&ry_engine.transport) != RY_BY_NCCL &&
         !(ry_engine.hub = ry_hub_start(ry_engine.device, ordinal, direct, &err)))
         ry_warn("NCCL carries everything: %s", err.msg);

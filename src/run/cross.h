@@ -1,12 +1,13 @@
 /*
  * cross.h: what carries a plan's transfers between nodes, where that is not NCCL.
  *
- * Owns: the seam between a plan's steps (run.c) and such a carrier (ucx/carrier.h). Not: who decides that it is used, the
- * same on all ranks (engine/policy.h).
+ * Owns: the seam between a plan's steps (run.c) and such a carrier (ucx/carrier.h). Not: who decides that it is used,
+ * the same on all ranks (engine/policy.h).
  *
  * Of a group of transfers, those with ranks that are `with` go this way, the rest over NCCL as ever; both are under way
  * at once. What holds for NCCL's holds for these: between two ranks they match in the order in which they are given,
- * what the stream did before is sent, and what it does after the group finds the bytes received, and may write what was sent.
+ * what the stream did before is sent, and what it does after the group finds the bytes received, and may write what was
+ * sent.
  */
 #ifndef RY_RUN_CROSS_H
 #define RY_RUN_CROSS_H

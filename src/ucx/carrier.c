@@ -1,9 +1,9 @@
 /*
  * carrier.c: the streams' side of carrier.h: words, staging memory, what is enqueued, and the end of it all.
  *
- * All of an exchange is enqueued at once, and the calling thread never waits (but on the emulated cluster, where it is the
- * stream). Staging memory is not a ring: it holds all that a group sends and receives, since a stream that waited for room
- * to send before it took in what has come could wait in a circle with its peers'.
+ * All of an exchange is enqueued at once, and the calling thread never waits (but on the emulated cluster, where it is
+ * the stream). Staging memory is not a ring: it holds all that a group sends and receives, since a stream that waited
+ * for room to send before it took in what has come could wait in a circle with its peers'.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -195,10 +195,11 @@ static bool room_to_land(struct ry_carrier *c, int n)
     return true;
 }
 
-/* The pieces of all messages, the first of each, then the second of each, and so on: so that what comes from one peer need
-   not wait for all of another's. `sends` or the others; op[i].at is staging memory, or the job's own; copies[i] from or to it. */
-static int lay_out(struct ry_carrier *c, struct op *op, const struct ry_cross_transfer *list, int n, bool sends, char *stage,
-                   const uint64_t *at, struct copied *copies)
+/* The pieces of all messages, the first of each, then the second of each, and so on: so that what comes from one peer
+   need not wait for all of another's. `sends` or the others; op[i].at is staging memory, or the job's own; copies[i]
+   from or to it. */
+static int lay_out(struct ry_carrier *c, struct op *op, const struct ry_cross_transfer *list, int n, bool sends,
+                   char *stage, const uint64_t *at, struct copied *copies)
 {
     int made = 0;
     bool more = true;
@@ -225,7 +226,8 @@ static int lay_out(struct ry_carrier *c, struct op *op, const struct ry_cross_tr
     return made;
 }
 
-/* What is to be sent is copied out, and told of: copies[i].value once it is there, if that is the last with this value. */
+/* What is to be sent is copied out, and told of: copies[i].value once it is there, if that is the last with this value.
+ */
 static int copy_out(struct ry_carrier *c, const struct copied *copies, int n, void *stream, struct ry_err *err)
 {
     const struct ry_device *d = c->config.device;
@@ -240,7 +242,8 @@ static int copy_out(struct ry_carrier *c, const struct copied *copies, int n, vo
 }
 
 /* Where each message lies in staging memory. */
-static int place(struct ry_carrier *c, const struct ry_cross_transfer *list, int n, uint64_t *at, char **stage, struct ry_err *err)
+static int place(struct ry_carrier *c, const struct ry_cross_transfer *list, int n, uint64_t *at, char **stage,
+                 struct ry_err *err)
 {
     uint64_t used = 0;
     pthread_mutex_lock(&c->lock);
@@ -252,12 +255,13 @@ static int place(struct ry_carrier *c, const struct ry_cross_transfer *list, int
     }
     *stage = c->staged && block ? block->memory : NULL;
     if (c->staged && used > (block ? block->bytes : 0))
-        return ry_fail(err, "transfers between nodes need %llu bytes of staging memory, %llu are held", (unsigned long long)used,
-                       (unsigned long long)(block ? block->bytes : 0));
+        return ry_fail(err, "transfers between nodes need %llu bytes of staging memory, %llu are held",
+                       (unsigned long long)used, (unsigned long long)(block ? block->bytes : 0));
     return 0;
 }
 
-/* At which value of READY each of them begins, and at which of DONE it is over. Returns the first: the stream has come. */
+/* At which value of READY each of them begins, and at which of DONE it is over. Returns the first: the stream has come.
+ */
 static uint32_t number(struct ry_carrier *c, struct job *j, struct copied *out)
 {
     uint32_t first = ++c->ready_next;
@@ -320,6 +324,8 @@ static int begin(struct ry_cross *face, const struct ry_cross_transfer *list, in
         j = NULL;
         good = !c->config.device->stream_write_value(stream, (uint32_t *)&c->word[READY], first, err) &&
                !(c->staged && copy_out(c, out, (int)nsend, stream, err));
+        if (!good)
+            ry_carrier_abort(c); /* the device refuses: nothing that the hub waits for will come */
     }
     free(at);
     free(j);

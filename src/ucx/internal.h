@@ -1,8 +1,8 @@
 /*
  * internal.h: what hub.c (UCX and its thread) and carrier.c (streams, words, staging memory) share.
  *
- * One thread, the hub's, makes every call of UCX. What other threads want of it they leave in a carrier under the carrier's
- * lock and set `news`. Members are the hub's thread's unless it says otherwise.
+ * One thread, the hub's, makes every call of UCX. What other threads want of it they leave in a carrier under the
+ * carrier's lock and set `news`. Members are the hub's thread's unless it says otherwise.
  */
 #ifndef RY_UCX_INTERNAL_H
 #define RY_UCX_INTERNAL_H
@@ -32,7 +32,8 @@ struct op {
 struct job {
     struct job *next;
     uint64_t number; /* of the exchange */
-    uint32_t before; /* DONE is beyond it by one for each receive, in order, that is over, and by one more when all is */
+    uint32_t
+        before; /* DONE is beyond it by one for each receive, in order, that is over, and by one more when all is */
     int nrecv, nops; /* receives come first; sends in ascending order of `ready` */
     int recvs_begun, sends_begun, recvs_over, flying;
     uint64_t since; /* it came; 0: not yet */
@@ -120,7 +121,6 @@ struct ry_carrier {
     struct job *first, **end;
     uint64_t failed_at, failed_number;
 };
-
 
 struct ry_hub {
     const struct ry_device *device;

@@ -5,7 +5,8 @@
 #include <string.h>
 #include <ucp/api/ucp.h>
 
-__attribute__((visibility("default"))) ucs_status_t ucp_init_version(unsigned major, unsigned minor, const ucp_params_t *params,
+__attribute__((visibility("default"))) ucs_status_t ucp_init_version(unsigned major, unsigned minor,
+                                                                     const ucp_params_t *params,
                                                                      const ucp_config_t *config, ucp_context_h *context)
 {
     ucs_status_t (*real)(unsigned, unsigned, const ucp_params_t *, const ucp_config_t *, ucp_context_h *);

@@ -46,16 +46,18 @@ def verified(lines, done):
 
 def case_right():
     """Any exchange, by relays and balanced, between nodes of any size; every one compared with plain NCCL."""
+    shapes = (("abbca", "hierarchical"), ("abbca", "balanced"), ("aabb", "hierarchical"), ("abcd", "hierarchical"), ("aaab", "balanced"))
     for transport in WAYS:
-        for shape, strategy in (("aabb", "hierarchical"), ("abbca", "hierarchical"), ("abcd", "hierarchical"), ("abbca", "balanced"), ("aaab", "balanced")):
+        for shape, strategy in shapes if transport == "ucx-staged" else shapes[:2]:
             done, lines, _ = until(lambda n: mix(shape, by(transport, RAILYARD_STRATEGY=strategy), number=str(n)), (60, 300, 1500), len(shape))
             verified(lines, done)
 
 
 def case_dedup():
     """Packed messages, whole and in chunks; a third of the bytes crosses."""
+    cases = (("aabb", "4", "yes"), ("abbca", "1", "yes"), ("abab", "2", "no"))
     for transport in WAYS:
-        for shape, chunks, node_comm in (("aabb", "4", "yes"), ("abbca", "1", "yes"), ("abab", "2", "no")):
+        for shape, chunks, node_comm in cases if transport == "ucx-staged" else cases[:1]:
             env = by(transport, RAILYARD_CHUNKS=chunks, RAILYARD_NODE_COMM=node_comm)
             out, lines, done = until(lambda n: dedup("loop", shape, n, 16, env=env), (20, 100, 500), len(shape))
             whole = sum(int(n) for n in re.findall(r"(\d+) bytes crossed as", out))
@@ -96,15 +98,9 @@ def case_threads():
         reissued(out, 0.5)
 
 
-def case_captured():
-    """Exchanges that are captured into a graph go over NCCL as ever."""
-    out, lines = job("reissue_right", "captured", "abba", env=by("ucx-staged"))
-    calm(lines)
-
-
 def case_ends():
     """Aborts, exits, a byte that arrives wrong."""
-    for case, victim in (("aborted", 1), ("left_alone", 2), ("exiting", 1), ("exiting", -1), ("refused", 1)):
+    for case, victim in (("aborted", 1), ("exiting", 1)):
         ends(case, victim, env=by("ucx-staged", RAILYARD_VERIFY="0"))
     out, lines = ends("corrupted", 1, env=by("ucx-staged"))
     expect(lines, "differs from plain NCCL", 1)
@@ -112,7 +108,7 @@ def case_ends():
 
 def case_killed():
     """At any moment, also in the middle of a transfer: nobody hangs, the dead is named, the others go on without."""
-    for transport, victim in (("ucx-staged", 2), ("ucx", 3), ("ucx-staged", 0)):
+    for transport, victim in (("ucx-staged", 2), ("ucx", 3)):
         out, lines = ends("killed_any", victim, env=by(transport, RAILYARD_VERIFY="0"))
         expect(lines, f"rank {victim}: ")
         if victim and not reissued(out):

@@ -1,6 +1,6 @@
 /*
- * test_cross_need.c: the host memory that is held before UCX carries an exchange (engine/policy.h) is never less than what the
- * plans then take, and not much more: on random clusters and exchanges.
+ * test_cross_need.c: the host memory that is held before UCX carries an exchange (engine/policy.h) is never less than
+ * what the plans then take, and not much more: on random clusters and exchanges.
  */
 #include <string.h>
 
@@ -39,8 +39,8 @@ START_TEST(enough)
         build_all(&job, s);
         for (int r = 0; r < job.n; r++) {
             uint64_t need = ry_cross_need(job.cluster, r, s, job.matrix), is = taken(job.plans[r], job.cluster);
-            ck_assert_msg(is <= need, "%s, rank %d of %d: %llu are held, %llu taken", ry_strategy_name(s), r, job.n, (unsigned long long)need,
-                          (unsigned long long)is);
+            ck_assert_msg(is <= need, "%s, rank %d of %d: %llu are held, %llu taken", ry_strategy_name(s), r, job.n,
+                          (unsigned long long)need, (unsigned long long)is);
             used += round % 4 && s == RY_HIERARCHICAL ? (double)is : 0;
             held += round % 4 && s == RY_HIERARCHICAL ? (double)need : 0;
         }

@@ -65,7 +65,8 @@ static int make(const struct ry_device *device, int ordinal, const struct ry_clu
 }
 
 /* Everybody's card, by an all-gather of NCCL's. A rank that has none sends an empty one, and nobody meets anybody. */
-static int swap_cards(const struct ry_device *device, const struct ry_cluster *map, ncclComm_t comm, void *stream, struct ry_err *err)
+static int swap_cards(const struct ry_device *device, const struct ry_cluster *map, ncclComm_t comm, void *stream,
+                      struct ry_err *err)
 {
     struct card mine = {0}, *all = calloc((size_t)map->nranks, sizeof *all), *there = NULL;
     size_t size = 0;
@@ -78,7 +79,8 @@ static int swap_cards(const struct ry_device *device, const struct ry_cluster *m
     if (!all || device->alloc((void **)&there, (size_t)(1 + map->nranks) * sizeof mine, err) ||
         device->copy(there, &mine, sizeof mine, stream, err) ||
         ncclAllGather(there, there + 1, sizeof mine, ncclUint8, comm, stream) != ncclSuccess ||
-        device->copy(all, there + 1, (size_t)map->nranks * sizeof mine, stream, err) || device->stream_sync(stream, err))
+        device->copy(all, there + 1, (size_t)map->nranks * sizeof mine, stream, err) ||
+        device->stream_sync(stream, err))
         rc = -1;
     for (int r = 0; !rc && r < map->nranks; r++)
         if (!all[r].size)
@@ -90,8 +92,8 @@ static int swap_cards(const struct ry_device *device, const struct ry_cluster *m
     return rc;
 }
 
-bool ry_ucx_open(const struct ry_device *device, int ordinal, const struct ry_cluster *map, int rank, ncclComm_t comm, void *stream,
-                 struct ry_err *err)
+bool ry_ucx_open(const struct ry_device *device, int ordinal, const struct ry_cluster *map, int rank, ncclComm_t comm,
+                 void *stream, struct ry_err *err)
 {
     struct ry_err why = {""}, *mine = err;
     over.rank = rank;
@@ -111,7 +113,9 @@ int ry_ucx_prepare(uint64_t bytes, size_t messages, struct ry_err *err)
 {
     uint64_t need = ry_carrier_need(bytes, messages);
     ry_carrier_want(over.carrier, need);
-    return wait_until(holds, need) ? 0 : ry_fail(err, "no %llu bytes of host memory to stage transfers in", (unsigned long long)need);
+    return wait_until(holds, need)
+               ? 0
+               : ry_fail(err, "no %llu bytes of host memory to stage transfers in", (unsigned long long)need);
 }
 
 int ry_ucx_issue(const struct ry_cal_message *m, size_t n, char *send, char *recv, void *stream, struct ry_err *err)
