@@ -333,6 +333,15 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     return taken;
 }
 
+/* Whether rows repeat must be known even while twins go by replica: each for itself may come to be better. Nobody waits for it. */
+static void look_beside(struct comm *c, struct reissue *r, const struct ry_buffers *b)
+{
+    ry_look_pick_up(c, r);
+    if (!r->quit)
+        ry_look(c, r, b, &now.rows, now.number, false);
+    ry_look_done(c, r, &now.rows, false, ry_strategy_name(RY_REPLICA), false);
+}
+
 /* Together with the communicator's twins, if all their ranks agree on that. True: it was carried out, *result is the job's. */
 static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b, int *result)
 {
@@ -340,9 +349,11 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     struct ry_twins_wait wait;
     struct ry_verdict none;
     double waited;
-    if (r->twins)
-        ry_exchange_look_at_checks(c, r);
-    now.together = ry_twins_agree(r->twins, x, b, now.number, &v, &wait);
+    if (!r->twins)
+        return false;
+    ry_exchange_look_at_checks(c, r);
+    uint64_t repeated = now.rows.habit ? (uint64_t)(ry_habit_share(now.rows.habit) * (double)now.rows.cross) : 0;
+    now.together = ry_twins_agree(r->twins, x, b, now.number, now.rows.cross - repeated, &v, &wait);
     now.timed = wait.timed;
     if (!now.together) {
         now.twins_us = wait.asked ? wait.waited_us : 0;
@@ -351,6 +362,7 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     }
     now.waited_us = wait.waited_us;
     now.late_us = wait.late_us;
+    look_beside(c, r, b);
     if (!ry_talk_passes(r->talk, now.number)) /* which all ranks of the communicator do, so that nobody waits there */
         ry_talk_exchange(r->talk, now.number, NULL, NULL, 0, &none, &waited);
     ry_waits_add(&r->waits, now.waited_us);

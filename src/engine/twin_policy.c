@@ -68,6 +68,10 @@ static bool get_sides(struct ry_twin_chooser *c, const void *const *extra, const
             return false;
         memcpy(&c->sides[r], extra[r], sizeof *c->sides);
         c->loads[r] = c->sides[r].load;
+        if (c->sides[r].packed && c->sides[r].packed < c->loads[r].cross_out) {
+            c->loads[r].packed_out = c->sides[r].packed;
+            c->loads[r].scanned = c->loads[r].cross_out;
+        }
     }
     return true;
 }
@@ -108,9 +112,11 @@ static void estimate(struct ry_twin_chooser *c, struct estimate *e)
     e->class = busiest ? 63 - __builtin_clzll(busiest) : 0;
     e->model_us[TOGETHER] = ry_cost_replica(m, map, c->config.twins, c->loads, &e->chunks);
     /* Apart, each twin does what is best for it; all at once, over the same NICs. */
-    e->model_us[APART] = fmin(ry_cost_estimate(m, map, c->loads, NULL, RY_DIRECT),
-                              ry_cost_estimate(m, map, c->loads, NULL, RY_HIERARCHICAL)) -
-                         m->agreement_us;
+    static const enum ry_strategy by_itself[] = {RY_HIERARCHICAL, RY_DEDUP};
+    e->model_us[APART] = ry_cost_estimate(m, map, c->loads, NULL, RY_DIRECT);
+    for (int i = 0; i < 2; i++)
+        e->model_us[APART] = fmin(e->model_us[APART], ry_cost_estimate(m, map, c->loads, NULL, by_itself[i]));
+    e->model_us[APART] -= m->agreement_us;
     for (int w = 0; w < WAYS; w++) {
         const struct ways *k = &c->known[e->class][w];
         double rest = w == TOGETHER ? m->agreement_us : 0; /* not in what is measured */

@@ -23,6 +23,8 @@
 /* What a rank adds to SEEN and to its manifest; all ranks lay memory out alike. */
 struct ry_twin_side {
     struct ry_load load;     /* of its own communicator's exchange */
+    uint64_t packed;         /* what would be left of what it sends to other nodes if equal rows went once, as far as it knows; 0: not known.
+                                Not part of `load`, where twins must say the same: they look for rows when they come to it */
     struct ry_digest digest; /* of what it sends to other nodes: */
     uint64_t digested;  /* 1 + the number of that exchange; in a manifest always the one at hand; 0: there is none */
     uint64_t node_comm; /* enum ry_node_state, of the communicator of the ranks at its position */

@@ -55,6 +55,7 @@ struct ry_twins {
     struct ry_digest digest; /* the latest that is known, */
     uint64_t digested;       /* of exchange digested - 1 */
     uint64_t digesting;      /* the same of the one under way; 0: none */
+    uint64_t packed;         /* of the exchange at hand, if equal rows went once */
     struct ry_waits messages;
     _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
     _Atomic uint64_t measured;
@@ -308,6 +309,7 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
 {
     memset(s, 0, sizeof *s); /* compared as it lies in memory */
     ry_load_of(&s->load, t->r->map, b->rank, b->send_bytes, b->recv_bytes, NULL);
+    s->packed = t->packed;
     s->digest = t->digest;
     s->digested = t->digested;
     s->node_comm = ry_node_comm_state(g->comm);
@@ -384,7 +386,7 @@ static void plan(const struct group *g, const struct ry_twin_order *order, struc
 }
 
 bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
-                    struct ry_twins_verdict *v, struct ry_twins_wait *wait)
+                    uint64_t packed, struct ry_twins_verdict *v, struct ry_twins_wait *wait)
 {
     struct ry_twin_order order = {0};
     struct ry_verdict verdict;
@@ -392,6 +394,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     *v = (struct ry_twins_verdict){0};
     if (!t || t->off)
         return false;
+    t->packed = packed;
     if (ry_agree_next_seen(0, number) == number && !forbidden()) /* dense at first, then one in a thousand */
         look(t, number);
     struct group *g = t->group;

@@ -50,10 +50,11 @@ struct ry_twins_wait {
     bool timed;                /* somebody wants to know how long the exchange takes */
     double waited_us, late_us; /* as in exchange.c */
 };
-/** Exchange `number` comes. True: all ranks of all twins carry it out by replica. False: what the communicator itself
- * agrees on is next. May wait for other ranks. NULL is fine. */
+/** Exchange `number` comes; `packed`: bytes that would cross nodes from here if equal rows went once, as far as is known, else all.
+ * True: all ranks of all twins carry it out by replica. False: what the communicator itself agrees on is next. May wait for other
+ * ranks. NULL is fine. */
 bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
-                    struct ry_twins_verdict *verdict, struct ry_twins_wait *wait);
+                    uint64_t packed, struct ry_twins_verdict *verdict, struct ry_twins_wait *wait);
 /** Are there any, so that durations are of interest? NULL is fine. */
 bool ry_twins_known(const struct ry_twins *t);
 /** How long it took on the device, whichever way it went. */

@@ -18,7 +18,7 @@ static struct ry_twin_chooser *chooser;
 static struct ry_policy policy;
 static _Atomic int forced;
 static struct ry_twin_side side[N];
-static uint64_t matrix[N * N], bytes, number;
+static uint64_t matrix[N * N], bytes, number, packed; /* bytes left if equal rows go once; 0: not known */
 static bool verify;
 static unsigned last; /* exchanges that nobody asks about, after this one */
 static struct ry_agreed agreed;
@@ -42,7 +42,7 @@ static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
     chooser = ry_twin_chooser_new(&config, &err);
     policy = ry_twin_chooser_policy(chooser);
     bytes = 1 << 20;
-    number = 0;
+    number = packed = 0;
     memset(side, 0, sizeof side);
     for (int r = 0; r < N; r++)
         side[r].node_comm = RY_NODE_HAS;
@@ -65,6 +65,7 @@ static void fill(void)
         ry_load_of(&side[r].load, map, r, send, send, NULL);
         side[r].digest = (struct ry_digest){{number * 10 + (uint64_t)(r % EACH), 5}};
         side[r].digested = number + 1;
+        side[r].packed = packed;
         side[r].id[0] = r < EACH ? (uint8_t)(r + 1) : 0;
     }
 }
@@ -282,6 +283,30 @@ START_TEST(by_measure)
 }
 END_TEST
 
+/* Where rows repeat more often than there are twins, each for itself leaves more out. */
+START_TEST(repeated_rows)
+{
+    start(-1, 300, 0);
+    packed = bytes / 16;
+    fill();
+    ck_assert(!worth());
+    packed = bytes * 3 / 4; /* less often: by replica */
+    fill();
+    ck_assert(worth());
+    side[2].packed = bytes; /* twins need not know the same of it */
+    ck_assert(worth());
+    ck_assert_int_ge(go(200, 1300, 3000), 49);
+    packed = bytes / 16; /* found out while they go by replica; each for itself is as the model says then */
+    ck_assert_int_eq(go(200, 1300, 400), -1);
+    packed = bytes * 3 / 4;
+    fill();
+    for (int i = 0; i < 20 && !worth(); i++)
+        ck_assert_int_lt(i, 10);
+    ck_assert_int_ge(go(400, 1300, 3000), 49);
+    stop();
+}
+END_TEST
+
 START_TEST(given_up)
 {
     start(-1, 3000, 0);
@@ -306,6 +331,7 @@ int main(void)
     tcase_add_test(t, by_name);
     tcase_add_test(t, by_cost);
     tcase_add_test(t, by_measure);
+    tcase_add_test(t, repeated_rows);
     tcase_add_test(t, given_up);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
