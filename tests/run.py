@@ -69,6 +69,7 @@ def needed(stage):
     if not TESTS[stage]:
         return []
     folder = os.path.join(TOP, BUILDS[stage][0])
+    subprocess.run(["ninja", "-C", folder, "build.ninja"], stdout=subprocess.DEVNULL)  # tests that have come since it was set up
 
     def introspect(what):
         return json.loads(subprocess.run(["meson", "introspect", folder, what], stdout=subprocess.PIPE, check=True).stdout)
@@ -127,11 +128,11 @@ def meson_tests(stage):
     # A test that hangs is ended all the same after ten times its limit; one on a slow and busy machine is not.
     # Many tests wait more than they compute: two more at a time than there are CPUs.
     at_a_time = str(len(os.sched_getaffinity(0)) + 2)
-    subprocess.run(["meson", "test", "-C", folder, "--no-rebuild", "--quiet", "--num-processes", at_a_time,
-                    "-t", "10", *TESTS[stage]], cwd=TOP, env={**os.environ, "CK_TIMEOUT_MULTIPLIER": "10"},
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ran = subprocess.run(["meson", "test", "-C", folder, "--no-rebuild", "--quiet", "--num-processes", at_a_time,
+                          "-t", "10", *TESTS[stage]], cwd=TOP, env={**os.environ, "CK_TIMEOUT_MULTIPLIER": "10"},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if not os.path.exists(log):
-        return count(f"{folder}: tests ran", False, 0, "meson test wrote no log")
+        return count(f"{folder}: tests ran", False, 0, "meson test wrote no log:\n" + ran.stdout[-2000:])
     with open(log) as f:
         for line in f:
             t = json.loads(line)
