@@ -31,7 +31,7 @@ struct ry_twin_side {
     uint64_t measured;  /* 1 + the latest exchange that was timed here, 0: none yet */
     double measured_us;
     double plain_us; /* the latest duration known of an exchange that was not agreed on with the twins; 0: none yet */
-    double messages_us;           /* what agreeing takes this rank; 0: not known */
+    double messages_us;           /* what agreeing takes this rank, its digest included; 0: not known */
     uint64_t cross, cross_held;   /* as struct ry_side's */
     uint8_t id[RY_TWIN_ID_BYTES]; /* of twin 0's rank at each position: to make that communicator by. Zeros: none */
 };

@@ -19,6 +19,7 @@
 #define PATIENCE_SHARE 8     /* how much less patience there is with twins than with ranks of one's own, */
 #define MOST_PATIENCE 5.0    /* and never more seconds */
 #define MOST_DIGEST_WAIT 1.0 /* seconds */
+#define MOST_DIGEST_US 50 /* more is not the digest */
 #define SPIN_NS 2000000u
 #define GROUPS 16 /* that are made, at most */
 #define WINDOW 4  /* looks for which a group has the same line */
@@ -56,7 +57,7 @@ struct ry_twins {
     uint64_t digested;       /* of exchange digested - 1 */
     uint64_t digesting;      /* the same of the one under way; 0: none */
     uint64_t packed;         /* of the exchange at hand, if equal rows went once */
-    struct ry_waits messages;
+    struct ry_waits messages, digests;
     _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
     _Atomic uint64_t measured;
     _Atomic double measured_us, plain_us;
@@ -305,6 +306,13 @@ static bool forbidden(void)
     return forced >= 0 && forced != RY_REPLICA;
 }
 
+/* What a digest takes by itself. Most of a wait for one is, as a rule, for what the stream has before it, which the exchange would have
+   waited for as well. */
+static double digest_us(const struct ry_twins *t)
+{
+    return fmin(ry_waits_quantile(&t->digests, 0.1), MOST_DIGEST_US);
+}
+
 static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffers *b, struct ry_twin_side *s)
 {
     memset(s, 0, sizeof *s); /* compared as it lies in memory */
@@ -318,7 +326,7 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
     s->measured = atomic_load(&t->measured);
     s->measured_us = atomic_load(&t->measured_us);
     s->plain_us = atomic_load(&t->plain_us);
-    s->messages_us = ry_waits_quantile(&t->messages, 0.5);
+    s->messages_us = ry_waits_quantile(&t->messages, 0.5) + digest_us(t);
     if (g->twin == 0 && g->has_id)
         memcpy(s->id, g->id.bytes, sizeof s->id);
 }
@@ -327,8 +335,11 @@ static bool ask(struct ry_twins *t, struct group *g, const struct ry_exchange *x
                 uint64_t number, struct ry_verdict *verdict, struct ry_twins_wait *wait)
 {
     struct ry_twin_side side;
+    uint64_t began = ry_now_ns();
     bool able = x->held && !t->r->quit && !forbidden() && ry_run_safe(b) && begin_digest(t, b, number) &&
                 wait_for_digest(t) && t->digested == number + 1;
+    if (able)
+        ry_waits_add(&t->digests, (double)(ry_now_ns() - began) / 1e3);
     if (g->twin == 0 && !g->has_id && ry_node_comm_state(g->comm) == RY_NODE_COULD)
         g->has_id = !ry_engine.nccl.get_unique_id(&g->id);
     fill_side(t, g, b, &side);
