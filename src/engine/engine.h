@@ -3,8 +3,8 @@
  *
  * Owns: the process's one engine, and what is kept of each communicator. engine.c brings communicators up and down,
  * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange; look.c (equal rows), sum.c (summed
- * returns), redirect.c (rows that go elsewhere), twins.c (communicators that send the same) and later.c (calls that return first) are parts of it. Not for
- * anybody else.
+ * returns), redirect.c (rows that go elsewhere), twins.c (communicators that send the same), durations.c (what was timed)
+ * and later.c (calls that return first) are parts of it. Not for anybody else.
  */
 #ifndef RY_ENGINE_ENGINE_H
 #define RY_ENGINE_ENGINE_H
@@ -270,7 +270,7 @@ void ry_sum_tell(const struct comm *c, const struct reissue *r, const struct ry_
                  uint64_t number);
 void ry_sum_end(struct reissue *r);
 
-/* exchange.c: what verify mode has found by now; then the hooks of the same names */
+/* exchange.c: what verify mode has found by now (a mismatch ends the engagement); then the hooks of the same names */
 void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
@@ -282,9 +282,17 @@ void ry_exchange_seen(void *handle, const struct ry_exchange *x, void *clock, ui
 void ry_exchange_stray(void *handle);
 void ry_exchange_aborting(void *handle);
 void ry_exchange_int64_allgather(void *handle, uint64_t count);
+
+/* durations.c */
 /** From here on the communicator's exchanges are among those that may run beside others of this process. */
-void ry_exchange_meet_others(struct comm *c);
-/** What verify mode found since the last call; a mismatch ends the engagement. */
-void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
+void ry_durations_meet_others(struct comm *c);
+/** This one is timed, and counts for `weight` when others ask what ran beside them: what it moves across nodes is noted. */
+void ry_durations_cross(struct comm *c, const struct reissue *r, const struct way *w, unsigned weight);
+/** It took so long: for ry_sampler_end(), the communicator being the context. */
+void ry_durations_took(void *comm, uint64_t number, double began_us, double us);
+/** What became known since the last manifest, for the next one; the rest of `took` is left as it is. */
+void ry_durations_tell(struct reissue *r, struct ry_took took[RY_TOOK]);
+/** On the yardmaster, behind each exchange: the time from the end of the last one to the end of this one. */
+void ry_durations_pace(struct comm *c, struct reissue *r, const struct way *w, const struct ry_exchange *x, bool ok);
 
 #endif

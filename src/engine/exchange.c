@@ -14,7 +14,8 @@
  *                        after a packed exchange keeps what its return will need.
  *                        May start the clock (sampler.c), once nothing is waited for any more. Where the job has asked for its
  *                        rows to go elsewhere, all that is done to another exchange in its place (redirect.h).
- *   ry_exchange_end()    records it, and stops the clock; on the yardmaster keep_pace() times from one end to the next (pace.h).
+ *   ry_exchange_end()    records it, and stops the clock; what it took goes to the yardmaster, who also times from one end to
+ *                        the next (durations.c).
  *
  * With RAILYARD_HOLD=no the thread that the job calls on may be spared all of that (later.h): ry_exchange_take() then gives the
  * exchange away, and ry_exchange_carry() does take and end, and what the preload would have done between them, on another
@@ -25,7 +26,6 @@
  * why, instead of letting this rank go direct alone and hang the job or mix up its data.
  */
 #include <inttypes.h>
-#include <math.h>
 #include <string.h>
 
 #include "base/clock.h"
@@ -65,21 +65,6 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
     return c;
 }
 
-/* Bytes that this rank moves across nodes, as they go: of those that it gets packed, as large a part as of those that it sends. */
-static void note_crossing(struct comm *c, const struct reissue *r, bool packed, unsigned weight)
-{
-    uint64_t in = 0, out = packed ? now.packed_out : now.rows.cross;
-    for (int p = 0; p < r->map->nranks; p++)
-        in += r->map->node[p] != r->map->node[c->info.rank] ? r->recv[p] : 0;
-    if (packed && now.rows.cross)
-        in = (uint64_t)((double)in * (double)out / (double)now.rows.cross);
-    atomic_store(&c->crossing[now.number % 64].out, out);
-    atomic_store(&c->crossing[now.number % 64].in, in);
-    atomic_store(&c->crossing[now.number % 64].weight, weight);
-    atomic_store(&c->crossing[now.number % 64].number, now.number + 1);
-    ry_contention_began(ry_engine.contention, c->seat_beside);
-}
-
 /* The clock starts when the exchange is enqueued, not when it begins to be agreed on. */
 static void start_clock(struct comm *c, const struct ry_exchange *x, const struct reissue *r)
 {
@@ -90,8 +75,7 @@ static void start_clock(struct comm *c, const struct ry_exchange *x, const struc
     now.sample = ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream);
     now.met &= now.sample != NULL;
     if (now.met)
-        note_crossing(c, r, now.strategy && !strcmp(now.strategy, ry_strategy_name(RY_DEDUP)),
-                      large ? 1 : turn ? (unsigned)ry_engine.settings.sample : 0);
+        ry_durations_cross(c, r, &now, large ? 1 : turn ? (unsigned)ry_engine.settings.sample : 0);
 }
 
 /* ---- take ---- */
@@ -145,24 +129,6 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
     r->staging_wanted = 0;
 }
 
-/* What became known since the last manifest. */
-static void tell_durations(struct reissue *r, struct ry_took took[RY_TOOK])
-{
-    int n = 0;
-    for (size_t i = 0; i < sizeof r->moved / sizeof *r->moved && n < RY_TOOK; i++) {
-        if (!(atomic_load(&r->moved[i].us) > 0))
-            continue;
-        took[n++] = (struct ry_took){.number = atomic_load(&r->moved[i].number),
-                                     .bytes = atomic_load(&r->moved[i].bytes),
-                                     .beside = {.out = atomic_load(&r->moved[i].out),
-                                                .in = atomic_load(&r->moved[i].in),
-                                                .own_out = atomic_load(&r->moved[i].own_out),
-                                                .own_in = atomic_load(&r->moved[i].own_in),
-                                                .share = atomic_load(&r->moved[i].share)},
-                                     .us = atomic_exchange(&r->moved[i].us, 0)};
-    }
-}
-
 /* `repeats`: what was found equal in what goes to each node, or NULL. */
 static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
                   const struct ry_repeats *repeats, struct ry_verdict *verdict)
@@ -171,7 +137,7 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
     bool able = x->held && !now.captured && !r->quit;
     if (able)
         grow_staging(c, r, x->stream);
-    tell_durations(r, side.took);
+    ry_durations_tell(r, side.took);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
     side.staging = ry_run_staging(r->runner);
@@ -438,92 +404,6 @@ bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, i
 
 /* ---- end ---- */
 
-/* Goes to the yardmaster with the next manifest. */
-static void tell_yardmaster(struct comm *c, uint64_t number, double us, const struct ry_beside *beside)
-{
-    struct reissue *r = atomic_load(&c->reissue);
-    if (!r || atomic_load(&r->moved[number % 64].number) != number + 1)
-        return;
-    atomic_store(&r->moved[number % 64].out, beside->out);
-    atomic_store(&r->moved[number % 64].in, beside->in);
-    atomic_store(&r->moved[number % 64].own_out, beside->own_out);
-    atomic_store(&r->moved[number % 64].own_in, beside->own_in);
-    atomic_store(&r->moved[number % 64].share, beside->share);
-    atomic_store(&r->moved[number % 64].us, us);
-}
-
-/* What ran beside an exchange is known. Calls do not overlap. */
-static void settled(void *context, uint64_t number, double us, double met_us, const struct ry_beside *beside)
-{
-    struct comm *c = context;
-    atomic_store(&c->clocked_us, atomic_load(&c->clocked_us) + us);
-    atomic_store(&c->met_us, atomic_load(&c->met_us) + met_us);
-    tell_yardmaster(c, number, us, beside);
-}
-
-void ry_exchange_meet_others(struct comm *c)
-{
-    if (ry_engine.contention)
-        c->seat_beside = ry_contention_join(ry_engine.contention, c->key, c->info.device, settled, c);
-}
-
-/* On the sampler's thread. */
-static void exchange_took(void *context, uint64_t number, double began_us, double us)
-{
-    struct comm *c = context;
-    struct reissue *r = atomic_load(&c->reissue);
-    if (c->record)
-        ry_record_duration(ry_engine.record, c->record, number, us);
-    if (r)
-        ry_twins_took(r->twins, number, us);
-    struct ry_contention_run run = {number, began_us, us, atomic_load(&c->crossing[number % 64].out),
-                                    atomic_load(&c->crossing[number % 64].in), atomic_load(&c->crossing[number % 64].weight)};
-    bool met = atomic_load(&c->crossing[number % 64].number) == number + 1;
-    if (met)
-        ry_contention_took(ry_engine.contention, c->seat_beside, &run, ry_now_ns());
-    if (!met || !isfinite(began_us))
-        tell_yardmaster(c, number, us, &(struct ry_beside){0});
-}
-
-/* On the sampler's thread. */
-static void followed(void *context, uint64_t number, double began_us, double us)
-{
-    struct comm *c = context;
-    struct reissue *r = atomic_load(&c->reissue);
-    if (r && r->pace)
-        ry_pace_took(r->pace, number, us);
-}
-
-static uint64_t busier_way(const struct ry_exchange *x)
-{
-    uint64_t sent = 0, got = 0;
-    for (int p = 0; p < x->nranks; p++) {
-        sent += x->send_count[p];
-        got += x->recv_count[p];
-    }
-    return (sent > got ? sent : got) * x->type_bytes;
-}
-
-/* On the yardmaster: the time from the end of the last exchange to the end of this one, if both went the same way, and the
-   start of the next such interval. What is tried to find out is neither one. */
-static void keep_pace(struct comm *c, struct reissue *r, const struct ry_exchange *x, bool ok)
-{
-    bool plain = !now.strategy && !atomic_load_explicit(&c->face.hold, memory_order_relaxed);
-    ok = ok && !now.together && !now.redirected; /* which are neither this communicator's agreement nor NCCL alone */
-    enum ry_pace_way way = plain ? RY_PACE_PLAIN : RY_PACE_ENGAGED;
-    bool good = ok && !now.captured && (plain || (now.strategy && !now.timed)), wanted = good && ry_pace_wants(r->pace, way);
-    uint64_t bytes = wanted || (good && r->pacing.sample) ? busier_way(x) : 0;
-    if (r->pacing.sample) {
-        bool follows = good && r->pacing.way == way && r->pacing.number + 1 == now.number && r->pacing.stream == x->stream;
-        if (follows)
-            ry_pace_began(r->pace, now.number, way, r->pacing.bytes, bytes,
-                          ry_contention_much(ry_engine.contention, c->seat_beside));
-        ry_sampler_end(ry_engine.sampler, r->pacing.sample, x->stream, follows, followed, c, now.number);
-    }
-    r->pacing.sample = wanted ? ry_sampler_begin(ry_engine.sampler, c->info.device, x->stream) : NULL;
-    r->pacing.number = now.number, r->pacing.bytes = bytes, r->pacing.way = way, r->pacing.stream = x->stream;
-}
-
 static void end(struct comm *c, const struct ry_exchange *x, int result)
 {
     bool ok = result == NCCL_OK || result == NCCL_IN_PROGRESS;
@@ -552,12 +432,12 @@ static void end(struct comm *c, const struct ry_exchange *x, int result)
     /* After the record: a duration must not come before its exchange. While NCCL still works on a group in the background
        (ncclInProgress) its kernels are not on the stream yet, and the end cannot be marked. */
     if (now.sample)
-        ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, exchange_took, c, now.number);
+        ry_sampler_end(ry_engine.sampler, now.sample, x->stream, result == NCCL_OK, ry_durations_took, c, now.number);
     if (now.sample && now.met && result != NCCL_OK)
         ry_contention_lost(ry_engine.contention, c->seat_beside);
     struct reissue *r = atomic_load_explicit(&c->reissue, memory_order_acquire);
     if (r && r->pace)
-        keep_pace(c, r, x, result == NCCL_OK);
+        ry_durations_pace(c, r, &now, x, result == NCCL_OK);
 }
 
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result)

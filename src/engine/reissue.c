@@ -154,7 +154,7 @@ bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address
         goto failed;
     r->across = ry_across_open(c, map, address, address_size);
     r->twins = ry_twins_open(c, r, address, address_size);
-    ry_exchange_meet_others(c);
+    ry_durations_meet_others(c);
     atomic_store(&c->reissue, r);
     atomic_store(&c->face.wants, 1);
     return true;
