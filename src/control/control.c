@@ -21,7 +21,7 @@ bool ry_control_poll(struct ry_control *c)
     atomic_store_explicit(&c->polled_at, ry_now_ns(), memory_order_relaxed);
     if (pthread_mutex_trylock(&c->lock))
         return false;
-    bool any = ucp_worker_progress(c->worker) != 0;
+    bool any = ucp_worker_progress(c->ucx.worker) != 0;
     any |= ry_lines_dispatch(c);
     pthread_mutex_unlock(&c->lock);
     return any;
@@ -43,12 +43,12 @@ static void *progress(void *arg)
     struct ry_control *c = arg;
     struct pollfd fds[] = {{.fd = c->wake, .events = POLLIN},
                            {.fd = ry_watch_fd(c->watch), .events = POLLIN},
-                           {.fd = c->efd, .events = POLLIN}};
+                           {.fd = c->ucx.efd, .events = POLLIN}};
     unsigned busy = 0; /* times in a row that UCX would not sleep though it had nothing to do */
     pthread_mutex_lock(&c->lock);
     while (!c->stop) {
         bool moved = false;
-        for (int i = 0; i < 64 && ucp_worker_progress(c->worker); i++)
+        for (int i = 0; i < 64 && ucp_worker_progress(c->ucx.worker); i++)
             moved = true;
         uint64_t now = ry_now_ns();
         if (fds[1].revents || ry_watch_deadline(c->watch) <= now)
@@ -62,7 +62,7 @@ static void *progress(void *arg)
         /* Whoever polls does our work: do not let UCX wake us for each message. */
         c->napping = now - atomic_load_explicit(&c->polled_at, memory_order_relaxed) < NAP_NS;
         if (!c->napping) {
-            ucs_status_t st = ucp_worker_arm(c->worker);
+            ucs_status_t st = ucp_worker_arm(c->ucx.worker);
             if (st == UCS_ERR_BUSY && ++busy < 100)
                 continue;
             c->napping = st != UCS_OK; /* something cannot be sent now, to a process that was stopped maybe */
@@ -74,7 +74,7 @@ static void *progress(void *arg)
         now = ry_now_ns();
         uint64_t ns = until > now ? until - now : 0;
         struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
-        fds[2].fd = c->napping ? -1 : c->efd;
+        fds[2].fd = c->napping ? -1 : c->ucx.efd;
         ppoll(fds, 3, until == UINT64_MAX ? NULL : &timeout, NULL);
         pthread_mutex_lock(&c->lock);
         c->asleep_until = 0;
@@ -93,14 +93,14 @@ static void *progress(void *arg)
 static int make_address(struct ry_control *c)
 {
     char watch[RY_WATCH_ADDRESS_MAX];
-    struct address_head head = {.magic = "RYCTRL01", .ucx_size = (uint32_t)c->ucx_size};
+    struct address_head head = {.magic = "RYCTRL01", .ucx_size = (uint32_t)c->ucx.address_size};
     head.watch_size = (uint32_t)ry_watch_address(c->watch, watch);
     c->address_size = sizeof head + head.watch_size + head.ucx_size;
     if (!(c->address = malloc(c->address_size)))
         return -1;
     memcpy(c->address, &head, sizeof head);
     memcpy(c->address + sizeof head, watch, head.watch_size);
-    memcpy(c->address + sizeof head + head.watch_size, c->ucx_address, c->ucx_size);
+    memcpy(c->address + sizeof head + head.watch_size, c->ucx.address, c->ucx.address_size);
     return 0;
 }
 
@@ -114,12 +114,12 @@ static void control_free(struct ry_control *c)
     }
     for (struct item *i; (i = ry_list_take(&c->unclaimed));)
         free(i);
-    if (c->ucx_address)
-        ucp_worker_release_address(c->worker, c->ucx_address);
-    if (c->worker)
-        ucp_worker_destroy(c->worker);
-    if (c->context)
-        ucp_cleanup(c->context);
+    if (c->ucx.address)
+        ucp_worker_release_address(c->ucx.worker, c->ucx.address);
+    if (c->ucx.worker)
+        ucp_worker_destroy(c->ucx.worker);
+    if (c->ucx.context)
+        ucp_cleanup(c->ucx.context);
     if (c->wake >= 0)
         close(c->wake);
     pthread_mutex_destroy(&c->lock);
@@ -158,7 +158,7 @@ struct ry_control *ry_control_start(struct ry_err *err)
     if (status)
         goto fail;
     struct ry_watch_hooks hooks = {c, ry_peers_arrived, ry_peers_tied, ry_peers_gone};
-    c->watch = ry_watch_start(&hooks, c->uid, c->ucx_address, c->ucx_size, err);
+    c->watch = ry_watch_start(&hooks, c->uid, c->ucx.address, c->ucx.address_size, err);
     if (!c->watch)
         goto fail;
     if (make_address(c)) {
@@ -186,7 +186,7 @@ const void *ry_control_address(const struct ry_control *control, size_t *size)
 static void drive_until(struct ry_control *c, void **request, uint64_t until)
 {
     while (UCS_PTR_IS_PTR(*request) && ucp_request_check_status(*request) == UCS_INPROGRESS && ry_now_ns() < until)
-        if (!ucp_worker_progress(c->worker))
+        if (!ucp_worker_progress(c->ucx.worker))
             usleep(100);
     if (UCS_PTR_IS_PTR(*request))
         ucp_request_free(*request);
@@ -213,7 +213,7 @@ void ry_control_stop(struct ry_control *c)
     end_thread(c);
     pthread_mutex_lock(&c->lock); /* for the checkers of locks: nobody else is here */
     ucp_request_param_t none = {0};
-    void *flush = ucp_worker_flush_nbx(c->worker, &none);
+    void *flush = ucp_worker_flush_nbx(c->ucx.worker, &none);
     drive_until(c, &flush, ry_now_ns() + RY_FLUSH_NS);
     for (uint32_t i = 0; i < c->npeers; i++)
         ry_peer_gone(c->peers[i], "stopped");
@@ -222,7 +222,7 @@ void ry_control_stop(struct ry_control *c)
         unsigned flying = 0;
         for (uint32_t i = 0; i < c->npeers; i++)
             flying += c->peers[i]->flying;
-        if (!ucp_worker_progress(c->worker) && !flying)
+        if (!ucp_worker_progress(c->ucx.worker) && !flying)
             break;
     }
     pthread_mutex_unlock(&c->lock);

@@ -20,9 +20,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <ucp/api/ucp.h>
 
 #include "control/control.h"
+#include "control/tame.h"
 #include "control/watch.h"
 
 #define RY_FLUSH_NS 100000000ull /* what closing may take */
@@ -100,13 +100,9 @@ struct ry_control {
     int wake;
     bool stop;
     unsigned waiters;
-    ucp_context_h context;
-    ucp_worker_h worker;
-    int efd;
+    struct ry_own_ucx ucx;
     struct ry_watch *watch;
     uint64_t uid;
-    ucp_address_t *ucx_address;
-    size_t ucx_size;
     char *address;
     size_t address_size;
     struct peer **peers;

@@ -4,7 +4,6 @@
 #include <stdio.h>
 
 #include "control/internal.h"
-#include "control/tame.h"
 
 #define AM_ID 0
 
@@ -54,7 +53,7 @@ static ucs_status_t peer_connect(struct peer *p)
                               .address = p->address,
                               .err_mode = UCP_ERR_HANDLING_MODE_PEER,
                               .err_handler = {on_error, p}};
-    return ucp_ep_create(p->control->worker, &params, &p->ep);
+    return ucp_ep_create(p->control->ucx.worker, &params, &p->ep);
 }
 
 static void transmit(struct peer *p, struct out *o)
@@ -212,42 +211,14 @@ struct peer *ry_peer_at(struct ry_control *c, const char *address, const struct 
 
 int ry_peers_start(struct ry_control *c, struct ry_err *err)
 {
-    ucp_config_t *config;
-    const char *what = "ucp_config_read";
-    ucs_status_t st = ucp_config_read(NULL, NULL, &config);
-    if (st != UCS_OK)
-        goto fail;
-    ry_tame_ucx(config);
-    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
-                           .features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP,
-                           .name = "railyard"};
-    what = "ucp_init";
-    st = ucp_init(&params, config, &c->context);
-    ucp_config_release(config);
-    if (st != UCS_OK)
-        goto fail;
-    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
-                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
     ucp_am_handler_param_t hp = {.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
                                                UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG,
                                  .id = AM_ID,
                                  .flags = UCP_AM_FLAG_WHOLE_MSG,
                                  .cb = on_message,
                                  .arg = c};
-    what = "ucp_worker_create";
-    if ((st = ucp_worker_create(c->context, &wp, &c->worker)) != UCS_OK)
-        goto fail;
-    what = "ucp_worker_set_am_recv_handler";
-    if ((st = ucp_worker_set_am_recv_handler(c->worker, &hp)) != UCS_OK)
-        goto fail;
-    what = "ucp_worker_get_efd";
-    if ((st = ucp_worker_get_efd(c->worker, &c->efd)) != UCS_OK)
-        goto fail;
-    what = "ucp_worker_get_address";
-    if ((st = ucp_worker_get_address(c->worker, &c->ucx_address, &c->ucx_size)) != UCS_OK)
-        goto fail;
-    return 0;
-fail:
-    return ry_fail(err, "UCX cannot be used (%s: %s): see UCX_TLS and UCX_NET_DEVICES, or RAILYARD_LOG=debug", what,
-                   ucs_status_string(st));
+    if (ry_own_ucx_open(&c->ucx, "railyard", UCP_FEATURE_AM, "", NULL, NULL, err))
+        return -1;
+    ucs_status_t st = ucp_worker_set_am_recv_handler(c->ucx.worker, &hp); /* nobody knows the address yet */
+    return st == UCS_OK ? 0 : ry_fail(err, "UCX takes no messages: %s", ucs_status_string(st));
 }

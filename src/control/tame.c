@@ -165,3 +165,40 @@ void ry_tame_ucx(ucp_config_t *config)
     prefer(config, "UCX_MAX_EAGER_LANES", "MAX_EAGER_LANES",
            "1"); /* or fragments of one message could overtake another */
 }
+
+int ry_own_ucx_open(struct ry_own_ucx *u, const char *name, uint64_t features, const char *use,
+                void (*more)(ucp_config_t *config, void *arg), void *arg, struct ry_err *err)
+{
+    ucp_config_t *config;
+    const char *what = "ucp_config_read";
+    *u = (struct ry_own_ucx){.efd = -1};
+    ucs_status_t st = ucp_config_read(NULL, NULL, &config);
+    if (st != UCS_OK)
+        goto fail;
+    ry_tame_ucx(config);
+    if (more)
+        more(config, arg);
+    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
+                           .features = features | UCP_FEATURE_WAKEUP,
+                           .name = name};
+    what = "ucp_init";
+    st = ucp_init(&params, config, &u->context);
+    ucp_config_release(config);
+    if (st != UCS_OK)
+        goto fail;
+    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
+    what = "ucp_worker_create";
+    if ((st = ucp_worker_create(u->context, &wp, &u->worker)) != UCS_OK)
+        goto fail;
+    what = "ucp_worker_get_efd";
+    if ((st = ucp_worker_get_efd(u->worker, &u->efd)) != UCS_OK)
+        goto fail;
+    what = "ucp_worker_get_address";
+    if ((st = ucp_worker_get_address(u->worker, &u->address, &u->address_size)) != UCS_OK)
+        goto fail;
+    return 0;
+fail:
+    return ry_fail(err, "UCX cannot be used%s (%s: %s): see UCX_TLS and UCX_NET_DEVICES, or RAILYARD_LOG=debug", use, what,
+                   ucs_status_string(st));
+}

@@ -3,8 +3,9 @@
  *
  * Owns: the process's one engine, and what is kept of each communicator. engine.c brings communicators up and down,
  * reissue.c joins a communicator's agreement, exchange.c is the way of one exchange; look.c (equal rows), sum.c (summed
- * returns), redirect.c (rows that go elsewhere), twins.c (communicators that send the same), durations.c (what was timed)
- * and later.c (calls that return first) are parts of it. Not for anybody else.
+ * returns), redirect.c (rows that go elsewhere), twins.c (communicators that send the same), later.c (calls that
+ * return first), across.c (ranks that meet over UCX), contention.c and durations.c (what was timed) are parts of it. Not for
+ * anybody else.
  */
 #ifndef RY_ENGINE_ENGINE_H
 #define RY_ENGINE_ENGINE_H
@@ -272,6 +273,8 @@ void ry_sum_end(struct reissue *r);
 
 /* exchange.c: what verify mode has found by now (a mismatch ends the engagement); then the hooks of the same names */
 void ry_exchange_look_at_checks(struct comm *c, struct reissue *r);
+/** This rank's side of an exchange, in bytes, which stay in `r` until the next one is described. */
+struct ry_buffers ry_exchange_describe(struct reissue *r, const struct ry_exchange *x);
 void *ry_exchange_begin(void *handle, const struct ry_exchange *x);
 bool ry_exchange_take(void *handle, const struct ry_exchange *x, void *cookie, int *result);
 void ry_exchange_end(void *handle, const struct ry_exchange *x, void *cookie, int result);

@@ -5,7 +5,7 @@
  *
  *   ry_exchange_begin()  numbers it.
  *   ry_exchange_take()   by_twins(): perhaps it goes out together with other communicators (twins.h). Else:
- *                        describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
+ *                        ry_exchange_describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
  *                        agree() with the other ranks (control/talk.h), which may wait: for the search, for the others; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on
  *                        the caller's stream (run/run.h), once, if all are to, after a communicator of the node's ranks was made
@@ -81,7 +81,7 @@ static void start_clock(struct comm *c, const struct ry_exchange *x, const struc
 /* ---- take ---- */
 
 /* This rank's side of the exchange, in bytes. */
-static struct ry_buffers describe(struct reissue *r, const struct ry_exchange *x)
+struct ry_buffers ry_exchange_describe(struct reissue *r, const struct ry_exchange *x)
 {
     for (int p = 0; p < x->nranks; p++) {
         r->send[p] = x->send_count[p] * x->type_bytes;
@@ -351,7 +351,7 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
     bool taken = false;
     struct ry_buffers b;
     if (r)
-        b = describe(r, y);
+        b = ry_exchange_describe(r, y);
     if (r || c->record)
         ry_look_see(c, r, x, &now.rows);
     now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&

@@ -155,22 +155,6 @@ static int fail(const struct comm *c, const struct ry_exchange *x, const char *w
     return NCCL_SYSTEM_ERROR;
 }
 
-static struct ry_buffers buffers_of(const struct ry_exchange *x, uint64_t *send, uint64_t *recv)
-{
-    for (int p = 0; p < x->nranks; p++) {
-        send[p] = x->send_count[p] * x->type_bytes;
-        recv[p] = x->recv_count[p] * x->type_bytes;
-    }
-    return (struct ry_buffers){.nranks = x->nranks,
-                               .rank = x->rank,
-                               .send = x->send_buf,
-                               .recv = x->recv_buf,
-                               .send_bytes = send,
-                               .recv_bytes = recv,
-                               .stream = x->stream,
-                               .type = x->type};
-}
-
 const struct ry_exchange *ry_redirect_begin(struct comm *c, struct reissue *r, const struct ry_exchange *x, int *result)
 {
     struct ry_err err;
@@ -181,7 +165,7 @@ const struct ry_exchange *ry_redirect_begin(struct comm *c, struct reissue *r, c
     atomic_fetch_and(&c->face.hold, ~RY_HOLD_ALWAYS);
     const char *why = differs(d, x);
     char *send = NULL, *recv = NULL;
-    struct ry_buffers job = buffers_of(x, r->send, r->recv);
+    struct ry_buffers job = ry_exchange_describe(r, x);
     if (!why && ry_redirect_gather(d->memory, &d->rows, &job, &send, &recv, &err))
         why = err.msg;
     if (why) {
@@ -207,7 +191,7 @@ void ry_redirect_end(const struct comm *c, struct reissue *r, const struct ry_ex
 {
     struct ry_err err;
     struct ry_redirected *d = &r->redirected;
-    struct ry_buffers job = buffers_of(x, r->send, r->recv);
+    struct ry_buffers job = ry_exchange_describe(r, x);
     if (*result)
         return;
     if (ry_redirect_scatter(d->memory, &d->rows, &job, &err))

@@ -1,7 +1,7 @@
 /*
- * sampler.h: how long every n-th exchange took on the device.
+ * sampler.h: how long exchanges took on the device, and when they began.
  *
- * Owns: pairs of device events around exchanges, and the thread that waits for them. Not: which exchanges are timed (engine)
+ * Owns: pairs of device events around exchanges, the clock of a device that they are read by, and the thread that waits for them. Not: which exchanges are timed (engine)
  * nor where durations go (record/, through the callback).
  *
  * The job's thread takes a free pair, records two events, and goes on: no lock, no wait, and when all pairs are in flight the

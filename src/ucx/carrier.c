@@ -521,7 +521,7 @@ struct ry_carrier *ry_carrier_new(const struct ry_carrier_config *config, struct
         c->npeers += with[r];
     c->port = ry_hub_port(h);
     c->made_at = ry_now_ns();
-    c->card_size = sizeof *c->card + h->address_size;
+    c->card_size = sizeof *c->card + h->ucx.address_size;
     if (!c->port || !(c->peer = calloc(n, sizeof *c->peer)) || !(c->card = malloc(c->card_size)) ||
         config->device->pinned_alloc(&words, WORDS_BYTES, &why))
         goto failed;
@@ -529,8 +529,8 @@ struct ry_carrier *ry_carrier_new(const struct ry_carrier_config *config, struct
     c->word = words;
     if (try_words(c, &why))
         goto failed;
-    *c->card = (struct card){h->uid, c->port, (uint32_t)h->address_size};
-    memcpy(c->card + 1, h->address, h->address_size);
+    *c->card = (struct card){h->uid, c->port, (uint32_t)h->ucx.address_size};
+    memcpy(c->card + 1, h->ucx.address, h->ucx.address_size);
     ry_hub_add(c);
     return c;
 failed:

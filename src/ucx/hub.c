@@ -24,7 +24,6 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/thread.h"
-#include "control/tame.h"
 #include "internal.h"
 
 #define SPIN_NS 30000u     /* without anything happening, before it sleeps */
@@ -119,7 +118,7 @@ static struct remote *remote_at(struct ry_hub *h, const struct card *card)
                               .address = (const ucp_address_t *)(card + 1),
                               .err_mode = UCP_ERR_HANDLING_MODE_PEER,
                               .err_handler = {on_error, r}};
-    ucs_status_t st = ucp_ep_create(h->worker, &params, &r->ep);
+    ucs_status_t st = ucp_ep_create(h->ucx.worker, &params, &r->ep);
     if (st != UCS_OK) {
         r->dead = true;
         snprintf(r->why, sizeof r->why, "ucp_ep_create: %s", ucs_status_string(st));
@@ -199,7 +198,7 @@ static void begin_op(struct op *op, ucs_memory_type_t memory)
         param.op_attr_mask |= UCP_OP_ATTR_FIELD_RECV_INFO;
         param.cb.recv = on_received;
         param.recv_info.tag_info = &op->info;
-        op->request = ucp_tag_recv_nbx(h->worker, op->at, op->bytes, op->tag, ~(ucp_tag_t)0, &param);
+        op->request = ucp_tag_recv_nbx(h->ucx.worker, op->at, op->bytes, op->tag, ~(ucp_tag_t)0, &param);
     }
     if (!UCS_PTR_IS_PTR(op->request))
         is_over(op, UCS_PTR_STATUS(op->request));
@@ -329,10 +328,10 @@ static void cancel(struct ry_carrier *c)
     for (struct job *j = c->first; j; j = j->next)
         for (int i = 0; i < j->recvs_begun; i++)
             if (j->op[i].request)
-                ucp_request_cancel(c->config.hub->worker, j->op[i].request);
+                ucp_request_cancel(c->config.hub->ucx.worker, j->op[i].request);
     for (int r = 0; r < c->config.nranks; r++)
         if (c->peer[r].hello[0].request)
-            ucp_request_cancel(c->config.hub->worker, c->peer[r].hello[0].request);
+            ucp_request_cancel(c->config.hub->ucx.worker, c->peer[r].hello[0].request);
 }
 
 /* Is nothing of it with UCX any more? What cannot be called back stays, and with it the memory. */
@@ -415,11 +414,11 @@ static void take_arriving(struct ry_hub *h)
 
 static bool wait_for_network(struct ry_hub *h, int timeout_ms, unsigned *busy)
 {
-    struct pollfd fds[] = {{.fd = h->wake, .events = POLLIN}, {.fd = h->efd, .events = POLLIN}};
+    struct pollfd fds[] = {{.fd = h->wake, .events = POLLIN}, {.fd = h->ucx.efd, .events = POLLIN}};
     eventfd_t ignored;
     atomic_store(&h->sleeping, true);
     if (!atomic_load(&h->news) && !atomic_load(&h->stop)) {
-        ucs_status_t st = ucp_worker_arm(h->worker);
+        ucs_status_t st = ucp_worker_arm(h->ucx.worker);
         if (st == UCS_OK) {
             poll(fds, 2, timeout_ms);
             *busy = 0;
@@ -437,7 +436,7 @@ static bool round_of(struct ry_hub *h, uint64_t now, bool *flies, bool *waits)
 {
     bool moved = false;
     *flies = *waits = false;
-    for (int i = 0; i < 64 && ucp_worker_progress(h->worker); i++)
+    for (int i = 0; i < 64 && ucp_worker_progress(h->ucx.worker); i++)
         moved = true;
     if (atomic_exchange(&h->news, false)) {
         take_arriving(h);
@@ -453,10 +452,10 @@ static bool round_of(struct ry_hub *h, uint64_t now, bool *flies, bool *waits)
 static void flush(struct ry_hub *h)
 {
     ucp_request_param_t none = {0};
-    void *request = ucp_worker_flush_nbx(h->worker, &none);
+    void *request = ucp_worker_flush_nbx(h->ucx.worker, &none);
     uint64_t until = ry_now_ns() + FLUSH_NS;
     while (UCS_PTR_IS_PTR(request) && ucp_request_check_status(request) == UCS_INPROGRESS && ry_now_ns() < until)
-        if (!ucp_worker_progress(h->worker))
+        if (!ucp_worker_progress(h->ucx.worker))
             nanosleep(&(struct timespec){.tv_nsec = LONG_NAP_NS}, NULL);
     if (UCS_PTR_IS_PTR(request))
         ucp_request_free(request);
@@ -495,14 +494,9 @@ static void *work(void *arg)
 
 /* ---- starting ---- */
 
-static int open_ucx(struct ry_hub *h, struct ry_err *err)
+static void configure(ucp_config_t *config, void *hub)
 {
-    ucp_config_t *config;
-    const char *what = "ucp_config_read";
-    ucs_status_t st = ucp_config_read(NULL, NULL, &config);
-    if (st != UCS_OK)
-        goto fail;
-    ry_tame_ucx(config);
+    const struct ry_hub *h = hub;
     if (h->direct && !getenv("UCX_TLS"))
         ucp_config_modify(config, "TLS", "self,tcp,ib,cuda");
     /* Over TCP a fifth more than with UCX 1.13.1's 8 and 64 KiB. (Its transports' own settings go by their names
@@ -511,32 +505,16 @@ static int open_ucx(struct ry_hub *h, struct ry_err *err)
         ucp_config_modify(config, "TX_SEG_SIZE", "64k");
     if (!getenv("UCX_TCP_RX_SEG_SIZE"))
         ucp_config_modify(config, "RX_SEG_SIZE", "256k");
-    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
-                           .features = UCP_FEATURE_TAG | UCP_FEATURE_WAKEUP,
-                           .name = "railyard-data"};
-    what = "ucp_init";
-    st = ucp_init(&params, config, &h->context);
-    ucp_config_release(config);
-    if (st != UCS_OK)
-        goto fail;
+}
+
+static int open_ucx(struct ry_hub *h, struct ry_err *err)
+{
+    if (ry_own_ucx_open(&h->ucx, "railyard-data", UCP_FEATURE_TAG, " for data", configure, h, err))
+        return -1;
     ucp_context_attr_t attr = {.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES};
-    if (ucp_context_query(h->context, &attr) == UCS_OK)
+    if (ucp_context_query(h->ucx.context, &attr) == UCS_OK)
         h->memory_types = attr.memory_types;
-    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
-                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
-    what = "ucp_worker_create";
-    if ((st = ucp_worker_create(h->context, &wp, &h->worker)) != UCS_OK)
-        goto fail;
-    what = "ucp_worker_get_efd";
-    if ((st = ucp_worker_get_efd(h->worker, &h->efd)) != UCS_OK)
-        goto fail;
-    what = "ucp_worker_get_address";
-    if ((st = ucp_worker_get_address(h->worker, &h->address, &h->address_size)) != UCS_OK)
-        goto fail;
     return 0;
-fail:
-    return ry_fail(err, "UCX cannot be used for data (%s: %s): see UCX_TLS and UCX_NET_DEVICES", what,
-                   ucs_status_string(st));
 }
 
 struct starting {

@@ -9,9 +9,9 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <ucp/api/ucp.h>
 
 #include "carrier.h"
+#include "control/tame.h"
 
 enum { READY, DONE }; /* words: written by the stream; by the hub */
 
@@ -130,12 +130,8 @@ struct ry_hub {
     int wake;
     _Atomic bool sleeping, stop, over;
     _Atomic bool news;
-    ucp_context_h context;
-    ucp_worker_h worker;
-    int efd;
+    struct ry_own_ucx ucx;
     uint64_t uid, memory_types;
-    ucp_address_t *address;
-    size_t address_size;
     pthread_mutex_t lock;        /* of: */
     struct ry_carrier *arriving; /* made, and not in the list yet */
     uint32_t ports;

@@ -12,7 +12,6 @@ Rows of kind "sum" exchange as training does: a dispatch, then its combine, whos
 The microseconds are then combine's; after " | " follow dispatch's, and after another what judge() found. Dispatch is compared
 bitwise; combine, which may come summed, as its receiver sees it: after adding up the rows of each token (see judge()).
 """
-import argparse
 import ctypes
 import json
 import math
@@ -159,18 +158,9 @@ def traced(s, rank):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--turns", required=True)
-    p.add_argument("--backend", **job_rank.BACKENDS)
-    p.add_argument("--control", action="store_true", help="Railyard is not preloaded: every way is plain")
-    a = p.parse_args()
-    rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    a, rank, world, per_node, line, device, wait = job_rank.begin(__doc__.splitlines()[0], control=True)
     if world == per_node:
         per_node = 1  # a single node: what is counted is the way between its GPUs
-    line = job_rank.Line(a.turns)
-    device, wait = job_rank.join(a.backend)
-    dist.barrier()
-    wait()
     railyard = None
     if not a.control:
         railyard = ctypes.CDLL(None)

@@ -7,10 +7,8 @@ of which nothing is ever forced, new ones for every row: auto, and plain-auto be
 
 Owns: what is sent, and what must arrive. Not: which rows there are, how long a turn is, what figures mean (grid).
 """
-import argparse
 import ctypes
 import json
-import os
 import time
 
 import torch
@@ -65,16 +63,7 @@ class Exchange:
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--turns", required=True)
-    p.add_argument("--backend", **job_rank.BACKENDS)
-    p.add_argument("--control", action="store_true", help="Railyard is not preloaded: every way is plain")
-    a = p.parse_args()
-    rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    line = job_rank.Line(a.turns)
-    device, wait = job_rank.join(a.backend)
-    dist.barrier()
-    wait()
+    a, rank, world, per_node, line, device, wait = job_rank.begin(__doc__.splitlines()[0], control=True)
     railyard = None if a.control else ctypes.CDLL(None)
     if railyard:
         railyard.railyard_strategy.argtypes = [ctypes.c_char_p]

@@ -3,6 +3,7 @@
 Owns: one rank's side of turns.py's protocol ("rank N", then an answer that begins with "ready" to everything told), choosing the device
 that tests/gpu/cluster means this rank to have. Not: what a rank does when told.
 """
+import argparse
 import os
 import socket
 
@@ -37,3 +38,19 @@ def join(backend):
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     return device, torch.cuda.synchronize
+
+
+def begin(description, control=False):
+    """(options, rank, ranks, ranks per node, line, device, what waits for it) of a job with --turns and --backend, and --control if it can run
+    without the preload. All ranks have met."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--turns", required=True)
+    p.add_argument("--backend", **BACKENDS)
+    if control:
+        p.add_argument("--control", action="store_true", help="Railyard is not preloaded: every way is plain")
+    a = p.parse_args()
+    line = Line(a.turns)
+    device, wait = join(a.backend)
+    dist.barrier()
+    wait()
+    return (a, *(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")), line, device, wait)

@@ -4,9 +4,7 @@
 It is told "go WAY,WAY... SHAPE SIZE REPEATS" and answers "ready right T T ...": what each exchange took, way by way, in tenths of
 a microsecond. All ranks change ways between the same exchanges, as they do everything.
 """
-import argparse
 import ctypes
-import os
 import random
 import time
 
@@ -43,15 +41,7 @@ def segment(source, to, size, device):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--turns", required=True)
-    p.add_argument("--backend", **job_rank.BACKENDS)
-    a = p.parse_args()
-    rank, world, per_node = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    line = job_rank.Line(a.turns)
-    device, wait = job_rank.join(a.backend)
-    dist.barrier()
-    wait()
+    a, rank, world, per_node, line, device, wait = job_rank.begin(__doc__)
     railyard, group, number = ctypes.CDLL(None), None, 0
     line.say("ready")
     while True:

@@ -239,26 +239,22 @@ def _functions() -> Any:
     if _around is None:
         import torch
 
-        class Before(torch.autograd.Function):
-            """The exchange of the gradient is the next one."""
-
+        class Around(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x, way, combine):
                 ctx.way, ctx.combine = way, combine
                 return x.view_as(x)
+
+        class Before(Around):
+            """The exchange of the gradient is the next one."""
 
             @staticmethod
             def backward(ctx, gradient):
                 ctx.combine.ask(ctx.way, True)
                 return gradient, None, None
 
-        class After(torch.autograd.Function):
+        class After(Around):
             """It was."""
-
-            @staticmethod
-            def forward(ctx, x, way, combine):
-                ctx.way, ctx.combine = way, combine
-                return x.view_as(x)
 
             @staticmethod
             def backward(ctx, gradient):
