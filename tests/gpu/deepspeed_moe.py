@@ -174,6 +174,8 @@ def main():
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config={
             "train_micro_batch_size_per_gpu": a.batch, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}})[0]
 
+    ended = moe_job.over_nccl(a, model.layers[0].moe.deepspeed_moe.ep_group)  # there by now: the engine's, or the layers' own
+
     def step_of_engine(tokens, labels, place):
         logits, balance = engine(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1))
@@ -220,6 +222,7 @@ def main():
     moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters(), optimizer.param_groups,
                   data=(rank // a.tp, world // a.tp), more=twins)
     moe_job.save(a, rank, model)
+    ended()
     dist.destroy_process_group()
 
 

@@ -42,6 +42,7 @@ def main():
     # No device_id: bound to a device, each of the dozens of groups that Megatron makes would build its communicator at once, used or not.
     dist.init_process_group("gloo" if a.cpu else "nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=world, create_gloo_process_groups=False)
+    ended = moe_job.over_nccl(a, parallel_state.get_expert_model_parallel_group())
     if not a.cpu:
         model_parallel_cuda_manual_seed(a.seed)
     dtype = torch.float32 if a.fp32 else torch.bfloat16
@@ -83,6 +84,7 @@ def main():
 
     moe_job.train("megatron_moe", a, rank, world, device, step, model.parameters(), optimizer.param_groups, gradients)
     moe_job.save(a, rank, model.module)
+    ended()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
