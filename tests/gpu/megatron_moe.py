@@ -34,7 +34,6 @@ def main():
     p.add_argument("--heads", type=int, default=0, help="default: one for each 64 of hidden")
     p.add_argument("--capacity", type=float, default=0, help="drop tokens beyond this factor and pad to it: equal splits (0: dropless)")
     p.add_argument("--balance", type=float, default=0, help="coefficient of a balance loss over all ranks' tokens (0: none)")
-    p.add_argument("--fp32", action="store_true", help="instead of bf16")
     a = p.parse_args()
     rank, world, device = moe_job.begin(a)
     if a.cpu:

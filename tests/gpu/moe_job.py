@@ -65,6 +65,7 @@ def options(what, **defaults):
                    help="with --loader: the same samples in every step of all ranks, dealt to ranks and slots in another order")
     p.add_argument("--gradients", type=int, default=0, metavar="N", help="leave each rank's gradients of the last N steps in OUT")
     p.add_argument("--release", action="store_true", help="after a turn, give memory back that the next one will want: for many jobs on a GPU")
+    p.add_argument("--fp32", action="store_true", help="instead of bf16")
     p.add_argument("--cpu", action="store_true", help="on CPUs over gloo, to try the drivers out: nothing is measured")
     p.add_argument("--emulated", action="store_true", help="the same, as a rank of `railyard emu`: the expert-parallel group's all-to-alls go "
                    "over the emulated NCCL")

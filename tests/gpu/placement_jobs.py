@@ -74,11 +74,11 @@ def homes(folder, label, name):
     return "RAILYARD_HOME_MODEL=" + path
 
 
-def exchanging(a):
+def exchanging(a, fp32=False):
     """The environment of every job that Railyard is preloaded in."""
     env = ["RAILYARD_STRATEGY=" + a.strategy, "RAILYARD_LOG=info"]
     if a.framework == "deepspeed":
-        env.append("RAILYARD_ROW_BYTES=%d" % (2 * a.hidden))  # equal splits: nothing else tells how wide a row is
+        env.append("RAILYARD_ROW_BYTES=%d" % ((4 if "--fp32" in a.train or fp32 else 2) * a.hidden))  # equal splits: nothing else tells how wide a row is
     return env
 
 

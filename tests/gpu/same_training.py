@@ -38,8 +38,8 @@ def options(p):
     p.add_argument("--gradients-close", type=float, default=1e-3, help="how far a parameter's may be apart, as a part of its greatest")
 
 
-def placed(a, folder, label, kind):
-    env = [*exchanging(a), adapter(), *a.railyard_env]
+def placed(a, folder, label, kind, fp32=False):
+    env = [*exchanging(a, fp32), adapter(), *a.railyard_env]
     if kind in ("layer", "rides"):  # anywhere, whatever it costs: else it would hardly move anybody
         return env + ["RAILYARD_PLACEMENT=layer", "RY_TEST_LAYERS=1"] + (["RAILYARD_RESIDUAL=rides"] if kind == "rides" else [])
     env.append("RAILYARD_PLACEMENT=batch")
@@ -216,7 +216,7 @@ def gradients(a, folder, end):
     os.makedirs(here, exist_ok=True)
     wanted = {"plain": ([], None), "plain, dealt otherwise": (["--reorder", "1"], None)}
     for kind in kinds(a):
-        wanted[kind] = ([], placed(a, folder, "gradients-" + kind, kind))
+        wanted[kind] = ([], placed(a, folder, "gradients-" + kind, kind, True))
     done = run(a, here, wanted, 1, ["--steps", str(steps), "--lr", "0", "--fp32", "--gradients", str(kept), "--show-samples"], end)
     with open(os.path.join(folder, "plan.json")) as f:
         order = json.load(f)["permutation"]
