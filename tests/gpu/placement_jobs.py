@@ -36,6 +36,10 @@ class Standing:
         if not self.emulated:
             cluster(*self.argv)
 
+    def shape(self, nic):
+        if not self.emulated:
+            cluster("shape", "--name", NAME, *(["--nic", nic] if nic != "none" else []))
+
     def __exit__(self, *error):
         if self.emulated:
             return
@@ -197,8 +201,8 @@ def prepare(a, folder, end):
     return plan(a, folder)
 
 
-def crossed(trace, since):
-    """(bytes that exchanges from the time `since` on had for other nodes, bytes that crossed, exchanges of a rank, how many by which
+def crossed(trace, since, until=1 << 63):
+    """(bytes that exchanges from the time `since` to `until` had for other nodes, bytes that crossed, exchanges of a rank, how many by which
     strategy by all ranks), over all ranks and communicators of a trace."""
     asked, saved, exchanges, strategies, node = 0, 0, {}, {}, {}
     paths = glob.glob(os.path.join(trace, "trace-*.jsonl"))
@@ -219,7 +223,7 @@ def crossed(trace, since):
         counted, rows = set(), {}
         for v in lines(path):
             key = (v.get("comm"), v.get("rank"), v.get("n"))
-            if v["t"] == "x" and v["wall_ns"] >= since:
+            if v["t"] == "x" and since <= v["wall_ns"] < until:
                 counted.add(key)
                 strategies[v.get("strategy", "-")] = strategies.get(v.get("strategy", "-"), 0) + 1
                 pairs = enumerate(v["send"]) if "send" in v else zip(v["send_pairs"][0::2], v["send_pairs"][1::2])

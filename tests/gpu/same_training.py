@@ -127,7 +127,7 @@ def curve(a, folder, end):
         rows.append([label, "%.4f" % losses[label][0], "%.4f" % means(losses[label])[-1], "%.0f %%" % (100 * v["inside"]), "%.2e" % v["distance"],
                      "%.2f" % v["far"], "yes" if v["ok"] else "NO", "%.0f %%%s" % (100 * v["otherwise"], "" if same else ", OTHER SAMPLES")])
     said = ["%s: %s" % (label, m) for label in kinds(a) for m in done[label][2] if any(w in m for w in TOLD)]
-    text = "\n".join(said[:12] + ["%d steps of %d samples a rank, %s, rate %g, %.0f s for all at a time; means over %d steps" % (
+    text = "\n".join(said[:12] + ["%d steps of %d samples a rank, %s, rate %g, %.0f s for all of them; means over %d steps" % (
         a.curve, a.curve_batch, a.shape, a.curve_lr, time.monotonic() - began, BIN), figures.table(rows)])
     if a.svg:
         picture(a.svg, {label: means(v) for label, v in losses.items()}, plain)
