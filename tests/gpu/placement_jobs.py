@@ -80,7 +80,7 @@ def homes(folder, label, name):
 
 def exchanging(a, fp32=False):
     """The environment of every job that Railyard is preloaded in."""
-    env = ["RAILYARD_STRATEGY=" + a.strategy, "RAILYARD_LOG=info"]
+    env = ["RAILYARD_STRATEGY=" + a.strategy, "RAILYARD_LOG=info", *(["RY_TEST_LATE=60"] if a.emulated else [])]
     if a.framework == "deepspeed":
         env.append("RAILYARD_ROW_BYTES=%d" % ((4 if "--fp32" in a.train or fp32 else 2) * a.hidden))  # equal splits: nothing else tells how wide a row is
     return env

@@ -35,7 +35,7 @@ def emu_argv(railyard, nodes, gpus, preload):
     """Ranks of `railyard emu`: host memory, links without shape (what is counted there is bytes), NCCL the emulated one for all."""
     library = os.path.join(os.path.dirname(railyard), "..", "emu", "libnccl.so.2")  # in a build folder; else beside what is installed
     named = ["RAILYARD_NCCL=" + os.path.abspath(library)] if os.path.exists(library) else []
-    return [*named, "OMP_NUM_THREADS=1", "nice", "-n", "10", railyard, "emu", "-n", str(nodes), "-g", str(gpus), *(["--preload"] if preload else [])]
+    return [*named, "OMP_NUM_THREADS=1", railyard, "emu", "-n", str(nodes), "-g", str(gpus), *(["--preload"] if preload else [])]
 
 
 class Peer:
