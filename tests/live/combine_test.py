@@ -168,7 +168,7 @@ def run_rides_odd(rank):
     placed = t.train(*t.model(forced, bf16=True), 3)
     inside(t.mover, "bf16")
     check(t.mover.ride is not None, "bf16: it does not ride")
-    t.same(plain, placed, "bf16", most=0.05, later=1.0)  # Adam makes much of the last bits of little gradients
+    t.same(plain, placed, "bf16", most=0.25, later=1.0)  # last bits choose other experts, and Adam makes much of little gradients
 
 
 def run_learned(rank):
