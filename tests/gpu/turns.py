@@ -31,6 +31,13 @@ def cluster(*argv):
     sys.stderr.write(done.stdout)
 
 
+def emu_argv(railyard, nodes, gpus, preload):
+    """Ranks of `railyard emu`: host memory, links without shape (what is counted there is bytes), NCCL the emulated one for all."""
+    library = os.path.join(os.path.dirname(railyard), "..", "emu", "libnccl.so.2")  # in a build folder; else beside what is installed
+    named = ["RAILYARD_NCCL=" + os.path.abspath(library)] if os.path.exists(library) else []
+    return [*named, "OMP_NUM_THREADS=1", railyard, "emu", "-n", str(nodes), "-g", str(gpus), *(["--preload"] if preload else [])]
+
+
 class Peer:
     """A rank's end of the line: what it says, line by line."""
 
@@ -58,8 +65,9 @@ class Job:
     """One program as the ranks of a cluster, plain or preloaded, that works when told to."""
 
     def __init__(self, name, label, nodes, gpus, folder, command, env=(), preload=None, pin=True, timeout=600, turns=True,
-                 patience=None):
-        """`timeout`: seconds for the whole job; `patience`: for each answer of its ranks (None: as long as it lives)."""
+                 patience=None, emulated=None):
+        """`timeout`: seconds for the whole job; `patience`: for each answer of its ranks (None: as long as it lives). `emulated`: the
+        `railyard` whose emulated cluster the ranks run on, instead of one that is up (emu_argv)."""
         self.patience = patience
         self.label, self.world, self.folder = label, nodes * gpus, os.path.join(folder, label)
         os.makedirs(self.folder, exist_ok=True)
@@ -68,6 +76,8 @@ class Job:
         argv += ["--preload", preload] if preload else []
         for kv in env:
             argv += ["--env", kv]
+        if emulated:
+            argv = ["timeout", "-k", "5", "%d" % timeout, "env", *env, *emu_argv(emulated, nodes, gpus, preload)]
         argv += ["--"] + list(command)
         self.ranks, self.server, self.place = {}, None, None
         if turns:

@@ -4,8 +4,9 @@ Owns: standing in for torch.distributed.all_to_all_single on one group. Everythi
 """
 
 import ctypes
+import os
 
-FLOATS = {"torch.float32": 7, "torch.bfloat16": 9, "torch.int32": 2, "torch.int64": 4, "torch.float64": 8}  # ncclDataType_t
+FLOATS = {"torch.float32": 7, "torch.bfloat16": 9, "torch.int32": 2, "torch.int64": 4, "torch.float64": 8, "torch.uint8": 1, "torch.int8": 0}  # ncclDataType_t
 
 
 def _check(right, what):
@@ -25,6 +26,8 @@ class Nccl:
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.exchanges = 0
         self.call = ctypes.CDLL(None)  # librailyard.so, which is in front
+        if not hasattr(self.call, "railyard_pause"):  # or not: then it is plain, and not the one that PyTorch may bring
+            self.call = ctypes.CDLL(os.environ.get("RAILYARD_NCCL", "libnccl.so.2"))
         one = Id()
         if self.rank == 0:
             self._good(self.call.ncclGetUniqueId(ctypes.byref(one)))
@@ -40,10 +43,11 @@ class Nccl:
             ]
         theirs = dist.all_to_all_single
 
-        def all_to_all_single(output, given, output_split_sizes=None, input_split_sizes=None, group=None, **more):
+        def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
             if group is not self.group:
-                return theirs(output, given, output_split_sizes, input_split_sizes, group=group, **more)
-            self.exchange(output, given, output_split_sizes, input_split_sizes)
+                return theirs(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+            _check(not async_op, "nobody waits for it here")
+            self.exchange(output, input, output_split_sizes, input_split_sizes)
 
         dist.all_to_all_single = self.torch.distributed.all_to_all_single = all_to_all_single
 
