@@ -19,11 +19,11 @@ def trimmed(values):
     return statistics.fmean(values[cut:len(values) - cut])
 
 
-def bootstrap(rounds, of, draws=1000):
-    """[of(rounds), and the bounds of its 95 % interval]."""
+def bootstrap(rounds, of, draws=1000, sure=0.95):
+    """[of(rounds), and the bounds of its 95 % (`sure`) interval]."""
     draw = random.Random(1)
     found = sorted(of(draw.choices(rounds, k=len(rounds))) for _ in range(draws))
-    return [of(rounds), found[int(draws * 0.025)], found[int(draws * 0.975)]]
+    return [of(rounds), found[int(draws * (1 - sure) / 2)], found[min(draws - 1, int(draws * (1 + sure) / 2))]]
 
 
 def difference(turns, rounds=1000):

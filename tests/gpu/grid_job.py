@@ -5,10 +5,14 @@ It is told "go open JSON", "go warm WAY N", or "go turn WAY,WAY... N", and answe
 same exchanges, as they do everything. Ways on the communicators that are forced: plain (railyard_pause) and strategies' names; on those
 of which nothing is ever forced, new ones for every row: auto, and plain-auto beside it.
 
+On the emulated cluster (--emulated) the communicators are the emulated NCCL's, and PyTorch is there for the rows and the ranks' meeting.
+
 Owns: what is sent, and what must arrive. Not: which rows there are, how long a turn is, what figures mean (grid).
 """
 import ctypes
 import json
+import os
+import sys
 import time
 
 import torch
@@ -63,8 +67,11 @@ class Exchange:
 
 
 def main():
-    a, rank, world, per_node, line, device, wait = job_rank.begin(__doc__.splitlines()[0], control=True)
-    railyard = None if a.control else ctypes.CDLL(None)
+    a, rank, world, per_node, line, device, wait = job_rank.begin(__doc__.splitlines()[0], control=True, emulated=True)
+    railyard, nccl = None if a.control else ctypes.CDLL(None), {}
+    if a.emulated:
+        sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "live"))
+        import emulated_group
     if railyard:
         railyard.railyard_strategy.argtypes = [ctypes.c_char_p]
     forced, free, number, row = {}, None, 0, None
@@ -79,13 +86,18 @@ def main():
     def groups(twins, name):
         """Of this rank: one of `twins` communicators with one rank of each on every node, or the only one."""
         made = [dist.new_group(list(range(t, world, twins)), group_desc="grid %s" % name) for t in range(twins)]
-        return made[rank % twins]
+        mine = made[rank % twins]
+        if a.emulated:
+            nccl[mine] = emulated_group.Nccl(torch, dist, mine)
+        return mine
 
     def open_row(spec):
         nonlocal free, number, row
         twins = spec["replicas"]
         number += 1
         if free:
+            if free in nccl:
+                nccl.pop(free).end()
             dist.destroy_process_group(free)
         row = None
         switch("direct")
@@ -116,6 +128,8 @@ def main():
                 times.append(time.perf_counter() - began)
         return times, row.right()
 
+    if a.emulated:
+        groups(1, "first")  # with the first communicator Railyard's engine comes, which is told of strategies
     line.say("ready")
     twins = 1
     while True:
@@ -134,6 +148,8 @@ def main():
                 answer["us"][way] = round(sum(times) / len(times) * 1e6, 1)
                 answer["right"] &= right
         line.say("ready " + json.dumps(answer, separators=(",", ":")))
+    for one in nccl.values():
+        one.end()
     dist.destroy_process_group()
 
 

@@ -40,15 +40,20 @@ def join(backend):
     return device, torch.cuda.synchronize
 
 
-def begin(description, control=False):
+def begin(description, control=False, emulated=False):
     """(options, rank, ranks, ranks per node, line, device, what waits for it) of a job with --turns and --backend, and --control if it can run
-    without the preload. All ranks have met."""
+    without the preload, --emulated if without GPUs on the emulated cluster. All ranks have met."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--turns", required=True)
     p.add_argument("--backend", **BACKENDS)
     if control:
         p.add_argument("--control", action="store_true", help="Railyard is not preloaded: every way is plain")
+    if emulated:
+        p.add_argument("--emulated", action="store_true", help="on the emulated NCCL; PyTorch's own group is gloo's")
     a = p.parse_args()
+    if emulated and a.emulated:
+        a.backend = "gloo"
+        torch.set_num_threads(1)
     line = Line(a.turns)
     device, wait = join(a.backend)
     dist.barrier()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from turns import HERE, Failed, Job, cluster
+from turns import HERE, Emulated, Failed, Job, cluster
 
 NAME = "placement"
 FRAMEWORKS = {"megatron": "megatron_moe.py", "deepspeed": "deepspeed_moe.py"}
@@ -63,7 +63,7 @@ def tool(a):
 def job(a, label, nodes, gpus, folder, argv, env, preload, end, **more):
     """A job on the cluster that is up, or emulated."""
     return Job(NAME, label, nodes, gpus, folder, argv, env, preload, a.pin, max(60, end - time.monotonic()), patience=a.patience,
-               emulated=tool(a) if a.emulated else None, **more)
+               emulated=Emulated(tool(a), []) if a.emulated else None, **more)
 
 
 def adapter():

@@ -1,6 +1,6 @@
-"""Jobs that take turns on one virtual GPU cluster.
+"""Jobs that take turns on one virtual GPU cluster, or on the emulated one.
 
-Owns: starting a job on a standing cluster (tests/gpu/cluster up), telling its ranks over a socket when to work, and what
+Owns: starting a job on a standing cluster (tests/gpu/cluster up) or under `railyard emu`, telling its ranks over a socket when to work, and what
 they answer. A rank connects, says "rank N", then "ready" whenever it waits; it is told a line ("go ...", "end"). Jobs that
 wait do so on the host and run nothing on the GPUs, so any number can stand side by side. Not: what a job does in its turn, nor
 what is compared.
@@ -31,13 +31,6 @@ def cluster(*argv):
     sys.stderr.write(done.stdout)
 
 
-def emu_argv(railyard, nodes, gpus, preload):
-    """Ranks of `railyard emu`: host memory, links without shape (what is counted there is bytes), NCCL the emulated one for all."""
-    library = os.path.join(os.path.dirname(railyard), "..", "emu", "libnccl.so.2")  # in a build folder; else beside what is installed
-    named = ["RAILYARD_NCCL=" + os.path.abspath(library)] if os.path.exists(library) else []
-    return [*named, "OMP_NUM_THREADS=1", railyard, "emu", "-n", str(nodes), "-g", str(gpus), *(["--preload"] if preload else [])]
-
-
 class Peer:
     """A rank's end of the line: what it says, line by line."""
 
@@ -61,24 +54,41 @@ class Peer:
         return line.decode()
 
 
+class Emulated:
+    """Where a job's ranks run under `railyard emu`, without GPUs: its tool, and options for its virtual links. As on a cluster, what ranks
+    other than the first print goes to the job's folder."""
+
+    QUIET = 'test "$RANK" = 0 || exec >"$0/rank-$RANK.log" 2>&1; exec "$@"'
+
+    def __init__(self, tool, links):
+        self.tool, self.links = os.path.abspath(tool), list(links)
+        self.nccl = os.path.join(os.path.dirname(os.path.dirname(self.tool)), "emu", "libnccl.so.2")
+
+    def command(self, nodes, gpus, folder, env, preload, timeout, command):
+        """argv; `preload`: whether the librailyard.so that lies beside the tool is."""
+        return (["timeout", "-k", "5", "%d" % timeout, "env", "OMP_NUM_THREADS=1", "RAILYARD_NCCL=" + self.nccl] + list(env) + [self.tool, "emu", "-n", str(nodes), "-g", str(gpus)] + self.links
+                + (["--preload"] if preload else []) + ["--", "sh", "-c", self.QUIET, folder] + list(command))
+
+
 class Job:
     """One program as the ranks of a cluster, plain or preloaded, that works when told to."""
 
     def __init__(self, name, label, nodes, gpus, folder, command, env=(), preload=None, pin=True, timeout=600, turns=True,
                  patience=None, emulated=None):
-        """`timeout`: seconds for the whole job; `patience`: for each answer of its ranks (None: as long as it lives). `emulated`: the
-        `railyard` whose emulated cluster the ranks run on, instead of one that is up (emu_argv)."""
+        """`timeout`: seconds for the whole job; `patience`: for each answer of its ranks (None: as long as it lives); `emulated`: an
+        Emulated instead of the cluster `name`."""
         self.patience = patience
         self.label, self.world, self.folder = label, nodes * gpus, os.path.join(folder, label)
         os.makedirs(self.folder, exist_ok=True)
-        argv = [sys.executable, CLUSTER, "run", "--name", name, "--nodes", str(nodes), "--gpus", str(gpus),
-                "--log", self.folder, "--timeout", str(timeout)] + (["--pin"] if pin else [])
-        argv += ["--preload", preload] if preload else []
-        for kv in env:
-            argv += ["--env", kv]
         if emulated:
-            argv = ["timeout", "-k", "5", "%d" % timeout, "env", *env, *emu_argv(emulated, nodes, gpus, preload)]
-        argv += ["--"] + list(command)
+            argv = emulated.command(nodes, gpus, self.folder, env, preload, timeout, command)
+        else:
+            argv = [sys.executable, CLUSTER, "run", "--name", name, "--nodes", str(nodes), "--gpus", str(gpus),
+                    "--log", self.folder, "--timeout", str(timeout)] + (["--pin"] if pin else [])
+            argv += ["--preload", preload] if preload else []
+            for kv in env:
+                argv += ["--env", kv]
+            argv += ["--"] + list(command)
         self.ranks, self.server, self.place = {}, None, None
         if turns:
             # Not in the folder: a socket's path may have 107 bytes only.

@@ -1,6 +1,7 @@
-"""A process group's all-to-alls over the NCCL that `railyard emu` brings, as PyTorch would issue them: for tests without GPUs.
+"""Process groups' all-to-alls over the NCCL that `railyard emu` brings, as PyTorch would issue them: for tests without GPUs.
 
-Owns: standing in for torch.distributed.all_to_all_single on one group. Everything else goes over gloo.
+Owns: standing in for torch.distributed.all_to_all_single on groups that have a communicator here, any number of them. Everything else
+goes over gloo. Works with and without librailyard.so in front.
 """
 
 import ctypes
@@ -18,16 +19,33 @@ class Id(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_char * 128)]
 
 
+def _library():
+    """librailyard.so, if it is in front, and else the emulated NCCL itself."""
+    here = ctypes.CDLL(None)
+    return here if hasattr(here, "railyard_pause") else ctypes.CDLL(os.environ.get("RAILYARD_NCCL", "libnccl.so.2"))  # PyTorch may bring another
+
+
+_communicators = {}  # by group
+_theirs = None  # torch.distributed.all_to_all_single as it was
+
+
+def _all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+    nccl = _communicators.get(group)
+    if nccl is None:
+        return _theirs(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+    _check(not async_op, "nobody waits for it here")
+    nccl.exchange(output, input, output_split_sizes, input_split_sizes)
+
+
 class Nccl:
-    """A group's communicator on the emulated NCCL, behind torch.distributed.all_to_all_single."""
+    """A group's communicator on the emulated NCCL, behind torch.distributed.all_to_all_single until end()."""
 
     def __init__(self, torch, dist, group):
-        self.torch, self.group = torch, group
+        global _theirs
+        self.group = group
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.exchanges = 0
-        self.call = ctypes.CDLL(None)  # librailyard.so, which is in front
-        if not hasattr(self.call, "railyard_pause"):  # or not: then it is plain, and not the one that PyTorch may bring
-            self.call = ctypes.CDLL(os.environ.get("RAILYARD_NCCL", "libnccl.so.2"))
+        self.call = _library()
         one = Id()
         if self.rank == 0:
             self._good(self.call.ncclGetUniqueId(ctypes.byref(one)))
@@ -41,15 +59,10 @@ class Nccl:
             getattr(self.call, name).argtypes = [
                 ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
             ]
-        theirs = dist.all_to_all_single
-
-        def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
-            if group is not self.group:
-                return theirs(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
-            _check(not async_op, "nobody waits for it here")
-            self.exchange(output, input, output_split_sizes, input_split_sizes)
-
-        dist.all_to_all_single = self.torch.distributed.all_to_all_single = all_to_all_single
+        if _theirs is None:
+            _theirs = dist.all_to_all_single
+            dist.all_to_all_single = torch.distributed.all_to_all_single = _all_to_all_single
+        _communicators[group] = self
 
     @staticmethod
     def _good(result):
@@ -69,5 +82,6 @@ class Nccl:
         self.exchanges += 1
 
     def end(self):
+        del _communicators[self.group]
         self.call.ncclCommDestroy.argtypes = [ctypes.c_void_p]
         self._good(self.call.ncclCommDestroy(self.comm))
