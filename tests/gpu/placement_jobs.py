@@ -20,6 +20,10 @@ LEARNED = ("framework", "top_k", "experts", "layers", "hidden", "ffn", "seq")  #
 PLANNED = ("shape",)  # what the map is for, too
 
 
+# What is redirected passes through memory of Railyard's, twice, beside the packed messages' own: more than four times an exchange in all.
+REDIRECTING = "RAILYARD_STAGING=1G"
+
+
 def say(text):
     print("placement: " + text, file=sys.stderr, flush=True)
 
@@ -105,12 +109,13 @@ def settings(a, folder):
         if a.also:
             label = "+ sum, " + a.also
             jobs[label] = also + experts[len(base):] + [homes(folder, label, "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
+    layer = base + ["RAILYARD_PLACEMENT=layer", REDIRECTING]
     if "layer" in a.parts:
-        jobs[exchanges + ", layer"] = base + ["RAILYARD_PLACEMENT=layer"]
+        jobs[exchanges + ", layer"] = layer
     if "rides" in a.parts:
-        jobs[exchanges + ", layer, rides"] = base + ["RAILYARD_PLACEMENT=layer", "RAILYARD_RESIDUAL=rides"]
+        jobs[exchanges + ", layer, rides"] = layer + ["RAILYARD_RESIDUAL=rides"]
     if "netmoe" in a.parts:  # whoever would be nearer to the experts moves, as if that were free
-        jobs[exchanges + ", layer, moves free"] = base + ["RAILYARD_PLACEMENT=layer", "RY_TEST_FARE=0"]
+        jobs[exchanges + ", layer, moves free"] = layer + ["RY_TEST_FARE=0"]
     return jobs
 
 

@@ -20,7 +20,7 @@ import statistics
 import time
 
 import figures
-from placement_jobs import adapter, command, exchanging, homes, job, say
+from placement_jobs import REDIRECTING, adapter, command, exchanging, homes, job, say
 from turns import Failed
 
 BIN = 10  # steps
@@ -41,7 +41,7 @@ def options(p):
 def placed(a, folder, label, kind, fp32=False):
     env = [*exchanging(a, fp32), adapter(), *a.railyard_env]
     if kind in ("layer", "rides"):  # anywhere, whatever it costs: else it would hardly move anybody
-        return env + ["RAILYARD_PLACEMENT=layer", "RY_TEST_LAYERS=1"] + (["RAILYARD_RESIDUAL=rides"] if kind == "rides" else [])
+        return env + ["RAILYARD_PLACEMENT=layer", REDIRECTING, "RY_TEST_LAYERS=1"] + (["RAILYARD_RESIDUAL=rides"] if kind == "rides" else [])
     env.append("RAILYARD_PLACEMENT=batch")
     if kind == "batch":
         return env + [homes(folder, label, "homes-unmoved")]

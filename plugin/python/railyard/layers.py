@@ -532,7 +532,8 @@ class Mover:
             if layer + 1 < self.layers and number >= self.quiet:
                 say.warn_once(
                     "layers-outside",
-                    f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_LOG=plan says why there): samples "
+                    f"a combine cannot be redirected on rank {self.ranks[absent[0]]} (RAILYARD_STAGING too small? "
+                    "RAILYARD_LOG=plan says why there): samples "
                     + ("stay" if self.ride else "move at the block's boundary instead"),
                 )
             return (STAY, [], quiet, "not everywhere") if self.ride else (MOVE, order, quiet, why)
