@@ -22,6 +22,8 @@
 #define RECENT 64
 #define CLASSES 64
 #define FORGETS 1.02 /* by so much a measured ratio may rise with each new one */
+#define PROMISE 32   /* exchanges measured each for itself in which no twin went as is best for it, after which none is expected to */
+#define LARGE (256u << 10) /* bytes: what shorter exchanges take says nothing of a NIC's bandwidth */
 
 enum way { APART, TOGETHER, WAYS };
 
@@ -38,15 +40,20 @@ struct ry_twin_chooser {
     int unequal, unpaid; /* in a row */
     int skips, skip;     /* times that it was given up; proposals not to be made */
     uint64_t together;   /* exchanges, for verify */
-    /* What exchanges took over what the model says, by size. */
-    struct ways {
-        double ratio;
-        uint64_t samples, tried, since;
-    } known[CLASSES][WAYS];
+    struct size { /* of exchanges */
+        struct { /* what they took over what the model says: RY_REPLICA, or as each twin went for itself */
+            double ratio;
+            uint64_t samples;
+        } known[RY_STRATEGIES];
+        uint64_t tried[WAYS], since[WAYS];
+        uint64_t others[RY_STRATEGIES]; /* measured each for itself since one went so */
+    } size[CLASSES];
+    bool measured_any;
     struct recent {
         uint64_t number;
         int class, way, reported;
-        double us, least;
+        uint64_t as; /* enum ry_strategy; RY_STRATEGIES: ranks went different ways */
+        double us[RY_STRATEGIES], least;
     } recent[RECENT];
     uint64_t *measured; /* [n] */
 };
@@ -101,26 +108,44 @@ static const char *differ(const struct ry_twin_chooser *c, const uint64_t *matri
 
 struct estimate {
     int class, chunks;
-    double us[WAYS], model_us[WAYS]; /* corrected, and as the model says */
+    enum ry_strategy apart;         /* the best that a twin can do for itself */
+    double us[WAYS];                /* all in all, corrected */
+    double model_us[RY_STRATEGIES]; /* as the model says, what is over when the clock starts left out */
 };
 
+/* How wrong the model is about a strategy: as measured, or else as about plain NCCL: what is wrong with links is wrong for all. */
+static double ratio_of(const struct size *k, enum ry_strategy s)
+{
+    s = k->known[s].samples >= TRIES ? s : RY_DIRECT;
+    return k->known[s].samples >= TRIES ? k->known[s].ratio : 1;
+}
+
+/*
+ * Apart, each twin does what is best for it; all at once, over the same NICs. It is known to do what it was measured to do; what is best
+ * by the estimate it has yet to come to, on its own yardmaster's advice, and gets some time for; if it does not, it will not.
+ */
 static void estimate(struct ry_twin_chooser *c, struct estimate *e)
 {
     struct ry_cost_model *m = &c->config.model;
     const struct ry_cluster *map = c->config.map;
+    struct ry_choice all;
+    ry_cost_choose(&all, m, NULL, map, c->loads, NULL, MARGIN);
     uint64_t busiest = ry_cost_busiest(map, c->loads);
     e->class = busiest ? 63 - __builtin_clzll(busiest) : 0;
-    e->model_us[TOGETHER] = ry_cost_replica(m, map, c->config.twins, c->loads, &e->chunks);
-    /* Apart, each twin does what is best for it; all at once, over the same NICs. */
-    static const enum ry_strategy by_itself[] = {RY_HIERARCHICAL, RY_DEDUP};
-    e->model_us[APART] = ry_cost_estimate(m, map, c->loads, NULL, RY_DIRECT);
-    for (int i = 0; i < 2; i++)
-        e->model_us[APART] = fmin(e->model_us[APART], ry_cost_estimate(m, map, c->loads, NULL, by_itself[i]));
-    e->model_us[APART] -= m->agreement_us;
-    for (int w = 0; w < WAYS; w++) {
-        const struct ways *k = &c->known[e->class][w];
-        double rest = w == TOGETHER ? m->agreement_us : 0; /* not in what is measured */
-        e->us[w] = k->samples >= TRIES ? (e->model_us[w] - rest) * k->ratio + rest : e->model_us[w];
+    const struct size *k = &c->size[e->class];
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        e->model_us[s] = all.model_us[s] - m->agreement_us - (s == RY_DEDUP ? all.search_us : 0);
+    e->model_us[RY_REPLICA] = ry_cost_replica(m, map, c->config.twins, c->loads, &e->chunks) - m->agreement_us;
+    e->us[TOGETHER] = e->model_us[RY_REPLICA] * ratio_of(k, RY_REPLICA) + m->agreement_us;
+    e->apart = RY_DIRECT;
+    e->us[APART] = e->model_us[RY_DIRECT] * ratio_of(k, RY_DIRECT);
+    for (int s = RY_HIERARCHICAL; s < RY_SUM; s++) {
+        bool relays = c->each > map->nnodes; /* several ranks of a twin on a node */
+        if (!isfinite(e->model_us[s]) || (s != RY_DEDUP && !relays) || k->others[s] >= PROMISE)
+            continue;
+        double us = e->model_us[s] * ratio_of(k, (enum ry_strategy)s) + m->agreement_us + (s == RY_DEDUP ? all.search_us : 0);
+        if (us < e->us[APART] * (1 - MARGIN))
+            e->us[APART] = us, e->apart = (enum ry_strategy)s;
     }
     if (c->config.chunks)
         e->chunks = c->config.chunks;
@@ -128,11 +153,16 @@ static void estimate(struct ry_twin_chooser *c, struct estimate *e)
 
 static void note(struct ry_twin_chooser *c, const struct recent *k)
 {
-    struct ways *w = &c->known[k->class][k->way];
-    double ratio = k->least / k->us;
+    if (k->as >= RY_STRATEGIES)
+        return;
+    struct size *z = &c->size[k->class];
+    double ratio = k->least / k->us[k->as];
+    for (int s = 0; s < RY_STRATEGIES && k->way == APART; s++)
+        z->others[s] = s == (int)k->as ? 0 : z->others[s] + 1;
     if (!(ratio > 0) || !isfinite(ratio))
         return;
-    w->ratio = w->samples++ ? fmin(w->ratio * FORGETS, ratio) : ratio;
+    c->measured_any = true;
+    z->known[k->as].ratio = z->known[k->as].samples++ ? fmin(z->known[k->as].ratio * FORGETS, ratio) : ratio;
 }
 
 /* A rank that was early measures its waiting, too: the least of them counts. */
@@ -148,7 +178,9 @@ static void learn(struct ry_twin_chooser *c)
         struct recent *k = &c->recent[(s->measured - 1) % RECENT];
         if (k->number != s->measured - 1 || !(s->measured_us > 0))
             continue;
+        uint64_t as = k->way == TOGETHER ? RY_REPLICA : s->measured_as;
         k->least = fmin(k->least, s->measured_us);
+        k->as = !k->reported || k->as == as ? as : RY_STRATEGIES;
         if (++k->reported == c->n)
             note(c, k);
     }
@@ -158,29 +190,47 @@ static void learn(struct ry_twin_chooser *c)
 
 static void remember(struct ry_twin_chooser *c, uint64_t number, const struct estimate *e, enum way way)
 {
-    double rest = way == TOGETHER ? c->config.model.agreement_us : 0;
-    c->recent[number % RECENT] = (struct recent){
-        .number = number, .class = e->class, .way = way, .us = e->model_us[way] - rest, .least = INFINITY};
-    c->known[e->class][way].tried++;
-    c->known[e->class][way].since = 0;
-    c->known[e->class][!way].since++;
+    struct recent *k = &c->recent[number % RECENT];
+    *k = (struct recent){.number = number, .class = e->class, .way = way, .least = INFINITY};
+    memcpy(k->us, e->model_us, sizeof k->us);
+    c->size[e->class].tried[way]++;
+    c->size[e->class].since[way] = 0;
+    c->size[e->class].since[!way]++;
 }
 
 /* The faster one; or, to find out, the one that is not known, or was not looked at for long. *trial: that is why. */
 static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, bool *trial)
 {
-    const struct ways *k = c->known[e->class];
+    const struct size *k = &c->size[e->class];
     enum way best = e->us[TOGETHER] < e->us[APART] * (1 - MARGIN) ? TOGETHER : APART, other = best ? APART : TOGETHER;
+    uint64_t samples[WAYS] = {[TOGETHER] = k->known[RY_REPLICA].samples, [APART] = k->known[e->apart].samples};
+    bool comes_to_it = best == APART && (samples[APART] < TRIES || k->others[e->apart] > 0); /* unless the promise is broken */
+    samples[APART] = samples[APART] > k->known[RY_DIRECT].samples ? samples[APART] : k->known[RY_DIRECT].samples;
     *trial = true;
     if (!isfinite(e->us[TOGETHER]))
         return *trial = false, APART;
     for (int w = 0; w < WAYS; w++)
-        if (k[w].samples < TRIES && k[w].tried < 2 * TRIES && k[w].tried <= k[!w].tried)
+        if (samples[w] < TRIES && k->tried[w] < 2 * TRIES && k->tried[w] <= k->tried[!w])
             return (enum way)w;
-    if (k[other].since >= AGAIN)
+    if (k->since[other] >= AGAIN)
         return other;
-    *trial = k[best].samples < TRIES;
+    *trial = best == TOGETHER ? samples[TOGETHER] < TRIES : comes_to_it && k->tried[APART] < 2 * TRIES + 2 * PROMISE;
     return best;
+}
+
+/* Before anything was measured here, and where nobody measured the links: plain NCCL's time says how fast the NIC is. */
+static void fit_nic(struct ry_twin_chooser *c)
+{
+    double plain = INFINITY;
+    for (int r = 0; r < c->n; r++)
+        plain = fmin(plain, c->sides[r].plain_us > 0 ? c->sides[r].plain_us : INFINITY);
+    if (c->config.model.measured || c->measured_any || !isfinite(plain) || ry_cost_busiest(c->config.map, c->loads) < LARGE)
+        return;
+    struct ry_cost_model *m = &c->config.model;
+    double slope = ry_cost_nic_slope(m, c->config.map, c->loads),
+           times = 1 + (plain - (ry_cost_estimate(m, c->config.map, c->loads, NULL, RY_DIRECT) - m->agreement_us)) / slope;
+    if (slope > 0 && isfinite(times))
+        ry_cost_slow_nic(m, fmin(fmax(times, 1 / 16.0), 1000));
 }
 
 /* ---- what the agreement asks ---- */
@@ -192,7 +242,7 @@ static bool to_find_out(const struct ry_twin_chooser *c, const struct estimate *
     for (int r = 0; r < c->n; r++)
         plain = fmin(plain, c->sides[r].plain_us);
     return isfinite(e->us[TOGETHER]) && c->config.model.agreement_us <= CHEAP * plain &&
-           c->known[e->class][TOGETHER].tried < TRIES;
+           c->size[e->class].tried[TOGETHER] < TRIES;
 }
 
 static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
@@ -206,6 +256,7 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
         return true;
     const char *why = differ(c, NULL, text, sizeof text);
     if (!why) {
+        fit_nic(c);
         estimate(c, &e);
         bool faster = e.us[TOGETHER] < e.us[APART] * (1 - MARGIN);
         why = c->skip > 0 ? "it did not pay lately" : !faster && !to_find_out(c, &e) ? "it would not be faster" : NULL;
@@ -314,7 +365,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     }
     if (!trial && ++c->unpaid >= UNPAID)
         give_up(c, last);
-    snprintf(text, size, "by replica %.0f us, each for itself %.0f us%s", e->us[TOGETHER], e->us[APART],
+    snprintf(text, size, "by replica %.0f us, each for itself %.0f us, by %s%s", e->us[TOGETHER], e->us[APART], ry_strategy_name(e->apart),
              trial ? ": to find out" : "");
     return text;
 }
@@ -340,8 +391,8 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
                last ? "; not asked any more" : "");
     else
-        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us)%s",
-               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us, by %s)%s",
+               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], ry_strategy_name(e.apart), *verify ? ", verified" : "");
     return why ? RY_DIRECT : RY_REPLICA;
 }
 

@@ -30,7 +30,8 @@ struct ry_twin_side {
     uint64_t node_comm; /* enum ry_node_state, of the communicator of the ranks at its position */
     uint64_t measured;  /* 1 + the latest exchange that was timed here, 0: none yet */
     double measured_us;
-    double plain_us; /* the latest duration known of an exchange that was not agreed on with the twins; 0: none yet */
+    uint64_t measured_as; /* enum ry_strategy: how it went in the end, where each twin did what was best for itself */
+    double plain_us; /* the latest duration known of an exchange that plain NCCL carried out, or direct; 0: none yet */
     double messages_us;           /* what agreeing takes this rank, its digest included; 0: not known */
     uint64_t cross, cross_held;   /* as struct ry_side's */
     uint8_t id[RY_TWIN_ID_BYTES]; /* of twin 0's rank at each position: to make that communicator by. Zeros: none */

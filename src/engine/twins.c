@@ -59,7 +59,8 @@ struct ry_twins {
     uint64_t packed;         /* of the exchange at hand, if equal rows went once */
     struct ry_waits messages, digests;
     _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
-    _Atomic uint64_t measured;
+    _Atomic uint64_t went[64];  /* the latest not carried out together: number * 16 + how it was (enum ry_strategy) */
+    _Atomic uint64_t measured, measured_as;
     _Atomic double measured_us, plain_us;
 };
 
@@ -325,6 +326,7 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
     s->cross_held = ry_across_held(t->r->across);
     s->measured = atomic_load(&t->measured);
     s->measured_us = atomic_load(&t->measured_us);
+    s->measured_as = atomic_load(&t->measured_as);
     s->plain_us = atomic_load(&t->plain_us);
     s->messages_us = ry_waits_quantile(&t->messages, 0.5) + digest_us(t);
     if (g->twin == 0 && g->has_id)
@@ -444,15 +446,23 @@ bool ry_twins_known(const struct ry_twins *t)
     return t && t->group;
 }
 
+void ry_twins_went(struct ry_twins *t, uint64_t number, int strategy)
+{
+    if (t)
+        atomic_store(&t->went[number % 64], number * 16 + (uint64_t)strategy);
+}
+
 void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
 {
     if (!t)
         return;
-    if (atomic_load(&t->asked[number % 64]) != number + 1) {
+    uint64_t went = atomic_load(&t->went[number % 64]), as = went / 16 == number ? went % 16 : RY_REPLICA;
+    if (as == RY_DIRECT)
         atomic_store(&t->plain_us, us);
+    if (atomic_load(&t->asked[number % 64]) != number + 1)
         return;
-    }
     atomic_store(&t->measured_us, us);
+    atomic_store(&t->measured_as, as);
     atomic_store(&t->measured, number + 1);
 }
 

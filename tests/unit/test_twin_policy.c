@@ -22,6 +22,7 @@ static uint64_t matrix[N * N], bytes, number, packed; /* bytes left if equal row
 static bool verify;
 static unsigned last; /* exchanges that nobody asks about, after this one */
 static struct ry_agreed agreed;
+static enum ry_strategy alone; /* what twins do, each for itself */
 
 static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
 {
@@ -43,6 +44,7 @@ static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
     policy = ry_twin_chooser_policy(chooser);
     bytes = 1 << 20;
     number = packed = 0;
+    alone = RY_DIRECT;
     memset(side, 0, sizeof side);
     for (int r = 0; r < N; r++)
         side[r].node_comm = RY_NODE_HAS;
@@ -114,6 +116,7 @@ static void took(double us)
     for (int r = 0; r < N; r++) {
         side[r].measured = number;
         side[r].measured_us = us;
+        side[r].measured_as = alone;
     }
 }
 
@@ -237,7 +240,7 @@ START_TEST(by_cost)
     for (int r = 0; r < N; r++) /* but it takes far longer than that: find out */
         side[r].plain_us = 5000;
     ck_assert(worth());
-    side[1].plain_us = 500;
+    side[1].plain_us = 100;
     ck_assert(!worth());
     stop();
 }
@@ -287,6 +290,7 @@ END_TEST
 START_TEST(repeated_rows)
 {
     start(-1, 300, 0);
+    alone = RY_DEDUP;
     packed = bytes / 16;
     fill();
     ck_assert(!worth());
@@ -303,6 +307,45 @@ START_TEST(repeated_rows)
     for (int i = 0; i < 20 && !worth(); i++)
         ck_assert_int_lt(i, 10);
     ck_assert_int_ge(go(400, 1300, 3000), 49);
+    stop();
+}
+END_TEST
+
+/* What each for itself is best at counts as such even while they have not come to it; how they went is told with how long it took. */
+START_TEST(each_comes_to_it)
+{
+    start(-1, 300, 0);
+    packed = bytes / 16;
+    int replica = 0, i = 0;
+    double us[RY_STRATEGIES] = {[RY_DIRECT] = 10000, [RY_DEDUP] = 1500, [RY_REPLICA] = 5500};
+    for (last = 0; i < 200 && !last; i++) {
+        alone = i < 30 ? RY_DIRECT : RY_DEDUP; /* now their own yardmasters know enough */
+        fill();
+        int s = decide();
+        replica += s == RY_REPLICA;
+        took(s == RY_REPLICA ? us[RY_REPLICA] : us[alone]);
+    }
+    ck_assert_int_lt(i, 100); /* and nobody is asked about twins any more */
+    ck_assert_int_le(replica, 12);
+    stop();
+    start(-1, 300, 0); /* they never do: then replica it is, which is better than plain NCCL */
+    packed = bytes / 16;
+    replica = 0;
+    for (i = 0; i < 200; i++) {
+        fill();
+        int s = decide();
+        ck_assert(!last);
+        replica += i >= 150 && s == RY_REPLICA;
+        took(s == RY_REPLICA ? us[RY_REPLICA] : us[RY_DIRECT]);
+    }
+    ck_assert_int_ge(replica, 49);
+    stop();
+    start(-1, 300, 0); /* ranks that say different things of how they went: nothing is learned from it, nobody hangs on it */
+    for (i = 0; i < 200; i++) {
+        fill();
+        took(decide() == RY_REPLICA ? us[RY_REPLICA] : us[RY_DIRECT]);
+        side[i % N].measured_as = RY_DEDUP;
+    }
     stop();
 }
 END_TEST
@@ -332,6 +375,7 @@ int main(void)
     tcase_add_test(t, by_cost);
     tcase_add_test(t, by_measure);
     tcase_add_test(t, repeated_rows);
+    tcase_add_test(t, each_comes_to_it);
     tcase_add_test(t, given_up);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
