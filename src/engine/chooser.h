@@ -5,6 +5,7 @@
 #ifndef RY_ENGINE_CHOOSER_H
 #define RY_ENGINE_CHOOSER_H
 
+#include "fit.h"
 #include "policy.h"
 #include "returns.h"
 
@@ -31,11 +32,7 @@ struct ry_chooser {
     struct ry_policy_config config;
     char name[24];
     struct ry_cost_learned learned[RY_LOAD_KINDS];
-    struct { /* a guess of the NIC is fitted to what plain NCCL takes */
-        double times[RY_COST_CLASSES]; /* the least, of exchanges of that size, by which it was slower than the guess is now */
-        uint32_t samples[RY_COST_CLASSES];
-        int class; /* of the size that it was fitted to; -1: to none */
-    } fit;
+    struct ry_fit fit;
     struct ry_beside beside; /* of the exchange being decided */
     int load;
     struct ry_chooser_counts counts;

@@ -566,7 +566,6 @@ struct ry_chooser *ry_chooser_new(const struct ry_policy_config *config, struct 
         ry_chooser_open_account(c, RY_CHOOSER_FIRST);
         c->config = *config;
         c->parts = 1;
-        c->fit.class = -1;
         for (int i = 0; i < RY_LOAD_KINDS; i++)
             c->learned[i].other = &c->learned[RY_LOAD_KINDS - 1 - i];
         snprintf(c->name, sizeof c->name, "%s", config->name);

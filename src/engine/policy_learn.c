@@ -19,31 +19,16 @@
 #define TRIES 6           /* exchanges measured to find out about a strategy, of twice as many made */
 #define CLOSE 1.5 /* where rows are equal, only what is estimated to come so close to the best is found out about */
 
-#define LARGE (256u << 10) /* bytes: what shorter exchanges take says nothing of a NIC's bandwidth */
-#define MUCH_LARGER 2      /* powers of two */
-#define MOST_SLOWER 1000.0 /* NICs are than they were guessed */
-#define MOST_FASTER 16.0
-
 /* ---- learning ---- */
 
-/*
- * Links that nobody measured: plain NCCL's time says how fast the NIC is. The largest size counts of which enough is known; what was
- * learned by the model before is of no use then. Few are large enough to be the first and not the largest, so this is soon over.
- */
-static void fit_nic(struct ry_chooser *c, const struct ry_recent *k)
+/* Links that nobody measured: plain NCCL's time says how fast the NIC is. What was learned by the model before is of no use then. */
+static bool fit_nic(struct ry_chooser *c, const struct ry_recent *k)
 {
-    int class = k->busiest ? 63 - __builtin_clzll(k->busiest) : 0;
-    double times = 1 + (k->least - k->us) / k->slope;
-    times = times > MOST_SLOWER ? MOST_SLOWER : times > 1 / MOST_FASTER ? times : 1 / MOST_FASTER;
-    if (!c->fit.samples[class]++ || times < c->fit.times[class])
-        c->fit.times[class] = times;
-    if (c->fit.samples[class] < RY_COST_ENOUGH || class < c->fit.class + (c->fit.class >= 0 ? MUCH_LARGER : 0))
-        return;
-    c->fit.class = class;
-    ry_cost_slow_nic(&c->config.model, c->fit.times[class]);
+    if (k->load != RY_ALONE || ry_load_kind_of(&k->beside) != RY_ALONE ||
+        !ry_fit_note(&c->fit, &c->config.model, k->busiest, k->slope, k->us, k->least))
+        return false;
     ry_log(RY_LOG_PLAN, "communicator %s: links are guessed; by plain NCCL's exchanges of %llu KiB and up NICs have %.2f GB/s", c->name,
-           (1ull << class) >> 10, c->config.model.link[RY_LINK_NIC].bytes_per_us / 1e3);
-    memset(c->fit.samples, 0, sizeof c->fit.samples);
+           (1ull << (c->fit.fitted - 1)) >> 10, c->config.model.link[RY_LINK_NIC].bytes_per_us / 1e3);
     for (int load = 0; load < RY_LOAD_KINDS; load++)
         for (int s = 0; s < RY_STRATEGIES; s++) {
             ry_cost_forget(&c->learned[load], (enum ry_strategy)s);
@@ -51,14 +36,13 @@ static void fit_nic(struct ry_chooser *c, const struct ry_recent *k)
         }
     for (int i = 0; i < RY_CHOOSER_RECENT; i++) /* estimated by the model as it was */
         c->recent[i].number = UINT64_MAX;
+    return true;
 }
 
 /* Of an exchange that will not be told of any more. Not if it ran under another load than was thought (cost.h). */
 static void learn_of(struct ry_chooser *c, const struct ry_recent *k)
 {
-    if (k->slope > 0 && isfinite(k->least) && k->load == RY_ALONE && ry_load_kind_of(&k->beside) == RY_ALONE && !c->config.model.measured)
-        fit_nic(c, k);
-    if (k->number == UINT64_MAX)
+    if (fit_nic(c, k))
         return;
     if (ry_load_kind_of(&k->beside) == k->load)
         ry_cost_learn(&c->learned[k->load], k->strategy, k->busiest, k->us, k->least);
@@ -126,7 +110,7 @@ void ry_chooser_remember_plain(struct ry_chooser *c, uint64_t number)
     plain.model_us[RY_DIRECT] = ry_cost_estimate(m, c->config.map, c->loads, NULL, RY_DIRECT);
     ry_chooser_remember(c, number, &plain);
     struct ry_recent *k = &c->recent[number % RY_CHOOSER_RECENT];
-    if (k->busiest >= LARGE)
+    if (!m->measured)
         k->slope = ry_cost_nic_slope(m, c->config.map, c->loads);
 }
 

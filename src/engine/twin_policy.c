@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "fit.h"
 #include "plan/cost_replica.h"
 #include "ucx/carrier.h"
 
@@ -23,7 +24,6 @@
 #define CLASSES 64
 #define FORGETS 1.02 /* by so much a measured ratio may rise with each new one */
 #define PROMISE 32   /* exchanges measured each for itself in which no twin went as is best for it, after which none is expected to */
-#define LARGE (256u << 10) /* bytes: what shorter exchanges take says nothing of a NIC's bandwidth */
 
 enum way { APART, TOGETHER, WAYS };
 
@@ -48,14 +48,14 @@ struct ry_twin_chooser {
         uint64_t tried[WAYS], since[WAYS];
         uint64_t others[RY_STRATEGIES]; /* measured each for itself since one went so */
     } size[CLASSES];
-    bool measured_any;
+    struct ry_fit fit;
     struct recent {
         uint64_t number;
         int class, way, reported;
         uint64_t as; /* enum ry_strategy; RY_STRATEGIES: ranks went different ways */
-        double us[RY_STRATEGIES], least;
+        double us[RY_STRATEGIES], least, slope; /* slope: ry_cost_nic_slope() */
+        uint64_t busiest;
     } recent[RECENT];
-    uint64_t *measured; /* [n] */
 };
 
 static bool forced(const struct ry_twin_chooser *c)
@@ -116,8 +116,8 @@ struct estimate {
 /* How wrong the model is about a strategy: as measured, or else as about plain NCCL: what is wrong with links is wrong for all. */
 static double ratio_of(const struct size *k, enum ry_strategy s)
 {
-    s = k->known[s].samples >= TRIES ? s : RY_DIRECT;
-    return k->known[s].samples >= TRIES ? k->known[s].ratio : 1;
+    s = k->known[s].samples >= RY_COST_ENOUGH ? s : RY_DIRECT;
+    return k->known[s].samples >= RY_COST_ENOUGH ? k->known[s].ratio : 1;
 }
 
 /*
@@ -155,13 +155,18 @@ static void note(struct ry_twin_chooser *c, const struct recent *k)
 {
     if (k->as >= RY_STRATEGIES)
         return;
+    if (k->as == RY_DIRECT && ry_fit_note(&c->fit, &c->config.model, k->busiest, k->slope, k->us[RY_DIRECT], k->least)) {
+        memset(c->size, 0, sizeof c->size); /* that was by another model */
+        for (int i = 0; i < RECENT; i++)
+            c->recent[i].number = UINT64_MAX;
+        return;
+    }
     struct size *z = &c->size[k->class];
     double ratio = k->least / k->us[k->as];
     for (int s = 0; s < RY_STRATEGIES && k->way == APART; s++)
         z->others[s] = s == (int)k->as ? 0 : z->others[s] + 1;
     if (!(ratio > 0) || !isfinite(ratio))
         return;
-    c->measured_any = true;
     z->known[k->as].ratio = z->known[k->as].samples++ ? fmin(z->known[k->as].ratio * FORGETS, ratio) : ratio;
 }
 
@@ -172,17 +177,17 @@ static void learn(struct ry_twin_chooser *c)
     for (int r = 0; r < c->n; r++) {
         const struct ry_twin_side *s = &c->sides[r];
         agreement = fmax(agreement, s->messages_us);
-        if (!s->measured || s->measured == c->measured[r])
-            continue;
-        c->measured[r] = s->measured;
-        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
-        if (k->number != s->measured - 1 || !(s->measured_us > 0))
-            continue;
-        uint64_t as = k->way == TOGETHER ? RY_REPLICA : s->measured_as;
-        k->least = fmin(k->least, s->measured_us);
-        k->as = !k->reported || k->as == as ? as : RY_STRATEGIES;
-        if (++k->reported == c->n)
-            note(c, k);
+        for (int i = 0; i < RY_TOOK; i++) {
+            const struct ry_twin_took *t = &s->took[i];
+            struct recent *k = &c->recent[(t->number - 1) % RECENT];
+            if (!t->number || k->number != t->number - 1 || !(t->us > 0))
+                continue;
+            uint64_t as = k->way == TOGETHER ? RY_REPLICA : t->as;
+            k->least = fmin(k->least, t->us);
+            k->as = !k->reported || k->as == as ? as : RY_STRATEGIES;
+            if (++k->reported == c->n)
+                note(c, k);
+        }
     }
     if (agreement > 0)
         c->config.model.agreement_us = agreement;
@@ -193,6 +198,12 @@ static void remember(struct ry_twin_chooser *c, uint64_t number, const struct es
     struct recent *k = &c->recent[number % RECENT];
     *k = (struct recent){.number = number, .class = e->class, .way = way, .least = INFINITY};
     memcpy(k->us, e->model_us, sizeof k->us);
+    k->busiest = ry_cost_busiest(c->config.map, c->loads);
+    k->slope = way == APART && !c->config.model.measured ? ry_cost_nic_slope(&c->config.model, c->config.map, c->loads) : 0;
+}
+
+static void count(struct ry_twin_chooser *c, const struct estimate *e, enum way way)
+{
     c->size[e->class].tried[way]++;
     c->size[e->class].since[way] = 0;
     c->size[e->class].since[!way]++;
@@ -218,21 +229,6 @@ static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, 
     return best;
 }
 
-/* Before anything was measured here, and where nobody measured the links: plain NCCL's time says how fast the NIC is. */
-static void fit_nic(struct ry_twin_chooser *c)
-{
-    double plain = INFINITY;
-    for (int r = 0; r < c->n; r++)
-        plain = fmin(plain, c->sides[r].plain_us > 0 ? c->sides[r].plain_us : INFINITY);
-    if (c->config.model.measured || c->measured_any || !isfinite(plain) || ry_cost_busiest(c->config.map, c->loads) < LARGE)
-        return;
-    struct ry_cost_model *m = &c->config.model;
-    double slope = ry_cost_nic_slope(m, c->config.map, c->loads),
-           times = 1 + (plain - (ry_cost_estimate(m, c->config.map, c->loads, NULL, RY_DIRECT) - m->agreement_us)) / slope;
-    if (slope > 0 && isfinite(times))
-        ry_cost_slow_nic(m, fmin(fmax(times, 1 / 16.0), 1000));
-}
-
 /* ---- what the agreement asks ---- */
 
 /* Before anything was measured the model may be a guess: where agreeing is cheap it is tried. */
@@ -254,10 +250,11 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
         return false;
     if (forced(c))
         return true;
+    learn(c);
+    estimate(c, &e);
+    remember(c, number, &e, APART); /* it passes, and is timed */
     const char *why = differ(c, NULL, text, sizeof text);
     if (!why) {
-        fit_nic(c);
-        estimate(c, &e);
         bool faster = e.us[TOGETHER] < e.us[APART] * (1 - MARGIN);
         why = c->skip > 0 ? "it did not pay lately" : !faster && !to_find_out(c, &e) ? "it would not be faster" : NULL;
         c->skip -= c->skip > 0;
@@ -354,6 +351,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     estimate(c, e);
     enum way way = forced(c) ? TOGETHER : choose_way(c, e, &trial);
     remember(c, x->number, e, way);
+    count(c, e, way);
     c->order.timed = trial;
     c->order.chunks = (uint32_t)e->chunks;
     c->order.plain_us = e->us[APART];
@@ -415,8 +413,7 @@ struct ry_twin_chooser *ry_twin_chooser_new(const struct ry_twin_config *config,
 {
     struct ry_twin_chooser *c = calloc(1, sizeof *c);
     size_t n = (size_t)config->map->nranks;
-    if (!c || !(c->sides = calloc(n, sizeof *c->sides)) || !(c->loads = calloc(n, sizeof *c->loads)) ||
-        !(c->measured = calloc(n, sizeof *c->measured))) {
+    if (!c || !(c->sides = calloc(n, sizeof *c->sides)) || !(c->loads = calloc(n, sizeof *c->loads))) {
         ry_twin_chooser_free(c);
         return ry_fail(err, "out of memory for the choices of %zu ranks", n), NULL;
     }
@@ -435,7 +432,6 @@ void ry_twin_chooser_free(struct ry_twin_chooser *c)
         return;
     free(c->sides);
     free(c->loads);
-    free(c->measured);
     free(c);
 }
 

@@ -60,8 +60,8 @@ struct ry_twins {
     struct ry_waits messages, digests;
     _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
     _Atomic uint64_t went[64];  /* the latest not carried out together: number * 16 + how it was (enum ry_strategy) */
-    _Atomic uint64_t measured, measured_as;
-    _Atomic double measured_us, plain_us;
+    _Atomic double us[64];      /* what those that were asked about took; 0: not known, or told */
+    _Atomic double plain_us;
 };
 
 /* ---- the group ---- */
@@ -314,6 +314,32 @@ static double digest_us(const struct ry_twins *t)
     return fmin(ry_waits_quantile(&t->digests, 0.1), MOST_DIGEST_US);
 }
 
+static uint64_t how_it_went(struct ry_twins *t, uint64_t number)
+{
+    uint64_t went = atomic_load(&t->went[number % 64]);
+    return went / 16 == number ? went % 16 : RY_REPLICA;
+}
+
+/* What became known since the last manifest: some at a time, since nobody looks for it at every exchange. */
+static void tell_durations(struct ry_twins *t, struct ry_twin_took took[RY_TOOK])
+{
+    for (int i = 0, n = 0; i < 64 && n < RY_TOOK; i++) {
+        double us = atomic_load(&t->us[i]);
+        uint64_t number = atomic_load(&t->asked[i]);
+        if (!(us > 0) || !number)
+            continue;
+        took[n++] = (struct ry_twin_took){number, how_it_went(t, number - 1), us};
+        atomic_store(&t->us[i], 0);
+    }
+}
+
+/* The yardmaster wants to know how long exchange `number` takes. */
+static void expect(struct ry_twins *t, uint64_t number)
+{
+    atomic_store(&t->us[number % 64], 0);
+    atomic_store(&t->asked[number % 64], number + 1);
+}
+
 static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffers *b, struct ry_twin_side *s)
 {
     memset(s, 0, sizeof *s); /* compared as it lies in memory */
@@ -324,9 +350,7 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
     s->node_comm = ry_node_comm_state(g->comm);
     s->cross = ry_across_state(t->r->across);
     s->cross_held = ry_across_held(t->r->across);
-    s->measured = atomic_load(&t->measured);
-    s->measured_us = atomic_load(&t->measured_us);
-    s->measured_as = atomic_load(&t->measured_as);
+    tell_durations(t, s->took);
     s->plain_us = atomic_load(&t->plain_us);
     s->messages_us = ry_waits_quantile(&t->messages, 0.5) + digest_us(t);
     if (g->twin == 0 && g->has_id)
@@ -415,6 +439,8 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
         return false;
     if (!(atomic_load_explicit(&t->c->face.hold, memory_order_acquire) & HOLD_BIT)) {
         tell(t, g, b, number);
+        expect(t, number); /* it passes */
+        wait->timed = true;
         return false;
     }
     if (!ask(t, g, x, b, number, &verdict, wait))
@@ -425,7 +451,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     }
     wait->timed = order.timed;
     ry_across_want(t->r->across, order.cross_wanted);
-    atomic_store(&t->asked[number % 64], number + 1);
+    expect(t, number);
     if (order.make && g->comm) {
         struct ry_nccl_id id;
         memcpy(id.bytes, order.id, sizeof id.bytes);
@@ -456,14 +482,10 @@ void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
 {
     if (!t)
         return;
-    uint64_t went = atomic_load(&t->went[number % 64]), as = went / 16 == number ? went % 16 : RY_REPLICA;
-    if (as == RY_DIRECT)
+    if (how_it_went(t, number) == RY_DIRECT)
         atomic_store(&t->plain_us, us);
-    if (atomic_load(&t->asked[number % 64]) != number + 1)
-        return;
-    atomic_store(&t->measured_us, us);
-    atomic_store(&t->measured_as, as);
-    atomic_store(&t->measured, number + 1);
+    if (atomic_load(&t->asked[number % 64]) == number + 1)
+        atomic_store(&t->us[number % 64], us);
 }
 
 /* ---- coming and going ---- */

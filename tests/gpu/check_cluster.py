@@ -766,7 +766,10 @@ class GridTest(unittest.TestCase):
 
     def test_plans(self):
         m = load("grid")
-        with tempfile.NamedTemporaryFile("w", suffix=".log") as f:
+        with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "output"), "w") as f:
+            with open(os.path.join(folder, "rank-1.log"), "w") as other:
+                other.write("railyard[h:2] plan: communicator 0af, exchange 13: direct: no good\n"
+                            "railyard[h:2] plan: twins 0af, exchange 14: each for itself: not all ranks have their communicator yet\n")
             f.write("railyard[h:1] plan: communicator 0af, exchange 12: dedup in 2 chunks (dedup 5 us)\n"
                     "railyard[h:1] plan: communicator 0af, exchange 13: direct (to find out: try 1 at exchanges of 8 KiB and up)\n"
                     "railyard[h:1] plan: communicator 0af, exchange 14: worth agreeing on (dedup)\n"
@@ -775,6 +778,7 @@ class GridTest(unittest.TestCase):
             f.flush()
             plans = m.Plans(f.name)
             self.assertEqual(plans.read(), [("dedup", False), ("direct", True), ("replica", False)])
+            self.assertTrue(plans.making)
             f.write("archical (x)\n")
             f.flush()
             self.assertEqual(plans.read(), [("hierarchical", False)])
