@@ -14,6 +14,7 @@
 
 #define MARGIN 0.05        /* that it must promise */
 #define CHEAP 0.05         /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define CLOSE 1.5          /* where each does better for itself than plain NCCL, replica is found out about only if it comes so close to that */
 #define TRIES 6            /* exchanges measured each way before what was measured decides */
 #define AGAIN 256          /* the way that is not chosen is tried again after so many */
 #define UNEQUAL 8          /* exchanges in a row whose bytes differ, after which nobody is asked any more for a while */
@@ -209,6 +210,13 @@ static void count(struct ry_twin_chooser *c, const struct estimate *e, enum way 
     c->size[e->class].since[!way]++;
 }
 
+/* Is it worth a try? Every exchange that goes by it where it is much slower loses much; once a few were measured that is known, and no guess. */
+static bool promising(const struct ry_twin_chooser *c, const struct estimate *e)
+{
+    bool guess = e->apart == RY_DIRECT && c->size[e->class].known[RY_REPLICA].samples < RY_COST_ENOUGH;
+    return isfinite(e->us[TOGETHER]) && (guess || e->us[TOGETHER] <= CLOSE * e->us[APART]);
+}
+
 /* The faster one; or, to find out, the one that is not known, or was not looked at for long. *trial: that is why. */
 static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, bool *trial)
 {
@@ -221,9 +229,9 @@ static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, 
     if (!isfinite(e->us[TOGETHER]))
         return *trial = false, APART;
     for (int w = 0; w < WAYS; w++)
-        if (samples[w] < TRIES && k->tried[w] < 2 * TRIES && k->tried[w] <= k->tried[!w])
+        if (samples[w] < TRIES && k->tried[w] < 2 * TRIES && k->tried[w] <= k->tried[!w] && (w == APART || promising(c, e)))
             return (enum way)w;
-    if (k->since[other] >= AGAIN)
+    if (k->since[other] >= AGAIN && (other == APART || promising(c, e)))
         return other;
     *trial = best == TOGETHER ? samples[TOGETHER] < TRIES : comes_to_it && k->tried[APART] < 2 * TRIES + 2 * PROMISE;
     return best;
@@ -237,7 +245,7 @@ static bool to_find_out(const struct ry_twin_chooser *c, const struct estimate *
     double plain = INFINITY;
     for (int r = 0; r < c->n; r++)
         plain = fmin(plain, c->sides[r].plain_us);
-    return isfinite(e->us[TOGETHER]) && c->config.model.agreement_us <= CHEAP * plain &&
+    return promising(c, e) && c->config.model.agreement_us <= CHEAP * plain &&
            c->size[e->class].tried[TOGETHER] < TRIES;
 }
 

@@ -368,6 +368,31 @@ START_TEST(each_comes_to_it)
     ck_assert_int_lt(i, 100); /* and nobody is asked about twins any more */
     ck_assert_int_le(replica, 12);
     stop();
+    start(-1, 300, 0); /* where each does far better for itself already, replica is not even tried */
+    packed = bytes / 16;
+    alone = RY_DEDUP;
+    for (i = 0; i < 20; i++, number++) {
+        fill();
+        for (int r = 0; r < N; r++)
+            side[r].plain_us = us[RY_DIRECT];
+        ck_assert(!worth());
+    }
+    for (last = 0, i = 0; i < 60 && !last; i++) {
+        fill();
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        took(us[RY_DEDUP]);
+    }
+    ck_assert(last);
+    stop();
+    start(-1, 1e6, 0); /* the model thinks that it comes close, which is known to be wrong as soon as a few were measured */
+    for (last = 0, replica = i = 0; i < 60 && !last; i++) {
+        fill();
+        int s = decide();
+        replica += s == RY_REPLICA;
+        took(s == RY_REPLICA ? 20000 : 3000);
+    }
+    ck_assert_int_le(replica, 5);
+    stop();
     start(-1, 300, 0); /* they never do: then replica it is, which is better than plain NCCL */
     packed = bytes / 16;
     replica = 0;
