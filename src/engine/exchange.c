@@ -52,7 +52,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
+    now.passed = now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -303,7 +303,7 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     bool looks = !r->quit && !r->summing.plan && ry_look(c, r, b, &now.rows, now.number, x->held);
     if (!x->held)
         ry_look_expect(r, &now.rows, x->rank);
-    if (!r->talk || ry_talk_passes(r->talk, now.number)) {
+    if (!r->talk || now.passed || ry_talk_passes(r->talk, now.number)) {
         r->searched.aside |= looks; /* the engagement has just ended */
         ry_look_done(c, r, &now.rows, false, NULL, false);
         return false;
@@ -349,7 +349,7 @@ static void tell_own(struct comm *c, struct reissue *r, const struct ry_exchange
     double waited;
     bool observes = observing(c);
     ry_look_expect(r, &now.rows, x->rank);
-    if (ry_talk_passes(r->talk, now.number))
+    if (now.passed || ry_talk_passes(r->talk, now.number))
         return;
     if (observes) {
         struct ry_side side = side_of(c, r, x, NULL);
@@ -392,6 +392,29 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     return true;
 }
 
+/*
+ * Short ones, one after the other, of which nothing is recorded and nobody asks: all that is found out about rows would be for nothing, and what
+ * that costs is mostly code and data that are not in the caches. No search is made for so few bytes, but on demand of a verdict. Between a
+ * short one and a long one all is looked at: their ratio tells how wide rows are.
+ */
+static bool passes_quietly(struct comm *c, struct reissue *r, const struct ry_exchange *x)
+{
+    uint64_t sent = 0, got = 0;
+    for (int p = 0; p < x->nranks; p++) {
+        sent += r->send[p];
+        got += r->recv[p];
+    }
+    bool before = r->short_before;
+    r->short_before = sent < RY_LOOK_BYTES && got < RY_LOOK_BYTES;
+    if (!before || !r->short_before || !r->talk || c->record || x->held || now.redirected || r->searched.aside || r->pairs.combine.sum)
+        return false;
+    now.passed = ry_talk_passes(r->talk, now.number);
+    if (!now.passed || !ry_twins_pass(r->twins, now.number))
+        return false;
+    ry_row_width_note(&c->rows, x->send_count, x->recv_count);
+    return true;
+}
+
 /* `x` as the job has it; `y` as it goes: the same, unless it was redirected. */
 static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_exchange *y, int *result)
 {
@@ -400,13 +423,14 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
     struct ry_buffers b;
     if (r)
         b = ry_exchange_describe(r, y);
-    if (r || c->record)
+    bool quietly = r && passes_quietly(c, r, y);
+    if ((r || c->record) && !quietly)
         ry_look_see(c, r, x, &now.rows);
     now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&
               ry_contention_wants(ry_engine.contention, c->seat_beside, ry_now_ns(), c->record != NULL);
     if (now.met)
         ry_sampler_clock(ry_engine.sampler);
-    if (r) {
+    if (r && !quietly) {
         taken = by_twins(c, r, y, &b, result);
         if (!taken) {
             ry_sum_begin(c, r, &b, &now.rows, now.number, y->held && !now.redirected);
@@ -415,7 +439,7 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
         }
     }
     /* nobody asks how long others take */
-    if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins))))
+    if (!taken && (c->record || now.strategy || now.timed || now.met))
         start_clock(c, y, r);
     return taken;
 }

@@ -50,6 +50,7 @@ struct ry_twins {
     struct group *group;  /* NULL: no twin is known */
     int made;
     uint64_t window;                      /* of the latest */
+    uint64_t look_at;                     /* exchange at which it is looked who is there */
     bool engaged;                         /* it has been: so it has on all of its ranks */
     struct ry_node_comm *retired[GROUPS]; /* of groups before: what was enqueued on them may not be over yet */
     int nretired;
@@ -422,6 +423,14 @@ static void plan(const struct group *g, const struct ry_twin_order *order, struc
         ry_run_localize(v->plan, g->twins);
 }
 
+/* Dense at first, then one in a thousand. */
+static bool look_due(struct ry_twins *t, uint64_t number)
+{
+    if (t->look_at < number)
+        t->look_at = ry_agree_next_seen(0, number);
+    return t->look_at == number && !forbidden();
+}
+
 bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
                     uint64_t packed, struct ry_twins_verdict *v, struct ry_twins_wait *wait)
 {
@@ -432,7 +441,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     if (!t || t->off)
         return false;
     t->packed = packed;
-    if (ry_agree_next_seen(0, number) == number && !forbidden()) /* dense at first, then one in a thousand */
+    if (look_due(t, number))
         look(t, number);
     struct group *g = t->group;
     if (!g || ry_talk_passes(g->talk, number))
@@ -467,9 +476,9 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     return true;
 }
 
-bool ry_twins_known(const struct ry_twins *t)
+bool ry_twins_pass(struct ry_twins *t, uint64_t number)
 {
-    return t && t->group;
+    return !t || t->off || (!look_due(t, number) && (!t->group || ry_talk_passes(t->group->talk, number)));
 }
 
 void ry_twins_went(struct ry_twins *t, uint64_t number, int strategy)
