@@ -744,6 +744,16 @@ class GridTest(unittest.TestCase):
         todo, out, planned = m.plan(a, a.rows, 400)
         self.assertTrue(todo and out and planned <= 400)
         self.assertEqual(len(m.parse(["--only", "*/8MiB/d0.5/r1", "--only", "2x1/even/*"]).rows), 12 + 11)
+        self.assertGreater(len(todo), 60)
+        self.assertEqual(m.budgets(a, a.rows), math.ceil(m.budgets(a, a.rows)))
+        self.assertGreater(m.budgets(a, a.rows), m.budgets(m.parse(["--budget", "1000"]), a.rows))
+        self.assertEqual(m.budgets(m.parse(["--budget", "20"]), a.rows), math.inf)  # some row is never reached
+        e = m.parse(["--emulated", "--nic", "1gbit"])
+        self.assertEqual(len(e.rows), len(a.rows))
+        bed = m.bed_of(e)
+        argv = bed.command(2, 2, "/f", ["A=b"], True, 9, ["p", "q"])
+        self.assertEqual(argv[argv.index("--nic") + 1], "1")
+        self.assertEqual((argv[-3:], argv.count("--preload"), m.bed_of(a)), (["/f", "p", "q"], 1, None))
 
     def test_judge(self):
         m = load("grid")
@@ -763,6 +773,22 @@ class GridTest(unittest.TestCase):
         off = [m.judge([{w: math.exp(rng.gauss(0, 0.1)) for w in ("plain", "a", "b", "c", "d", "plain-auto", "auto")} for _ in range(12)], list("abcd"))["auto_to_best"][0]
                for _ in range(60)]
         self.assertLess(abs(sum(map(math.log, off)) / len(off)), 0.02)
+
+    def test_decided(self):
+        m = load("grid")
+        rng = random.Random(2)
+
+        def rounds(n, noise, auto):
+            return [{w: v * math.exp(rng.gauss(0, noise)) for w, v in {"plain": 1000, "dedup": 500, "plain-auto": 1000, "auto": auto}.items()} for _ in range(n)]
+
+        def often(n, noise, auto):
+            return sum(m.decided(rounds(n, noise, auto), ["dedup"]) for _ in range(6))
+        self.assertEqual(often(8, 0.005, 500), 6)  # it holds
+        self.assertEqual(often(8, 0.005, 560), 6)  # 12 % off the best
+        self.assertLessEqual(often(6, 0.05, 515), 1)  # 3 %, and noise of as much: few rounds tell nothing
+        # Just at the limit it is not to be decided at all; asked six times it may happen once in a while.
+        early = sum(any(m.decided(r[:n], ["dedup"]) for n in (6, 9, 14, 21, 31)) for r in (rounds(31, 0.03, 525) for _ in range(12)))
+        self.assertLessEqual(early, 3)
 
     def test_plans(self):
         m = load("grid")
