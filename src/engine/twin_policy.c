@@ -397,8 +397,9 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
                last ? "; not asked any more" : "");
     else
-        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us, by %s)%s",
-               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], ry_strategy_name(e.apart), *verify ? ", verified" : "");
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us, by %s)%s%s",
+               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], ry_strategy_name(e.apart), c->order.timed ? ": to find out" : "",
+               *verify ? ", verified" : "");
     return why ? RY_DIRECT : RY_REPLICA;
 }
 
