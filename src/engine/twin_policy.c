@@ -114,11 +114,15 @@ struct estimate {
     double model_us[RY_STRATEGIES]; /* as the model says, what is over when the clock starts left out */
 };
 
-/* How wrong the model is about a strategy: as measured, or else as about plain NCCL: what is wrong with links is wrong for all. */
+/* How wrong the model is about a strategy: as measured, or else as about plain NCCL, or replica: what is wrong with links is wrong for
+   all. */
 static double ratio_of(const struct size *k, enum ry_strategy s)
 {
-    s = k->known[s].samples >= RY_COST_ENOUGH ? s : RY_DIRECT;
-    return k->known[s].samples >= RY_COST_ENOUGH ? k->known[s].ratio : 1;
+    const enum ry_strategy asked[] = {s, RY_DIRECT, RY_REPLICA};
+    for (int i = 0; i < 3; i++)
+        if (k->known[asked[i]].samples >= RY_COST_ENOUGH)
+            return k->known[asked[i]].ratio;
+    return 1;
 }
 
 /*
@@ -154,8 +158,6 @@ static void estimate(struct ry_twin_chooser *c, struct estimate *e)
 
 static void note(struct ry_twin_chooser *c, const struct recent *k)
 {
-    if (k->as >= RY_STRATEGIES)
-        return;
     if (k->as == RY_DIRECT && ry_fit_note(&c->fit, &c->config.model, k->busiest, k->slope, k->us[RY_DIRECT], k->least)) {
         memset(c->size, 0, sizeof c->size); /* that was by another model */
         for (int i = 0; i < RECENT; i++)
@@ -163,9 +165,11 @@ static void note(struct ry_twin_chooser *c, const struct recent *k)
         return;
     }
     struct size *z = &c->size[k->class];
-    double ratio = k->least / k->us[k->as];
     for (int s = 0; s < RY_STRATEGIES && k->way == APART; s++)
         z->others[s] = s == (int)k->as ? 0 : z->others[s] + 1;
+    if (k->as >= RY_STRATEGIES) /* each its own way: how long it took says nothing of any */
+        return;
+    double ratio = k->least / k->us[k->as];
     if (!(ratio > 0) || !isfinite(ratio))
         return;
     z->known[k->as].ratio = z->known[k->as].samples++ ? fmin(z->known[k->as].ratio * FORGETS, ratio) : ratio;
@@ -231,6 +235,10 @@ static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, 
     for (int w = 0; w < WAYS; w++)
         if (samples[w] < TRIES && k->tried[w] < 2 * TRIES && k->tried[w] <= k->tried[!w] && (w == APART || promising(c, e)))
             return (enum way)w;
+    /* Some twins have come to it and some have not yet, or none: what may be best is not left before it was measured. */
+    if (e->apart != RY_DIRECT && k->known[e->apart].samples < TRIES && k->tried[APART] < 2 * TRIES + PROMISE &&
+        e->us[APART] <= CLOSE * e->us[TOGETHER])
+        return APART;
     if (k->since[other] >= AGAIN && (other == APART || promising(c, e)))
         return other;
     *trial = best == TOGETHER ? samples[TOGETHER] < TRIES : comes_to_it && k->tried[APART] < 2 * TRIES + 2 * PROMISE;

@@ -415,6 +415,27 @@ START_TEST(each_comes_to_it)
 }
 END_TEST
 
+/* One twin does early what is best for each, the others later: until all do, nothing is known of it, and it is not left for replica. */
+START_TEST(some_come_later)
+{
+    start(-1, 300, 0);
+    packed = bytes / 3; /* as much as replica leaves out, by the model */
+    int replica = 0;
+    for (int i = 0; i < 200 && !last; i++) {
+        fill();
+        int s = decide();
+        replica += s == RY_REPLICA;
+        alone = RY_DEDUP;
+        took(s == RY_REPLICA ? 4200 : i < 30 ? 8000 : 2500);
+        for (int r = EACH; r < N && i < 30; r++)
+            side[r].took[r % RY_TOOK].as = RY_DIRECT;
+    }
+    ck_assert(last);
+    ck_assert_int_le(replica, 12);
+    stop();
+}
+END_TEST
+
 START_TEST(given_up)
 {
     start(-1, 3000, 0);
@@ -443,6 +464,7 @@ int main(void)
     tcase_add_test(t, knows_plain);
     tcase_add_test(t, repeated_rows);
     tcase_add_test(t, each_comes_to_it);
+    tcase_add_test(t, some_come_later);
     tcase_add_test(t, given_up);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
