@@ -11,7 +11,7 @@ are tensor-parallel or not), and its expert-parallel groups lie across (use_data
 N + 1, ...: twins that send the same bytes. That they do is looked at in every step and left in train.json ("twins").
 
 The layer exchanges equal splits: every expert has as many places for each rank's tokens, and those that stay free are rows of
-zeros. No second exchange tells how wide a row is, so Railyard has to be told: RAILYARD_ROW_BYTES = 2 x hidden.
+zeros. No second exchange tells how wide a row is, so Railyard has to be told: RAILYARD_ROW_BYTES = 2 x hidden (4 x with --fp32).
 """
 import moe_job  # before torch: what must be set first
 
@@ -103,6 +103,7 @@ class Layer(nn.Module):
     def __init__(self, a, rank, world, key, tp):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(a.hidden), nn.LayerNorm(a.hidden)
+        self.dtype = torch.float32 if a.fp32 else torch.bfloat16
         heads = max(1, a.hidden // 64)
         self.attention = HeadsOfMine(a.hidden, heads, key, tp) if tp.size > 1 else Attention(a.hidden, heads, key)
         rank, world, self.given = rank // tp.size, world // tp.size, None
@@ -121,8 +122,8 @@ class Layer(nn.Module):
         self.experts = list(inner.experts.parameters())
 
     def forward(self, x):
-        x = x + self.attention(self.norm1(x).to(torch.bfloat16)).float()
-        self.given = self.norm2(x).to(torch.bfloat16)
+        x = x + self.attention(self.norm1(x).to(self.dtype)).float()
+        self.given = self.norm2(x).to(self.dtype)
         y, balance, _ = self.moe(self.given)
         return x + y.float(), balance
 
@@ -133,14 +134,14 @@ class Model(nn.Module):
         self.embed = nn.Parameter(seeded((moe_job.vocabulary(a), a.hidden), 0.02, a.seed, "embed"))
         self.place = nn.Parameter(seeded((a.seq, a.hidden), 0.02, a.seed, "place"))
         self.layers = nn.ModuleList([Layer(a, rank, world, (a.seed, i), tp) for i in range(a.layers)])
-        self.norm = nn.LayerNorm(a.hidden)
+        self.norm, self.dtype = nn.LayerNorm(a.hidden), torch.float32 if a.fp32 else torch.bfloat16
 
     def forward(self, tokens):
         x, total = F.embedding(tokens, self.embed) + self.place, 0.0
         for layer in self.layers:
             x, balance = layer(x)
             total = total + balance
-        return F.linear(self.norm(x).to(torch.bfloat16), self.embed.to(torch.bfloat16)).float(), total
+        return F.linear(self.norm(x).to(self.dtype), self.embed.to(self.dtype)).float(), total
 
 
 def main():
@@ -174,10 +175,16 @@ def main():
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config={
             "train_micro_batch_size_per_gpu": a.batch, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 0}})[0]
 
+    ended = moe_job.over_nccl(a, model.layers[0].moe.deepspeed_moe.ep_group)  # there by now: the engine's, or the layers' own
+
+    kept = {}
+
     def step_of_engine(tokens, labels, place):
         logits, balance = engine(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1))
         engine.backward(loss + 0.01 * balance)
+        if a.gradients:  # the engine forgets them
+            kept.update({n: torch.zeros_like(q) if q.grad is None else q.grad.clone() for n, q in model.named_parameters()})
         engine.step()
         return loss
 
@@ -217,9 +224,13 @@ def main():
 
     if rank == 0:
         print("deepspeed_moe: DeepSpeed %s, %d experts over %d ranks" % (deepspeed.__version__, a.experts, world), flush=True)
-    moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters(), optimizer.param_groups,
+    def gradients():
+        return kept if a.engine else {n: q.grad for n, q in model.named_parameters()}
+
+    moe_job.train("deepspeed_moe", a, rank, world, device, step_of_engine if a.engine else step, model.parameters(), optimizer.param_groups, gradients,
                   data=(rank // a.tp, world // a.tp), more=twins)
     moe_job.save(a, rank, model)
+    ended()
     dist.destroy_process_group()
 
 

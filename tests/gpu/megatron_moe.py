@@ -34,7 +34,6 @@ def main():
     p.add_argument("--heads", type=int, default=0, help="default: one for each 64 of hidden")
     p.add_argument("--capacity", type=float, default=0, help="drop tokens beyond this factor and pad to it: equal splits (0: dropless)")
     p.add_argument("--balance", type=float, default=0, help="coefficient of a balance loss over all ranks' tokens (0: none)")
-    p.add_argument("--fp32", action="store_true", help="instead of bf16")
     a = p.parse_args()
     rank, world, device = moe_job.begin(a)
     if a.cpu:
@@ -42,6 +41,7 @@ def main():
     # No device_id: bound to a device, each of the dozens of groups that Megatron makes would build its communicator at once, used or not.
     dist.init_process_group("gloo" if a.cpu else "nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=world, create_gloo_process_groups=False)
+    ended = moe_job.over_nccl(a, parallel_state.get_expert_model_parallel_group())
     if not a.cpu:
         model_parallel_cuda_manual_seed(a.seed)
     dtype = torch.float32 if a.fp32 else torch.bfloat16
@@ -83,6 +83,7 @@ def main():
 
     moe_job.train("megatron_moe", a, rank, world, device, step, model.parameters(), optimizer.param_groups, gradients)
     moe_job.save(a, rank, model.module)
+    ended()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -65,7 +65,10 @@ def options(what, **defaults):
                    help="with --loader: the same samples in every step of all ranks, dealt to ranks and slots in another order")
     p.add_argument("--gradients", type=int, default=0, metavar="N", help="leave each rank's gradients of the last N steps in OUT")
     p.add_argument("--release", action="store_true", help="after a turn, give memory back that the next one will want: for many jobs on a GPU")
+    p.add_argument("--fp32", action="store_true", help="instead of bf16")
     p.add_argument("--cpu", action="store_true", help="on CPUs over gloo, to try the drivers out: nothing is measured")
+    p.add_argument("--emulated", action="store_true", help="the same, as a rank of `railyard emu`: the expert-parallel group's all-to-alls go "
+                   "over the emulated NCCL")
     p.add_argument("--out", metavar="DIR", help="where train.json goes")
     p.add_argument("--load", metavar="DIR", help="weights that an equal job left there, of as many ranks or others")
     p.add_argument("--save", metavar="DIR", help="leave the weights there, each rank its own")
@@ -120,6 +123,7 @@ def vocabulary(a):
 def begin(a):
     """The process group and the device: (rank, world, device)."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    a.cpu = a.cpu or a.emulated
     if a.experts % world:
         raise SystemExit("moe_job: %d experts cannot be dealt evenly to %d ranks" % (a.experts, world))
     if a.cpu:
@@ -227,11 +231,23 @@ def train(name, a, rank, world, device, step, parameters, groups=(), gradients=N
             name, world, result["device"], steps, mean[0], mean[-1], mean[-1].hex(), median * 1e3), flush=True)
 
 
+LIVE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "live")
+
+
 def on_cpu():
     """Megatron-core, which has no CPU mode, as the live tests run it on CPUs."""
-    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "live"))
+    sys.path.insert(0, LIVE)
     import megatron_cpu
     megatron_cpu.on_cpu()
 
 
-__all__ = ["VOCAB", "begin", "load", "on_cpu", "options", "save", "train", "vocabulary", "weights"]
+def over_nccl(a, group):
+    """With --emulated, the group's all-to-alls go over the emulated NCCL; what ends that, when training is over."""
+    if not a.emulated:
+        return lambda: None
+    sys.path.insert(0, LIVE)
+    import emulated_group
+    return emulated_group.Nccl(torch, dist, group).end
+
+
+__all__ = ["VOCAB", "begin", "load", "on_cpu", "over_nccl", "options", "save", "train", "vocabulary", "weights"]

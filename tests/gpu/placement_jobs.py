@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 
-from turns import HERE, Failed, Job, cluster
+from turns import HERE, Emulated, Failed, Job, cluster
 
 NAME = "placement"
 FRAMEWORKS = {"megatron": "megatron_moe.py", "deepspeed": "deepspeed_moe.py"}
-PARTS = {"megatron": ("samples", "experts", "sum", "layer", "netmoe"), "deepspeed": ("samples", "experts")}
+PARTS = {"megatron": ("samples", "experts", "sum", "layer", "rides", "netmoe"), "deepspeed": ("samples", "experts")}
 LEARNED = ("framework", "top_k", "experts", "layers", "hidden", "ffn", "seq")  # what weights are of
 PLANNED = ("shape",)  # what the map is for, too
 
@@ -28,13 +28,21 @@ class Standing:
     """A cluster while its jobs run."""
 
     def __init__(self, a, nodes, gpus, nic):
+        self.emulated = a.emulated  # each job brings its own
         self.argv = ["up", "--name", NAME, "--nodes", str(nodes), "--gpus", str(gpus), *(["--nic", nic] if nic != "none" else []),
                      *(["--devices", a.devices] if a.devices else [])]
 
     def __enter__(self):
-        cluster(*self.argv)
+        if not self.emulated:
+            cluster(*self.argv)
+
+    def shape(self, nic):
+        if not self.emulated:
+            cluster("shape", "--name", NAME, *(["--nic", nic] if nic != "none" else []))
 
     def __exit__(self, *error):
+        if self.emulated:
+            return
         try:
             cluster("down", "--name", NAME)
         except Failed as e:
@@ -44,8 +52,18 @@ class Standing:
 def command(a, out, batch, more):
     return [a.python, os.path.join(HERE, FRAMEWORKS[a.framework]), "--out", out, "--loader", a.text,
             "--top-k", str(a.top_k), "--experts", str(a.experts), "--batch", str(batch), "--seq", str(a.seq), "--layers", str(a.layers),
-            "--hidden", str(a.hidden), "--ffn", str(a.ffn), *(["--cpu"] if a.cpu else []),
+            "--hidden", str(a.hidden), "--ffn", str(a.ffn), *(["--emulated"] if a.emulated else ["--cpu"] if a.cpu else []),
             *(["--balance", str(a.balance)] if a.framework == "megatron" else ["--engine"]), *a.train.split(), *more]
+
+
+def tool(a):
+    return os.path.abspath(os.path.join(a.build, "tools", "railyard", "railyard"))
+
+
+def job(a, label, nodes, gpus, folder, argv, env, preload, end, **more):
+    """A job on the cluster that is up, or emulated."""
+    return Job(NAME, label, nodes, gpus, folder, argv, env, preload, a.pin, max(60, end - time.monotonic()), patience=a.patience,
+               emulated=Emulated(tool(a), []) if a.emulated else None, **more)
 
 
 def adapter():
@@ -60,11 +78,17 @@ def homes(folder, label, name):
     return "RAILYARD_HOME_MODEL=" + path
 
 
+def exchanging(a, fp32=False):
+    """The environment of every job that Railyard is preloaded in."""
+    env = ["RAILYARD_STRATEGY=" + a.strategy, "RAILYARD_LOG=info", *(["RY_TEST_LATE=60"] if a.emulated else [])]
+    if a.framework == "deepspeed":
+        env.append("RAILYARD_ROW_BYTES=%d" % ((4 if "--fp32" in a.train or fp32 else 2) * a.hidden))  # equal splits: nothing else tells how wide a row is
+    return env
+
+
 def settings(a, folder):
     """{job: its environment}, in the order of the table; None: no Railyard."""
-    base = ["RAILYARD_STRATEGY=" + a.strategy, "RAILYARD_LOG=info"]
-    if a.framework == "deepspeed":
-        base.append("RAILYARD_ROW_BYTES=%d" % (2 * a.hidden))  # equal splits: nothing else tells how wide a row is
+    base = exchanging(a)
     batch = base + ["RAILYARD_PLACEMENT=batch"]
     experts = batch + ["RAILYARD_EXPERTS=" + os.path.join(folder, "plan.json")]
     exchanges = a.strategy if a.strategy != "dedup" else "dedup"
@@ -83,6 +107,8 @@ def settings(a, folder):
             jobs[label] = also + experts[len(base):] + [homes(folder, label, "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
     if "layer" in a.parts:
         jobs[exchanges + ", layer"] = base + ["RAILYARD_PLACEMENT=layer"]
+    if "rides" in a.parts:
+        jobs[exchanges + ", layer, rides"] = base + ["RAILYARD_PLACEMENT=layer", "RAILYARD_RESIDUAL=rides"]
     if "netmoe" in a.parts:  # whoever would be nearer to the experts moves, as if that were free
         jobs[exchanges + ", layer, moves free"] = base + ["RAILYARD_PLACEMENT=layer", "RY_TEST_FARE=0"]
     return jobs
@@ -102,10 +128,9 @@ def learn(a, folder, end):
     batch, began = max(1, a.learn_batch // (nodes * gpus)), time.monotonic()
     more = ["--steps", str(a.learn_steps), "--lr", str(a.learn_lr), "--lr-warmup", str(max(1, a.learn_steps // 20)),
             "--lr-decay", str(a.learn_steps), "--save", os.path.join(folder, "weights"), *a.learn_train.split()]
-    job = Job(NAME, "learn", nodes, gpus, folder, command(a, os.path.join(folder, "learn"), batch, more), a.env, None, a.pin,
-              max(60, end - time.monotonic()), turns=False, patience=a.patience)
-    finish(a, job, ())
-    r = job.result("train.json")
+    learning = job(a, "learn", nodes, gpus, folder, command(a, os.path.join(folder, "learn"), batch, more), a.env, None, end, turns=False)
+    finish(a, learning, ())
+    r = learning.result("train.json")
     losses = [float.fromhex(v) for v in r["losses"]]
     say("learned in %.0f s: %d steps of %d samples, loss %.3f -> %.3f, median step %.0f ms, %.1f GiB at most" % (
         time.monotonic() - began, len(losses), batch * nodes * gpus, losses[0], losses[-1], sorted(r["step_ms"])[len(losses) // 2],
@@ -119,10 +144,10 @@ def record(a, folder, end):
     env = [adapter(), "RAILYARD_STRATEGY=observe", "RAILYARD_PLACEMENT=watch", "RAILYARD_ROUTING=" + os.path.join(folder, "routing"),
            "RAILYARD_LOG=info"]
     steps = 2 + -(-a.record // (batch * nodes * gpus))  # the last ones are not read any more
-    job = Job(NAME, "record", nodes, gpus, folder, command(a, os.path.join(folder, "record"), batch, [
+    recording = job(a, "record", nodes, gpus, folder, command(a, os.path.join(folder, "record"), batch, [
         "--steps", str(steps), "--lr", str(a.lr / 100), "--seed", "2", "--load", os.path.join(folder, "weights")]),
-        a.env + env, a.preload, a.pin, max(60, end - time.monotonic()), turns=False, patience=a.patience)
-    told = finish(a, job, ("placement", "routing", "warning", "error", "place"))
+        a.env + env, a.preload, end, turns=False)
+    told = finish(a, recording, ("placement", "routing", "warning", "error", "place"))
     samples = 0
     if os.path.isfile(os.path.join(folder, "routing", "meta.json")):
         with open(os.path.join(folder, "routing", "meta.json")) as f:
@@ -137,9 +162,9 @@ def plan(a, folder):
     began = time.monotonic()
     with open(os.path.join(folder, "routing", "meta.json")) as f:
         samples = json.load(f)["samples"]
-    tool, batch = os.path.join(a.build, "tools", "railyard", "railyard"), a.batch * a.nodes * a.gpus
+    batch = a.batch * a.nodes * a.gpus
     held = min(samples // 2, max(samples // 8, batch))  # batches are drawn from these
-    argv = [tool, "plan", "--compare", "--map", os.path.join(folder, "plan.json"), "--homes", os.path.join(folder, "homes-planned"),
+    argv = [tool(a), "plan", "--compare", "--map", os.path.join(folder, "plan.json"), "--homes", os.path.join(folder, "homes-planned"),
             "--homes-unmoved", os.path.join(folder, "homes-unmoved"), "--nodes", str(a.nodes), "--gpus", str(a.gpus),
             "--fit", str(samples - held), "--batch", str(min(batch, held)), os.path.join(folder, "routing")]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -176,8 +201,8 @@ def prepare(a, folder, end):
     return plan(a, folder)
 
 
-def crossed(trace, since):
-    """(bytes that exchanges from the time `since` on had for other nodes, bytes that crossed, exchanges of a rank, how many by which
+def crossed(trace, since, until=1 << 63):
+    """(bytes that exchanges from the time `since` to `until` had for other nodes, bytes that crossed, exchanges of a rank, how many by which
     strategy by all ranks), over all ranks and communicators of a trace."""
     asked, saved, exchanges, strategies, node = 0, 0, {}, {}, {}
     paths = glob.glob(os.path.join(trace, "trace-*.jsonl"))
@@ -198,7 +223,7 @@ def crossed(trace, since):
         counted, rows = set(), {}
         for v in lines(path):
             key = (v.get("comm"), v.get("rank"), v.get("n"))
-            if v["t"] == "x" and v["wall_ns"] >= since:
+            if v["t"] == "x" and since <= v["wall_ns"] < until:
                 counted.add(key)
                 strategies[v.get("strategy", "-")] = strategies.get(v.get("strategy", "-"), 0) + 1
                 pairs = enumerate(v["send"]) if "send" in v else zip(v["send_pairs"][0::2], v["send_pairs"][1::2])

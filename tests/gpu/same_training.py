@@ -20,8 +20,8 @@ import statistics
 import time
 
 import figures
-from placement_jobs import NAME, adapter, command, homes, say
-from turns import Failed, Job
+from placement_jobs import adapter, command, exchanging, homes, job, say
+from turns import Failed
 
 BIN = 10  # steps
 TOLD = ("windows", "moves", "changed ranks", "warn", "error", " off")
@@ -31,16 +31,17 @@ def options(p):
     p.add_argument("--curve", type=int, nargs="?", const=300, default=0, metavar="STEPS", help="curves of losses of so many steps (300)")
     p.add_argument("--curve-batch", type=int, default=4, help="samples per rank and step there")
     p.add_argument("--curve-lr", type=float, default=3e-4)
+    p.add_argument("--at-once", type=int, metavar="N", help="so many of these jobs at a time; default: all, on CPUs one")
     p.add_argument("--curve-plain", type=int, default=5, metavar="N", help="plain runs, 3 at least")
     p.add_argument("--svg", metavar="FILE", help="the curves")
     p.add_argument("--gradients", action="store_true", help="gradients of one step, placed against unplaced")
     p.add_argument("--gradients-close", type=float, default=1e-3, help="how far a parameter's may be apart, as a part of its greatest")
 
 
-def placed(a, folder, label, kind):
-    env = ["RAILYARD_STRATEGY=" + a.strategy, "RAILYARD_LOG=info", adapter(), *a.railyard_env]
-    if kind == "layer":  # anywhere, whatever it costs: else it would hardly move anybody
-        return env + ["RAILYARD_PLACEMENT=layer", "RY_TEST_LAYERS=1"]
+def placed(a, folder, label, kind, fp32=False):
+    env = [*exchanging(a, fp32), adapter(), *a.railyard_env]
+    if kind in ("layer", "rides"):  # anywhere, whatever it costs: else it would hardly move anybody
+        return env + ["RAILYARD_PLACEMENT=layer", "RY_TEST_LAYERS=1"] + (["RAILYARD_RESIDUAL=rides"] if kind == "rides" else [])
     env.append("RAILYARD_PLACEMENT=batch")
     if kind == "batch":
         return env + [homes(folder, label, "homes-unmoved")]
@@ -48,25 +49,30 @@ def placed(a, folder, label, kind):
 
 
 def kinds(a):
-    return ["batch", "experts"] + (["layer"] if a.framework == "megatron" else [])
+    return ["batch", "experts"] + (["layer", "rides"] if a.framework == "megatron" else [])
 
 
 def run(a, folder, wanted, batch, more, end):
-    """All at the same time: {label: (job's folder, result, remarks)}. wanted: {label: (further arguments, environment or None)}."""
-    jobs, done = {}, {}
+    """As many as may at the same time: {label: (job's folder, result, remarks)}. wanted: {label: (further arguments, environment or
+    None)}."""
+    jobs, done, left = {}, {}, list(wanted.items())
     try:
-        for label, (extra, env) in wanted.items():
-            out = os.path.join(folder, label)
-            jobs[label] = Job(NAME, label, a.nodes, a.gpus, folder, command(a, out, batch, [
-                "--load", os.path.join(os.path.dirname(folder), "weights"), "--seed", "4", *more, *extra]), a.env + (env or []),
-                a.preload if env else None, a.pin, max(60, end - time.monotonic()), turns=False, patience=a.patience)
-        for label, job in jobs.items():
-            job.finish()
-            done[label] = (job.folder, job.result("train.json"), job.remarks())
+        while left or jobs:
+            while left and len(jobs) < a.at_once:
+                label, (extra, env) = left.pop(0)
+                out = os.path.join(folder, label)
+                jobs[label] = job(a, label, a.nodes, a.gpus, folder, command(a, out, batch, [
+                    "--load", os.path.join(os.path.dirname(folder), "weights"), "--seed", "4", *more, *extra]), a.env + (env or []),
+                    a.preload if env else None, end, turns=False)
+            label = next(iter(jobs))
+            one = jobs[label]
+            one.finish()
+            done[label] = (one.folder, one.result("train.json"), one.remarks())
+            del jobs[label]
     finally:
-        for job in jobs.values():
-            job.close()
-    return done
+        for one in jobs.values():
+            one.close()
+    return {label: done[label] for label in wanted}
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
@@ -121,7 +127,7 @@ def curve(a, folder, end):
         rows.append([label, "%.4f" % losses[label][0], "%.4f" % means(losses[label])[-1], "%.0f %%" % (100 * v["inside"]), "%.2e" % v["distance"],
                      "%.2f" % v["far"], "yes" if v["ok"] else "NO", "%.0f %%%s" % (100 * v["otherwise"], "" if same else ", OTHER SAMPLES")])
     said = ["%s: %s" % (label, m) for label in kinds(a) for m in done[label][2] if any(w in m for w in TOLD)]
-    text = "\n".join(said[:12] + ["%d steps of %d samples a rank, %s, rate %g, %.0f s for all at a time; means over %d steps" % (
+    text = "\n".join(said[:12] + ["%d steps of %d samples a rank, %s, rate %g, %.0f s for all of them; means over %d steps" % (
         a.curve, a.curve_batch, a.shape, a.curve_lr, time.monotonic() - began, BIN), figures.table(rows)])
     if a.svg:
         picture(a.svg, {label: means(v) for label, v in losses.items()}, plain)
@@ -210,7 +216,7 @@ def gradients(a, folder, end):
     os.makedirs(here, exist_ok=True)
     wanted = {"plain": ([], None), "plain, dealt otherwise": (["--reorder", "1"], None)}
     for kind in kinds(a):
-        wanted[kind] = ([], placed(a, folder, "gradients-" + kind, kind))
+        wanted[kind] = ([], placed(a, folder, "gradients-" + kind, kind, True))
     done = run(a, here, wanted, 1, ["--steps", str(steps), "--lr", "0", "--fp32", "--gradients", str(kept), "--show-samples"], end)
     with open(os.path.join(folder, "plan.json")) as f:
         order = json.load(f)["permutation"]
@@ -231,7 +237,7 @@ def gradients(a, folder, end):
                         "same_samples": same, "ok": good}
         ok = ok and good
         rows.append([label, " and ".join(map(str, chosen)),
-                     " and ".join("%d of %d" % (moved[s], world) for s in chosen) if label != "layer" else "moved between layers",
+                     " and ".join("%d of %d" % (moved[s], world) for s in chosen) if label not in ("layer", "rides") else "moved between layers",
                      "%.1e" % found[label]["median"], "%.1e" % worst[0][0], worst[0][1] if worst[0][0] else "", "%.1e" % max(losses),
                      "yes" if good else "NO" if same else "NO: OTHER SAMPLES"])
     said = ["%s: %s" % (label, m) for label in kinds(a) for m in done[label][2] if any(w in m for w in TOLD)]

@@ -7,7 +7,7 @@ goes over gloo. Works with and without librailyard.so in front.
 import ctypes
 import os
 
-FLOATS = {"torch.float32": 7, "torch.bfloat16": 9, "torch.int32": 2, "torch.int64": 4, "torch.float64": 8}  # ncclDataType_t
+FLOATS = {"torch.float32": 7, "torch.bfloat16": 9, "torch.int32": 2, "torch.int64": 4, "torch.float64": 8, "torch.uint8": 1, "torch.int8": 0}  # ncclDataType_t
 
 
 def _check(right, what):
@@ -22,18 +22,19 @@ class Id(ctypes.Structure):
 def _library():
     """librailyard.so, if it is in front, and else the emulated NCCL itself."""
     here = ctypes.CDLL(None)
-    return here if hasattr(here, "ncclGetUniqueId") else ctypes.CDLL(os.environ.get("RAILYARD_NCCL", "libnccl.so.2"))  # PyTorch may bring another
+    return here if hasattr(here, "railyard_pause") else ctypes.CDLL(os.environ.get("RAILYARD_NCCL", "libnccl.so.2"))  # PyTorch may bring another
 
 
 _communicators = {}  # by group
 _theirs = None  # torch.distributed.all_to_all_single as it was
 
 
-def _all_to_all_single(output, given, output_split_sizes=None, input_split_sizes=None, group=None, **more):
+def _all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
     nccl = _communicators.get(group)
     if nccl is None:
-        return _theirs(output, given, output_split_sizes, input_split_sizes, group=group, **more)
-    nccl.exchange(output, given, output_split_sizes, input_split_sizes)
+        return _theirs(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+    _check(not async_op, "nobody waits for it here")
+    nccl.exchange(output, input, output_split_sizes, input_split_sizes)
 
 
 class Nccl:
@@ -58,7 +59,7 @@ class Nccl:
             getattr(self.call, name).argtypes = [
                 ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
             ]
-        if dist.all_to_all_single is not _all_to_all_single:
+        if _theirs is None:
             _theirs = dist.all_to_all_single
             dist.all_to_all_single = torch.distributed.all_to_all_single = _all_to_all_single
         _communicators[group] = self

@@ -70,6 +70,75 @@ def curves(folder):
     assert len(xml.dom.minidom.parse(path).getElementsByTagName("polyline")) == 11
 
 
+FAKE = """#!/bin/sh
+# Stands in for the interpreter that runs placement: notes its call, leaves a folder, prints a table, fails when told to.
+echo "$@" >> calls
+while [ $# -gt 0 ]; do [ "$1" = --keep ] && keep=$2; shift; done
+part=$(basename "$keep")
+[ -e "$keep/old" ] && echo "an earlier try's folder is there" && exit 9
+mkdir -p "$keep/table/plain"; touch "$keep/old"; echo weights > "$keep/weights"; echo said > "$keep/table/plain/output"
+printf 'placement: noise\\nwhat it is\\n| table of %s |\\n' "$part"
+[ -e "fail-$part" ] && exit 2
+[ -e "odd-$part" ] && exit 1
+exit 0
+"""
+
+
+def all_parts(folder):
+    """placement_all: what it passes on is what placement knows; parts are run in order, once, and only while there is time; a failed one
+    again when asked to, from nothing; what comes back has tables and logs, and no weights."""
+    import importlib.machinery
+    import importlib.util
+    import subprocess
+    import tarfile
+    import types
+
+    def loaded(name):
+        path = os.path.join(os.path.dirname(same_training.__file__), name)
+        spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, path))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    sys.dont_write_bytecode = True
+    placement, every = loaded("placement"), loaded("placement_all")
+    for dry in (False, True):
+        for part, (_, needs, _, _) in every.PARTS.items():
+            a = types.SimpleNamespace(python="py", into="/i", build="b", text="/t", dry=dry, more=["--close", "0.5"])
+            parsed = placement.parse(every.argv(a, part)[2:] + ["--budget", "99"])
+            assert parsed.emulated == dry and parsed.close == 0.5 and parsed.keep == "/i/" + part
+            assert parsed.learned == (needs and "/i/" + needs) and (needs is None or list(every.PARTS).index(needs) < list(every.PARTS).index(part))
+            if needs:  # weights are of the same model
+                other = placement.parse(every.argv(a, needs)[2:])
+                assert all(getattr(parsed, k) == getattr(other, k) for k in placement_jobs.LEARNED), part
+
+    fake, into = os.path.join(folder, "fake"), os.path.join(folder, "into")
+    with open(fake, "w") as f:
+        f.write(FAKE)
+    os.chmod(fake, 0o755)
+
+    def call(status, parts, budget=10000, more=()):
+        done = subprocess.run([sys.executable, every.__file__, "--into", into, "--text", "t", "--python", fake, "--parts", parts, "--budget", str(budget),
+                               "--out", os.path.join(folder, "out"), *more], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == status, (done.returncode, status, done.stdout)
+        with open(os.path.join(folder, "calls")) as f:
+            return done.stdout, [os.path.basename(line.split(" --keep ")[1].split()[0]) for line in f]
+    open(os.path.join(folder, "fail-k2"), "w").close()
+    open(os.path.join(folder, "odd-curve"), "w").close()
+    out, calls = call(3, "learn,k2,gradients", budget=270)  # no time for k2
+    assert calls == ["learn", "gradients"], calls
+    assert "k2 is left" in out and "left for the next call: k2" in out and "| table of gradients |" in out and "noise\n== " not in out, out
+    out, calls = call(1, "learn,k2,gradients,curve,k8")
+    assert calls[2:] == ["k2", "curve"] and "failed: k2 curve" in out and "k8 is left: learn-k8 is not there" in out, out
+    assert call(1, "learn,k2,curve")[1] == calls, "what failed was run again unasked"
+    os.unlink(os.path.join(folder, "fail-k2"))
+    out, calls = call(1, "learn,k2,curve", more=["--again", "--", "--samples"])
+    assert calls[4:] == ["k2"] and "done: learn k2 curve; failed: curve;" in out, out
+    out, calls = call(0, "learn,k2")
+    assert len(calls) == 5
+    names = tarfile.open(os.path.join(folder, "out", "results.tgz")).getnames()
+    assert "k2.txt" in names and "k2/table/plain/output" in names and not any("weights" in n for n in names), names
+
+
 def dealt(folder):
     """Experts keep their numbers, and everything else its value, whoever holds it."""
     import moe_job
@@ -107,6 +176,8 @@ with tempfile.TemporaryDirectory() as folder:
     traces(folder)
 with tempfile.TemporaryDirectory() as folder:
     curves(folder)
+with tempfile.TemporaryDirectory() as folder:
+    all_parts(folder)
 try:
     import numpy  # noqa: F401
     import torch  # noqa: F401

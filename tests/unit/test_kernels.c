@@ -236,7 +236,8 @@ START_TEST(digests)
         digest_of(two, 2, a, false, before, answer);
         struct piece swapped[2] = {two[1], two[0]};
         digest_of(swapped, 2, a, false, got, answer);
-        ck_assert(first == i || memcmp(got, before, 16));
+        bool same = pieces[i].bytes == pieces[first].bytes && !memcmp(from + pieces[i].a, from + pieces[first].a, pieces[i].bytes);
+        ck_assert(same == !memcmp(got, before, 16)); /* pieces of a byte may well be the same */
         if (pieces[i].bytes > 1 && from[pieces[i].a + pieces[i].bytes - 1]) {
             two[0].bytes--;
             digest_of(two, 2, a, false, got, answer);

@@ -178,7 +178,7 @@ class Mover:
 
     def carried(self, micro: Micro, layer: int, states: Any) -> Any:
         """What dispatch carries instead of `states`, the hidden states' norms: themselves, where the residual rides along."""
-        return micro.held[layer] if micro.rides and layer in micro.held else states
+        return micro.held[layer].contiguous() if micro.rides and layer in micro.held else states  # as norms are
 
     def boarded(self, micro: Micro, layer: int, rows: Any, norm: Any, told: Callable[[], Any]) -> Any:
         """rows: what dispatch has brought. What experts get of it; told(): as combined() has it."""
@@ -188,7 +188,7 @@ class Mover:
             with self._stream(rows, behind=True):  # while experts compute
                 micro.rode[layer] = self.ride.told(*told())
         micro.residual[layer] = rows
-        return norm(rows)
+        return norm(rows) if rows.shape[0] else rows  # not every norm's kernel takes none
 
     def arrive(self, micro: Micro, layer: int, hidden: Any) -> Any:
         """Hidden states [s, b, …] as the layer's experts are to have them."""

@@ -221,6 +221,8 @@ def _set_up(model: Any, tokens: Any) -> None:
     if forced and mover is not None:
         mover.late = 60.0
         say.warn_once("layers-forced", "RY_TEST_LAYERS=%s: samples move for no reason" % forced)
+    if os.environ.get("RY_TEST_LATE") and mover is not None:  # for tests: seconds that decisions are waited for
+        mover.late = float(os.environ["RY_TEST_LATE"])
     if mover is not None and job.rank == 0 and offer["shape"][1] > 1:
         for f in megatron.findings(model.config, megatron._facts):
             if f.kind == adapt.WARN:
