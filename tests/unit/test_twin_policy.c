@@ -426,7 +426,7 @@ START_TEST(some_come_later)
         int s = decide();
         replica += s == RY_REPLICA;
         alone = RY_DEDUP;
-        took(s == RY_REPLICA ? 4200 : i < 30 ? 8000 : 2500);
+        took(s == RY_REPLICA ? 2600 : i < 30 ? 8000 : 1500);
         for (int r = EACH; r < N && i < 30; r++)
             side[r].took[r % RY_TOOK].as = RY_DIRECT;
     }
