@@ -5,6 +5,7 @@
 #ifndef RY_ENGINE_CHOOSER_H
 #define RY_ENGINE_CHOOSER_H
 
+#include "fit.h"
 #include "policy.h"
 #include "returns.h"
 
@@ -20,6 +21,7 @@ struct ry_recent {
     double least; /* duration measured by those who reported and had much to do */
     int reported; /* ranks */
     int load;     /* that it was expected to run under */
+    double slope; /* of plain NCCL's: ry_cost_nic_slope(); 0: not wanted */
     struct ry_beside beside; /* what it did run beside, of those who reported */
 };
 
@@ -30,6 +32,7 @@ struct ry_chooser {
     struct ry_policy_config config;
     char name[24];
     struct ry_cost_learned learned[RY_LOAD_KINDS];
+    struct ry_fit fit;
     struct ry_beside beside; /* of the exchange being decided */
     int load;
     struct ry_chooser_counts counts;
@@ -79,6 +82,8 @@ static inline int ry_load_kind_of(const struct ry_beside *b)
 void ry_chooser_learn(struct ry_chooser *c);
 /** A choice, until it is known how long it took. */
 void ry_chooser_remember(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice);
+/** The same for one that passes, timed, while nothing is agreed on: by plain NCCL. */
+void ry_chooser_remember_plain(struct ry_chooser *c, uint64_t number);
 /** Of the exchange at hand: the power of two of its busiest rank's bytes. */
 int ry_chooser_class(const struct ry_chooser *c);
 /** The strategy to be tried next in this class; -1: all are known, or it would cost too much. */

@@ -57,6 +57,7 @@ struct way {
     bool captured;
     bool redirected;      /* what goes is another exchange (redirect.h) */
     bool given_away;      /* take and end are, or were, done as one by ry_exchange_carry() */
+    bool passed;          /* its own yardmaster does not ask about it, and all is said */
     bool together;        /* with the communicator's twins */
     bool timed;           /* the yardmaster wants to know how long it takes */
     bool met;             /* so does who wants to know what runs beside what (contention.h) */
@@ -107,6 +108,7 @@ struct reissue {
     struct ry_slice slices[RY_STRATEGIES]; /* laid out at first use */
     uint64_t *send, *recv;                 /* [nranks] bytes of the exchange at hand */
     uintptr_t *send_at, *recv_at;
+    bool short_before; /* the exchange before had few bytes (exchange.c) */
     struct ry_habits habits;
     struct ry_repeats *repeats; /* [nnodes]: what the latest search found */
     struct searched searched;

@@ -52,7 +52,7 @@ void *ry_exchange_begin(void *handle, const struct ry_exchange *x)
         return NULL;
     now.number = x->ordinal; /* counts those, too, that were not told of here */
     now.wall_ns = c->record ? ry_wall_ns() : 0;
-    now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
+    now.passed = now.captured = now.together = now.timed = now.met = now.given_away = now.cross = now.redirected = false;
     now.strategy = NULL;
     now.verify = false;
     now.node = RY_NODE_NOTHING;
@@ -129,14 +129,23 @@ static void grow_staging(const struct comm *c, struct reissue *r, void *stream)
     r->staging_wanted = 0;
 }
 
-/* `repeats`: what was found equal in what goes to each node, or NULL. */
-static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
-                  const struct ry_repeats *repeats, struct ry_verdict *verdict)
+/* The yardmaster is to be told how long the exchange at hand takes. */
+static void expect_duration(struct reissue *r)
 {
-    struct ry_side side = {0}, seen;
-    bool able = x->held && !now.captured && !r->quit;
-    if (able)
-        grow_staging(c, r, x->stream);
+    uint64_t sent = 0, got = 0;
+    for (int p = 0; p < r->map->nranks; p++) {
+        sent += r->send[p];
+        got += r->recv[p];
+    }
+    atomic_store(&r->moved[now.number % 64].number, now.number + 1);
+    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
+    atomic_store(&r->moved[now.number % 64].us, 0);
+}
+
+/* `repeats`: what was found equal in what goes to each node, or NULL. */
+static struct ry_side side_of(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_repeats *repeats)
+{
+    struct ry_side side = {0};
     ry_durations_tell(r, side.took);
     side.messages_us = ry_waits_quantile(&r->messages, 0.5);
     side.node_comm = ry_later_node(c, ry_node_comm_state(r->node));
@@ -147,15 +156,39 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
         side.pack[i] = ry_plan_stage_pack(r->map, x->rank, (enum ry_strategy)i, r->send, r->send_at, repeats);
     ry_load_of(&side.load, r->map, x->rank, r->send, r->recv, repeats);
     side.load.beside = ry_contention_of(ry_engine.contention, c->seat_beside, ry_now_ns());
-    now.packed_out = side.load.packed_out;
     side.cannot_pack = !ry_run_packs(r->runner);
     side.row_bytes = repeats ? now.rows.bytes : 0;
     side.parts = repeats ? (uint64_t)ry_parts(&repeats[r->map->node[x->rank]]) : 0;
-    ry_sum_offer(r, &side);
-    seen = side;
+    return side;
+}
+
+/* Has this rank promised nothing to its own yardmaster? (The twins' has a bit of its own.) */
+static bool observing(const struct comm *c)
+{
+    return !(atomic_load_explicit(&c->face.hold, memory_order_acquire) & 1u);
+}
+
+/* What SEEN carries; `plain`: the exchange at hand is NCCL's, and will be timed. */
+static struct ry_seen seen_of(struct reissue *r, const struct ry_side *side, bool plain)
+{
+    struct ry_seen seen = {.side = *side, .own = side->load, .plain = plain};
     if (r->promising.saving > 0)
-        seen.load = r->promising.load, seen.load.beside = side.load.beside;
+        seen.side.load = r->promising.load, seen.side.load.beside = side->load.beside;
     r->promising.saving = 0;
+    return seen;
+}
+
+static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b,
+                  const struct ry_repeats *repeats, struct ry_verdict *verdict)
+{
+    bool able = x->held && !now.captured && !r->quit;
+    if (able)
+        grow_staging(c, r, x->stream);
+    struct ry_side side = side_of(c, r, x, repeats);
+    now.packed_out = side.load.packed_out;
+    ry_sum_offer(r, &side);
+    struct ry_seen seen = seen_of(r, &side, !now.captured);
+    bool observes = observing(c);
     struct ry_manifest m = {.not_me = !able || !ry_run_safe(b),
                             .one_call = x->one_call,
                             .type = x->type,
@@ -166,8 +199,13 @@ static bool agree(struct comm *c, struct reissue *r, const struct ry_exchange *x
                             .received = x->received,
                             .extra = r->manifest,
                             .extra_bytes = ry_side_pack(r->manifest, &side, r->map->nnodes, repeats)};
-    if (!ry_talk_exchange(r->talk, now.number, &m, &seen, sizeof seen, verdict, &now.waited_us))
+    if (!ry_talk_exchange(r->talk, now.number, &m, &seen, sizeof seen, verdict, &now.waited_us)) {
+        if (observes && !now.captured) { /* it was seen: how long does plain NCCL take? */
+            expect_duration(r);
+            now.timed = true;
+        }
         return false;
+    }
     now.late_us = (double)verdict->waited_ns / 1e3;
     ry_waits_add(&r->waits, now.waited_us);
     if (!verdict->last) /* where the end of the engagement decided, nobody knows what the wait was for */
@@ -203,7 +241,6 @@ static struct ry_plan *plan_of(struct reissue *r, const struct ry_verdict *verdi
 static void obey(struct reissue *r, const struct ry_verdict *verdict)
 {
     struct ry_order order = {0};
-    uint64_t sent = 0, got = 0;
     if (verdict->extra_bytes >= sizeof order)
         memcpy(&order, verdict->extra, sizeof order);
     r->staging_wanted = order.staging_wanted;
@@ -215,13 +252,7 @@ static void obey(struct reissue *r, const struct ry_verdict *verdict)
     if (order.parts && !r->pairs.combine.sum) /* sums are not made of parts */
         r->parts = (int)order.parts;
     now.plain_us = verdict->strategy == RY_DIRECT ? 0 : order.plain_us;
-    for (int p = 0; p < r->map->nranks; p++) {
-        sent += r->send[p];
-        got += r->recv[p];
-    }
-    atomic_store(&r->moved[now.number % 64].number, now.number + 1);
-    atomic_store(&r->moved[now.number % 64].bytes, sent > got ? sent : got);
-    atomic_store(&r->moved[now.number % 64].us, 0);
+    expect_duration(r);
 }
 
 /* Enqueue it, `plan` NULL telling that it could not be built, as `why` says. True: it is under way, and NCCL has nothing against it. */
@@ -272,7 +303,7 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     bool looks = !r->quit && !r->summing.plan && ry_look(c, r, b, &now.rows, now.number, x->held);
     if (!x->held)
         ry_look_expect(r, &now.rows, x->rank);
-    if (!r->talk || ry_talk_passes(r->talk, now.number)) {
+    if (!r->talk || now.passed || ry_talk_passes(r->talk, now.number)) {
         r->searched.aside |= looks; /* the engagement has just ended */
         ry_look_done(c, r, &now.rows, false, NULL, false);
         return false;
@@ -285,6 +316,7 @@ static bool reissue(struct comm *c, struct reissue *r, const struct ry_exchange 
     bool taken = false, agreed = agree(c, r, x, b, repeats, &verdict);
     if (agreed) {
         now.strategy = ry_strategy_name((enum ry_strategy)verdict.strategy);
+        ry_twins_went(r->twins, now.number, verdict.strategy);
         now.verify = verdict.verify && verdict.strategy != RY_DIRECT;
         obey(r, &verdict);
         taken = verdict.strategy != RY_DIRECT;
@@ -308,13 +340,29 @@ static void look_beside(struct comm *c, struct reissue *r, const struct ry_buffe
     ry_look_done(c, r, &now.rows, false, ry_strategy_name(RY_REPLICA), false);
 }
 
+/* An exchange that goes together with the twins: all ranks of the communicator do that, so that nobody waits there. Its own yardmaster is told what
+   it would have liked to know, so that by the time it is asked it has something to say. */
+static void tell_own(struct comm *c, struct reissue *r, const struct ry_exchange *x)
+{
+    struct ry_verdict none;
+    struct ry_seen seen;
+    double waited;
+    bool observes = observing(c);
+    ry_look_expect(r, &now.rows, x->rank);
+    if (now.passed || ry_talk_passes(r->talk, now.number))
+        return;
+    if (observes) {
+        struct ry_side side = side_of(c, r, x, NULL);
+        seen = seen_of(r, &side, false);
+    }
+    ry_talk_exchange(r->talk, now.number, NULL, observes ? &seen : NULL, observes ? sizeof seen : 0, &none, &waited);
+}
+
 /* Together with the communicator's twins, if all their ranks agree on that. True: it was carried out, *result is the job's. */
 static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange *x, const struct ry_buffers *b, int *result)
 {
     struct ry_twins_verdict v;
     struct ry_twins_wait wait;
-    struct ry_verdict none;
-    double waited;
     if (!r->twins)
         return false;
     ry_exchange_look_at_checks(c, r);
@@ -322,6 +370,7 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.together = ry_twins_agree(r->twins, x, b, now.number, now.rows.cross - repeated, &v, &wait);
     now.timed = wait.timed;
     if (!now.together) {
+        ry_twins_went(r->twins, now.number, RY_DIRECT); /* unless something else is agreed on */
         now.twins_us = wait.asked ? wait.waited_us : 0;
         now.twins_late_us = wait.late_us;
         return false;
@@ -329,8 +378,7 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     now.waited_us = wait.waited_us;
     now.late_us = wait.late_us;
     look_beside(c, r, b);
-    if (!ry_talk_passes(r->talk, now.number)) /* which all ranks of the communicator do, so that nobody waits there */
-        ry_talk_exchange(r->talk, now.number, NULL, NULL, 0, &none, &waited);
+    tell_own(c, r, x);
     ry_waits_add(&r->waits, now.waited_us);
     ry_waits_add(&r->messages, now.waited_us - now.late_us);
     now.strategy = ry_strategy_name(RY_REPLICA);
@@ -344,6 +392,29 @@ static bool by_twins(struct comm *c, struct reissue *r, const struct ry_exchange
     return true;
 }
 
+/*
+ * Short ones, one after the other, of which nothing is recorded and nobody asks: all that is found out about rows would be for nothing, and what
+ * that costs is mostly code and data that are not in the caches. No search is made for so few bytes, but on demand of a verdict. Between a
+ * short one and a long one all is looked at: their ratio tells how wide rows are.
+ */
+static bool passes_quietly(struct comm *c, struct reissue *r, const struct ry_exchange *x)
+{
+    uint64_t sent = 0, got = 0;
+    for (int p = 0; p < x->nranks; p++) {
+        sent += r->send[p];
+        got += r->recv[p];
+    }
+    bool before = r->short_before;
+    r->short_before = sent < RY_LOOK_BYTES && got < RY_LOOK_BYTES;
+    if (!before || !r->short_before || !r->talk || c->record || x->held || now.redirected || r->searched.aside || r->pairs.combine.sum)
+        return false;
+    now.passed = ry_talk_passes(r->talk, now.number);
+    if (!now.passed || !ry_twins_pass(r->twins, now.number))
+        return false;
+    ry_row_width_note(&c->rows, x->send_count, x->recv_count);
+    return true;
+}
+
 /* `x` as the job has it; `y` as it goes: the same, unless it was redirected. */
 static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_exchange *y, int *result)
 {
@@ -352,13 +423,14 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
     struct ry_buffers b;
     if (r)
         b = ry_exchange_describe(r, y);
-    if (r || c->record)
+    bool quietly = r && passes_quietly(c, r, y);
+    if ((r || c->record) && !quietly)
         ry_look_see(c, r, x, &now.rows);
     now.met = r && r->talk && ry_contention_several(ry_engine.contention, c->seat_beside) &&
               ry_contention_wants(ry_engine.contention, c->seat_beside, ry_now_ns(), c->record != NULL);
     if (now.met)
         ry_sampler_clock(ry_engine.sampler);
-    if (r) {
+    if (r && !quietly) {
         taken = by_twins(c, r, y, &b, result);
         if (!taken) {
             ry_sum_begin(c, r, &b, &now.rows, now.number, y->held && !now.redirected);
@@ -367,7 +439,7 @@ static bool take(struct comm *c, const struct ry_exchange *x, const struct ry_ex
         }
     }
     /* nobody asks how long others take */
-    if (!taken && (c->record || now.strategy || now.timed || now.met || (r && ry_twins_known(r->twins))))
+    if (!taken && (c->record || now.strategy || now.timed || now.met))
         start_clock(c, y, r);
     return taken;
 }

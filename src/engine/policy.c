@@ -40,16 +40,36 @@ static void see_node_comms(struct ry_chooser *c)
     c->config.model.chunks = c->config.chunks ? c->config.chunks : RY_CHUNKS;
 }
 
-static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_t *bytes)
+/* `own`: the exchange that SEEN came with, rather than the one that it tells of. *plain: NCCL carries that out on all ranks. */
+static bool get_seen(struct ry_chooser *c, const void *const *extra, const size_t *bytes, bool own, bool *plain)
 {
+    *plain = true;
     for (int r = 0; r < c->config.map->nranks; r++) {
-        if (bytes[r] != sizeof c->sides[r])
+        struct ry_seen seen;
+        if (bytes[r] != sizeof seen)
             return false;
-        memcpy(&c->sides[r], extra[r], sizeof c->sides[r]);
-        c->loads[r] = c->sides[r].load;
+        memcpy(&seen, extra[r], sizeof seen);
+        c->sides[r] = seen.side;
+        *plain &= seen.plain != 0;
+        c->loads[r] = own ? seen.own : seen.side.load;
     }
     see_node_comms(c);
     see_load(c);
+    return true;
+}
+
+/*
+ * Exchanges that come with SEEN are timed, and how long they took is told with the next: what plain NCCL takes is known before anything
+ * is agreed on, and with it how far the model is off. A guess may be off by so much that nothing ever seems worth finding out.
+ */
+static bool learn_of_plain(struct ry_chooser *c, uint64_t number, const void *const *extra, const size_t *bytes)
+{
+    bool plain;
+    if (!get_seen(c, extra, bytes, true, &plain))
+        return false;
+    ry_chooser_learn(c);
+    if (plain)
+        ry_chooser_remember_plain(c, number);
     return true;
 }
 
@@ -269,7 +289,8 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
     if (atomic_load(c->config.forced) >= 0)
         /* direct, too: that is how the agreement's own price is measured. Replica is agreed on elsewhere: twins.h */
         return atomic_load(c->config.forced) != RY_REPLICA;
-    if (!get_seen(c, seen, bytes))
+    bool plain_now;
+    if (!learn_of_plain(c, number, seen, bytes) || !get_seen(c, seen, bytes, false, &plain_now))
         return false;
     struct ry_choice choice;
     c->config.model.by_ucx = wants_ucx(c, NULL);
@@ -429,8 +450,7 @@ static bool choose_sum(struct ry_chooser *c, const struct ry_agreed *x, struct r
 /* What its return would take if that is summed. */
 static void note_dedup(struct ry_chooser *c, uint64_t number, const struct ry_choice *choice)
 {
-    double model = choice->model_us[RY_DEDUP], own = model - choice->search_us - c->config.model.agreement_us;
-    ry_returns_went(&c->sums, number, own * (choice->us[RY_DEDUP] / model));
+    ry_returns_went(&c->sums, number, choice->us[RY_DEDUP] - choice->search_us - c->config.model.agreement_us);
 }
 
 /* Every n-th reissued exchange, but for those that are meant to differ from plain NCCL. */

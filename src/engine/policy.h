@@ -23,7 +23,7 @@ enum ry_node_order { RY_NODE_NOTHING, RY_NODE_MAKE, RY_NODE_USE };
 enum ry_transport { RY_BY_NCCL, RY_BY_UCX, RY_BY_FASTER };
 
 /*
- * What a rank adds to SEEN and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a
+ * What a rank adds to SEEN (struct ry_seen) and to its manifest. Same machine type on all ranks: sent as it lies in memory; in a
  * manifest followed by uint32_t [nnodes][RY_CHUNKS], `early` and `distinct` of struct ry_repeats, where row_bytes is not
  * 0 (0 for its own node and for nodes that were not searched). In SEEN, load.scanned and packed_out may be an expectation from earlier
  * exchanges, and nothing follows.
@@ -47,6 +47,13 @@ struct ry_side {
     uint64_t answers; /* 1 + the exchange whose return this is, if for all this rank knows it may be summed; 0: it may not */
     uint64_t copies;  /* of each token in that one; 0: as many as the others say */
     uint64_t cross, cross_held; /* enum ry_cross_state (ucx/carrier.h); bytes of host memory that it holds for that */
+};
+/* With SEEN: `side.load` may be that of the most promising exchange since the last SEEN. `own` is always that of the exchange at hand; `plain`: which
+   plain NCCL carries out, and which is timed: side.took of a later one says how long it took. */
+struct ry_seen {
+    struct ry_side side;
+    struct ry_load own;
+    uint64_t plain;
 };
 /** The most that ry_side_pack() writes, any row width. */
 static inline size_t ry_side_most(int nnodes)

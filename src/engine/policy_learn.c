@@ -21,9 +21,29 @@
 
 /* ---- learning ---- */
 
+/* Links that nobody measured: plain NCCL's time says how fast the NIC is. What was learned by the model before is of no use then. */
+static bool fit_nic(struct ry_chooser *c, const struct ry_recent *k)
+{
+    if (k->load != RY_ALONE || ry_load_kind_of(&k->beside) != RY_ALONE ||
+        !ry_fit_note(&c->fit, &c->config.model, k->busiest, k->slope, k->us, k->least))
+        return false;
+    ry_log(RY_LOG_PLAN, "communicator %s: links are guessed; by plain NCCL's exchanges of %llu KiB and up NICs have %.2f GB/s", c->name,
+           (1ull << (c->fit.fitted - 1)) >> 10, c->config.model.link[RY_LINK_NIC].bytes_per_us / 1e3);
+    for (int load = 0; load < RY_LOAD_KINDS; load++)
+        for (int s = 0; s < RY_STRATEGIES; s++) {
+            ry_cost_forget(&c->learned[load], (enum ry_strategy)s);
+            memset(c->tried[load][s], 0, sizeof c->tried[load][s]);
+        }
+    for (int i = 0; i < RY_CHOOSER_RECENT; i++) /* estimated by the model as it was */
+        c->recent[i].number = UINT64_MAX;
+    return true;
+}
+
 /* Of an exchange that will not be told of any more. Not if it ran under another load than was thought (cost.h). */
 static void learn_of(struct ry_chooser *c, const struct ry_recent *k)
 {
+    if (fit_nic(c, k))
+        return;
     if (ry_load_kind_of(&k->beside) == k->load)
         ry_cost_learn(&c->learned[k->load], k->strategy, k->busiest, k->us, k->least);
     else
@@ -81,6 +101,17 @@ void ry_chooser_remember(struct ry_chooser *c, uint64_t number, const struct ry_
                               (choice->strategy == RY_DEDUP ? choice->search_us : 0), /* over before the clock starts */
                         .load = c->load,
                         .least = INFINITY};
+}
+
+void ry_chooser_remember_plain(struct ry_chooser *c, uint64_t number)
+{
+    const struct ry_cost_model *m = &c->config.model;
+    struct ry_choice plain = {.strategy = RY_DIRECT};
+    plain.model_us[RY_DIRECT] = ry_cost_estimate(m, c->config.map, c->loads, NULL, RY_DIRECT);
+    ry_chooser_remember(c, number, &plain);
+    struct ry_recent *k = &c->recent[number % RY_CHOOSER_RECENT];
+    if (!m->measured)
+        k->slope = ry_cost_nic_slope(m, c->config.map, c->loads);
 }
 
 /* ---- finding out ---- */

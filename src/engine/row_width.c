@@ -48,6 +48,14 @@ static uint64_t ratio(const uint64_t *big_send, const uint64_t *big_recv, const 
     return h > 1 ? h : 0;
 }
 
+void ry_row_width_note(struct ry_row_width *w, const uint64_t *send, const uint64_t *recv)
+{
+    size_t n = (size_t)w->nranks;
+    memcpy(w->last, send, n * sizeof *send);
+    memcpy(w->last + n, recv, n * sizeof *recv);
+    w->has_last = 1;
+}
+
 uint64_t ry_row_width_see(struct ry_row_width *w, const uint64_t *send, const uint64_t *recv, uint32_t type_bytes,
                           const char **source)
 {
@@ -66,9 +74,7 @@ uint64_t ry_row_width_see(struct ry_row_width *w, const uint64_t *send, const ui
             w->learned = h; /* probabilities before tokens, as in a backward pass */
         }
     }
-    memcpy(w->last, send, (size_t)n * sizeof *send);
-    memcpy(w->last + n, recv, (size_t)n * sizeof *recv);
-    w->has_last = 1;
+    ry_row_width_note(w, send, recv);
 
     if (w->set_bytes && type_bytes && w->set_bytes % type_bytes == 0 && own % (w->set_bytes / type_bytes) == 0) {
         elems = w->set_bytes / type_bytes;

@@ -36,6 +36,9 @@ void ry_row_width_free(struct ry_row_width *w);
 uint64_t ry_row_width_see(struct ry_row_width *w, const uint64_t *send, const uint64_t *recv, uint32_t type_bytes,
                           const char **source);
 
+/** Only remember its counts: for one that is of interest at most for what comes after it. */
+void ry_row_width_note(struct ry_row_width *w, const uint64_t *send, const uint64_t *recv);
+
 /**
  * The width by which to look for equal rows, in bytes, of rows that are so wide by that source. Where splits are always equal the
  * gcd is the whole segment; then pieces of up to 1 KiB are compared that, for most hidden sizes there are, add up to a row: equal

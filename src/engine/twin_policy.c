@@ -8,11 +8,13 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "fit.h"
 #include "plan/cost_replica.h"
 #include "ucx/carrier.h"
 
 #define MARGIN 0.05        /* that it must promise */
 #define CHEAP 0.05         /* agreeing that costs no more than this share of an exchange is worth it just to find out */
+#define CLOSE 1.5          /* where each does better for itself than plain NCCL, replica is found out about only if it comes so close to that */
 #define TRIES 6            /* exchanges measured each way before what was measured decides */
 #define AGAIN 256          /* the way that is not chosen is tried again after so many */
 #define UNEQUAL 8          /* exchanges in a row whose bytes differ, after which nobody is asked any more for a while */
@@ -22,6 +24,7 @@
 #define RECENT 64
 #define CLASSES 64
 #define FORGETS 1.02 /* by so much a measured ratio may rise with each new one */
+#define PROMISE 32   /* exchanges measured each for itself in which no twin went as is best for it, after which none is expected to */
 
 enum way { APART, TOGETHER, WAYS };
 
@@ -38,17 +41,22 @@ struct ry_twin_chooser {
     int unequal, unpaid; /* in a row */
     int skips, skip;     /* times that it was given up; proposals not to be made */
     uint64_t together;   /* exchanges, for verify */
-    /* What exchanges took over what the model says, by size. */
-    struct ways {
-        double ratio;
-        uint64_t samples, tried, since;
-    } known[CLASSES][WAYS];
+    struct size { /* of exchanges */
+        struct { /* what they took over what the model says: RY_REPLICA, or as each twin went for itself */
+            double ratio;
+            uint64_t samples;
+        } known[RY_STRATEGIES];
+        uint64_t tried[WAYS], since[WAYS];
+        uint64_t others[RY_STRATEGIES]; /* measured each for itself since one went so */
+    } size[CLASSES];
+    struct ry_fit fit;
     struct recent {
         uint64_t number;
         int class, way, reported;
-        double us, least;
+        uint64_t as; /* enum ry_strategy; RY_STRATEGIES: ranks went different ways */
+        double us[RY_STRATEGIES], least, slope; /* slope: ry_cost_nic_slope() */
+        uint64_t busiest;
     } recent[RECENT];
-    uint64_t *measured; /* [n] */
 };
 
 static bool forced(const struct ry_twin_chooser *c)
@@ -101,26 +109,48 @@ static const char *differ(const struct ry_twin_chooser *c, const uint64_t *matri
 
 struct estimate {
     int class, chunks;
-    double us[WAYS], model_us[WAYS]; /* corrected, and as the model says */
+    enum ry_strategy apart;         /* the best that a twin can do for itself */
+    double us[WAYS];                /* all in all, corrected */
+    double model_us[RY_STRATEGIES]; /* as the model says, what is over when the clock starts left out */
 };
 
+/* How wrong the model is about a strategy: as measured, or else as about plain NCCL, or replica: what is wrong with links is wrong for
+   all. */
+static double ratio_of(const struct size *k, enum ry_strategy s)
+{
+    const enum ry_strategy asked[] = {s, RY_DIRECT, RY_REPLICA};
+    for (int i = 0; i < 3; i++)
+        if (k->known[asked[i]].samples >= RY_COST_ENOUGH)
+            return k->known[asked[i]].ratio;
+    return 1;
+}
+
+/*
+ * Apart, each twin does what is best for it; all at once, over the same NICs. It is known to do what it was measured to do; what is best
+ * by the estimate it has yet to come to, on its own yardmaster's advice, and gets some time for; if it does not, it will not.
+ */
 static void estimate(struct ry_twin_chooser *c, struct estimate *e)
 {
     struct ry_cost_model *m = &c->config.model;
     const struct ry_cluster *map = c->config.map;
+    struct ry_choice all;
+    ry_cost_choose(&all, m, NULL, map, c->loads, NULL, MARGIN);
     uint64_t busiest = ry_cost_busiest(map, c->loads);
     e->class = busiest ? 63 - __builtin_clzll(busiest) : 0;
-    e->model_us[TOGETHER] = ry_cost_replica(m, map, c->config.twins, c->loads, &e->chunks);
-    /* Apart, each twin does what is best for it; all at once, over the same NICs. */
-    static const enum ry_strategy by_itself[] = {RY_HIERARCHICAL, RY_DEDUP};
-    e->model_us[APART] = ry_cost_estimate(m, map, c->loads, NULL, RY_DIRECT);
-    for (int i = 0; i < 2; i++)
-        e->model_us[APART] = fmin(e->model_us[APART], ry_cost_estimate(m, map, c->loads, NULL, by_itself[i]));
-    e->model_us[APART] -= m->agreement_us;
-    for (int w = 0; w < WAYS; w++) {
-        const struct ways *k = &c->known[e->class][w];
-        double rest = w == TOGETHER ? m->agreement_us : 0; /* not in what is measured */
-        e->us[w] = k->samples >= TRIES ? (e->model_us[w] - rest) * k->ratio + rest : e->model_us[w];
+    const struct size *k = &c->size[e->class];
+    for (int s = 0; s < RY_STRATEGIES; s++)
+        e->model_us[s] = all.model_us[s] - m->agreement_us - (s == RY_DEDUP ? all.search_us : 0);
+    e->model_us[RY_REPLICA] = ry_cost_replica(m, map, c->config.twins, c->loads, &e->chunks) - m->agreement_us;
+    e->us[TOGETHER] = e->model_us[RY_REPLICA] * ratio_of(k, RY_REPLICA) + m->agreement_us;
+    e->apart = RY_DIRECT;
+    e->us[APART] = e->model_us[RY_DIRECT] * ratio_of(k, RY_DIRECT);
+    for (int s = RY_HIERARCHICAL; s < RY_SUM; s++) {
+        bool relays = c->each > map->nnodes; /* several ranks of a twin on a node */
+        if (!isfinite(e->model_us[s]) || (s != RY_DEDUP && !relays) || k->others[s] >= PROMISE)
+            continue;
+        double us = e->model_us[s] * ratio_of(k, (enum ry_strategy)s) + m->agreement_us + (s == RY_DEDUP ? all.search_us : 0);
+        if (us < e->us[APART] * (1 - MARGIN))
+            e->us[APART] = us, e->apart = (enum ry_strategy)s;
     }
     if (c->config.chunks)
         e->chunks = c->config.chunks;
@@ -128,11 +158,21 @@ static void estimate(struct ry_twin_chooser *c, struct estimate *e)
 
 static void note(struct ry_twin_chooser *c, const struct recent *k)
 {
-    struct ways *w = &c->known[k->class][k->way];
-    double ratio = k->least / k->us;
+    if (k->as == RY_DIRECT && ry_fit_note(&c->fit, &c->config.model, k->busiest, k->slope, k->us[RY_DIRECT], k->least)) {
+        memset(c->size, 0, sizeof c->size); /* that was by another model */
+        for (int i = 0; i < RECENT; i++)
+            c->recent[i].number = UINT64_MAX;
+        return;
+    }
+    struct size *z = &c->size[k->class];
+    for (int s = 0; s < RY_STRATEGIES && k->way == APART; s++)
+        z->others[s] = s == (int)k->as ? 0 : z->others[s] + 1;
+    if (k->as >= RY_STRATEGIES) /* each its own way: how long it took says nothing of any */
+        return;
+    double ratio = k->least / k->us[k->as];
     if (!(ratio > 0) || !isfinite(ratio))
         return;
-    w->ratio = w->samples++ ? fmin(w->ratio * FORGETS, ratio) : ratio;
+    z->known[k->as].ratio = z->known[k->as].samples++ ? fmin(z->known[k->as].ratio * FORGETS, ratio) : ratio;
 }
 
 /* A rank that was early measures its waiting, too: the least of them counts. */
@@ -142,15 +182,17 @@ static void learn(struct ry_twin_chooser *c)
     for (int r = 0; r < c->n; r++) {
         const struct ry_twin_side *s = &c->sides[r];
         agreement = fmax(agreement, s->messages_us);
-        if (!s->measured || s->measured == c->measured[r])
-            continue;
-        c->measured[r] = s->measured;
-        struct recent *k = &c->recent[(s->measured - 1) % RECENT];
-        if (k->number != s->measured - 1 || !(s->measured_us > 0))
-            continue;
-        k->least = fmin(k->least, s->measured_us);
-        if (++k->reported == c->n)
-            note(c, k);
+        for (int i = 0; i < RY_TOOK; i++) {
+            const struct ry_twin_took *t = &s->took[i];
+            struct recent *k = &c->recent[(t->number - 1) % RECENT];
+            if (!t->number || k->number != t->number - 1 || !(t->us > 0))
+                continue;
+            uint64_t as = k->way == TOGETHER ? RY_REPLICA : t->as;
+            k->least = fmin(k->least, t->us);
+            k->as = !k->reported || k->as == as ? as : RY_STRATEGIES;
+            if (++k->reported == c->n)
+                note(c, k);
+        }
     }
     if (agreement > 0)
         c->config.model.agreement_us = agreement;
@@ -158,28 +200,48 @@ static void learn(struct ry_twin_chooser *c)
 
 static void remember(struct ry_twin_chooser *c, uint64_t number, const struct estimate *e, enum way way)
 {
-    double rest = way == TOGETHER ? c->config.model.agreement_us : 0;
-    c->recent[number % RECENT] = (struct recent){
-        .number = number, .class = e->class, .way = way, .us = e->model_us[way] - rest, .least = INFINITY};
-    c->known[e->class][way].tried++;
-    c->known[e->class][way].since = 0;
-    c->known[e->class][!way].since++;
+    struct recent *k = &c->recent[number % RECENT];
+    *k = (struct recent){.number = number, .class = e->class, .way = way, .least = INFINITY};
+    memcpy(k->us, e->model_us, sizeof k->us);
+    k->busiest = ry_cost_busiest(c->config.map, c->loads);
+    k->slope = way == APART && !c->config.model.measured ? ry_cost_nic_slope(&c->config.model, c->config.map, c->loads) : 0;
+}
+
+static void count(struct ry_twin_chooser *c, const struct estimate *e, enum way way)
+{
+    c->size[e->class].tried[way]++;
+    c->size[e->class].since[way] = 0;
+    c->size[e->class].since[!way]++;
+}
+
+/* Is it worth a try? Every exchange that goes by it where it is much slower loses much; once a few were measured that is known, and no guess. */
+static bool promising(const struct ry_twin_chooser *c, const struct estimate *e)
+{
+    bool guess = e->apart == RY_DIRECT && c->size[e->class].known[RY_REPLICA].samples < RY_COST_ENOUGH;
+    return isfinite(e->us[TOGETHER]) && (guess || e->us[TOGETHER] <= CLOSE * e->us[APART]);
 }
 
 /* The faster one; or, to find out, the one that is not known, or was not looked at for long. *trial: that is why. */
 static enum way choose_way(struct ry_twin_chooser *c, const struct estimate *e, bool *trial)
 {
-    const struct ways *k = c->known[e->class];
+    const struct size *k = &c->size[e->class];
     enum way best = e->us[TOGETHER] < e->us[APART] * (1 - MARGIN) ? TOGETHER : APART, other = best ? APART : TOGETHER;
+    uint64_t samples[WAYS] = {[TOGETHER] = k->known[RY_REPLICA].samples, [APART] = k->known[e->apart].samples};
+    bool comes_to_it = best == APART && (samples[APART] < TRIES || k->others[e->apart] > 0); /* unless the promise is broken */
+    samples[APART] = samples[APART] > k->known[RY_DIRECT].samples ? samples[APART] : k->known[RY_DIRECT].samples;
     *trial = true;
     if (!isfinite(e->us[TOGETHER]))
         return *trial = false, APART;
     for (int w = 0; w < WAYS; w++)
-        if (k[w].samples < TRIES && k[w].tried < 2 * TRIES && k[w].tried <= k[!w].tried)
+        if (samples[w] < TRIES && k->tried[w] < 2 * TRIES && k->tried[w] <= k->tried[!w] && (w == APART || promising(c, e)))
             return (enum way)w;
-    if (k[other].since >= AGAIN)
+    /* Some twins have come to it and some have not yet, or none: what may be best is not left before it was measured. */
+    if (e->apart != RY_DIRECT && k->known[e->apart].samples < TRIES && k->tried[APART] < 2 * TRIES + PROMISE &&
+        e->us[APART] <= CLOSE * e->us[TOGETHER])
+        return APART;
+    if (k->since[other] >= AGAIN && (other == APART || promising(c, e)))
         return other;
-    *trial = k[best].samples < TRIES;
+    *trial = best == TOGETHER ? samples[TOGETHER] < TRIES : comes_to_it && k->tried[APART] < 2 * TRIES + 2 * PROMISE;
     return best;
 }
 
@@ -191,8 +253,8 @@ static bool to_find_out(const struct ry_twin_chooser *c, const struct estimate *
     double plain = INFINITY;
     for (int r = 0; r < c->n; r++)
         plain = fmin(plain, c->sides[r].plain_us);
-    return isfinite(e->us[TOGETHER]) && c->config.model.agreement_us <= CHEAP * plain &&
-           c->known[e->class][TOGETHER].tried < TRIES;
+    return promising(c, e) && c->config.model.agreement_us <= CHEAP * plain &&
+           c->size[e->class].tried[TOGETHER] < TRIES;
 }
 
 static bool worth(void *context, uint64_t number, const void *const *seen, const size_t *bytes)
@@ -204,9 +266,11 @@ static bool worth(void *context, uint64_t number, const void *const *seen, const
         return false;
     if (forced(c))
         return true;
+    learn(c);
+    estimate(c, &e);
+    remember(c, number, &e, APART); /* it passes, and is timed */
     const char *why = differ(c, NULL, text, sizeof text);
     if (!why) {
-        estimate(c, &e);
         bool faster = e.us[TOGETHER] < e.us[APART] * (1 - MARGIN);
         why = c->skip > 0 ? "it did not pay lately" : !faster && !to_find_out(c, &e) ? "it would not be faster" : NULL;
         c->skip -= c->skip > 0;
@@ -303,6 +367,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     estimate(c, e);
     enum way way = forced(c) ? TOGETHER : choose_way(c, e, &trial);
     remember(c, x->number, e, way);
+    count(c, e, way);
     c->order.timed = trial;
     c->order.chunks = (uint32_t)e->chunks;
     c->order.plain_us = e->us[APART];
@@ -314,7 +379,7 @@ static const char *decide(struct ry_twin_chooser *c, const struct ry_agreed *x, 
     }
     if (!trial && ++c->unpaid >= UNPAID)
         give_up(c, last);
-    snprintf(text, size, "by replica %.0f us, each for itself %.0f us%s", e->us[TOGETHER], e->us[APART],
+    snprintf(text, size, "by replica %.0f us, each for itself %.0f us, by %s%s", e->us[TOGETHER], e->us[APART], ry_strategy_name(e->apart),
              trial ? ": to find out" : "");
     return text;
 }
@@ -340,8 +405,9 @@ static int choose(void *context, const struct ry_agreed *x, bool *verify, unsign
         ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": each for itself: %s%s", c->name, x->number, why,
                last ? "; not asked any more" : "");
     else
-        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us)%s",
-               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], *verify ? ", verified" : "");
+        ry_log(RY_LOG_PLAN, "twins %s, exchange %" PRIu64 ": replica%s in %u chunks (%.0f us, each for itself %.0f us, by %s)%s%s",
+               c->name, x->number, c->cross ? " over UCX" : "", c->order.chunks, e.us[TOGETHER], e.us[APART], ry_strategy_name(e.apart), c->order.timed ? ": to find out" : "",
+               *verify ? ", verified" : "");
     return why ? RY_DIRECT : RY_REPLICA;
 }
 
@@ -364,8 +430,7 @@ struct ry_twin_chooser *ry_twin_chooser_new(const struct ry_twin_config *config,
 {
     struct ry_twin_chooser *c = calloc(1, sizeof *c);
     size_t n = (size_t)config->map->nranks;
-    if (!c || !(c->sides = calloc(n, sizeof *c->sides)) || !(c->loads = calloc(n, sizeof *c->loads)) ||
-        !(c->measured = calloc(n, sizeof *c->measured))) {
+    if (!c || !(c->sides = calloc(n, sizeof *c->sides)) || !(c->loads = calloc(n, sizeof *c->loads))) {
         ry_twin_chooser_free(c);
         return ry_fail(err, "out of memory for the choices of %zu ranks", n), NULL;
     }
@@ -384,7 +449,6 @@ void ry_twin_chooser_free(struct ry_twin_chooser *c)
         return;
     free(c->sides);
     free(c->loads);
-    free(c->measured);
     free(c);
 }
 

@@ -28,9 +28,12 @@ struct ry_twin_side {
     struct ry_digest digest; /* of what it sends to other nodes: */
     uint64_t digested;  /* 1 + the number of that exchange; in a manifest always the one at hand; 0: there is none */
     uint64_t node_comm; /* enum ry_node_state, of the communicator of the ranks at its position */
-    uint64_t measured;  /* 1 + the latest exchange that was timed here, 0: none yet */
-    double measured_us;
-    double plain_us; /* the latest duration known of an exchange that was not agreed on with the twins; 0: none yet */
+    struct ry_twin_took { /* exchanges timed here of which nothing was told yet, in any order */
+        uint64_t number; /* 1 + it; 0: none */
+        uint64_t as;     /* enum ry_strategy: how it went in the end, where each twin did what was best for itself */
+        double us;
+    } took[RY_TOOK];
+    double plain_us; /* the latest duration known of an exchange that plain NCCL carried out, or direct; 0: none yet */
     double messages_us;           /* what agreeing takes this rank, its digest included; 0: not known */
     uint64_t cross, cross_held;   /* as struct ry_side's */
     uint8_t id[RY_TWIN_ID_BYTES]; /* of twin 0's rank at each position: to make that communicator by. Zeros: none */

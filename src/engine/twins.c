@@ -50,6 +50,7 @@ struct ry_twins {
     struct group *group;  /* NULL: no twin is known */
     int made;
     uint64_t window;                      /* of the latest */
+    uint64_t look_at;                     /* exchange at which it is looked who is there */
     bool engaged;                         /* it has been: so it has on all of its ranks */
     struct ry_node_comm *retired[GROUPS]; /* of groups before: what was enqueued on them may not be over yet */
     int nretired;
@@ -59,8 +60,9 @@ struct ry_twins {
     uint64_t packed;         /* of the exchange at hand, if equal rows went once */
     struct ry_waits messages, digests;
     _Atomic uint64_t asked[64]; /* 1 + numbers of exchanges whose duration the yardmaster may want */
-    _Atomic uint64_t measured;
-    _Atomic double measured_us, plain_us;
+    _Atomic uint64_t went[64];  /* the latest not carried out together: number * 16 + how it was (enum ry_strategy) */
+    _Atomic double us[64];      /* what those that were asked about took; 0: not known, or told */
+    _Atomic double plain_us;
 };
 
 /* ---- the group ---- */
@@ -313,6 +315,32 @@ static double digest_us(const struct ry_twins *t)
     return fmin(ry_waits_quantile(&t->digests, 0.1), MOST_DIGEST_US);
 }
 
+static uint64_t how_it_went(struct ry_twins *t, uint64_t number)
+{
+    uint64_t went = atomic_load(&t->went[number % 64]);
+    return went / 16 == number ? went % 16 : RY_REPLICA;
+}
+
+/* What became known since the last manifest: some at a time, since nobody looks for it at every exchange. */
+static void tell_durations(struct ry_twins *t, struct ry_twin_took took[RY_TOOK])
+{
+    for (int i = 0, n = 0; i < 64 && n < RY_TOOK; i++) {
+        double us = atomic_load(&t->us[i]);
+        uint64_t number = atomic_load(&t->asked[i]);
+        if (!(us > 0) || !number)
+            continue;
+        took[n++] = (struct ry_twin_took){number, how_it_went(t, number - 1), us};
+        atomic_store(&t->us[i], 0);
+    }
+}
+
+/* The yardmaster wants to know how long exchange `number` takes. */
+static void expect(struct ry_twins *t, uint64_t number)
+{
+    atomic_store(&t->us[number % 64], 0);
+    atomic_store(&t->asked[number % 64], number + 1);
+}
+
 static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffers *b, struct ry_twin_side *s)
 {
     memset(s, 0, sizeof *s); /* compared as it lies in memory */
@@ -323,8 +351,7 @@ static void fill_side(struct ry_twins *t, struct group *g, const struct ry_buffe
     s->node_comm = ry_node_comm_state(g->comm);
     s->cross = ry_across_state(t->r->across);
     s->cross_held = ry_across_held(t->r->across);
-    s->measured = atomic_load(&t->measured);
-    s->measured_us = atomic_load(&t->measured_us);
+    tell_durations(t, s->took);
     s->plain_us = atomic_load(&t->plain_us);
     s->messages_us = ry_waits_quantile(&t->messages, 0.5) + digest_us(t);
     if (g->twin == 0 && g->has_id)
@@ -396,6 +423,14 @@ static void plan(const struct group *g, const struct ry_twin_order *order, struc
         ry_run_localize(v->plan, g->twins);
 }
 
+/* Dense at first, then one in a thousand. */
+static bool look_due(struct ry_twins *t, uint64_t number)
+{
+    if (t->look_at < number)
+        t->look_at = ry_agree_next_seen(0, number);
+    return t->look_at == number && !forbidden();
+}
+
 bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
                     uint64_t packed, struct ry_twins_verdict *v, struct ry_twins_wait *wait)
 {
@@ -406,13 +441,15 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     if (!t || t->off)
         return false;
     t->packed = packed;
-    if (ry_agree_next_seen(0, number) == number && !forbidden()) /* dense at first, then one in a thousand */
+    if (look_due(t, number))
         look(t, number);
     struct group *g = t->group;
     if (!g || ry_talk_passes(g->talk, number))
         return false;
     if (!(atomic_load_explicit(&t->c->face.hold, memory_order_acquire) & HOLD_BIT)) {
         tell(t, g, b, number);
+        expect(t, number); /* it passes */
+        wait->timed = true;
         return false;
     }
     if (!ask(t, g, x, b, number, &verdict, wait))
@@ -423,7 +460,7 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     }
     wait->timed = order.timed;
     ry_across_want(t->r->across, order.cross_wanted);
-    atomic_store(&t->asked[number % 64], number + 1);
+    expect(t, number);
     if (order.make && g->comm) {
         struct ry_nccl_id id;
         memcpy(id.bytes, order.id, sizeof id.bytes);
@@ -439,21 +476,25 @@ bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struc
     return true;
 }
 
-bool ry_twins_known(const struct ry_twins *t)
+bool ry_twins_pass(struct ry_twins *t, uint64_t number)
 {
-    return t && t->group;
+    return !t || t->off || (!look_due(t, number) && (!t->group || ry_talk_passes(t->group->talk, number)));
+}
+
+void ry_twins_went(struct ry_twins *t, uint64_t number, int strategy)
+{
+    if (t)
+        atomic_store(&t->went[number % 64], number * 16 + (uint64_t)strategy);
 }
 
 void ry_twins_took(struct ry_twins *t, uint64_t number, double us)
 {
     if (!t)
         return;
-    if (atomic_load(&t->asked[number % 64]) != number + 1) {
+    if (how_it_went(t, number) == RY_DIRECT)
         atomic_store(&t->plain_us, us);
-        return;
-    }
-    atomic_store(&t->measured_us, us);
-    atomic_store(&t->measured, number + 1);
+    if (atomic_load(&t->asked[number % 64]) == number + 1)
+        atomic_store(&t->us[number % 64], us);
 }
 
 /* ---- coming and going ---- */

@@ -55,8 +55,10 @@ struct ry_twins_wait {
  * ranks. NULL is fine. */
 bool ry_twins_agree(struct ry_twins *t, const struct ry_exchange *x, const struct ry_buffers *b, uint64_t number,
                     uint64_t packed, struct ry_twins_verdict *verdict, struct ry_twins_wait *wait);
-/** Are there any, so that durations are of interest? NULL is fine. */
-bool ry_twins_known(const struct ry_twins *t);
+/** True: exchange `number` passes as far as twins go, and all is said. False: ask ry_twins_agree(). NULL is fine. */
+bool ry_twins_pass(struct ry_twins *t, uint64_t number);
+/** Exchange `number` is not carried out together with the twins, but by this strategy (enum ry_strategy; RY_DIRECT: plain NCCL, too). NULL is fine. */
+void ry_twins_went(struct ry_twins *t, uint64_t number, int strategy);
 /** How long it took on the device, whichever way it went. */
 void ry_twins_took(struct ry_twins *t, uint64_t number, double us);
 

@@ -210,7 +210,9 @@ void ry_cost_choose(struct ry_choice *choice, const struct ry_cost_model *model,
     for (int s = 0; s < RY_STRATEGIES; s++) {
         choice->model_us[s] = parts[s].total;
         factor[s] = correction(learned, s, class, &own[s]);
-        choice->us[s] = choice->model_us[s] * exp(factor[s]);
+        /* What is measured begins when all have agreed, and looked for equal rows: how wrong the rest is says nothing of these. */
+        double before = fmin(model->agreement_us + (s == RY_DEDUP ? parts[s].search : 0), choice->model_us[s]);
+        choice->us[s] = isfinite(choice->model_us[s]) ? (choice->model_us[s] - before) * exp(factor[s]) + before : INFINITY;
     }
     choice->search_us = parts[RY_DEDUP].search;
     choice->chunks = parts[RY_DEDUP].chunks;

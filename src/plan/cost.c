@@ -79,6 +79,22 @@ void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster
     model->ucx_rank_bytes_per_us = model->nic_rank_bytes_per_us;
 }
 
+double ry_cost_nic_slope(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads)
+{
+    const double much = 64; /* so that it is the NIC that takes longest, and not a link beside it */
+    struct ry_cost_model slow = *model;
+    ry_cost_slow_nic(&slow, much);
+    return (ry_cost_estimate(&slow, cluster, loads, NULL, RY_DIRECT) - ry_cost_estimate(model, cluster, loads, NULL, RY_DIRECT)) / (much - 1);
+}
+
+void ry_cost_slow_nic(struct ry_cost_model *model, double times)
+{
+    model->link[RY_LINK_NIC].bytes_per_us /= times;
+    model->nic_rank_bytes_per_us /= times;
+    model->ucx.bytes_per_us /= times;
+    model->ucx_rank_bytes_per_us /= times;
+}
+
 struct ry_cost_model ry_cost_over_ucx(const struct ry_cost_model *model)
 {
     struct ry_cost_model m = *model;

@@ -26,6 +26,7 @@ const char *ry_link_name(enum ry_link link); /* "self", "local", "node", "nic" *
  * and the group takes group_us and as long as its busiest link: max(in-node, across nodes), as in NetMoE. Groups, and
  * copies between them, follow each other with all ranks in step. Transfers both ways at once do not slow each other.
  */
+struct ry_load;
 struct ry_cost_model {
     struct ry_cost_link {
         double alpha_us;     /* of transfers over an idle link, beyond `message_us` */
@@ -54,6 +55,14 @@ struct ry_cost_model {
 
 /** A guess from what the seats say (NVLink and NIC bandwidth), conservative where they say nothing. */
 void ry_cost_guess(struct ry_cost_model *model, const struct ry_cluster *cluster);
+
+/**
+ * What nobody measured may be far off, above all the NIC's bandwidth, which depends on how it is shared. Fit it by what plain NCCL took:
+ * the time that each of a NIC's bytes takes is multiplied by 1 + (measured - estimate of direct, not engaged) / slope. For large exchanges;
+ * of a short one's excess the NIC may be innocent, and it looks better to leave bytes out than it is.
+ */
+double ry_cost_nic_slope(const struct ry_cost_model *model, const struct ry_cluster *cluster, const struct ry_load *loads);
+void ry_cost_slow_nic(struct ry_cost_model *model, double times);
 
 /** The model of plans whose transfers between nodes UCX carries: what is between nodes is as UCX has it. */
 struct ry_cost_model ry_cost_over_ucx(const struct ry_cost_model *model);

@@ -374,12 +374,16 @@ START_TEST(learning)
             c = chosen(&model, l, 4, 8, 2048, 4);
             trials[c.strategy] += c.trial;
             double us = first.us[RY_DIRECT] * (c.strategy == (enum ry_strategy)right ? 0.8 : 1) * uniform(1, 1.03);
-            ry_cost_learn(l, c.strategy, 2048 * 32, c.model_us[c.strategy], us);
+            /* agreeing, and looking for equal rows, are over when the clock starts */
+            double before[RY_STRATEGIES] = {0};
+            for (int s = 0; s < RY_STRATEGIES; s++)
+                before[s] = model.agreement_us + (s == RY_DEDUP ? c.search_us : 0);
+            ry_cost_learn(l, c.strategy, 2048 * 32, c.model_us[c.strategy] - before[c.strategy], us - before[c.strategy]);
             good += i >= 300 && c.strategy == (enum ry_strategy)right;
             /* what was seen while others decided */
             for (int s = 0; i < RY_COST_ENOUGH && s < RY_STRATEGIES; s++)
-                ry_cost_learn(l, (enum ry_strategy)s, 2048 * 32, c.model_us[s],
-                              first.us[RY_DIRECT] * (s == right ? 0.8 : 1));
+                ry_cost_learn(l, (enum ry_strategy)s, 2048 * 32, c.model_us[s] - before[s],
+                              first.us[RY_DIRECT] * (s == right ? 0.8 : 1) - before[s]);
         }
         int all = trials[0] + trials[1] + trials[2];
         ck_assert_msg(good >= 98, "right %d: %d of 100", right, good);

@@ -22,6 +22,7 @@ static uint64_t matrix[N * N], bytes, number, packed; /* bytes left if equal row
 static bool verify;
 static unsigned last; /* exchanges that nobody asks about, after this one */
 static struct ry_agreed agreed;
+static enum ry_strategy alone; /* what twins do, each for itself */
 
 static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
 {
@@ -43,6 +44,7 @@ static void start(int how, double nic_bytes_per_us, uint64_t verify_every)
     policy = ry_twin_chooser_policy(chooser);
     bytes = 1 << 20;
     number = packed = 0;
+    alone = RY_DIRECT;
     memset(side, 0, sizeof side);
     for (int r = 0; r < N; r++)
         side[r].node_comm = RY_NODE_HAS;
@@ -108,12 +110,23 @@ static bool worth(void)
     return policy.worth(policy.context, number, extra, sizes);
 }
 
-/* The exchange before took as long, on all ranks. */
+/* The exchange before took as long, on all ranks. `told_late`: they hear of it a few exchanges later, each at other ones, of several at a time. */
+static bool told_late;
 static void took(double us)
 {
-    for (int r = 0; r < N; r++) {
-        side[r].measured = number;
-        side[r].measured_us = us;
+    static struct ry_twin_took waiting[N][RY_TOOK];
+    for (int r = 0; r < N && told_late; r++) {
+        bool now = (number + 3 * (unsigned)r) % RY_TOOK == 0;
+        waiting[r][number % RY_TOOK] = (struct ry_twin_took){number, alone, us};
+        memset(side[r].took, 0, sizeof side[r].took);
+        if (now) {
+            memcpy(side[r].took, waiting[r], sizeof side[r].took);
+            memset(waiting[r], 0, sizeof waiting[r]);
+        }
+    }
+    for (int r = 0; r < N && !told_late; r++) {
+        memset(side[r].took, 0, sizeof side[r].took);
+        side[r].took[r % RY_TOOK] = (struct ry_twin_took){number, alone, us};
     }
 }
 
@@ -237,7 +250,7 @@ START_TEST(by_cost)
     for (int r = 0; r < N; r++) /* but it takes far longer than that: find out */
         side[r].plain_us = 5000;
     ck_assert(worth());
-    side[1].plain_us = 500;
+    side[1].plain_us = 100;
     ck_assert(!worth());
     stop();
 }
@@ -283,10 +296,41 @@ START_TEST(by_measure)
 }
 END_TEST
 
+/* Durations become known some at a time, and each rank tells of them when it knows. */
+START_TEST(by_late_measures)
+{
+    told_late = true;
+    start(-1, 3000, 0); /* the model says that it pays; it does not */
+    ck_assert_int_eq(go(200, 1000, 300), -1);
+    stop();
+    start(-1, 1e6, 0); /* and the other way */
+    ck_assert_int_ge(go(200, 300, 1000), 48);
+    stop();
+    told_late = false;
+}
+END_TEST
+
+/* Plain NCCL's exchanges are timed before anything is agreed on: a guess of the NIC does not stand in the way. */
+START_TEST(knows_plain)
+{
+    start(-1, 1e6, 0);
+    for (int i = 0; i < 8; i++, number += 5) {
+        fill();
+        bool yes = worth();
+        ck_assert(i ? i < 5 || yes : !yes);
+        number++;
+        took(3000);
+        number--;
+    }
+    stop();
+}
+END_TEST
+
 /* Where rows repeat more often than there are twins, each for itself leaves more out. */
 START_TEST(repeated_rows)
 {
     start(-1, 300, 0);
+    alone = RY_DEDUP;
     packed = bytes / 16;
     fill();
     ck_assert(!worth());
@@ -303,6 +347,91 @@ START_TEST(repeated_rows)
     for (int i = 0; i < 20 && !worth(); i++)
         ck_assert_int_lt(i, 10);
     ck_assert_int_ge(go(400, 1300, 3000), 49);
+    stop();
+}
+END_TEST
+
+/* What each for itself is best at counts as such even while they have not come to it; how they went is told with how long it took. */
+START_TEST(each_comes_to_it)
+{
+    start(-1, 300, 0);
+    packed = bytes / 16;
+    int replica = 0, i = 0;
+    double us[RY_STRATEGIES] = {[RY_DIRECT] = 10000, [RY_DEDUP] = 1500, [RY_REPLICA] = 5500};
+    for (last = 0; i < 200 && !last; i++) {
+        alone = i < 30 ? RY_DIRECT : RY_DEDUP; /* now their own yardmasters know enough */
+        fill();
+        int s = decide();
+        replica += s == RY_REPLICA;
+        took(s == RY_REPLICA ? us[RY_REPLICA] : us[alone]);
+    }
+    ck_assert_int_lt(i, 100); /* and nobody is asked about twins any more */
+    ck_assert_int_le(replica, 12);
+    stop();
+    start(-1, 300, 0); /* where each does far better for itself already, replica is not even tried */
+    packed = bytes / 16;
+    alone = RY_DEDUP;
+    for (i = 0; i < 20; i++, number++) {
+        fill();
+        for (int r = 0; r < N; r++)
+            side[r].plain_us = us[RY_DIRECT];
+        ck_assert(!worth());
+    }
+    for (last = 0, i = 0; i < 60 && !last; i++) {
+        fill();
+        ck_assert_int_eq(decide(), RY_DIRECT);
+        took(us[RY_DEDUP]);
+    }
+    ck_assert(last);
+    stop();
+    start(-1, 1e6, 0); /* the model thinks that it comes close, which is known to be wrong as soon as a few were measured */
+    for (last = 0, replica = i = 0; i < 60 && !last; i++) {
+        fill();
+        int s = decide();
+        replica += s == RY_REPLICA;
+        took(s == RY_REPLICA ? 20000 : 3000);
+    }
+    ck_assert_int_le(replica, 5);
+    stop();
+    start(-1, 300, 0); /* they never do: then replica it is, which is better than plain NCCL */
+    packed = bytes / 16;
+    replica = 0;
+    for (i = 0; i < 200; i++) {
+        fill();
+        int s = decide();
+        ck_assert(!last);
+        replica += i >= 150 && s == RY_REPLICA;
+        took(s == RY_REPLICA ? us[RY_REPLICA] : us[RY_DIRECT]);
+    }
+    ck_assert_int_ge(replica, 49);
+    stop();
+    start(-1, 300, 0); /* ranks that say different things of how they went: nothing is learned from it, nobody hangs on it */
+    for (i = 0; i < 200; i++) {
+        fill();
+        took(decide() == RY_REPLICA ? us[RY_REPLICA] : us[RY_DIRECT]);
+        side[i % N].took[i % N % RY_TOOK].as = RY_DEDUP;
+    }
+    stop();
+}
+END_TEST
+
+/* One twin does early what is best for each, the others later: until all do, nothing is known of it, and it is not left for replica. */
+START_TEST(some_come_later)
+{
+    start(-1, 300, 0);
+    packed = bytes / 3; /* as much as replica leaves out, by the model */
+    int replica = 0;
+    for (int i = 0; i < 200 && !last; i++) {
+        fill();
+        int s = decide();
+        replica += s == RY_REPLICA;
+        alone = RY_DEDUP;
+        took(s == RY_REPLICA ? 2600 : i < 30 ? 8000 : 1500);
+        for (int r = EACH; r < N && i < 30; r++)
+            side[r].took[r % RY_TOOK].as = RY_DIRECT;
+    }
+    ck_assert(last);
+    ck_assert_int_le(replica, 12);
     stop();
 }
 END_TEST
@@ -331,7 +460,11 @@ int main(void)
     tcase_add_test(t, by_name);
     tcase_add_test(t, by_cost);
     tcase_add_test(t, by_measure);
+    tcase_add_test(t, by_late_measures);
+    tcase_add_test(t, knows_plain);
     tcase_add_test(t, repeated_rows);
+    tcase_add_test(t, each_comes_to_it);
+    tcase_add_test(t, some_come_later);
     tcase_add_test(t, given_up);
     suite_add_tcase(suite, t);
     SRunner *r = srunner_create(suite);
