@@ -4,7 +4,8 @@
  * Owns: the order in which the parts are asked. Not: what they do.
  *
  *   ry_exchange_begin()  numbers it.
- *   ry_exchange_take()   by_twins(): perhaps it goes out together with other communicators (twins.h). Else:
+ *   ry_exchange_take()   A short one that nobody asks about passes at once. by_twins(): perhaps it goes out together with other
+ *                        communicators (twins.h). Else:
  *                        ry_exchange_describe() this rank's side and what its rows are; where that is due, look for equal ones (look.c);
  *                        agree() with the other ranks (control/talk.h), which may wait: for the search, for the others; where all
  *                        agreed on another strategy than direct, carry_out(): build the plan (plan/plan.h) and enqueue it on

@@ -51,6 +51,24 @@ START_TEST(probabilities_then_tokens)
 }
 END_TEST
 
+/* One that was only noted teaches what comes after it as one that was seen does, and nothing by itself. */
+START_TEST(noted)
+{
+    uint64_t p[4] = {4, 1, 0, 9}, q[4] = {2, 0, 3, 3}, t[4], u[4], other[4] = {6, 6, 6, 6};
+    for (int i = 0; i < 4; i++)
+        t[i] = p[i] * 64, u[i] = q[i] * 64;
+    ry_row_width_note(&w, p, q);
+    ck_assert_uint_eq(w.learned, 0);
+    ck_assert_uint_eq(see(t, u), 64);
+    ck_assert_str_eq(source, "ratio");
+    ry_row_width_note(&w, other, other); /* tokens, something else, probabilities: not their neighbours any more */
+    w.learned = 0;
+    see(p, q);
+    ck_assert_uint_eq(w.learned, 0);
+    ck_assert_uint_eq(see(t, u), 64);
+}
+END_TEST
+
 /* Counts swapped in between, and tensors of another sort, do not spoil what is known of rows. */
 START_TEST(other_traffic)
 {
@@ -151,6 +169,7 @@ int main(void)
     tcase_add_test(t, tokens_then_probabilities);
     tcase_add_test(t, probabilities_then_tokens);
     tcase_add_test(t, unlike_splits_teach_nothing);
+    tcase_add_test(t, noted);
     tcase_add_test(t, other_traffic);
     tcase_add_test(t, pieces);
     tcase_add_test(t, setting_wins_where_it_fits);
