@@ -81,12 +81,16 @@ static void free_reissue(struct reissue *r, bool aborted)
 void ry_reissue_model(struct ry_cost_model *model, const struct ry_cluster *map)
 {
     struct ry_err err;
+    char other[128];
     ry_cost_guess(model, map);
-    int r = ry_cost_load(model, ry_cluster_fingerprint(map), &err);
+    int r = ry_cost_find(model, map, other, &err);
     if (r < 0)
         ry_warn("%s: strategies are chosen by a guess instead; railyard calibrate measures anew", err.msg);
     else if (r > 0)
         ry_info("this cluster was never measured (railyard calibrate): strategies are chosen by a guess");
+    else if (*other)
+        ry_info("%d ranks on %d nodes were not measured by themselves: links are taken to be as on %s (railyard calibrate)",
+                map->nranks, map->nnodes, other);
 }
 
 bool ry_reissue_open(struct comm *c, struct ry_cluster *map, const void *address, size_t address_size)

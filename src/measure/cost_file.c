@@ -1,6 +1,7 @@
 /* cost_file.c: see cost_file.h. */
 #include "cost_file.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -19,6 +20,14 @@
 
 /* ---- fingerprint ---- */
 
+/* Speeds to 1 %: a driver that says 26.562 today may say 26.56 tomorrow. */
+static uint64_t hardware(const struct ry_seat *s, const char *nic)
+{
+    char text[256];
+    snprintf(text, sizeof text, "%.64s|%.64s|%.3g|%.3g", s->gpu_name, nic, s->nvlink_gbs, s->nic_gbs);
+    return XXH64(text, strlen(text), 1);
+}
+
 /* Ranks of a node, and nodes, are added up, so that their order does not matter. */
 uint64_t ry_cluster_fingerprint(const struct ry_cluster *cluster)
 {
@@ -30,30 +39,55 @@ uint64_t ry_cluster_fingerprint(const struct ry_cluster *cluster)
         for (int r = cluster->node_first[n]; r < cluster->nranks; r++) {
             if (cluster->node[r] != n)
                 continue;
-            const struct ry_seat *s = &cluster->seats[r];
-            char text[256];
-            /* Speeds to 1 %: a driver that says 26.562 today may say 26.56 tomorrow. */
-            snprintf(text, sizeof text, "%.64s|%.64s|%.3g|%.3g", s->gpu_name, s->nic, s->nvlink_gbs, s->nic_gbs);
-            node.ranks += XXH64(text, strlen(text), 1);
+            node.ranks += hardware(&cluster->seats[r], cluster->seats[r].nic);
         }
         sum += XXH64(&node, sizeof node, 2);
     }
     return XXH64(&sum, sizeof sum, (uint64_t)cluster->nnodes);
 }
 
-int ry_cost_path(uint64_t fingerprint, char *out, size_t size, struct ry_err *err)
+/* Each sort that there is, once. */
+uint64_t ry_cluster_kind(const struct ry_cluster *cluster)
+{
+    enum { MOST_SORTS = 64 }; /* of more, those that come later do not count */
+    uint64_t sorts[MOST_SORTS], sum = 0;
+    int nsorts = 0;
+    for (int r = 0; r < cluster->nranks; r++) {
+        char nic[sizeof cluster->seats->nic] = "";
+        size_t n = 0;
+        for (const char *p = cluster->seats[r].nic; *p && n < sizeof nic - 1; p++) /* mlx5_3 is as good as mlx5_0 */
+            if (!isdigit((unsigned char)*p))
+                nic[n++] = *p;
+        uint64_t mine = hardware(&cluster->seats[r], nic);
+        int same = 0;
+        while (same < nsorts && sorts[same] != mine)
+            same++;
+        if (same < nsorts || nsorts == MOST_SORTS)
+            continue;
+        sorts[nsorts++] = mine;
+        sum += mine;
+    }
+    return XXH64(&sum, sizeof sum, 3);
+}
+
+static int path_of(const char *prefix, uint64_t number, char *out, size_t size, struct ry_err *err)
 {
     const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
     int n;
     if (cache && *cache == '/') /* others are to be ignored, the specification says */
-        n = snprintf(out, size, "%s/railyard/cost-%016" PRIx64 ".json", cache, fingerprint);
+        n = snprintf(out, size, "%s/railyard/cost-%s%016" PRIx64 ".json", cache, prefix, number);
     else if (home && *home == '/')
-        n = snprintf(out, size, "%s/.cache/railyard/cost-%016" PRIx64 ".json", home, fingerprint);
+        n = snprintf(out, size, "%s/.cache/railyard/cost-%s%016" PRIx64 ".json", home, prefix, number);
     else
         return ry_fail(err, "no folder for measured costs: set XDG_CACHE_HOME or HOME to an absolute path");
     if (n < 0 || (size_t)n >= size)
         return ry_fail(err, "XDG_CACHE_HOME or HOME is too long a path");
     return 0;
+}
+
+int ry_cost_path(uint64_t fingerprint, char *out, size_t size, struct ry_err *err)
+{
+    return path_of("", fingerprint, out, size, err);
 }
 
 /* ---- fields: one list for reading and writing ---- */
@@ -97,22 +131,21 @@ static double *value_of(struct ry_cost_model *m, const struct field *f)
 
 /* ---- reading ---- */
 
-/* `fingerprint` NULL: any cluster's. */
-static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t *fingerprint, const char *path,
+/* The file's `field` must be `value`; `field` NULL: any cluster's. */
+static int from_json(struct ry_cost_model *m, const json_t *root, const char *field, uint64_t value, const char *path,
                      struct ry_err *err)
 {
     char mine[17];
     const char *format = json_string_value(json_object_get(root, "format"));
-    const char *print = json_string_value(json_object_get(root, "fingerprint"));
+    const char *print = field ? json_string_value(json_object_get(root, field)) : NULL;
     if (!format || strcmp(format, FORMAT) || json_integer_value(json_object_get(root, "version")) != VERSION)
         return ry_fail(err,
                        "%s: its format and version are not \"" FORMAT "\", %d: delete it and run railyard calibrate",
                        path, VERSION);
-    snprintf(mine, sizeof mine, "%016" PRIx64, fingerprint ? *fingerprint : 0);
-    if (fingerprint && (!print || strcmp(print, mine)))
-        return ry_fail(
-            err, "%s: fingerprint is %.32s, not %s: it was renamed or damaged; delete it and run railyard calibrate",
-            path, print ? print : "missing", mine);
+    snprintf(mine, sizeof mine, "%016" PRIx64, value);
+    if (field && (!print || strcmp(print, mine)))
+        return ry_fail(err, "%s: %s is %.32s, not %s: it was renamed or damaged; delete it and run railyard calibrate",
+                       path, field, print ? print : "missing", mine);
     *m = (struct ry_cost_model){.measured = true};
     const char *node = ry_link_name(RY_LINK_NODE);
     bool has_node = json_object_get(root, node) != NULL; /* files of Railyard before it knew of such links have none */
@@ -145,21 +178,35 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const uint64_t
     return 0;
 }
 
+#define KIND "kind-" /* in names of files */
+
 /* 1: there is no such file. */
-static int load(struct ry_cost_model *model, const char *path, const uint64_t *fingerprint, struct ry_err *err)
+static int open_json(json_t **root, const char *path, struct ry_err *err)
 {
     json_error_t why;
-    struct ry_cost_model m;
     FILE *f = fopen(path, "re");
     if (!f && (errno == ENOENT || errno == ENOTDIR))
         return 1;
     if (!f)
         return ry_fail(err, "cannot read %s: %s", path, strerror(errno));
-    json_t *root = json_loadf(f, JSON_REJECT_DUPLICATES, &why);
+    *root = json_loadf(f, JSON_REJECT_DUPLICATES, &why);
     fclose(f);
-    if (!root)
-        return ry_fail(err, "%s: line %d: %s: delete it and run railyard calibrate", path, why.line, why.text);
-    int bad = from_json(&m, root, fingerprint, path, err);
+    return *root ? 0 : ry_fail(err, "%s: line %d: %s: delete it and run railyard calibrate", path, why.line, why.text);
+}
+
+/* 1: there is no such file. cluster[128]: what it says that it was measured on; NULL: nobody asks. */
+static int load(struct ry_cost_model *model, const char *path, const char *field, uint64_t value, char *cluster,
+                struct ry_err *err)
+{
+    struct ry_cost_model m;
+    json_t *root;
+    int bad = open_json(&root, path, err);
+    if (bad)
+        return bad;
+    bad = from_json(&m, root, field, value, path, err);
+    const char *text = json_string_value(json_object_get(root, "cluster"));
+    if (!bad && cluster)
+        snprintf(cluster, 128, "%s", text ? text : "another cluster");
     json_decref(root);
     if (!bad)
         *model = m;
@@ -169,12 +216,23 @@ static int load(struct ry_cost_model *model, const char *path, const uint64_t *f
 int ry_cost_load(struct ry_cost_model *model, uint64_t fingerprint, struct ry_err *err)
 {
     char path[4096];
-    return ry_cost_path(fingerprint, path, sizeof path, err) ? -1 : load(model, path, &fingerprint, err);
+    return ry_cost_path(fingerprint, path, sizeof path, err) ? -1 : load(model, path, "fingerprint", fingerprint, NULL, err);
+}
+
+int ry_cost_find(struct ry_cost_model *model, const struct ry_cluster *cluster, char other[128], struct ry_err *err)
+{
+    char path[4096];
+    uint64_t kind = ry_cluster_kind(cluster);
+    other[0] = 0;
+    int bad = ry_cost_load(model, ry_cluster_fingerprint(cluster), err);
+    if (bad <= 0 || path_of(KIND, kind, path, sizeof path, err))
+        return bad < 1 ? bad : -1;
+    return load(model, path, "kind", kind, other, err);
 }
 
 int ry_cost_read(struct ry_cost_model *model, const char *path, struct ry_err *err)
 {
-    int r = load(model, path, NULL, err);
+    int r = load(model, path, NULL, 0, NULL, err);
     return r > 0 ? ry_fail(err, "cannot read %s: there is no such file: railyard calibrate writes one", path) : r;
 }
 
@@ -200,6 +258,16 @@ static json_t *describe(const struct ry_cluster *c)
                         *s->nic ? s->nic : "unknown NIC");
 }
 
+#define RANKS "ranks_of_node" /* of the largest */
+
+static int ranks_of_node(const struct ry_cluster *c)
+{
+    int most = 0;
+    for (int n = 0; n < c->nnodes; n++)
+        most = c->node_size[n] > most ? c->node_size[n] : most;
+    return most;
+}
+
 static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluster *cluster)
 {
     struct ry_cost_model m = *model;
@@ -208,9 +276,10 @@ static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluste
     struct tm tm;
     if (gmtime_r(&now, &tm))
         strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &tm);
-    json_t *root = json_pack("{s:s,s:i,s:o,s:o?,s:s,s:s}", "format", FORMAT, "version", VERSION, "fingerprint",
-                             json_sprintf("%016" PRIx64, ry_cluster_fingerprint(cluster)), "cluster", describe(cluster),
-                             "made", when, "railyard", RAILYARD_VERSION);
+    json_t *root = json_pack("{s:s,s:i,s:o,s:o,s:o?,s:i,s:s,s:s}", "format", FORMAT, "version", VERSION, "fingerprint",
+                             json_sprintf("%016" PRIx64, ry_cluster_fingerprint(cluster)), "kind",
+                             json_sprintf("%016" PRIx64, ry_cluster_kind(cluster)), "cluster", describe(cluster),
+                             RANKS, ranks_of_node(cluster), "made", when, "railyard", RAILYARD_VERSION);
     for (int l = 0; root && l < RY_LINKS; l++)
         json_object_set_new(root, ry_link_name((enum ry_link)l), json_pack("{s:b}", "measured", m.link[l].measured));
     if (root && m.ucx.measured)
@@ -226,16 +295,9 @@ static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluste
     return root;
 }
 
-int ry_cost_save(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_err *err)
+static int write_file(const char *path, const char *text, struct ry_err *err)
 {
-    char path[4096], tmp[4096 + 16];
-    if (ry_cost_path(ry_cluster_fingerprint(cluster), path, sizeof path, err) || make_folders(path, err))
-        return -1;
-    json_t *root = to_json(model, cluster);
-    char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) : NULL;
-    json_decref(root);
-    if (!text)
-        return ry_fail(err, "out of memory for %s", path);
+    char tmp[4096 + 16];
     snprintf(tmp, sizeof tmp, "%s.XXXXXX", path);
     int fd = mkostemp(tmp, O_CLOEXEC), bad = -1;
     FILE *f = fd >= 0 ? fdopen(fd, "w") : NULL;
@@ -245,12 +307,42 @@ int ry_cost_save(const struct ry_cost_model *model, const struct ry_cluster *clu
         bad |= fclose(f);
         bad = bad || rename(tmp, path);
     }
-    if (bad) {
-        int e = errno;
-        if (fd >= 0)
-            unlink(tmp);
-        ry_fail(err, "cannot write %s: %s", path, strerror(e));
-    }
+    if (!bad)
+        return 0;
+    int e = errno;
+    if (fd >= 0)
+        unlink(tmp);
+    return ry_fail(err, "cannot write %s: %s", path, strerror(e));
+}
+
+/* Does the file for this kind of hardware tell more than what was measured now? A damaged one does not. */
+static bool tells_more(const char *path, uint64_t kind, const struct ry_cost_model *now, const struct ry_cluster *cluster)
+{
+    struct ry_cost_model before;
+    struct ry_err err;
+    json_t *root;
+    if (open_json(&root, path, &err))
+        return false;
+    bool good = !from_json(&before, root, "kind", kind, path, &err);
+    json_int_t ranks = json_integer_value(json_object_get(root, RANKS));
+    json_decref(root);
+    bool nic = good && before.link[RY_LINK_NIC].measured, nic_now = now->link[RY_LINK_NIC].measured;
+    return good && (nic != nic_now ? nic : ranks > ranks_of_node(cluster));
+}
+
+int ry_cost_save(const struct ry_cost_model *model, const struct ry_cluster *cluster, struct ry_err *err)
+{
+    char path[4096], of_kind[4096];
+    uint64_t kind = ry_cluster_kind(cluster);
+    if (ry_cost_path(ry_cluster_fingerprint(cluster), path, sizeof path, err) ||
+        path_of(KIND, kind, of_kind, sizeof of_kind, err) || make_folders(path, err))
+        return -1;
+    json_t *root = to_json(model, cluster);
+    char *text = root ? json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(9)) : NULL;
+    json_decref(root);
+    if (!text)
+        return ry_fail(err, "out of memory for %s", path);
+    int bad = write_file(path, text, err) || (!tells_more(of_kind, kind, model, cluster) && write_file(of_kind, text, err));
     free(text);
     return bad ? -1 : 0;
 }

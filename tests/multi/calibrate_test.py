@@ -31,9 +31,12 @@ def calibrate(nodes, gpus, links, *options, status=0, env=None, prefix=()):
 def kept():
     models = {}
     for path in glob.glob(os.path.join(scratch.name, "railyard", "*")):
-        assert re.fullmatch(r"cost-[0-9a-f]{16}\.json", os.path.basename(path)), path
+        name = re.fullmatch(r"cost-(kind-)?[0-9a-f]{16}\.json", os.path.basename(path))
+        assert name, path
         with open(path) as f:
-            models[path] = json.load(f)
+            model = json.load(f)
+        if not name[1]:  # the other one is for all ranks on such hardware
+            models[path] = model
     return models
 
 

@@ -842,8 +842,12 @@ def case_replica_auto():
             break
     print(out, end="")
     reissued(out, 0.4)
+    expect(lines, r"was never measured")
+    job("../../tools/railyard/railyard", "calibrate", "--seconds=0.5", "--no-ucx", env={"XDG_CACHE_HOME": folder}, preload=False, links=links)
     out, lines = replica("unlike", "aabb", 2, 100, env=env, links=links)
     calm(lines)
+    expect(lines, r"2 ranks on 2 nodes were not measured by themselves: links are taken to be as on 2 nodes, 4 ranks")
+    expect(lines, r"was never measured", 0)
     expect(lines, r"sends other bytes")
     expect(lines, r"replica in", 0)
 

@@ -42,7 +42,7 @@ START_TEST(round_trip)
     ck_assert(got.measured && got.link[RY_LINK_NIC].measured && !got.link[RY_LINK_LOCAL].measured);
     char path[4096], command[8192];
     ck_assert(!ry_cost_path(print, path, sizeof path, &err));
-    snprintf(command, sizeof command, "test $(ls %s/railyard | wc -l) = 1", scratch); /* no temporary file is left */
+    snprintf(command, sizeof command, "test $(ls %s/railyard | wc -l) = 2", scratch); /* its kind's; no temporary file is left */
     ck_assert_int_eq(system(command), 0);
     ry_cluster_free(c);
 }
@@ -211,6 +211,65 @@ START_TEST(fingerprint)
 }
 END_TEST
 
+/* Other ranks of the same hardware: by what was measured on as many as there are, with NICs. */
+START_TEST(of_a_kind)
+{
+    static const int pair[] = {0, 1};
+    struct ry_err err = {""};
+    struct ry_cluster *all = regular(2, 4), *twins = cluster_of(pair, 2, "t"), *alone = regular(1, 8), *wide = regular(3, 6);
+    struct ry_cluster *every[] = {all, twins, alone, wide};
+    struct ry_cost_model got, m = typical;
+    char other[128] = "x", path[4096], command[8192];
+    for (size_t i = 0; i < 4; i++)
+        for (int r = 0; r < every[i]->nranks; r++) {
+            strcpy(every[i]->seats[r].gpu_name, "NVIDIA H200");
+            snprintf(every[i]->seats[r].nic, sizeof every[i]->seats[r].nic, "mlx5_%d", r);
+        }
+    ck_assert_uint_eq(ry_cluster_kind(all), ry_cluster_kind(twins));
+    ck_assert_uint_eq(ry_cluster_kind(all), ry_cluster_kind(alone));
+    ck_assert_int_eq(ry_cost_find(&got, twins, other, &err), 1);
+    ck_assert_str_eq(other, "");
+    m.link[RY_LINK_NIC].measured = true;
+    m.group_us = 11;
+    ck_assert_msg(!ry_cost_save(&m, all, &err), "%s", err.msg);
+    ck_assert_msg(!ry_cost_find(&got, twins, other, &err), "%s", err.msg);
+    near(got.group_us, 11, "of the kind");
+    ck_assert(got.measured);
+    ck_assert_str_eq(other, "2 nodes, 8 ranks, NVIDIA H200, mlx5_0");
+    ck_assert(!ry_cost_find(&got, all, other, &err));
+    ck_assert_str_eq(other, "");
+
+    m.group_us = 12; /* fewer ranks of a node know less, and so does who has no NIC; for themselves both count */
+    ck_assert(!ry_cost_save(&m, twins, &err));
+    m.link[RY_LINK_NIC].measured = false;
+    ck_assert(!ry_cost_save(&m, alone, &err));
+    ck_assert(!ry_cost_find(&got, twins, other, &err));
+    near(got.group_us, 12, "its own");
+    ck_assert(!ry_cost_find(&got, wide, other, &err));
+    near(got.group_us, 11, "of the kind, still");
+    m.link[RY_LINK_NIC].measured = true;
+    m.group_us = 13;
+    ck_assert(!ry_cost_save(&m, all, &err)); /* measured anew */
+    ck_assert(!ry_cost_find(&got, wide, other, &err));
+    near(got.group_us, 13, "of the kind, anew");
+
+    strcpy(wide->seats[5].gpu_name, "NVIDIA A100");
+    ck_assert_int_eq(ry_cost_find(&got, wide, other, &err), 1);
+    strcpy(wide->seats[5].gpu_name, "NVIDIA H200");
+    snprintf(path, sizeof path, "%s/railyard/cost-kind-%016llx.json", scratch, (unsigned long long)ry_cluster_kind(all));
+    snprintf(command, sizeof command, "sed -i 's/\"kind\": \"./\"kind\": \"x/' %s", path);
+    ck_assert_int_eq(system(command), 0);
+    ck_assert_int_eq(ry_cost_find(&got, wide, other, &err), -1);
+    ck_assert_msg(strstr(err.msg, path) && strstr(err.msg, "kind is x"), "%s", err.msg);
+    m.group_us = 14; /* what is damaged tells nothing */
+    ck_assert(!ry_cost_save(&m, twins, &err));
+    ck_assert(!ry_cost_find(&got, wide, other, &err));
+    near(got.group_us, 14, "of the kind, mended");
+    for (size_t i = 0; i < 4; i++)
+        ry_cluster_free(every[i]);
+}
+END_TEST
+
 int main(void)
 {
     begin_seed();
@@ -224,6 +283,7 @@ int main(void)
     tcase_add_test(t, damaged);
     tcase_add_test(t, no_place);
     tcase_add_test(t, fingerprint);
+    tcase_add_test(t, of_a_kind);
     suite_add_tcase(s, t);
     SRunner *run = srunner_create(s);
     srunner_run_all(run, CK_NORMAL);

@@ -289,7 +289,8 @@ static int keep(const struct ry_calibration *cal)
         fprintf(stderr, "railyard-calibrate: rank %d: %s\n", me.who.rank, err.msg);
     bad = greatest(bad) > 0;
     if (!bad && me.who.rank == 0 && !ry_cost_path(ry_cluster_fingerprint(me.cluster), path, sizeof path, NULL))
-        printf("\nKept in %s, on every node: jobs on a cluster like this one use it.\n", path);
+        printf("\nKept in %s, on every node: jobs on a cluster like this one use it, and communicators\n"
+               "of other ranks and nodes with the same GPUs and NICs.\n", path);
     return bad;
 }
 
@@ -354,9 +355,10 @@ static const struct argp argp = {
         "Start one process per rank, in the same way as the jobs:\n\n"
         "  torchrun --nproc-per-node 8 --no-python railyard calibrate\n"
         "  railyard emu -n 2 -g 4 --nic 25 --nic-us 50 -- railyard calibrate    emulated cluster, no GPU\n\n"
-        "The result goes to $XDG_CACHE_HOME/railyard (~/.cache/railyard), one file for each kind of cluster: number "
+        "The result goes to $XDG_CACHE_HOME/railyard (~/.cache/railyard), one file for each number "
         "and size "
-        "of nodes, GPUs, NICs. Calibrate again when links have changed. Exit status: 0, all is well; 1, a failed call; "
+        "of nodes, GPUs, NICs, and one for all communicators of other ranks and nodes with the same GPUs and NICs. Calibrate again when "
+        "links have changed. Exit status: 0, all is well; 1, a failed call; "
         "2, wrong usage."};
 
 /* 0: go on; otherwise *status. One voice is enough: rank 0 prints help and complaints, and others leave it time to. */
