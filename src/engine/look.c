@@ -156,6 +156,8 @@ void ry_look_done(const struct comm *c, struct reissue *r, struct rows_seen *row
     struct searched *s = &r->searched;
     if (s->aside)
         s->strategy = s->strategy ? s->strategy : strategy; /* told when it is picked up */
+    if (strategy && rows->habit)
+        ry_habit_went(rows->habit, packed);
     if (!waited)
         return;
     s->strategy = strategy;

@@ -44,8 +44,14 @@ enum ry_look ry_habits_look(struct ry_habits *h, struct ry_habit *habit, uint64_
 {
     if (always && engaged)
         return habit->row_bytes >= RY_LOOK_ROW_FORCED && cross ? RY_LOOK_FIRST : RY_LOOK_NOT;
-    if (habit->row_bytes < RY_LOOK_ROW || cross < RY_LOOK_BYTES)
+    if (habit->row_bytes < RY_LOOK_ROW)
         return RY_LOOK_NOT;
+    if (cross < RY_LOOK_BYTES) {
+        bool may_repeat = !habit->looks || ry_habit_share(habit) > 0;
+        return engaged && habit->packs && may_repeat && cross >= RY_LOOK_LITTLE && habit->unused < RY_UNUSED
+                   ? RY_LOOK_FIRST
+                   : RY_LOOK_NOT;
+    }
     bool repeats = ry_habit_share(habit) > 0, due = habit->turn >= habit->due;
     if (repeats && engaged) {
         if (habit->unused < RY_UNUSED)
@@ -82,6 +88,11 @@ void ry_habits_found(struct ry_habits *h, enum ry_direction direction, uint64_t 
             habit->unused = 0; /* let the yardmaster say */
         return;
     }
+}
+
+void ry_habit_went(struct ry_habit *habit, bool packed)
+{
+    habit->packs = packed;
 }
 
 void ry_habit_used(struct ry_habit *habit, bool packed)

@@ -16,8 +16,9 @@
  * RY_UNUSED verdicts for another strategy in a row just after 64, 128, … 1024 more.
  *
  * Exchanges that send less than RY_LOOK_BYTES to other nodes from here are not looked at, nor rows so short that the
- * list of who is which would be as long. `always` (RAILYARD_STRATEGY=dedup) looks first at every exchange while
- * engaged, however small.
+ * list of who is which would be as long. But while those of a kind go packed, since other ranks send more, a rank with
+ * RY_LOOK_LITTLE or more looks first, too, unless it knows that its rows do not repeat: nobody waits longer for it than
+ * for the others. `always` (RAILYARD_STRATEGY=dedup) looks first at every exchange while engaged, however small.
  *
  * What counts turns counts all exchanges of a kind, so all ranks come to it at the same ones, if they tell the same
  * kinds apart. Where they do not, fewer rows are found than there are, and that is all.
@@ -33,6 +34,7 @@
 #include "direction.h"
 
 #define RY_LOOK_BYTES (256u << 10)
+#define RY_LOOK_LITTLE (16u << 10) /* less is not worth the launches */
 #define RY_LOOK_ROW 64        /* bytes: shorter rows are not looked for */
 #define RY_LOOK_ROW_FORCED 16 /* nor these, whatever the user wants: a scan takes memory for each row */
 #define RY_REPEATING 0.03     /* of the bytes: less is not worth a wait */
@@ -47,6 +49,7 @@ struct ry_habit { /* of one kind */
     uint64_t due, gap; /* turn at which it is looked at next, unless at every one; turns until the one after that */
     uint32_t looks;    /* answers that came */
     uint32_t unused;   /* verdicts in a row that made no use of a look */
+    bool packs;        /* the latest that was agreed on went packed */
     double share;      /* of the cross-node bytes that packing saves, latest looks first; 0 to 1 */
 };
 
@@ -73,6 +76,8 @@ void ry_habits_found(struct ry_habits *h, enum ry_direction direction, uint64_t 
                      uint64_t packed);
 /** What came of a look first: the exchange went packed, or not. */
 void ry_habit_used(struct ry_habit *habit, bool packed);
+/** An exchange of this kind was agreed on, and went packed, or not, whether this rank looked or did not. */
+void ry_habit_went(struct ry_habit *habit, bool packed);
 /** The share that packing is expected to save; 0 where the kind is not known to repeat. */
 double ry_habit_share(const struct ry_habit *habit);
 

@@ -216,7 +216,8 @@ static int load(struct ry_cost_model *model, const char *path, const char *field
 int ry_cost_load(struct ry_cost_model *model, uint64_t fingerprint, struct ry_err *err)
 {
     char path[4096];
-    return ry_cost_path(fingerprint, path, sizeof path, err) ? -1 : load(model, path, "fingerprint", fingerprint, NULL, err);
+    return ry_cost_path(fingerprint, path, sizeof path, err) ? -1
+                                                             : load(model, path, "fingerprint", fingerprint, NULL, err);
 }
 
 int ry_cost_find(struct ry_cost_model *model, const struct ry_cluster *cluster, char other[128], struct ry_err *err)
@@ -278,8 +279,8 @@ static json_t *to_json(const struct ry_cost_model *model, const struct ry_cluste
         strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &tm);
     json_t *root = json_pack("{s:s,s:i,s:o,s:o,s:o?,s:i,s:s,s:s}", "format", FORMAT, "version", VERSION, "fingerprint",
                              json_sprintf("%016" PRIx64, ry_cluster_fingerprint(cluster)), "kind",
-                             json_sprintf("%016" PRIx64, ry_cluster_kind(cluster)), "cluster", describe(cluster),
-                             RANKS, ranks_of_node(cluster), "made", when, "railyard", RAILYARD_VERSION);
+                             json_sprintf("%016" PRIx64, ry_cluster_kind(cluster)), "cluster", describe(cluster), RANKS,
+                             ranks_of_node(cluster), "made", when, "railyard", RAILYARD_VERSION);
     for (int l = 0; root && l < RY_LINKS; l++)
         json_object_set_new(root, ry_link_name((enum ry_link)l), json_pack("{s:b}", "measured", m.link[l].measured));
     if (root && m.ucx.measured)
@@ -316,7 +317,8 @@ static int write_file(const char *path, const char *text, struct ry_err *err)
 }
 
 /* Does the file for this kind of hardware tell more than what was measured now? A damaged one does not. */
-static bool tells_more(const char *path, uint64_t kind, const struct ry_cost_model *now, const struct ry_cluster *cluster)
+static bool tells_more(const char *path, uint64_t kind, const struct ry_cost_model *now,
+                       const struct ry_cluster *cluster)
 {
     struct ry_cost_model before;
     struct ry_err err;
@@ -342,7 +344,8 @@ int ry_cost_save(const struct ry_cost_model *model, const struct ry_cluster *clu
     json_decref(root);
     if (!text)
         return ry_fail(err, "out of memory for %s", path);
-    int bad = write_file(path, text, err) || (!tells_more(of_kind, kind, model, cluster) && write_file(of_kind, text, err));
+    int bad =
+        write_file(path, text, err) || (!tells_more(of_kind, kind, model, cluster) && write_file(of_kind, text, err));
     free(text);
     return bad ? -1 : 0;
 }

@@ -150,6 +150,31 @@ START_TEST(forced)
 }
 END_TEST
 
+/* A rank that sends little goes along with those that send more: while they go packed, and unless its rows do not repeat. */
+START_TEST(little)
+{
+    const uint64_t cross = RY_LOOK_BYTES / 2;
+    for (int i = 0; i < 20; i++)
+        ck_assert_int_eq(exchange(RY_GO, ROW, cross, 0.25, i % 2, false), RY_LOOK_NOT);
+    for (int i = 0; i < 20; i++) { /* other ranks' do, the verdict says */
+        ry_habit_went(ry_habits_next(&h, RY_GO, ROW), true);
+        ck_assert_int_eq(exchange(RY_GO, ROW, cross, 0.25, true, true), RY_LOOK_FIRST);
+        ck_assert_int_eq(exchange(RY_GO, ROW, cross, 0.25, false, true), RY_LOOK_NOT);
+        ck_assert_int_eq(exchange(RY_GO, ROW, RY_LOOK_LITTLE - 1, 0.25, true, true), RY_LOOK_NOT);
+        ck_assert_int_eq(exchange(RY_RETURN, ROW, cross, 0.25, true, true), RY_LOOK_NOT); /* of another kind */
+    }
+    ry_habit_went(ry_habits_next(&h, RY_GO, ROW), false);
+    ck_assert_int_eq(exchange(RY_GO, ROW, cross, 0.25, true, true), RY_LOOK_NOT);
+    ry_habit_went(ry_habits_next(&h, RY_RETURN, ROW), true);
+    ck_assert_int_eq(exchange(RY_RETURN, ROW, cross, 1, true, true), RY_LOOK_FIRST);
+    for (int i = 0; i < 20; i++) /* once is enough */
+        ck_assert_int_eq(exchange(RY_RETURN, ROW, cross, 1, true, true), RY_LOOK_NOT);
+    ry_habit_went(ry_habits_next(&h, RY_GO, 2 * ROW), true);
+    ry_habit_failed(ry_habits_next(&h, RY_GO, 2 * ROW));
+    ck_assert_int_eq(exchange(RY_GO, 2 * ROW, cross, 0.25, true, true), RY_LOOK_NOT);
+}
+END_TEST
+
 /* Searches that are not possible are not tried every time. */
 START_TEST(failing)
 {
@@ -202,6 +227,7 @@ int main(void)
     tcase_add_test(t, no_use);
     tcase_add_test(t, it_changes);
     tcase_add_test(t, forced);
+    tcase_add_test(t, little);
     tcase_add_test(t, failing);
     tcase_add_test(t, ranks_agree);
     Suite *s = suite_create("repeats");
