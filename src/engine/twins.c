@@ -315,6 +315,7 @@ static double digest_us(const struct ry_twins *t)
     return fmin(ry_waits_quantile(&t->digests, 0.1), MOST_DIGEST_US);
 }
 
+_Static_assert(RY_STRATEGIES <= 16, "of ry_twins.went");
 static uint64_t how_it_went(struct ry_twins *t, uint64_t number)
 {
     uint64_t went = atomic_load(&t->went[number % 64]);

@@ -70,6 +70,8 @@ uint64_t ry_cluster_kind(const struct ry_cluster *cluster)
     return XXH64(&sum, sizeof sum, 3);
 }
 
+#define KIND "kind-" /* prefix of files for a kind; those for a fingerprint have none */
+
 static int path_of(const char *prefix, uint64_t number, char *out, size_t size, struct ry_err *err)
 {
     const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
@@ -178,8 +180,6 @@ static int from_json(struct ry_cost_model *m, const json_t *root, const char *fi
     return 0;
 }
 
-#define KIND "kind-" /* in names of files */
-
 /* 1: there is no such file. */
 static int open_json(json_t **root, const char *path, struct ry_err *err)
 {
@@ -226,9 +226,9 @@ int ry_cost_find(struct ry_cost_model *model, const struct ry_cluster *cluster, 
     uint64_t kind = ry_cluster_kind(cluster);
     other[0] = 0;
     int bad = ry_cost_load(model, ry_cluster_fingerprint(cluster), err);
-    if (bad <= 0 || path_of(KIND, kind, path, sizeof path, err))
-        return bad < 1 ? bad : -1;
-    return load(model, path, "kind", kind, other, err);
+    if (bad <= 0)
+        return bad;
+    return path_of(KIND, kind, path, sizeof path, err) ? -1 : load(model, path, "kind", kind, other, err);
 }
 
 int ry_cost_read(struct ry_cost_model *model, const char *path, struct ry_err *err)

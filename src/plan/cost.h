@@ -20,13 +20,14 @@
 enum ry_link { RY_LINK_SELF, RY_LINK_LOCAL, RY_LINK_NODE, RY_LINK_NIC, RY_LINKS };
 const char *ry_link_name(enum ry_link link); /* "self", "local", "node", "nic" */
 
+struct ry_load;
+
 /*
  * The model of one group of transfers: they start together, links work side by side, each link takes
  *     alpha_us + messages * message_us + bytes / bytes_per_us        (Hockney; messages: the busier direction's, of one rank)
  * and the group takes group_us and as long as its busiest link: max(in-node, across nodes), as in NetMoE. Groups, and
  * copies between them, follow each other with all ranks in step. Transfers both ways at once do not slow each other.
  */
-struct ry_load;
 struct ry_cost_model {
     struct ry_cost_link {
         double alpha_us;     /* of transfers over an idle link, beyond `message_us` */

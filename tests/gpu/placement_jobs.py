@@ -95,9 +95,8 @@ def settings(a, folder):
     base = exchanging(a)
     batch = base + ["RAILYARD_PLACEMENT=batch"]
     experts = batch + ["RAILYARD_EXPERTS=" + os.path.join(folder, "plan.json")]
-    exchanges = a.strategy if a.strategy != "dedup" else "dedup"
     also = [v if not v.startswith("RAILYARD_STRATEGY=") else "RAILYARD_STRATEGY=" + str(a.also) for v in base]
-    jobs = {"plain": None, exchanges: base}
+    jobs = {"plain": None, a.strategy: base}
     if a.also:
         jobs[a.also] = also
     if "samples" in a.parts:
@@ -111,11 +110,11 @@ def settings(a, folder):
             jobs[label] = also + experts[len(base):] + [homes(folder, label, "homes-planned"), "RAILYARD_COMBINE=sum:%d" % a.top_k]
     layer = base + ["RAILYARD_PLACEMENT=layer", REDIRECTING]
     if "layer" in a.parts:
-        jobs[exchanges + ", layer"] = layer
+        jobs[a.strategy + ", layer"] = layer
     if "rides" in a.parts:
-        jobs[exchanges + ", layer, rides"] = layer + ["RAILYARD_RESIDUAL=rides"]
+        jobs[a.strategy + ", layer, rides"] = layer + ["RAILYARD_RESIDUAL=rides"]
     if "netmoe" in a.parts:  # whoever would be nearer to the experts moves, as if that were free
-        jobs[exchanges + ", layer, moves free"] = layer + ["RY_TEST_FARE=0"]
+        jobs[a.strategy + ", layer, moves free"] = layer + ["RY_TEST_FARE=0"]
     return jobs
 
 

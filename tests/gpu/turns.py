@@ -66,8 +66,9 @@ class Emulated:
 
     def command(self, nodes, gpus, folder, env, preload, timeout, command):
         """argv; `preload`: whether the librailyard.so that lies beside the tool is."""
-        return (["timeout", "-k", "5", "%d" % timeout, "env", "OMP_NUM_THREADS=1", "RAILYARD_NCCL=" + self.nccl] + list(env) + [self.tool, "emu", "-n", str(nodes), "-g", str(gpus)] + self.links
-                + (["--preload"] if preload else []) + ["--", "sh", "-c", self.QUIET, folder] + list(command))
+        emu = [self.tool, "emu", "-n", str(nodes), "-g", str(gpus), *self.links, *(["--preload"] if preload else [])]
+        return ["timeout", "-k", "5", "%d" % timeout, "env", "OMP_NUM_THREADS=1", "RAILYARD_NCCL=" + self.nccl, *env,
+                *emu, "--", "sh", "-c", self.QUIET, folder, *command]
 
 
 class Job:

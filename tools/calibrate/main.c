@@ -290,7 +290,8 @@ static int keep(const struct ry_calibration *cal)
     bad = greatest(bad) > 0;
     if (!bad && me.who.rank == 0 && !ry_cost_path(ry_cluster_fingerprint(me.cluster), path, sizeof path, NULL))
         printf("\nKept in %s, on every node: jobs on a cluster like this one use it, and communicators\n"
-               "of other ranks and nodes with the same GPUs and NICs.\n", path);
+               "of other ranks and nodes with the same GPUs and NICs.\n",
+               path);
     return bad;
 }
 
@@ -355,8 +356,7 @@ static const struct argp argp = {
         "Start one process per rank, in the same way as the jobs:\n\n"
         "  torchrun --nproc-per-node 8 --no-python railyard calibrate\n"
         "  railyard emu -n 2 -g 4 --nic 25 --nic-us 50 -- railyard calibrate    emulated cluster, no GPU\n\n"
-        "The result goes to $XDG_CACHE_HOME/railyard (~/.cache/railyard), one file for each number "
-        "and size "
+        "The result goes to $XDG_CACHE_HOME/railyard (~/.cache/railyard), one file for each number and size "
         "of nodes, GPUs, NICs, and one for all communicators of other ranks and nodes with the same GPUs and NICs. Calibrate again when "
         "links have changed. Exit status: 0, all is well; 1, a failed call; "
         "2, wrong usage."};
